@@ -1,0 +1,30 @@
+"""RLHF with PyTorch Lightning, the losses written by hand. The public names are imported on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "RewardModel": "rlhf_lightning.training.reward_model",
+    "RewardNetwork": "rlhf_lightning.models.reward_network",
+    "PreferenceDataModule": "rlhf_lightning.data.preference_datamodule",
+}
+__all__ = ["PreferenceDataModule", "RewardModel", "RewardNetwork"]
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+    from rlhf_lightning.models.reward_network import RewardNetwork
+    from rlhf_lightning.training.reward_model import RewardModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,77 @@
+"""The program `rlhf-lightning`. Heavy imports stand inside functions, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf_lightning import __version__
+from rlhf_lightning.errors import UserError
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
+
+usage: rlhf-lightning COMMAND --config FILE.yaml [--config OVERLAY.yaml ...] [--KEY VALUE ...]
+
+commands:
+  fit        train, validate while training, keep the best checkpoint, print a results table
+  validate   evaluate on the validation pairs   [--ckpt_path FILE]
+  test       evaluate on the test pairs         [--ckpt_path FILE]
+  predict    write the score of every response  [--ckpt_path FILE]
+
+examples:
+  rlhf-lightning fit --config configs/quickstart.yaml
+  rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
+  rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
+  rlhf-lightning fit --config configs/reward_model.yaml --print_config
+
+options:
+  -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
+                   `rlhf-lightning fit --model.help RewardModel` and
+                   `--data.help PreferenceDataModule` those of a class
+  --version        the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the process's arguments) and return its exit code.
+
+    0: done. 2: the user can mend it; one line on stderr says where, what, why and what to do. Anything else that goes
+    wrong is ours and ends in a traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in TRAINER_COMMANDS:
+        return _refuse(f"unknown command {command!r}; use one of {', '.join(TRAINER_COMMANDS)}")
+    try:
+        _run_trainer(None if argv is None else arguments)
+    except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
+        return int(exit_.code or 0)
+    except UserError as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _run_trainer(arguments: list[str] | None) -> None:
+    """Parse, build and run one of Lightning's commands."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.training.program import run
+
+    run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

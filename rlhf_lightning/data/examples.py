@@ -1,0 +1,78 @@
+"""One validated preference pair, and what became of the rows that it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Message = Mapping[str, str]
+"""A turn of a conversation: `{"role": "system" | "user" | "assistant", "content": text}`."""
+
+OnBadRows = Literal["error", "drop"]
+"""What to do with rows that cannot be used: `error` refuses the source, `drop` leaves them out and counts them."""
+
+BAD_ROW_REASONS: dict[str, str] = {
+    "missing_key": "a column that the row needs is absent or null",
+    "wrong_type": "a value is neither text nor a list of messages",
+    "bad_messages": "a conversation is malformed: unknown role, no content, or no assistant reply at its end",
+    "empty_prompt": "the prompt has no text",
+    "empty_response": "a response has no text",
+    "identical_pair": "chosen and rejected are the same text, so the pair states no preference",
+    "prompts_differ": "chosen and rejected answer different prompts",
+    "bad_margin": "the margin is not a finite number",
+    "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
+    "too_long": "prompt head, response and terminator do not fit into max_length",
+}
+"""Every reason for which a row is refused, with the sentence that explains it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """A prompt and two responses of which the first is preferred."""
+
+    prompt: Sequence[Message]
+    """The conversation up to the responses; its last turn is the user's."""
+    chosen: str
+    rejected: str
+    margin: float | None
+    """How much better the chosen response is, in the data's own unit; None where the data does not say."""
+    example_id: str
+    """The row's own `id`, or `file:row`."""
+    origin: str
+    """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """Rows read and kept, and the row numbers of those refused, by reason code (see `BAD_ROW_REASONS`)."""
+
+    source: str
+    rows_read: int = 0
+    bad_rows: dict[str, list[str]] = field(default_factory=dict)
+    """Reason code -> origin of each refused row."""
+    first_messages: list[str] = field(default_factory=list)
+    """The first ten refusals in words."""
+
+    def refuse(self, reason: str, message: str, origin: str) -> None:
+        """Count one refused row."""
+        assert reason in BAD_ROW_REASONS, reason
+        self.bad_rows.setdefault(reason, []).append(origin)
+        if len(self.first_messages) < 10:
+            self.first_messages.append(message)
+
+    @property
+    def rows_kept(self) -> int:
+        return self.rows_read - self.rows_dropped
+
+    @property
+    def rows_dropped(self) -> int:
+        return sum(len(origins) for origins in self.bad_rows.values())
+
+    def summary(self) -> str:
+        """One line: `train.jsonl: 1400 rows read, 1393 kept, 7 dropped (empty_response 4, prompts_differ 3)`."""
+        text = f"{self.source}: {self.rows_read} rows read, {self.rows_kept} kept"
+        if self.bad_rows:
+            counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
+            text += f", {self.rows_dropped} dropped ({counts})"
+        return text

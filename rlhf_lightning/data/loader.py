@@ -1,0 +1,194 @@
+"""Batches of tokenized pairs: which pairs go together, and the tensors made of them.
+
+Pairs are regrouped by length only inside one optimizer step, so that the step's mean over its pairs, and so the
+mathematics, is that of the plain loop: fewer padding tokens for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.tokenization import TokenizedPairs
+from rlhf_lightning.errors import ConfigurationError
+
+
+class MicroBatch(NamedTuple):
+    """Positions of the pairs of one forward pass, and their weight in the optimizer step."""
+
+    indices: np.ndarray
+    weight: float
+
+
+class TrainingPlan:
+    """The batches of each epoch for one process, from `seed` and the epoch alone.
+
+    One optimizer step takes `batch_size * accumulate * world_size` pairs; the last step of an epoch takes what is left.
+    `shuffle=False` keeps the file's order (and then nothing is regrouped by length). Every process gets the same number
+    of batches. When fewer pairs than processes are left for the last step, those (at most `world_size - 1`) rest for
+    that epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(lengths) < world_size:
+            raise ConfigurationError(f"{len(lengths)} training pairs cannot be shared by {world_size} processes")
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.shuffle = shuffle
+        self.group_by_length = group_by_length and shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Number of batches that each process gets in an epoch."""
+        pairs, step = len(self.lengths), self.batch_size * self.accumulate * self.world_size
+        full, rest = divmod(pairs, step)
+        return full * self.accumulate + (self._micro_batches(rest) if rest >= self.world_size else 0)
+
+    def epoch(self, epoch: int) -> Iterator[MicroBatch]:
+        """The batches of this process in one epoch."""
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        size = self.batch_size * self.accumulate * self.world_size
+        for start in range(0, len(order), size):
+            step = order[start : start + size]
+            if len(step) < self.world_size:
+                return
+            if self.group_by_length:
+                step = step[np.argsort(-self.lengths[step], kind="stable")]
+            count = self._micro_batches(len(step)) * self.world_size
+            parts = np.array_split(step, count)
+            for part in parts[self.rank :: self.world_size]:
+                # Lightning divides by `accumulate` and averages over processes; undone here, so that each pair of the
+                # step counts the same, also in the shorter last step.
+                yield MicroBatch(part, len(part) * self.accumulate * self.world_size / len(step))
+
+    def _micro_batches(self, pairs: int) -> int:
+        """Batches per process that an optimizer step of so many pairs takes."""
+        return -(-pairs // (self.batch_size * self.world_size))
+
+
+class EvaluationPlan:
+    """Every pair once, longest first, in the same number of batches on every process; no pair is repeated or left out."""
+
+    def __init__(self, lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if len(lengths) < world_size:
+            raise ConfigurationError(f"{len(lengths)} evaluation pairs cannot be shared by {world_size} processes")
+        self.lengths = lengths
+        self.rank = rank
+        self.world_size = world_size
+        self.batches_per_process = -(-len(lengths) // (batch_size * world_size))
+
+    def __len__(self) -> int:
+        return self.batches_per_process
+
+    def epoch(self, epoch: int) -> Iterator[MicroBatch]:
+        order = np.argsort(-self.lengths, kind="stable")
+        parts = np.array_split(order, self.batches_per_process * self.world_size)
+        for part in parts[self.rank :: self.world_size]:
+            yield MicroBatch(part, 1.0)
+
+
+class _CollatedPairs(Dataset):
+    """Maps a `MicroBatch` to its `PreferenceBatch`, so that workers collate whole batches."""
+
+    def __init__(self, pairs: TokenizedPairs, pad_id: int) -> None:
+        self.pairs = pairs
+        self.pad_id = pad_id
+
+    def __getitem__(self, micro_batch: MicroBatch) -> PreferenceBatch:
+        return collate(self.pairs, micro_batch, pad_id=self.pad_id)
+
+
+class PairLoader:
+    """Iterates over the `PreferenceBatch`es of a plan, an epoch at a time.
+
+    Not a `DataLoader` on purpose: Lightning would put its own distributed sampler into one, which repeats pairs to make
+    the processes even and so falsifies every metric; the plans divide the pairs themselves.
+    """
+
+    def __init__(
+        self,
+        pairs: TokenizedPairs,
+        plan: TrainingPlan | EvaluationPlan,
+        *,
+        pad_id: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.pairs = pairs
+        self.plan = plan
+        self.pad_id = pad_id
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.current_epoch = 0
+
+    @property
+    def sampler(self) -> PairLoader:
+        """Where Lightning looks for `set_epoch`."""
+        return self
+
+    @property
+    def batch_sampler(self) -> None:
+        """Looked for beside `sampler`."""
+        return
+
+    def set_epoch(self, epoch: int) -> None:
+        self.current_epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        return iter(
+            DataLoader(
+                _CollatedPairs(self.pairs, self.pad_id),
+                batch_size=None,
+                sampler=list(self.plan.epoch(self.current_epoch)),
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+            )
+        )
+
+
+def collate(pairs: TokenizedPairs, micro_batch: MicroBatch, *, pad_id: int) -> PreferenceBatch:
+    """Right-padded rows of a micro-batch: B chosen rows, then the B rejected rows of the same pairs."""
+    indices = np.asarray(micro_batch.indices, dtype=np.int64)
+    segments = [pairs.segments(index) for index in indices]
+    rows = [(prompt, side[which]) for which in (0, 1) for prompt, *side in segments]
+    prompt_lengths = np.array([len(prompt) for prompt, _ in rows])
+    lengths = prompt_lengths + np.array([len(response) for _, response in rows])
+    input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
+    for row, (prompt, response) in zip(input_ids, rows, strict=True):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : len(prompt) + len(response)] = response
+    position = np.arange(input_ids.shape[1])
+    attention_mask = position < lengths[:, None]
+    response_mask = attention_mask & (position >= prompt_lengths[:, None])
+    return PreferenceBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        response_mask=torch.from_numpy(response_mask),
+        margin=torch.from_numpy(pairs.margin[indices]),
+        index=torch.from_numpy(indices),
+        weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
+    )

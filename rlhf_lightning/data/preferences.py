@@ -1,0 +1,232 @@
+"""Rows -> validated preference pairs. The one way in for training, validation and users."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PreferenceExample
+from rlhf_lightning.data.sources import Row, Split, read_rows
+from rlhf_lightning.errors import DataError
+
+COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
+ROLES = ("system", "user", "assistant")
+_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class _BadRow(Exception):
+    """A row that cannot be used: reason code and the rest of the sentence."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_preferences(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_bad_rows: OnBadRows = "error",
+    split: Split = "train",
+) -> tuple[list[PreferenceExample], LoadReport]:
+    """Read preference pairs from a file, a directory or a hub data set (see `read_rows`).
+
+    Shapes of a row, told apart by what it holds:
+    - explicit prompt: `prompt`, `chosen`, `rejected` as strings;
+    - implicit prompt: no `prompt`; `chosen` and `rejected` are hh-rlhf transcripts (`\\n\\nHuman: ...\\n\\nAssistant:
+      ...`) or conversations (lists of `{role, content}`) that share all turns but the last, or plain strings that share
+      their beginning;
+    - conversations: `prompt` a list of messages, responses a string or a list that ends with the assistant's reply.
+    Optional columns: `margin` (a finite number) and `id` (kept as `example_id`).
+
+    `columns` maps our names (prompt, chosen, rejected, margin, id) to the file's. `on_bad_rows`: `error` refuses the
+    source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+
+    Returns the examples in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
+    lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
+    """
+    columns = dict(columns or {})
+    if unknown := sorted(set(columns) - set(COLUMNS)):
+        raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
+    report = LoadReport(source=str(source))
+    examples: list[PreferenceExample] = []
+    found: dict[str, None] = {}
+    for row in read_rows(source, split=split):
+        report.rows_read += 1
+        found.update(dict.fromkeys(row.values))
+        try:
+            examples.append(_example(row, columns))
+        except _BadRow as error:
+            report.refuse(error.reason, f"{row.origin}: {error}", row.origin)
+    _check_columns(source, columns, found)
+    refuse_bad_rows(report, on_bad_rows)
+    return examples, report
+
+
+def refuse_bad_rows(report: LoadReport, on_bad_rows: OnBadRows) -> None:
+    """Raise `DataError` when no row is usable, or when there are bad rows and the policy is `error`."""
+    if not report.bad_rows or (report.rows_kept and on_bad_rows == "drop"):
+        return
+    first = "; ".join(report.first_messages[: 10 if report.rows_kept else 1])
+    more = report.rows_dropped - 10
+    if not report.rows_kept:
+        raise DataError(f"{report.source}: none of its {report.rows_read} rows can be used: {first}")
+    raise DataError(
+        f"{report.source}: {report.rows_dropped} of {report.rows_read} rows cannot be used: {first}"
+        + (f"; and {more} more" if more > 0 else "")
+        + ". Mend them, or leave them out with on_bad_rows: drop"
+    )
+
+
+def _check_columns(source: str | Path, columns: Mapping[str, str], found: Mapping[str, None]) -> None:
+    """A column that no row has is a mistake in the settings or the file, not in the rows."""
+    optional = {"margin", "id", "prompt"} - set(columns)
+    for name in COLUMNS:
+        column = columns.get(name, name)
+        if column not in found and name not in optional:
+            raise DataError(
+                f"{source}: no column {column!r} for {name}; the columns found are {', '.join(map(str, found))}. "
+                f"Map them with columns: {{{name}: COLUMN}}"
+            )
+
+
+def _example(row: Row, columns: Mapping[str, str]) -> PreferenceExample:
+    values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
+    for name in ("chosen", "rejected"):
+        if values[name] is None:
+            raise _BadRow("missing_key", f"{name} is absent or null")
+        _check_text_or_messages(name, values[name])
+    has_prompt = columns.get("prompt", "prompt") in row.values or "prompt" in columns
+    if has_prompt:
+        if values["prompt"] is None:
+            raise _BadRow("missing_key", "prompt is absent or null")
+        _check_text_or_messages("prompt", values["prompt"])
+        prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
+    else:
+        prompt, chosen, rejected = _implicit(values["chosen"], values["rejected"])
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise _BadRow("empty_prompt", "the prompt has no text")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise _BadRow("empty_response", f"{name} has no text")
+    if chosen.strip() == rejected.strip():
+        raise _BadRow(
+            "identical_pair", "chosen and rejected are the same text, so the pair states no preference"
+        )
+    return PreferenceExample(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        margin=_margin(values["margin"]),
+        example_id=row.example_id if values["id"] is None else str(values["id"]),
+        origin=row.origin,
+    )
+
+
+def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
+    if isinstance(prompt, str) and _HH_TURN.match(prompt):
+        messages = _transcript("prompt", prompt)
+        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+            messages.pop()  # the open turn that the responses fill
+    if messages and messages[-1]["role"] != "user":
+        raise _BadRow("bad_messages", "the prompt does not end with the user's turn")
+    return messages, *(
+        _reply(name, response, messages) for name, response in (("chosen", chosen), ("rejected", rejected))
+    )
+
+
+def _reply(name: str, response: Any, prompt: Sequence[Message]) -> str:
+    """The text of a response that may repeat the prompt's turns before it."""
+    if isinstance(response, str):
+        return response
+    messages = _messages(name, response)
+    if messages[-1]["role"] != "assistant":
+        raise _BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+    if messages[:-1] and not _same_turns(messages[:-1], prompt):
+        raise _BadRow("prompts_differ", f"{name} repeats another prompt than the row's")
+    return messages[-1]["content"]
+
+
+def _same_turns(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
+    """Whether turns repeat the prompt; a system message may stand in the prompt alone."""
+    without_system = [message for message in prompt if message["role"] != "system"]
+    return list(turns) in (list(prompt), without_system)
+
+
+def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not (_HH_TURN.match(chosen) and _HH_TURN.match(rejected)):
+            return _common_beginning(chosen, rejected)
+        conversations = _transcript("chosen", chosen), _transcript("rejected", rejected)
+    elif isinstance(chosen, str) or isinstance(rejected, str):
+        raise _BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
+    else:
+        conversations = _messages("chosen", chosen), _messages("rejected", rejected)
+    for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise _BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+    prompt, other = (messages[:-1] for messages in conversations)
+    if prompt != other:
+        raise _BadRow("prompts_differ", "chosen and rejected differ before the last assistant's reply")
+    if prompt and prompt[-1]["role"] != "user":
+        raise _BadRow("bad_messages", "the prompt does not end with the user's turn")
+    return prompt, conversations[0][-1]["content"], conversations[1][-1]["content"]
+
+
+def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
+    """Split two strings after the whole words that they share at their beginning."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared < max(len(chosen), len(rejected)):
+        while shared and not chosen[shared - 1].isspace():
+            shared -= 1
+    prompt = chosen[:shared].strip()
+    return [{"role": "user", "content": prompt}], chosen[shared:].strip(), rejected[shared:].strip()
+
+
+def _transcript(name: str, text: str) -> list[Message]:
+    """Turns of an hh-rlhf transcript, each stripped of outer blanks."""
+    parts = _HH_TURN.split(text)
+    if parts[0].strip():
+        raise _BadRow("bad_messages", f"{name} is a transcript with text before its first turn")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _check_text_or_messages(name: str, value: Any) -> None:
+    if not isinstance(value, str | list):
+        raise _BadRow("wrong_type", f"{name} is a {type(value).__name__}, not text or a list of messages")
+
+
+def _messages(name: str, value: Sequence[Any]) -> list[Message]:
+    """Check a conversation and keep role and content alone."""
+    if not value:
+        raise _BadRow("bad_messages", f"{name} is an empty conversation")
+    messages = []
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            raise _BadRow("bad_messages", f"{name} holds a turn that is not {{role, content}} with text")
+        if turn.get("role") not in ROLES:
+            raise _BadRow("bad_messages", f"{name} holds the role {turn.get('role')!r}; use {', '.join(ROLES)}")
+        messages.append({"role": turn["role"], "content": turn["content"]})
+    return messages
+
+
+def _margin(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if isinstance(value, bool) or not math.isfinite(margin):
+        raise _BadRow("bad_margin", f"margin is {value!r}, not a finite number")
+    return margin

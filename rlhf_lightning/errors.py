@@ -1,0 +1,19 @@
+"""Errors that a user can mend. Each message is one line: where, what, why, and what to do instead."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Base of the errors that the command line prints as one line, with exit code 2 and without a traceback."""
+
+
+class DataError(UserError):
+    """A data source or row cannot be used."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer cannot be loaded, or does not fit what is asked of it."""
+
+
+class ConfigurationError(UserError):
+    """The settings are impossible, or contradict each other."""

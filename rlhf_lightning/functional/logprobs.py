@@ -1,0 +1,148 @@
+"""Log-probabilities of tokens and responses, in nats. Every log-softmax is taken in float32 (or float64).
+
+B sequences, T padded tokens, N flat tokens, V vocabulary, H hidden. Targets are token ids, already shifted:
+the logits of position t belong to the target that stands in position t.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reductions import masked_mean
+from .shapes import as_mask, at_least_float32, check_layout, check_positive, check_same_shape, check_token_ids
+
+
+def gather_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the targets, float32, [...] for logits [..., V] and targets [...].
+
+    ValueError: targets not the shape of logits without V, targets not integer, temperature <= 0. A target
+    outside [0, V), such as a label of -100, is refused by torch: put a valid id there and mask afterwards.
+    """
+    check_same_shape(**{"logits[..., 0]": logits[..., 0], "targets": targets})
+    check_token_ids(targets)
+    check_positive(temperature=temperature)
+    scaled = at_least_float32(logits)
+    if temperature != 1:  # a division by 1 would copy all of [..., V]
+        scaled = scaled / temperature
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    return logprobs.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_logprobs(token_logprobs: Tensor, mask: Tensor, *, average: bool = False) -> Tensor:
+    """Log-probability of each response, float32, [B]: the sum over its tokens, with `average` their mean.
+
+    Both inputs are [B, T]; True marks the response tokens, EOS included. The sum over no tokens is 0, the
+    log-prob of the empty text; their mean does not exist.
+    ValueError: shapes, float mask, and with `average` a row without tokens (on an accelerator: NaN).
+    """
+    check_layout(token_logprobs=(token_logprobs, "B T"), mask=(mask, "B T"))
+    if average:
+        return masked_mean(token_logprobs, mask, dim=1)
+    return torch.where(as_mask(mask), at_least_float32(token_logprobs), 0).sum(dim=1)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """`gather_logprobs(hidden @ weight.T + bias, targets)`, float32, [N]; the [N, V] logits never exist.
+
+    hidden [N, H], weight [V, H], targets [N], bias [V]. Logits exist for `chunk_size` tokens at a time and
+    are made again in the backward pass: 8 H V FLOP per token instead of 6, and chunk_size * V * 4 bytes
+    instead of N * V * 4. Products of half-precision operands are summed and returned in float32, weight
+    gradients are summed over the chunks in float32. Under autocast the operands are rounded as `nn.Linear`
+    would round them. Not differentiable twice.
+    ValueError: shapes, targets not integer, temperature <= 0, chunk_size < 1.
+    """
+    shapes = {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "targets": (targets, "N")}
+    check_layout(**shapes if bias is None else shapes | {"bias": (bias, "V")})
+    check_token_ids(targets)
+    check_positive(temperature=temperature, chunk_size=chunk_size)
+    options = temperature, int(chunk_size), _operand_dtype(hidden, weight)
+    return _LinearLogprobs.apply(hidden, weight, bias, targets.long(), *options)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Forward: `gather_logprobs` chunk by chunk. Backward: the same logits again, and their gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, operand_dtype):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.options = temperature, chunk_size, operand_dtype
+        hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
+        logprobs = torch.empty(hidden.shape[0], dtype=_sum_dtype(operand_dtype), device=hidden.device)
+        # Autocast would take the float32 products back to half precision.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(hidden, chunk_size):
+                logits = _chunk_logits(hidden[rows], weight, bias, temperature)
+                logprobs[rows] = gather_logprobs(logits, targets[rows])
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs):
+        original_hidden, original_weight, bias, targets = ctx.saved_tensors
+        temperature, chunk_size, operand_dtype = ctx.options
+        hidden, weight = original_hidden.to(operand_dtype), original_weight.to(operand_dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        sum_dtype = _sum_dtype(operand_dtype)
+        grad_hidden = torch.empty_like(original_hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _chunks(hidden, chunk_size):
+                logits = _chunk_logits(hidden[rows], weight, bias, temperature)
+                # d logprob / d logits = (one-hot(target) - softmax) / temperature
+                scale = (grad_logprobs[rows] / temperature).unsqueeze(1)
+                grad_logits = torch.softmax(logits, dim=-1).mul_(-scale)
+                grad_logits.scatter_add_(1, targets[rows].unsqueeze(1), scale)
+                if needs_hidden:
+                    grad_hidden[rows] = _matmul(grad_logits, weight).to(grad_hidden.dtype)
+                if needs_weight:
+                    grad_weight += _matmul(grad_logits.T, hidden[rows])
+                if needs_bias:
+                    grad_bias += grad_logits.sum(dim=0)
+        grad_weight = grad_weight.to(original_weight.dtype) if needs_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype the operands of the product are rounded to: their own, or autocast's (not for float64)."""
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else dtype
+
+
+def _sum_dtype(operand_dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(operand_dtype, torch.float32)
+
+
+def _chunks(hidden: Tensor, chunk_size: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_size) for start in range(0, hidden.shape[0], chunk_size))
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = _matmul(hidden, weight.T)
+    if bias is not None:
+        logits += bias
+    return logits.div_(temperature)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, summed and returned in float32 (float64 for float64), whatever the operands are.
+
+    On CUDA half-precision operands keep the tensor cores busy, and `out_dtype` hands out their float32 sums
+    (torch >= 2.8); elsewhere torch has no such product, and the operands are widened instead.
+    """
+    dtype = _sum_dtype(right.dtype)
+    if right.is_cuda and right.dtype != dtype:
+        return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)

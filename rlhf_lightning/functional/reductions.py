@@ -1,0 +1,50 @@
+"""Means over a mask, and the position of the last token.
+
+B sequences, T padded tokens. A mask is bool (or 0 and 1), True = counts. What stands outside the mask, NaN
+and inf included, reaches neither the values nor the gradients: it is cut out by `torch.where`, since 0 * NaN
+is NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from .shapes import as_mask, at_least_float32, check_layout, check_not_empty, check_same_shape
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `x` over the True positions of `mask`, over all dimensions or over `dim`; float32.
+
+    ValueError: shapes differ, float mask, no True in a place that is averaged (on an accelerator: NaN there).
+    """
+    check_same_shape(x=x, mask=mask)
+    mask = as_mask(mask)
+    count = mask.sum(dim)
+    check_not_empty(count)
+    return torch.where(mask, at_least_float32(x), 0).sum(dim) / count
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """`x` with variance 1 over the mask, and mean 0 unless `shift_mean` is off; 0 outside the mask.
+
+    (x - mean) * rsqrt(variance + 1e-8) with the population variance, float32, same shape as `x`.
+    ValueError: as `masked_mean`. Ziegler et al. 2019 (github.com/openai/lm-human-preferences, `whiten`).
+    """
+    mean = masked_mean(x, mask)
+    mask = as_mask(mask)
+    centered = torch.where(mask, at_least_float32(x) - mean, 0)
+    whitened = centered * torch.rsqrt(masked_mean(centered.square(), mask) + 1e-8)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0)
+
+
+def last_token_index(mask: Tensor) -> Tensor:
+    """Index of the last True of each row, [B] int64, for padding on any side and gaps.
+
+    ValueError: mask not [B, T], float mask, a row without any True (on an accelerator: T, out of range, so
+    that the gather that follows refuses it).
+    """
+    check_layout(mask=(mask, "B T"))
+    mask = as_mask(mask)
+    check_not_empty(mask.sum(dim=1))
+    length = mask.shape[1]
+    last = length - 1 - mask.flip(1).int().argmax(dim=1)
+    return torch.where(mask.any(dim=1), last, length)

@@ -1,0 +1,1 @@
+"""What owns parameters: backbones, the reward network."""

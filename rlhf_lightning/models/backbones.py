@@ -1,0 +1,130 @@
+"""Loading of pretrained backbones, and the arguments of their forward pass.
+
+R rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.tiny import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
+
+# Position embeddings of the RoBERTa family begin after the padding index.
+_POSITION_OFFSET_FAMILY = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
+
+
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model by hub name or directory, with dropout off.
+
+    Raises `ModelError` when there is no model, or it is of a kind that has no one hidden state per token.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model(name_or_path)
+    if _is_local(path) and not (Path(path) / "config.json").is_file():
+        what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"
+        raise ModelError(f"{name_or_path}: {what}; give a Hugging Face model directory or the name of a hub model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
+        raise ModelError(f"{name_or_path}: no model could be found under this name ({_reason(error)})") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name_or_path}: an encoder-decoder model ({config.model_type}); use a decoder or an encoder")
+    switch_dropout_off(config)
+    config.use_cache = False
+    return config
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    attn_implementation: AttentionImplementation | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A pretrained transformer without head, float32, in train mode, dropout off.
+
+    float32 because these are the master weights: mixed precision is the Trainer's business. Raises `ModelError`.
+    """
+    from transformers import AutoModel
+
+    config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            resolve_model(name_or_path),
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **_no_pooler(config),
+        )
+    except Exception as error:
+        raise ModelError(f"{name_or_path}: its weights could not be loaded ({_reason(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
+            f"{missing[0]}; they would stay random. Give the directory or name of a whole model"
+        )
+    return backbone.train()
+
+
+def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden state of each token, [R, T, H].
+
+    `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Positions are counted over the mask, so that
+    padding on either side changes nothing.
+    """
+    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        arguments["position_ids"] = position_ids + _position_offset(backbone.config)
+    return backbone(**arguments).last_hidden_state
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest row that the backbone has positions for, or None when it says nothing of a limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else limit - _position_offset(config)
+
+
+def switch_dropout_off(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a configuration to 0.
+
+    Dropout makes the score of a response a random number in training, and two passes over one pair differ.
+    """
+    for name, value in list(vars(config).items()):
+        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _position_offset(config: PretrainedConfig) -> int:
+    return config.pad_token_id + 1 if config.model_type in _POSITION_OFFSET_FAMILY else 0
+
+
+def _no_pooler(config: PretrainedConfig) -> dict[str, bool]:
+    """BERT's pooler reads the first token and would be left without a gradient, which DDP refuses."""
+    from transformers import AutoModel
+
+    model_class = AutoModel._model_mapping.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
+    takes_it = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

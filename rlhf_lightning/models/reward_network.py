@@ -1,0 +1,190 @@
+"""A reward model's network: a transformer backbone and a small MLP that reads one number off its last token.
+
+R rows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.functional.reductions import last_token_index
+from rlhf_lightning.models.backbones import (
+    AttentionImplementation,
+    hidden_states,
+    load_backbone,
+    load_config,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Activation = Literal["relu", "tanh", "silu", "gelu"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
+_HEAD_KEY = "reward_head"
+"""Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
+
+
+def is_reward_network(config: PretrainedConfig) -> bool:
+    """Whether a model's configuration is that of a saved `RewardNetwork`."""
+    return getattr(config, _HEAD_KEY, None) is not None
+
+
+class RewardHead(nn.Sequential):
+    """Two-layer MLP, `Linear(H, hidden_size), activation, dropout, Linear(hidden_size, 1)`, computed in float32.
+
+    The last layer begins with standard deviation 1/sqrt(hidden_size + 1) and bias 0 (Stiennon et al. 2020, arXiv
+    2009.01325, and its code). Under fp16 or bf16 weights and under autocast the arithmetic stays float32.
+    """
+
+    def __init__(
+        self, input_size: int, *, hidden_size: int | None = None, activation: Activation = "relu", dropout: float = 0.0
+    ) -> None:
+        hidden_size = hidden_size or input_size
+        layers = [nn.Linear(input_size, hidden_size), _ACTIVATIONS[activation](), nn.Linear(hidden_size, 1)]
+        if dropout > 0:
+            layers.insert(2, nn.Dropout(dropout))
+        super().__init__(*layers)
+        self.settings = {"hidden_size": hidden_size, "activation": activation, "dropout": dropout}
+        nn.init.zeros_(layers[0].bias)
+        nn.init.normal_(layers[-1].weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(layers[-1].bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores [R] float32 of hidden states [R, H]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden.float()
+            for layer in self:
+                x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+        return x.squeeze(-1)
+
+
+class RewardNetwork(nn.Module):
+    """Scores whole rows: `backbone -> hidden state of the last true token -> score`.
+
+    Any `AutoModel` decoder or encoder. The last token is found by the mask, so left, right or any padding, and a pad id
+    equal to the EOS id, give the same score.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        hidden_size: int | None = None,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.score = RewardHead(
+            backbone.config.hidden_size, hidden_size=hidden_size, activation=activation, dropout=dropout
+        )
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str,
+        *,
+        hidden_size: int | None = None,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        attn_implementation: AttentionImplementation | None = None,
+        trust_remote_code: bool = False,
+    ) -> RewardNetwork:
+        """A pretrained backbone (hub name or directory) with a fresh head. Raises `ModelError`."""
+        backbone = load_backbone(
+            name_or_path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        return cls(backbone, hidden_size=hidden_size, activation=activation, dropout=dropout)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        attn_implementation: AttentionImplementation | None = None,
+        trust_remote_code: bool = False,
+    ) -> RewardNetwork:
+        """Load what `save_pretrained` wrote, float32, in eval mode.
+
+        Raises `ModelError` when the directory is no model, or a model without a reward head.
+        """
+        directory = Path(directory).expanduser()
+        config = load_config(str(directory), trust_remote_code=trust_remote_code)
+        if not is_reward_network(config):
+            raise ModelError(
+                f"{directory}: a {config.model_type} model without a reward head (no {_HEAD_KEY} in config.json); "
+                "train one with `rlhf-lightning fit`, or use it as a backbone"
+            )
+        network = cls.from_backbone(
+            str(directory),
+            **getattr(config, _HEAD_KEY),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        try:
+            network.score.load_state_dict(_head_tensors(directory))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(f"{directory}: its score.* weights do not make up the head ({reason})") from error
+        return network.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [R], float32.
+
+        `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Raises `ValueError` when a row of the
+        mask is empty.
+        """
+        hidden = hidden_states(self.backbone, input_ids, attention_mask)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.score(hidden[rows, last_token_index(attention_mask.bool())])
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write `config.json` and safetensors; the weights are named as a sequence classifier's.
+
+        The backbone's tensors stand under its own prefix (`model.` for Qwen2), the head's under `score.0` and `score.2`
+        (`score.3` with dropout). Written beside the directory first, so that it is never half there; what
+        the directory held under other names stays. Returns the directory.
+        """
+        directory = Path(directory).expanduser()
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as made:
+            self.backbone.save_pretrained(made, state_dict=self._named_tensors(), max_shard_size="5GB")
+            config_file = Path(made) / "config.json"
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
+            config["num_labels"] = 1
+            config[_HEAD_KEY] = self.score.settings
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            directory.mkdir(exist_ok=True)
+            for stale in directory.glob("*.safetensors*"):
+                stale.unlink()
+            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "config.json"):
+                shutil.move(file, directory / file.name)  # config.json last: it makes the directory a model
+        return directory
+
+    def _prefix(self) -> str:
+        return f"{self.backbone.base_model_prefix or 'model'}."
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        tensors = {self._prefix() + key: value for key, value in self.backbone.state_dict().items()}
+        return tensors | {f"score.{key}": value for key, value in self.score.state_dict().items()}
+
+
+def _head_tensors(directory: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            names = [name for name in stored.keys() if name.startswith("score.")]  # noqa: SIM118 (not a dict)
+            tensors |= {name.removeprefix("score."): stored.get_tensor(name) for name in names}
+    return tensors

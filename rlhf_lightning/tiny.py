@@ -1,0 +1,134 @@
+"""A tiny model and its tokenizer, made on the spot: for the quickstart, for tests, and for a first look offline."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+TINY = "builtin:tiny"
+"""Name under which a model key asks for the built-in tiny model."""
+
+Architecture = Literal["qwen2", "llama", "bert"]
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The directory of `builtin:tiny`, made first if need be; any other name as it is."""
+    if name_or_path != TINY:
+        return name_or_path
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_lightning"
+    texts = builtin_texts()
+    # The name says what it was made of, by what: a stale copy in the cache is never used.
+    directory = cache / f"tiny-{hashlib.sha256(repr((texts, Path(__file__).read_text())).encode()).hexdigest()[:12]}"
+    if directory.is_dir():
+        return str(directory)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home
+        cache = Path(tempfile.mkdtemp(prefix="rlhf_lightning-"))
+        directory = cache / directory.name
+    made = Path(tempfile.mkdtemp(dir=cache, prefix="making-"))
+    make_tiny_model(made, texts)
+    try:
+        made.rename(directory)
+    except OSError:  # another process was faster
+        shutil.rmtree(made)
+    return str(directory)
+
+
+def builtin_texts() -> list[str]:
+    """The texts of the built-in preference set, to train a tokenizer on."""
+    import json
+
+    rows = (Path(__file__).parent / "data" / "courtesy" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [text for row in map(json.loads, rows) for text in (row["prompt"], row["chosen"], row["rejected"])]
+
+
+def make_tiny_model(
+    directory: str | Path,
+    texts: Iterable[str],
+    *,
+    architecture: Architecture = "qwen2",
+    hidden_size: int = 64,
+    layers: int = 2,
+    vocab_size: int = 1024,
+    initializer_range: float = 0.02,
+    seed: int = 0,
+) -> Path:
+    """Write a random-weight model and a tokenizer trained on `texts` as a Hugging Face directory.
+
+    `qwen2` and `llama` are decoders with a byte-level BPE tokenizer, a ChatML template, EOS `<|im_end|>` and pad
+    `<|endoftext|>`; `bert` is an encoder with `[CLS] ... [SEP]` and no template. Returns the directory.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen2Config
+
+    directory = Path(directory)
+    tokenizer = _train_tokenizer(list(texts), vocab_size, encoder=architecture == "bert")
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "initializer_range": initializer_range,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if architecture == "bert":
+        config, factory = BertConfig(**sizes), AutoModel
+    else:
+        kind = Qwen2Config if architecture == "qwen2" else LlamaConfig
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+        config, factory = kind(**sizes, **ids, num_key_value_heads=2, tie_word_embeddings=True), AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory.from_config(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _train_tokenizer(texts: list[str], vocab_size: int, *, encoder: bool):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[CLS]", "[SEP]"] if encoder else ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if encoder:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=_CHAT_TEMPLATE,
+    )

@@ -1,0 +1,188 @@
+"""Callbacks: the results table, the export of the best network, and the file of predicted scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rlhf_lightning.errors import ConfigurationError
+
+TABLE_ROWS = {
+    "loss": "loss",
+    "accuracy": "pairwise accuracy",
+    "auroc": "pooled AUROC",
+    "margin_auroc": "margin AUROC",
+    "calibration_error": "calibration error",
+}
+"""Rows of the results table: metric and its name in words."""
+
+
+class Results(Callback):
+    """Keeps what the last validation or test measured, also inside each checkpoint, as the numbers of its weights."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = state_dict["metrics"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.metrics = _metrics(trainer, "val/")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metrics = _metrics(trainer, "test/")
+
+    def of_checkpoint(self, path: Path) -> tuple[dict[str, float], int]:
+        """The metrics that a checkpoint brings along, and its optimizer step."""
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return stored["callbacks"][self.state_key]["metrics"], stored["global_step"]
+
+
+def print_results(trainer: Trainer) -> None:
+    """Print the table of what a run measured, and where its files lie.
+
+    After `fit` these are the numbers of the best checkpoint (of the last when none is monitored).
+    """
+    results = next((callback for callback in trainer.callbacks if isinstance(callback, Results)), None)
+    if results is None or not trainer.is_global_zero:
+        return
+    metrics, best = results.metrics, best_checkpoint(trainer)
+    title = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}.get(trainer.state.fn, "last validation")
+    if trainer.state.fn == TrainerFn.FITTING and best is not None:
+        metrics, step = results.of_checkpoint(best)
+        title = f"validation, best checkpoint (step {step})"
+    if metrics:
+        _print_table(title, metrics)
+    if trainer.state.fn == TrainerFn.FITTING and best is not None:
+        print(f"checkpoint:  {_relative(best)}")
+    for callback in trainer.callbacks:
+        if isinstance(callback, ExportBest) and callback.exported:
+            print(f"model:       {_relative(callback.directory)}")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            print(f"TensorBoard: {_relative(logger.log_dir)}")
+
+
+def _print_table(title: str, metrics: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("pairs", justify="right")
+    for name, words in TABLE_ROWS.items():
+        if name in metrics:
+            table.add_row(words, f"{metrics[name]:.4f}", f"{metrics['pairs']:.0f}")
+    Console(soft_wrap=True).print(table)
+
+
+class ExportBest(Callback):
+    """After `fit`, writes the best checkpoint's network and tokenizer as a Hugging Face directory.
+
+    Args:
+        directory: Where to; an earlier export there is replaced, anything else is left alone and refused.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.exported = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a directory that holds something else, before any training. Raises `ConfigurationError`."""
+        if stage != "fit" or not self.directory.exists():
+            return
+        if not self.directory.is_dir():
+            raise ConfigurationError(f"{self.directory}: is a file; give ExportBest another directory")
+        if any(self.directory.iterdir()) and not (self.directory / "config.json").is_file():
+            raise ConfigurationError(
+                f"{self.directory}: holds files that are no model; give ExportBest an empty or new directory"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        best = best_checkpoint(trainer)
+        if not trainer.is_global_zero or best is None:
+            return
+        best_module = type(pl_module).load_from_checkpoint(best, map_location="cpu")
+        best_module.network.save_pretrained(self.directory)
+        chat_format = getattr(trainer.datamodule, "chat_format", None)
+        if chat_format is not None:
+            chat_format.tokenizer.save_pretrained(self.directory)
+        self.exported = True
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the scores of `predict` as JSON lines, in the order of the data.
+
+    Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference).
+
+    Args:
+        path: The file; `predictions.jsonl` in the run's log directory when not given.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions, batch_indices) -> None:
+        own = torch.stack(
+            [torch.cat([column.double() for column in columns]).cpu() for columns in zip(*predictions, strict=True)]
+        )
+        parts = [own]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, own)
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every process: it is a broadcast
+        if not trainer.is_global_zero:
+            return
+        path = Path(self.path) if self.path else directory / "predictions.jsonl"
+        index, chosen, rejected = torch.cat(parts, dim=1)
+        example_ids = trainer.datamodule.pairs["test"].example_ids
+        lines = [
+            json.dumps(
+                {
+                    "example_id": example_ids[int(index[row])],
+                    "chosen": chosen[row].item(),
+                    "rejected": rejected[row].item(),
+                    "margin": (chosen[row] - rejected[row]).item(),
+                }
+            )
+            for row in index.argsort().tolist()
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_written = path.with_name(f".{path.name}.part")
+        half_written.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        half_written.replace(path)
+        print(f"predictions: {_relative(path)} ({len(lines)} pairs)")
+
+
+def best_checkpoint(trainer: Trainer) -> Path | None:
+    """The best checkpoint of a run, the last one when none is monitored, or None."""
+    callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
+    path = (callback.best_model_path or callback.last_model_path) if callback else ""
+    return Path(path) if path and os.path.exists(path) else None
+
+
+def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefix)
+    }
+
+
+def _relative(path: str | Path) -> str:
+    """A path as short as it can be said from here."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)

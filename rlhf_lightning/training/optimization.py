@@ -1,0 +1,39 @@
+"""Optimizer and learning-rate schedule, shared by every LightningModule of the package."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+
+from rlhf_lightning.errors import ConfigurationError
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""Learning rate after the warm-up: held, or down to 0 in a line or along half a cosine."""
+
+_TRANSFORMERS_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def optimizer_and_schedule(
+    module: LightningModule, optimizer: OptimizerCallable, *, schedule: Schedule, warmup_ratio: float
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns: an optimizer of the trainable parameters, and its schedule per step.
+
+    The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError` when the
+    number of steps is not known beforehand.
+    """
+    from transformers import get_scheduler
+
+    total_steps = module.trainer.estimated_stepping_batches
+    if math.isinf(total_steps):
+        raise ConfigurationError("trainer: set max_epochs or max_steps; the schedule needs an end")
+    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    scheduler = get_scheduler(
+        _TRANSFORMERS_NAMES[schedule],
+        built,
+        num_warmup_steps=math.ceil(warmup_ratio * total_steps),
+        num_training_steps=int(total_steps),
+    )
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,217 @@
+"""Training and evaluation of a reward model on preference pairs.
+
+B pairs, T padded tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveInt, restricted_number_type
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.functional.losses import bradley_terry_loss
+from rlhf_lightning.metrics import (
+    MarginAUROC,
+    PairCount,
+    PairwiseAccuracy,
+    PairwiseCalibrationError,
+    PooledAUROC,
+)
+from rlhf_lightning.models.backbones import AttentionImplementation, load_config, max_positions
+from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
+from rlhf_lightning.training.optimization import Schedule, optimizer_and_schedule
+
+log = logging.getLogger(__name__)
+
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
+
+
+class PairScores(NamedTuple):
+    """Scores of B pairs, as `predict` returns them."""
+
+    index: Tensor
+    """[B] int64, position of the pair in the evaluated data."""
+    chosen: Tensor
+    """[B] float32."""
+    rejected: Tensor
+    """[B] float32."""
+
+
+class RewardModel(LightningModule):
+    """Reward model: a transformer backbone with a two-layer MLP head, trained with -log sigmoid(r_chosen - r_rejected).
+
+    Args:
+        backbone: Hub name or directory of any decoder or encoder, of a saved reward network (its head is kept), or
+            `builtin:tiny`.
+        hidden_size: Width of the head's hidden layer; the backbone's hidden size when not given.
+        activation: Of the head's hidden layer.
+        dropout: Of the head's hidden layer. The backbone's dropout is always off.
+        label_smoothing: Probability with which a label is taken to be wrong.
+        centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
+            different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
+        use_margin: Subtract each pair's margin from the difference of its rewards in the loss.
+        optimizer: Any torch optimizer with its arguments.
+        schedule: Learning rate after the warm-up.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
+        attn_implementation: Of the backbone; what transformers prefers when not given.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        hidden_size: PositiveInt | None = None,
+        activation: Activation = "relu",
+        dropout: Fraction = 0.0,
+        label_smoothing: Smoothing = 0.0,
+        centering: NonNegativeFloat = 0.0,
+        use_margin: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        schedule: Schedule = "linear",
+        warmup_ratio: Fraction = 0.03,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.optimizer_factory = optimizer
+        self.backbone_config = load_config(backbone, trust_remote_code=trust_remote_code)
+        self.network: RewardNetwork | None = None
+        self.train_metrics = nn.ModuleDict(
+            {
+                "loss": MeanMetric(),
+                "accuracy": PairwiseAccuracy(),
+                "margin": MeanMetric(),
+                "reward": MeanMetric(),
+            }
+        )
+        self.val_metrics = _evaluation_metrics()
+        self.test_metrics = _evaluation_metrics()
+        self._logged_step = 0
+
+    def setup(self, stage: str) -> None:
+        """Check that tokens fit the backbone before its weights are loaded. Raises `ConfigurationError`."""
+        data = self.trainer.datamodule
+        limit = max_positions(self.backbone_config)
+        if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
+            raise ConfigurationError(
+                f"data.max_length is {max_length}, but {self.hparams.backbone} has positions for {limit} tokens; "
+                f"set max_length to {limit} or less"
+            )
+        chat_format = getattr(data, "chat_format", None)
+        if chat_format is not None and len(chat_format.tokenizer) > self.backbone_config.vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer {data.tokenizer_source} has {len(chat_format.tokenizer)} tokens, but "
+                f"{self.hparams.backbone} knows {self.backbone_config.vocab_size}; give the tokenizer of this model"
+            )
+
+    def configure_model(self) -> None:
+        """Load the network, once."""
+        if self.network is not None:
+            return
+        settings = self.hparams
+        loading = {
+            "attn_implementation": settings.attn_implementation,
+            "trust_remote_code": settings.trust_remote_code,
+        }
+        if is_reward_network(self.backbone_config):
+            self.network = RewardNetwork.from_pretrained(settings.backbone, **loading).train()
+        else:
+            self.network = RewardNetwork.from_backbone(
+                settings.backbone,
+                hidden_size=settings.hidden_size,
+                activation=settings.activation,
+                dropout=settings.dropout,
+                **loading,
+            )
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        log.info("model: %s (%s), %s parameters", settings.backbone, self.backbone_config.model_type, f"{parameters:,}")
+        if settings.gradient_checkpointing:
+            self.network.backbone.gradient_checkpointing_enable()
+
+    def configure_optimizers(self):
+        return optimizer_and_schedule(
+            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
+        )
+
+    def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows."""
+        return self.network(batch.input_ids, batch.attention_mask).chunk(2)
+
+    def losses(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Loss of each pair, [B] float32."""
+        return bradley_terry_loss(
+            chosen,
+            rejected,
+            margin=batch.margin if self.hparams.use_margin else None,
+            label_smoothing=self.hparams.label_smoothing,
+            centering=self.hparams.centering,
+        )
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        chosen, rejected = self(batch)
+        losses = self.losses(batch, chosen, rejected)
+        _update(self.train_metrics, losses.detach(), chosen.detach(), rejected.detach())
+        return batch.weight * losses.mean()
+
+    def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time."""
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        if every == 0 or step == self._logged_step or step % every:
+            return
+        self._logged_step = step
+        values = {f"train/{name}": metric.compute().item() for name, metric in self.train_metrics.items()}
+        values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for logger in self.loggers:
+            logger.log_metrics(values, step=step)
+        self.trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
+        for metric in self.train_metrics.values():
+            metric.reset()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
+        return PairScores(batch.index, *self(batch))
+
+    def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
+        chosen, rejected = self(batch)
+        _update(metrics, self.losses(batch, chosen, rejected), chosen, rejected)
+        for name, metric in metrics.items():
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in ("loss", "auroc"))
+
+
+def _evaluation_metrics() -> nn.ModuleDict:
+    """Metrics of a whole split; each is defined in the README under its logged name."""
+    metrics: dict[str, Metric] = {
+        "loss": MeanMetric(),
+        "accuracy": PairwiseAccuracy(),
+        "auroc": PooledAUROC(),
+        "margin_auroc": MarginAUROC(),
+        "calibration_error": PairwiseCalibrationError(),
+        "margin": MeanMetric(),
+        "reward": MeanMetric(),
+        "pairs": PairCount(),
+    }
+    return nn.ModuleDict(metrics)
+
+
+def _update(metrics: nn.ModuleDict, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+    """Feed B pairs: the losses, the differences, the mean rewards, or the two sides, as each metric wants."""
+    means = {"loss": losses, "margin": chosen - rejected, "reward": (chosen + rejected) / 2}
+    for name, metric in metrics.items():
+        metric.update(means[name]) if name in means else metric.update(chosen, rejected)

@@ -1,0 +1,272 @@
+"""Shaped rewards and advantages against definitions in plain Python loops; in float64 unless said."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.functional import generalized_advantages, shaped_rewards
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+IDENTICAL = {"rtol": 0, "atol": 0}
+# right padding, left padding, both, a gap, a full row, one token
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1],
+        [0, 1, 1, 1, 0, 0],
+        [1, 0, 1, 0, 0, 1],
+        [1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 0, 0],
+    ],
+    dtype=torch.bool,
+)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inside(row: int) -> list[int]:
+    return [t for t in range(MASK.shape[1]) if MASK[row, t]]
+
+
+# ---- shaped_rewards ----------------------------------------------------------------------------------------
+
+
+def test_the_score_stands_on_the_last_response_token_and_the_penalty_on_every_one():
+    rewards = shaped_rewards(
+        torch.tensor([10.0, 20.0]),
+        torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]),
+        torch.tensor([[True, True, False, False], [False, True, True, True]]),
+        kl_coef=0.5,
+    )
+    assert rewards.tolist() == [[-0.5, 9.0, 0.0, 0.0], [0.0, -1.0, -1.5, 18.0]]
+
+
+def test_shaped_rewards_equal_their_definition_for_padding_on_any_side_and_gaps():
+    scores, kl = random(6), random(6, 6, seed=1)
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for row in range(6):
+        for t in inside(row):
+            expected[row, t] = -0.3 * kl[row, t]
+        expected[row, inside(row)[-1]] += scores[row]
+    torch.testing.assert_close(shaped_rewards(scores, kl, MASK, kl_coef=0.3), expected, **EXACT)
+
+
+def test_the_score_is_paid_exactly_once():
+    scores = random(6)
+    paid = shaped_rewards(scores, random(6, 6, seed=1), MASK, kl_coef=0.0)
+    torch.testing.assert_close(paid.sum(dim=1), scores, **IDENTICAL)
+    assert (paid != 0).sum(dim=1).tolist() == [1] * 6
+
+
+def test_the_gradient_of_the_rewards_reaches_the_score_once_and_the_kl_inside_the_mask():
+    scores, kl = random(6).requires_grad_(), random(6, 6, seed=1).requires_grad_()
+    shaped_rewards(scores, kl, MASK, kl_coef=0.3).sum().backward()
+    torch.testing.assert_close(scores.grad, torch.ones_like(scores), **IDENTICAL)
+    torch.testing.assert_close(kl.grad, torch.where(MASK, -0.3, 0.0).double(), **EXACT, check_dtype=False)
+
+
+def test_shaped_rewards_pass_gradcheck():
+    leaves = [random(6).requires_grad_(), random(6, 6, seed=1).requires_grad_()]
+    assert torch.autograd.gradcheck(lambda s, k: shaped_rewards(s, k, MASK, kl_coef=0.3), leaves)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_garbage_in_the_padding_of_the_kl_reaches_neither_reward_nor_gradient(garbage):
+    scores, clean = random(6), random(6, 6, seed=1)
+    dirty = torch.where(MASK, clean, garbage).requires_grad_()
+    rewards = shaped_rewards(scores, dirty, MASK, kl_coef=0.3)
+    rewards.sum().backward()
+    torch.testing.assert_close(
+        rewards.detach(), shaped_rewards(scores, clean, MASK, kl_coef=0.3), **IDENTICAL
+    )
+    assert dirty.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rewards_are_computed_in_float32(dtype):
+    scores, kl = random(6).to(dtype), random(6, 6, seed=1).to(dtype)
+    rewards = shaped_rewards(scores, kl, MASK, kl_coef=0.3)
+    torch.testing.assert_close(
+        rewards, shaped_rewards(scores.float(), kl.float(), MASK, kl_coef=0.3), **IDENTICAL
+    )
+
+
+def test_a_score_of_float64_is_not_rounded_to_the_float32_of_the_kl():
+    scores = random(6)
+    rewards = shaped_rewards(scores, torch.zeros(6, 6), MASK, kl_coef=0.3)
+    torch.testing.assert_close(rewards.sum(dim=1), scores, **IDENTICAL)
+
+
+def test_a_row_without_response_tokens_has_no_place_for_its_score():
+    mask = MASK.clone()
+    mask[2] = False
+    with pytest.raises(ValueError, match=r"no True in row\(s\) \[2\]"):
+        shaped_rewards(random(6), random(6, 6), mask, kl_coef=0.3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kl", "mask"),
+    [
+        (torch.zeros(4, 1), torch.zeros(4, 3), torch.ones(4, 3, dtype=torch.bool)),
+        (torch.zeros(3), torch.zeros(4, 3), torch.ones(4, 3, dtype=torch.bool)),
+        (torch.zeros(4), torch.zeros(4, 1), torch.ones(4, 3, dtype=torch.bool)),
+        (torch.zeros(4), torch.zeros(4, 3), torch.ones(4, dtype=torch.bool)),
+    ],
+)
+def test_shaped_rewards_refuse_other_shapes(scores, kl, mask):
+    with pytest.raises(ValueError, match=r"expected the shapes scores \[B\], kl \[B, T\], mask \[B, T\]"):
+        shaped_rewards(scores, kl, mask, kl_coef=0.3)
+
+
+@pytest.mark.parametrize("kl_coef", [-0.1, math.nan, math.inf])
+def test_a_negative_kl_coefficient_is_refused(kl_coef):
+    with pytest.raises(ValueError, match=f"kl_coef is {kl_coef}"):
+        shaped_rewards(random(6), random(6, 6), MASK, kl_coef=kl_coef)
+
+
+# ---- generalized_advantages --------------------------------------------------------------------------------
+
+
+def advantages_by_definition(rewards, values, gamma, gae_lambda):
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, over the tokens inside the mask alone: O(T^2)."""
+    advantages = torch.zeros(MASK.shape, dtype=torch.float64)
+    for row in range(MASK.shape[0]):
+        tokens = inside(row)
+        r = [rewards[row, t].item() for t in tokens]
+        v = [values[row, t].item() for t in tokens] + [0.0]
+        for start, t in enumerate(tokens):
+            advantages[row, t] = sum(
+                (gamma * gae_lambda) ** (step - start) * (r[step] + gamma * v[step + 1] - v[step])
+                for step in range(start, len(tokens))
+            )
+    return advantages
+
+
+def test_advantages_and_returns_of_three_tokens_by_hand():
+    # deltas: 0 + 2/2 - 4 = -3, 1 + 6/2 - 2 = 2, 8 + 0 - 6 = 2; gamma lambda = 1/4
+    advantages, returns = generalized_advantages(
+        torch.tensor([[0.0, 1.0, 8.0, 99.0]]),
+        torch.tensor([[4.0, 2.0, 6.0, 99.0]]),
+        torch.tensor([[True, True, True, False]]),
+        gamma=0.5,
+        gae_lambda=0.5,
+    )
+    assert advantages.tolist() == [[-3 + 2.5 / 4, 2.5, 2.0, 0.0]]
+    assert returns.tolist() == [[4 - 3 + 2.5 / 4, 4.5, 8.0, 0.0]]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_advantages_equal_the_quadratic_definition(gamma, gae_lambda):
+    rewards, values = random(6, 6), random(6, 6, seed=1)
+    advantages, returns = generalized_advantages(rewards, values, MASK, gamma=gamma, gae_lambda=gae_lambda)
+    expected = advantages_by_definition(rewards, values, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, expected, **EXACT)
+    torch.testing.assert_close(returns, torch.where(MASK, expected + values, 0), **EXACT)
+
+
+def test_the_defaults_are_gamma_1_and_lambda_095():
+    rewards, values = random(6, 6), random(6, 6, seed=1)
+    expected = generalized_advantages(rewards, values, MASK, gamma=1.0, gae_lambda=0.95)
+    for found, wanted in zip(generalized_advantages(rewards, values, MASK), expected, strict=True):
+        torch.testing.assert_close(found, wanted, **IDENTICAL)
+
+
+def test_with_lambda_1_the_return_is_the_sum_of_the_rewards_to_come():
+    rewards, values = random(6, 6), random(6, 6, seed=1)
+    _, returns = generalized_advantages(rewards, values, MASK, gae_lambda=1.0)
+    masked = torch.where(MASK, rewards, 0)
+    to_come = masked.flip(1).cumsum(dim=1).flip(1)
+    torch.testing.assert_close(returns, torch.where(MASK, to_come, 0), **EXACT)
+
+
+@pytest.mark.parametrize("garbage", [1e6, math.nan, math.inf])
+def test_nothing_outside_the_mask_has_any_influence(garbage):
+    def run(rewards, values):
+        leaves = [rewards.requires_grad_(), values.requires_grad_()]
+        results = generalized_advantages(*leaves, MASK)
+        (results[0].square() + results[1]).sum().backward()
+        return [*(result.detach() for result in results), *(leaf.grad for leaf in leaves)]
+
+    clean = run(random(6, 6), random(6, 6, seed=1))
+    dirty = run(*(torch.where(MASK, random(6, 6, seed=seed), garbage) for seed in (0, 1)))
+    for without, with_garbage in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(with_garbage, without, **IDENTICAL)
+        assert (with_garbage[~MASK] == 0).all()
+
+
+def test_padding_on_the_left_gives_the_tokens_the_same_advantages_as_padding_on_the_right():
+    rewards, values = random(1, 3), random(1, 3, seed=1)
+    pad, tokens = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    left = generalized_advantages(
+        torch.cat([pad, rewards], 1), torch.cat([pad, values], 1), torch.cat([pad.bool(), tokens], 1)
+    )
+    right = generalized_advantages(
+        torch.cat([rewards, pad], 1), torch.cat([values, pad], 1), torch.cat([tokens, pad.bool()], 1)
+    )
+    for on_left, on_right in zip(left, right, strict=True):
+        torch.testing.assert_close(on_left[:, 2:], on_right[:, :3], **IDENTICAL)
+
+
+def test_a_row_without_tokens_has_only_zeros():
+    advantages, returns = generalized_advantages(
+        random(2, 3), random(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    )
+    assert (advantages == 0).all()
+    assert (returns == 0).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_advantages_and_returns_pass_gradcheck(which):
+    leaves = [random(6, 6).requires_grad_(), random(6, 6, seed=1).requires_grad_()]
+    assert torch.autograd.gradcheck(
+        lambda rewards, values: generalized_advantages(rewards, values, MASK, gamma=0.9)[which], leaves
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_advantages_are_computed_in_float32(dtype):
+    rewards, values = random(6, 6).to(dtype), random(6, 6, seed=1).to(dtype)
+    wide = generalized_advantages(rewards.float(), values.float(), MASK)
+    for found, expected in zip(generalized_advantages(rewards, values, MASK), wide, strict=True):
+        torch.testing.assert_close(found, expected, **IDENTICAL)
+
+
+def test_the_inputs_of_both_functions_are_left_alone():
+    scores, rewards, values, mask = random(6), random(6, 6), random(6, 6, seed=1), MASK.clone()
+    shaped_rewards(scores, values, mask, kl_coef=0.3)
+    generalized_advantages(rewards, values, mask)
+    before = (random(6), random(6, 6), random(6, 6, seed=1), MASK)
+    for old, new in zip(before, (scores, rewards, values, mask), strict=True):
+        torch.testing.assert_close(new, old, **IDENTICAL)
+
+
+@pytest.mark.parametrize("wrong", ["rewards", "values", "mask"])
+def test_advantages_refuse_other_shapes(wrong):
+    arguments = {
+        "rewards": torch.zeros(4, 3),
+        "values": torch.zeros(4, 3),
+        "mask": torch.ones(4, 3, dtype=torch.bool),
+    }
+    arguments[wrong] = arguments[wrong][:, :1]
+    with pytest.raises(ValueError, match=rf"but found .*{wrong} \[4, 1\]"):
+        generalized_advantages(**arguments)
+
+
+@pytest.mark.parametrize("function", ["shaped_rewards", "generalized_advantages"])
+def test_a_float_mask_is_refused(function):
+    with pytest.raises(ValueError, match="mask has the dtype"):
+        if function == "shaped_rewards":
+            shaped_rewards(random(6), random(6, 6), MASK.float(), kl_coef=0.3)
+        else:
+            generalized_advantages(random(6, 6), random(6, 6), MASK.float())
+
+
+@pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+def test_a_discount_outside_zero_and_one_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, but it must lie between 0 and 1"):
+        generalized_advantages(random(6, 6), random(6, 6), MASK, **{name: value})
