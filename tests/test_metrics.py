@@ -190,7 +190,7 @@ def test_a_strictly_increasing_transform_of_all_rewards_leaves_pooled_auroc_and_
 
 @settings(max_examples=40, deadline=None)
 @given(pairs=grid_rewards)
-def test_swapping_chosen_and_rejected_mirrors_every_value_but_the_calibration_of_ties(pairs):
+def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_both_aurocs(pairs):
     chosen, rejected = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
     for metric_class in (PairwiseAccuracy, PooledAUROC, MarginAUROC):
         value = measure(metric_class(), chosen, rejected)

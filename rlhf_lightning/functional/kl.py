@@ -15,9 +15,7 @@ from .shapes import at_least_float32, check_positive, check_same_shape
 _LARGEST_EXPONENT = 20.0
 
 
-def kl_estimate(
-    logprobs: Tensor, reference_logprobs: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k1"
-) -> Tensor:
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k1") -> Tensor:
     """Estimate of KL(policy, reference) at each sampled token, nats, float32, same shape as the log-probs.
 
     With d = logprobs - reference_logprobs: k1 = d, unbiased, the one for the reward; k2 = d^2 / 2, biased,
@@ -37,8 +35,9 @@ def kl_estimate(
 
 def _expm1_with_tangent(x: Tensor) -> Tensor:
     """exp(x) - 1 up to x = 20, its tangent beyond: finite, and its gradient still points the right way."""
-    exponent = x.clamp(max=_LARGEST_EXPONENT)
-    return torch.expm1(exponent) + math.exp(_LARGEST_EXPONENT) * (x - exponent)
+    steepest = math.exp(_LARGEST_EXPONENT)
+    tangent = steepest * (x - _LARGEST_EXPONENT) + (steepest - 1)
+    return torch.where(x > _LARGEST_EXPONENT, tangent, torch.expm1(x.clamp(max=_LARGEST_EXPONENT)))
 
 
 def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -75,9 +74,7 @@ class AdaptiveKLController:
         """
         kl = float(kl)
         if not math.isfinite(kl):
-            raise ValueError(
-                f"kl is {kl}, but it must be finite: look for NaN in the log-probs of the rollout"
-            )
+            raise ValueError(f"kl is {kl}, but it must be finite: look for NaN in the log-probs of the rollout")
         check_positive(episodes=episodes)
         if episodes >= 5 * self.horizon:
             raise ValueError(

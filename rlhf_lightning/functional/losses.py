@@ -334,9 +334,7 @@ def r_dpo_loss(
     ValueError: lengths of another shape, alpha < 0. Park et al. 2024 (arXiv 2403.19159), section 4.
     """
     chosen, rejected = _log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-    check_same_shape(
-        policy_chosen=policy_chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths
-    )
+    check_same_shape(policy_chosen=policy_chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     check_positive(beta=beta)
     check_not_negative(alpha=alpha)
     longer = at_least_float32(chosen_lengths) - at_least_float32(rejected_lengths)
@@ -395,9 +393,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 # ---- PPO ---------------------------------------------------------------------------------------------------
 
 
-def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float = 0.2
-) -> Tensor:
+def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
     """Clipped surrogate of PPO, max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)), per token, [B, T].
 
     r = exp(logprobs - old_logprobs), of the sampled tokens at the sampling temperature. The exponent is

@@ -33,9 +33,7 @@ def check_layout(**tensors: tuple[Tensor, str]) -> None:
     for tensor, layout in tensors.values():
         letters = layout.split()
         pairs = zip(letters, tensor.shape, strict=False)
-        if tensor.dim() != len(letters) or any(
-            sizes.setdefault(letter, size) != size for letter, size in pairs
-        ):
+        if tensor.dim() != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in pairs):
             expected = ", ".join(f"{name} [{each.replace(' ', ', ')}]" for name, (_, each) in tensors.items())
             found = ", ".join(f"{name} {list(each.shape)}" for name, (each, _) in tensors.items())
             raise ValueError(
@@ -47,9 +45,7 @@ def check_layout(**tensors: tuple[Tensor, str]) -> None:
 def as_mask(mask: Tensor) -> Tensor:
     """The mask as bool. Integers 0 and 1 are taken, floats refused: they may be weights or additive masks."""
     if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(
-            f"mask has the dtype {mask.dtype}: pass a bool mask, True = counts (or integers 0 and 1)"
-        )
+        raise ValueError(f"mask has the dtype {mask.dtype}: pass a bool mask, True = counts (or integers 0 and 1)")
     return mask.bool()
 
 
@@ -62,9 +58,7 @@ def check_not_empty(count: Tensor) -> None:
     """Refuse a mask without any True where something is taken over its entries. CPU only, see above."""
     if count.device.type == "cpu" and bool((count == 0).any()):
         where = f" in row(s) {(count.flatten() == 0).nonzero().flatten().tolist()[:8]}" if count.dim() else ""
-        raise ValueError(
-            f"mask has no True{where}, so nothing is there to take: drop such rows before the call"
-        )
+        raise ValueError(f"mask has no True{where}, so nothing is there to take: drop such rows before the call")
 
 
 def check_log_probabilities(**tensors: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -29,7 +31,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigurationError(message) from ex
+        raise ConfigurationError(_essence(message)) from ex
 
 
 class Program(LightningCLI):
@@ -45,6 +47,9 @@ class Program(LightningCLI):
         config = self.config[self.subcommand]
         data = config.get("data", {}).get("init_args", {})
         model = config.get("model", {}).get("init_args", {})
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path not in (None, "best", "last", "hpc") and not os.path.exists(ckpt_path):
+            raise ConfigurationError(f"ckpt_path: no checkpoint at {ckpt_path}; give the file that fit named")
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
@@ -73,8 +78,42 @@ def run(arguments: Sequence[str] | None = None) -> None:
             trainer_defaults={"callbacks": [Results()], "enable_model_summary": False},
             args=None if arguments is None else list(arguments),
         )
+    except UserError:
+        raise
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
+    except ValueError as error:
+        # The parser wraps what a constructor raises in a ValueError of its own.
+        if (ours := _user_error_behind(error)) is None:
+            raise
+        raise ours from error
+
+
+def _essence(message: str) -> str:
+    """The parser's message without the frames that it puts around what is wrong.
+
+    `Parser key "model": Does not validate against any of the Union subtypes ... Errors: - Option 'x' is not accepted
+    - Expected a <class 'NoneType'> ...` becomes `model: Option 'x' is not accepted`.
+    """
+    frames = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
+    parts: list[str] = []
+    for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
+        line = re.sub(r'Parser key "([^"]+)":', r"\1:", line.strip().removeprefix("-")).strip()
+        line = line.replace("Expected a dot import path string:", "no such class:").replace("a typing.Literal", "one of ")
+        noise = line.startswith(frames) or "NoneType" in line or "Expected a path" in line
+        if line and not noise and line not in parts:
+            parts.append(line)
+    text = ""
+    for part in parts:
+        text += ("" if not text else " " if text.endswith(":") else "; ") + part
+    return text or message
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The first of our own errors in a chain of causes."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _quieten() -> None:
@@ -85,7 +124,8 @@ def _quieten() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     ours = logging.getLogger("rlhf_lightning")
     if not ours.handlers:
         handler = logging.StreamHandler(sys.stderr)

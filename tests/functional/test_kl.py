@@ -17,9 +17,7 @@ every_estimator = pytest.mark.parametrize("estimator", TWINS)
 
 
 def token_logprobs() -> tuple[torch.Tensor, torch.Tensor]:
-    policy, reference = -3 * torch.rand(
-        2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    policy, reference = -3 * torch.rand(2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return policy, reference
 
 
@@ -42,9 +40,7 @@ def test_the_estimate_and_its_gradient_equal_the_definition(estimator):
     value, slope = TWINS[estimator]
     estimate = kl_estimate(policy, reference, estimator=estimator)
     estimate.sum().backward()
-    differences = [
-        p - r for p, r in zip(policy.flatten().tolist(), reference.flatten().tolist(), strict=True)
-    ]
+    differences = [p - r for p, r in zip(policy.flatten().tolist(), reference.flatten().tolist(), strict=True)]
     slopes = torch.tensor([slope(d) for d in differences], dtype=torch.float64)
     expected = torch.tensor([value(d) for d in differences], dtype=torch.float64)
     torch.testing.assert_close(estimate.detach().flatten(), expected, **EXACT)
@@ -83,10 +79,12 @@ def test_k3_is_never_negative_in_float32(scale):
 
 
 def test_k3_keeps_its_digits_near_zero_in_float32():
-    difference = torch.tensor([1e-3, -1e-3, 1e-4])
+    difference = torch.tensor([1e-3, -1e-3, 1e-4], requires_grad=True)
     k3 = kl_estimate(difference, torch.zeros(3), estimator="k3")
+    k3.sum().backward()
     # exp(-d) - 1 + d as written would give 4.77e-7 and 0 for the first and the last
     torch.testing.assert_close(k3, torch.tensor([4.998e-7, 5.002e-7, 5.0e-9]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(difference.grad, -torch.expm1(-difference), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,9 +145,7 @@ def test_the_exact_kl_equals_a_loop_over_the_vocabulary():
     for policy_row, reference_row in zip(policy.tolist(), reference.tolist(), strict=True):
         pairs = zip(softmax(policy_row), softmax(reference_row), strict=True)
         expected.append(sum(p * math.log(p / q) for p, q in pairs))
-    torch.testing.assert_close(
-        exact_kl(policy, reference), torch.tensor(expected, dtype=torch.float64), **EXACT
-    )
+    torch.testing.assert_close(exact_kl(policy, reference), torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
 def test_the_exact_kl_of_a_certain_from_a_fair_coin_is_ln_2():

@@ -105,9 +105,7 @@ TWINS = {
         LN2,
         label_smoothing=E,
     ),
-    "ipo": of_difference(
-        lambda x: (x / B - 1 / (2 * B)) ** 2, lambda x: 2 * (x / B - 1 / (2 * B)) / B, 1 / (4 * B**2)
-    ),
+    "ipo": of_difference(lambda x: (x / B - 1 / (2 * B)) ** 2, lambda x: 2 * (x / B - 1 / (2 * B)) / B, 1 / (4 * B**2)),
     "hinge": of_difference(lambda x: max(0, 1 - x), lambda x: -1 if x < 1 else 0, 1),
     "exo_pair": of_difference(
         exo,
@@ -207,8 +205,7 @@ def twin_arguments(name: str, logprobs: list[Tensor]) -> list[tuple[float, float
     if not takes_reference(name):
         return list(zip(chosen, rejected, strict=True))
     return [
-        (c - rc, r - rr)
-        for c, r, rc, rr in zip(chosen, rejected, reference_chosen, reference_rejected, strict=True)
+        (c - rc, r - rr) for c, r, rc, rr in zip(chosen, rejected, reference_chosen, reference_rejected, strict=True)
     ]
 
 
@@ -270,9 +267,7 @@ def test_gradcheck(name):
 @every_twin
 def test_the_loss_of_a_policy_that_equals_its_reference(name):
     same = torch.full((3,), -1.0 if not takes_reference(name) else -42.0, dtype=torch.float64)
-    torch.testing.assert_close(
-        call(name, same, same, same, same), torch.full_like(same, TWINS[name].at_start), **EXACT
-    )
+    torch.testing.assert_close(call(name, same, same, same, same), torch.full_like(same, TWINS[name].at_start), **EXACT)
 
 
 FAR = [(1e4, -1e4), (-1e4, 1e4), (1e4, 0), (-1e4, 0), (0, 1e4), (0, -1e4), (1e4, 1e4), (-1e4, -1e4)]
@@ -504,9 +499,7 @@ def test_the_gradient_of_bradley_terry_equals_its_closed_form():
     chosen, rejected, margin = (each.requires_grad_() for each in scores())
     bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=E, centering=0.01).sum().backward()
     center = 0.02 * (chosen + rejected).detach()
-    slope = torch.tensor(
-        [smoothed_slope(x) for x in (chosen - rejected - margin).tolist()], dtype=torch.float64
-    )
+    slope = torch.tensor([smoothed_slope(x) for x in (chosen - rejected - margin).tolist()], dtype=torch.float64)
     torch.testing.assert_close(chosen.grad, slope + center, **EXACT)
     torch.testing.assert_close(rejected.grad, -slope + center, **EXACT)
     torch.testing.assert_close(margin.grad, -slope, **EXACT)
