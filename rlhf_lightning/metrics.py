@@ -27,6 +27,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 from torchmetrics.utilities import dim_zero_cat
 
 from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.functional.shapes import check_layout
 
 __all__ = ["MarginAUROC", "PairCount", "PairwiseAccuracy", "PairwiseCalibrationError", "PooledAUROC"]
 
@@ -63,7 +64,7 @@ class PairCount(_PairMetric):
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        _check_pairs(self, chosen, rejected)
+        check_layout(chosen=(chosen, "B"), rejected=(rejected, "B"))
         self.pairs = self.pairs + chosen.numel()
 
     def compute(self) -> Tensor:
@@ -85,7 +86,7 @@ class PairwiseAccuracy(_PairMetric):
         self.add_state("not_finite", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        _check_pairs(self, chosen, rejected)
+        check_layout(chosen=(chosen, "B"), rejected=(rejected, "B"))
         # Not `+=`: a state that Lightning reset under inference_mode may not change in place outside of it.
         self.half_points = self.half_points + 2 * (chosen > rejected).sum() + (chosen == rejected).sum()
         self.pairs = self.pairs + chosen.numel()
@@ -111,7 +112,7 @@ class _RewardMetric(_PairMetric):
         self.add_state("rejected", [], dist_reduce_fx="cat")
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:
-        _check_pairs(self, chosen, rejected)
+        check_layout(chosen=(chosen, "B"), rejected=(rejected, "B"))
         self.chosen.append(_float64_copy(chosen))
         self.rejected.append(_float64_copy(rejected))
 
@@ -218,14 +219,6 @@ def _float64_copy(x: Tensor) -> Tensor:
     """A copy of x, which later changes of x do not reach; on the CPU for MPS, which has no float64."""
     device = torch.device("cpu") if x.device.type == "mps" else x.device
     return x.detach().to(device, torch.float64, copy=True)
-
-
-def _check_pairs(metric: Metric, chosen: Tensor, rejected: Tensor) -> None:
-    if chosen.ndim != 1 or chosen.shape != rejected.shape:
-        raise ValueError(
-            f"{type(metric).__name__}.update: chosen has shape {list(chosen.shape)} and rejected "
-            f"{list(rejected.shape)}, but both must be [B], one reward a pair; flatten the scores first"
-        )
 
 
 def _not_finite(chosen: Tensor, rejected: Tensor) -> Tensor:

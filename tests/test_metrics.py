@@ -42,9 +42,7 @@ def rewards(n, *, seed=0, dtype=torch.float64):
 
 
 def measure(metric, chosen, rejected, batch_size=None):
-    for c, r in zip(
-        chosen.split(batch_size or len(chosen)), rejected.split(batch_size or len(rejected)), strict=True
-    ):
+    for c, r in zip(chosen.split(batch_size or len(chosen)), rejected.split(batch_size or len(rejected)), strict=True):
         metric.update(c, r)
     return metric.compute().item()
 
@@ -115,9 +113,7 @@ def test_margins_of_log_three_are_calibrated_when_three_pairs_in_four_are_right(
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("offset", [0.0, 20.0, 1000.0])
 @pytest.mark.parametrize("metric_class", VALUES)
-def test_the_value_is_the_slow_twins_for_any_offset_scale_and_batch_size(
-    metric_class, offset, scale, batch_size
-):
+def test_the_value_is_the_slow_twins_for_any_offset_scale_and_batch_size(metric_class, offset, scale, batch_size):
     chosen, rejected = (x * scale + offset for x in rewards(23, dtype=torch.float32))
     expected = twin(metric_class, chosen, rejected)
     assert measure(metric_class(), chosen, rejected, batch_size) == pytest.approx(expected, abs=1e-12)
@@ -136,12 +132,8 @@ def test_rewards_of_every_float_dtype_are_compared_exactly(metric_class, dtype):
 def test_both_aurocs_are_those_of_sklearn(seed):
     chosen, rejected = rewards(101, seed=seed)
     margin = chosen - rejected
-    assert measure(PooledAUROC(), chosen, rejected) == pytest.approx(
-        sklearn_auroc(chosen, rejected), abs=1e-12
-    )
-    assert measure(MarginAUROC(), chosen, rejected) == pytest.approx(
-        sklearn_auroc(margin, -margin), abs=1e-12
-    )
+    assert measure(PooledAUROC(), chosen, rejected) == pytest.approx(sklearn_auroc(chosen, rejected), abs=1e-12)
+    assert measure(MarginAUROC(), chosen, rejected) == pytest.approx(sklearn_auroc(margin, -margin), abs=1e-12)
 
 
 def test_perfectly_ordered_rewards_of_20_to_23_have_auroc_one_where_stock_torchmetrics_says_one_half():
@@ -179,13 +171,13 @@ grid_rewards = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), m
     pairs=grid_rewards,
     transform=st.sampled_from([torch.exp, torch.atan, lambda x: x**3, lambda x: 1e3 + x / 7, torch.sinh]),
 )
-def test_a_strictly_increasing_transform_of_all_rewards_leaves_pooled_auroc_and_accuracy_alone(
-    pairs, transform
-):
+def test_a_strictly_increasing_transform_of_all_rewards_leaves_pooled_auroc_and_accuracy_alone(pairs, transform):
     chosen, rejected = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    # One table, because vectorized and scalar sinh differ in the last bit, which would part equal rewards.
+    table = transform(torch.arange(-50, 51, dtype=torch.float64))
     for metric_class in (PooledAUROC, PairwiseAccuracy):
         before = measure(metric_class(), chosen, rejected)
-        assert measure(metric_class(), transform(chosen), transform(rejected)) == before
+        assert measure(metric_class(), table[chosen.long() + 50], table[rejected.long() + 50]) == before
 
 
 @settings(max_examples=40, deadline=None)
@@ -227,12 +219,8 @@ def test_a_saturated_pair_shares_the_last_bin_with_its_neighbours():
 
 def test_an_odd_number_of_bins_is_blind_to_the_pairs_of_its_middle_bin():
     chosen = torch.full((10,), 0.1)  # p = 0.525, all ten right
-    assert measure(PairwiseCalibrationError(n_bins=15), chosen, torch.zeros(10)) == pytest.approx(
-        0, abs=1e-12
-    )
-    assert measure(PairwiseCalibrationError(n_bins=14), chosen, torch.zeros(10)) == pytest.approx(
-        0.475, abs=1e-4
-    )
+    assert measure(PairwiseCalibrationError(n_bins=15), chosen, torch.zeros(10)) == pytest.approx(0, abs=1e-12)
+    assert measure(PairwiseCalibrationError(n_bins=14), chosen, torch.zeros(10)) == pytest.approx(0.475, abs=1e-4)
 
 
 def test_the_pair_count_of_an_uneven_split_is_exact():
@@ -248,7 +236,7 @@ def test_the_pair_count_of_an_uneven_split_is_exact():
     [((4, 1), (4,)), ((4,), (3,)), ((4,), (1,)), ((2, 2), (2, 2)), ((), ())],
 )
 def test_a_shape_that_is_not_one_reward_a_pair_is_refused(metric_class, chosen_shape, rejected_shape):
-    with pytest.raises(ValueError, match=rf"{metric_class.__name__}\.update: chosen has shape .* \[B\]"):
+    with pytest.raises(ValueError, match=r"expected the shapes chosen \[B\], rejected \[B\]"):
         metric_class().update(torch.zeros(chosen_shape), torch.zeros(rejected_shape))
 
 

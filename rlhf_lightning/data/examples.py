@@ -15,6 +15,7 @@ OnBadRows = Literal["error", "drop"]
 BAD_ROW_REASONS: dict[str, str] = {
     "missing_key": "a column that the row needs is absent or null",
     "wrong_type": "a value is neither text nor a list of messages",
+    "bad_unicode": "a text holds half of a surrogate pair, which no tokenizer can read",
     "bad_messages": "a conversation is malformed: unknown role, no content, or no assistant reply at its end",
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text",
@@ -22,6 +23,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "prompts_differ": "chosen and rejected answer different prompts",
     "bad_margin": "the margin is not a finite number",
     "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
+    "template_refused": "the chat template does not take the conversation, for instance its system message",
     "too_long": "prompt head, response and terminator do not fit into max_length",
 }
 """Every reason for which a row is refused, with the sentence that explains it."""
@@ -36,7 +38,8 @@ class PreferenceExample:
     chosen: str
     rejected: str
     margin: float | None
-    """How much better the chosen response is, in the data's own unit; None where the data does not say."""
+    """How much better the chosen response is, in the data's own unit, negative values as they are; None where the data
+    does not say."""
     example_id: str
     """The row's own `id`, or `file:row`."""
     origin: str

@@ -28,10 +28,10 @@ class MicroBatch(NamedTuple):
 class TrainingPlan:
     """The batches of each epoch for one process, from `seed` and the epoch alone.
 
-    One optimizer step takes `batch_size * accumulate * world_size` pairs; the last step of an epoch takes what is left.
-    `shuffle=False` keeps the file's order (and then nothing is regrouped by length). Every process gets the same number
-    of batches. When fewer pairs than processes are left for the last step, those (at most `world_size - 1`) rest for
-    that epoch.
+    Every pair comes exactly once in an epoch. One optimizer step takes `batch_size * accumulate * world_size` pairs;
+    the last step of an epoch takes what is left, and fewer leftover pairs than processes join the step before. Every
+    process gets the same number of batches, none empty; where the pairs do not divide evenly, a batch may hold
+    `batch_size + 1`. `shuffle=False` keeps the file's order (and then nothing is regrouped by length).
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class TrainingPlan:
         if len(lengths) < world_size:
             raise ConfigurationError(f"{len(lengths)} training pairs cannot be shared by {world_size} processes")
         self.lengths = lengths
+        self.step_pairs = batch_size * accumulate * world_size
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.shuffle = shuffle
@@ -59,36 +60,40 @@ class TrainingPlan:
 
     def __len__(self) -> int:
         """Number of batches that each process gets in an epoch."""
-        pairs, step = len(self.lengths), self.batch_size * self.accumulate * self.world_size
-        full, rest = divmod(pairs, step)
-        return full * self.accumulate + (self._micro_batches(rest) if rest >= self.world_size else 0)
+        return sum(self._batches_of(stop - start) for start, stop in self._steps())
 
     def epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """The batches of this process in one epoch."""
         order = np.arange(len(self.lengths))
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        size = self.batch_size * self.accumulate * self.world_size
-        for start in range(0, len(order), size):
-            step = order[start : start + size]
-            if len(step) < self.world_size:
-                return
+        for start, stop in self._steps():
+            step = order[start:stop]
             if self.group_by_length:
                 step = step[np.argsort(-self.lengths[step], kind="stable")]
-            count = self._micro_batches(len(step)) * self.world_size
-            parts = np.array_split(step, count)
+            parts = np.array_split(step, self._batches_of(len(step)) * self.world_size)
             for part in parts[self.rank :: self.world_size]:
                 # Lightning divides by `accumulate` and averages over processes; undone here, so that each pair of the
                 # step counts the same, also in the shorter last step.
                 yield MicroBatch(part, len(part) * self.accumulate * self.world_size / len(step))
 
-    def _micro_batches(self, pairs: int) -> int:
-        """Batches per process that an optimizer step of so many pairs takes."""
-        return -(-pairs // (self.batch_size * self.world_size))
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """Where the pairs of each optimizer step begin and end in the epoch's order."""
+        pairs = len(self.lengths)
+        for start in range(0, pairs, self.step_pairs):
+            stop = start + self.step_pairs
+            if pairs - stop < self.world_size:
+                yield start, pairs
+                return
+            yield start, stop
+
+    def _batches_of(self, pairs: int) -> int:
+        """Batches per process in an optimizer step of so many pairs."""
+        return min(self.accumulate, _batches_per_process(pairs, self.batch_size, self.world_size))
 
 
 class EvaluationPlan:
-    """Every pair once, longest first, in the same number of batches on every process; no pair is repeated or left out."""
+    """Every pair exactly once, longest first, in the same number of batches on every process."""
 
     def __init__(self, lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if len(lengths) < world_size:
@@ -96,7 +101,7 @@ class EvaluationPlan:
         self.lengths = lengths
         self.rank = rank
         self.world_size = world_size
-        self.batches_per_process = -(-len(lengths) // (batch_size * world_size))
+        self.batches_per_process = _batches_per_process(len(lengths), batch_size, world_size)
 
     def __len__(self) -> int:
         return self.batches_per_process
@@ -106,6 +111,11 @@ class EvaluationPlan:
         parts = np.array_split(order, self.batches_per_process * self.world_size)
         for part in parts[self.rank :: self.world_size]:
             yield MicroBatch(part, 1.0)
+
+
+def _batches_per_process(pairs: int, batch_size: int, world_size: int) -> int:
+    """As many as needed for `batch_size` pairs in each, but never so many that one would be empty."""
+    return min(-(-pairs // (batch_size * world_size)), pairs // world_size)
 
 
 class _CollatedPairs(Dataset):
@@ -166,6 +176,7 @@ class PairLoader:
                 sampler=list(self.plan.epoch(self.current_epoch)),
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
+                generator=torch.Generator(),  # its worker seeds; from the global one, validating would change training
             )
         )
 

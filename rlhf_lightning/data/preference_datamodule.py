@@ -8,7 +8,7 @@ import os
 from typing import Literal
 
 import numpy as np
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -71,7 +71,7 @@ class PreferenceDataModule(LightningDataModule):
         on_bad_rows: OnBadRows = "error",
         truncation: Truncation = "keep_response",
         chat_template: str | None = None,
-        val_fraction: ClosedUnitInterval = 0.1,
+        val_fraction: OpenUnitInterval = 0.1,
         max_train_pairs: PositiveInt | None = None,
         shuffle: bool = True,
         group_by_length: bool = True,
@@ -111,10 +111,10 @@ class PreferenceDataModule(LightningDataModule):
             tokenizer = load_tokenizer(self.tokenizer_source, trust_remote_code=self.trust_remote_code)
             self.chat_format = ChatFormat(tokenizer, chat_template=self.chat_template)
         roles: tuple[Role, ...] = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",))
-        for role in roles:
-            if role not in self.pairs:
-                self.pairs[role] = self._tokenized(role)
-        if stage == "fit":
+        new = [role for role in roles if role not in self.pairs]
+        for role in new:
+            self.pairs[role] = self._tokenized(role)
+        if new and stage == "fit":
             self._log_shared_prompts()
         self._loaded.clear()  # the texts are not needed any more
 
@@ -170,7 +170,12 @@ class PreferenceDataModule(LightningDataModule):
     def _tokenized(self, role: Role) -> TokenizedPairs:
         examples, report = self._read(role)
         pairs = tokenize_pairs(
-            examples, self.chat_format, report, max_length=self.max_length, truncation=self.truncation
+            examples,
+            self.chat_format,
+            report,
+            max_length=self.max_length,
+            truncation=self.truncation,
+            on_bad_rows=self.on_bad_rows,
         )
         self.reports[role] = report
         cut = f"; {pairs.prompts_cut} prompts cut to fit max_length {self.max_length}" if pairs.prompts_cut else ""
@@ -183,8 +188,8 @@ class PreferenceDataModule(LightningDataModule):
         """The examples of a role: from its own source, or divided off the training source by prompt."""
         if role == "test" and self._source("test") is None:
             role = "val"
-        if (source := self._source(role)) is not None and self._source("val") is not None:
-            examples, report = self._load(source, role)
+        if role == "test" or self._source("val") is not None:
+            examples, report = self._load(self._source(role), role)
         else:
             examples, report = self._load(self.sources["train"], "train")
             train, val = split_by_prompt(examples, val_fraction=self.val_fraction)

@@ -6,15 +6,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PreferenceExample
+from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample
 from rlhf_lightning.data.sources import Row, Split, read_rows
 from rlhf_lightning.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
 ROLES = ("system", "user", "assistant")
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
+"""White space and zero-width characters: two responses that differ only in these at their ends are the same."""
+_LARGEST_MARGIN = 3.4e38  # float32
 
 
 class _BadRow(Exception):
@@ -38,7 +42,7 @@ def load_preferences(
     - explicit prompt: `prompt`, `chosen`, `rejected` as strings;
     - implicit prompt: no `prompt`; `chosen` and `rejected` are hh-rlhf transcripts (`\\n\\nHuman: ...\\n\\nAssistant:
       ...`) or conversations (lists of `{role, content}`) that share all turns but the last, or plain strings that share
-      their beginning;
+      their beginning (only where no row of the source has a prompt);
     - conversations: `prompt` a list of messages, responses a string or a list that ends with the assistant's reply.
     Optional columns: `margin` (a finite number) and `id` (kept as `example_id`).
 
@@ -48,17 +52,27 @@ def load_preferences(
     Returns the examples in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
     """
+    if on_bad_rows not in get_args(OnBadRows):
+        raise DataError(f"on_bad_rows: {on_bad_rows!r} is no policy; use one of {', '.join(get_args(OnBadRows))}")
     columns = dict(columns or {})
     if unknown := sorted(set(columns) - set(COLUMNS)):
         raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
     report = LoadReport(source=str(source))
     examples: list[PreferenceExample] = []
     found: dict[str, None] = {}
+    guessed: Row | None = None
     for row in read_rows(source, split=split):
         report.rows_read += 1
         found.update(dict.fromkeys(row.values))
+        has_prompts = "prompt" in columns or "prompt" in found
+        if not has_prompts and _is_guess(row, columns):
+            guessed = guessed or row
+        elif guessed and has_prompts:
+            raise DataError(
+                f"{row.origin}: has a prompt, but {guessed.origin} has none: give every row a prompt, or none of them"
+            )
         try:
-            examples.append(_example(row, columns))
+            examples.append(_example(row, columns, has_prompts=has_prompts))
         except _BadRow as error:
             report.refuse(error.reason, f"{row.origin}: {error}", row.origin)
     _check_columns(source, columns, found)
@@ -83,39 +97,38 @@ def refuse_bad_rows(report: LoadReport, on_bad_rows: OnBadRows) -> None:
 
 def _check_columns(source: str | Path, columns: Mapping[str, str], found: Mapping[str, None]) -> None:
     """A column that no row has is a mistake in the settings or the file, not in the rows."""
-    optional = {"margin", "id", "prompt"} - set(columns)
-    for name in COLUMNS:
-        column = columns.get(name, name)
-        if column not in found and name not in optional:
-            raise DataError(
-                f"{source}: no column {column!r} for {name}; the columns found are {', '.join(map(str, found))}. "
-                f"Map them with columns: {{{name}: COLUMN}}"
-            )
+    needed = {"chosen", "rejected", *columns}
+    missing = [name for name in COLUMNS if name in needed and columns.get(name, name) not in found]
+    if missing:
+        absent = ", ".join(f"{columns.get(name, name)!r} for {name}" for name in missing)
+        if "prompt" not in needed and "prompt" not in found:
+            missing.insert(0, "prompt")
+        raise DataError(
+            f"{source}: no column {absent}; the columns found are {', '.join(map(str, found))}. "
+            f"Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
+        )
 
 
-def _example(row: Row, columns: Mapping[str, str]) -> PreferenceExample:
+def _is_guess(row: Row, columns: Mapping[str, str]) -> bool:
+    """Whether the prompt of a row without one is guessed, from the common beginning of two plain strings."""
+    sides = [row.values.get(columns.get(name, name)) for name in ("chosen", "rejected")]
+    return all(isinstance(side, str) for side in sides) and not all(map(_HH_TURN.match, sides))
+
+
+def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PreferenceExample:
     values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
-    for name in ("chosen", "rejected"):
-        if values[name] is None:
-            raise _BadRow("missing_key", f"{name} is absent or null")
-        _check_text_or_messages(name, values[name])
-    has_prompt = columns.get("prompt", "prompt") in row.values or "prompt" in columns
-    if has_prompt:
-        if values["prompt"] is None:
-            raise _BadRow("missing_key", "prompt is absent or null")
-        _check_text_or_messages("prompt", values["prompt"])
+    explicit = "prompt" in columns or "prompt" in row.values or (has_prompts and _is_guess(row, columns))
+    needed = ("prompt", "chosen", "rejected") if explicit else ("chosen", "rejected")
+    if absent := [name for name in needed if values[name] is None]:
+        raise _BadRow("missing_key", f"{', '.join(absent)} absent or null")
+    if wrong := [name for name in needed if not isinstance(values[name], str | list)]:
+        found = ", ".join(f"{name} of type {type(values[name]).__name__}" for name in wrong)
+        raise _BadRow("wrong_type", f"{found}, not text or a list of messages")
+    if explicit:
         prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
     else:
         prompt, chosen, rejected = _implicit(values["chosen"], values["rejected"])
-    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise _BadRow("empty_prompt", "the prompt has no text")
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
-            raise _BadRow("empty_response", f"{name} has no text")
-    if chosen.strip() == rejected.strip():
-        raise _BadRow(
-            "identical_pair", "chosen and rejected are the same text, so the pair states no preference"
-        )
+    _check_texts(prompt, chosen, rejected)
     return PreferenceExample(
         prompt=prompt,
         chosen=chosen,
@@ -126,9 +139,25 @@ def _example(row: Row, columns: Mapping[str, str]) -> PreferenceExample:
     )
 
 
+def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
+    """Refuse texts that state no preference, or that cannot be encoded."""
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise _BadRow("empty_prompt", "the prompt has no text")
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise _BadRow("empty_response", f"{name} has no text")
+    if chosen.strip(_BLANKS) == rejected.strip(_BLANKS):
+        raise _BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
+    if any(map(_SURROGATE.search, [*(message["content"] for message in prompt), chosen, rejected])):
+        raise _BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+
+
 def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
-    if isinstance(prompt, str) and _HH_TURN.match(prompt):
+    if not isinstance(prompt, str):
+        messages = _messages("prompt", prompt)
+    elif not _HH_TURN.match(prompt):
+        messages = [{"role": "user", "content": prompt}]
+    else:
         messages = _transcript("prompt", prompt)
         if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
             messages.pop()  # the open turn that the responses fill
@@ -141,9 +170,9 @@ def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], s
 
 def _reply(name: str, response: Any, prompt: Sequence[Message]) -> str:
     """The text of a response that may repeat the prompt's turns before it."""
-    if isinstance(response, str):
+    if isinstance(response, str) and not response.startswith("\n\nHuman:"):
         return response
-    messages = _messages(name, response)
+    messages = _transcript(name, response) if isinstance(response, str) else _messages(name, response)
     if messages[-1]["role"] != "assistant":
         raise _BadRow("bad_messages", f"{name} does not end with an assistant's reply")
     if messages[:-1] and not _same_turns(messages[:-1], prompt):
@@ -179,12 +208,13 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
     """Split two strings after the whole words that they share at their beginning."""
+    if chosen == rejected:
+        raise _BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    if shared < max(len(chosen), len(rejected)):
-        while shared and not chosen[shared - 1].isspace():
-            shared -= 1
+    while shared and not chosen[shared - 1].isspace():
+        shared -= 1
     prompt = chosen[:shared].strip()
     return [{"role": "user", "content": prompt}], chosen[shared:].strip(), rejected[shared:].strip()
 
@@ -192,18 +222,12 @@ def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, s
 def _transcript(name: str, text: str) -> list[Message]:
     """Turns of an hh-rlhf transcript, each stripped of outer blanks."""
     parts = _HH_TURN.split(text)
-    if parts[0].strip():
-        raise _BadRow("bad_messages", f"{name} is a transcript with text before its first turn")
+    assert not parts[0], "callers check that the text begins with a turn"
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
         {"role": roles[speaker], "content": content.strip()}
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
-
-
-def _check_text_or_messages(name: str, value: Any) -> None:
-    if not isinstance(value, str | list):
-        raise _BadRow("wrong_type", f"{name} is a {type(value).__name__}, not text or a list of messages")
 
 
 def _messages(name: str, value: Sequence[Any]) -> list[Message]:
@@ -213,7 +237,7 @@ def _messages(name: str, value: Sequence[Any]) -> list[Message]:
     messages = []
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise _BadRow("bad_messages", f"{name} holds a turn that is not {{role, content}} with text")
+            raise _BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
         if turn.get("role") not in ROLES:
             raise _BadRow("bad_messages", f"{name} holds the role {turn.get('role')!r}; use {', '.join(ROLES)}")
         messages.append({"role": turn["role"], "content": turn["content"]})
@@ -225,8 +249,8 @@ def _margin(value: Any) -> float | None:
         return None
     try:
         margin = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
-    if isinstance(value, bool) or not math.isfinite(margin):
+    if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
         raise _BadRow("bad_margin", f"margin is {value!r}, not a finite number")
     return margin

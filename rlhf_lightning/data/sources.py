@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +37,7 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
 
     A source is a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a directory of such files, the
     name of a hub data set (`owner/name`, or `owner/name:split`), or `builtin:courtesy`. From a directory the files of
-    the split are read (`train*`, `val*`, `test*`); for `train`, all files when none is named so.
+    the split are read (`train*`, `val*`, `test*`); where none is named so, those that are named after no split.
 
     Raises `DataError` when the source is missing, empty, of an unknown kind, or cannot be parsed.
     """
@@ -49,7 +51,7 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
             count += 1
             yield row
         if count == 0:
-            raise DataError(f"{file}: the file holds no rows; give a file with at least one preference pair")
+            raise DataError(f"{file}: the file is empty: it holds no rows; give one with at least one preference pair")
 
 
 def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | None:
@@ -58,11 +60,12 @@ def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | N
         return [Path(__file__).parent / "courtesy" / f"{'train' if split == 'train' else 'val'}.jsonl"]
     path = Path(source).expanduser()
     if path.is_dir():
-        files = split_files(path, split)
-        if not files and split == "train":
-            files = sorted(file for file in path.iterdir() if _suffix(file))
+        files = _split_files(path, split)
         if not files:
-            raise DataError(f"{path}: the directory holds no {split} file ({split}*{{{','.join(FILE_SUFFIXES)}}})")
+            raise DataError(
+                f"{path}: the directory holds no {split} file; name one {split}.jsonl "
+                f"(or {', '.join(FILE_SUFFIXES[1:])}), or give the file itself"
+            )
         return files
     if path.exists():
         if not _suffix(path):
@@ -78,17 +81,28 @@ def has_split(source: str | Path, split: Split) -> bool:
     if str(source) == COURTESY:
         return split in ("train", "val")
     path = Path(source).expanduser()
-    return path.is_dir() and bool(split_files(path, split))
+    return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
 
 
-def split_files(directory: Path, split: Split) -> list[Path]:
-    """The files of a directory whose name begins with the split's name (`val` also: valid, validation, dev, eval)."""
-    stems = SPLIT_STEMS[split]
-    return sorted(
-        file
-        for file in directory.iterdir()
-        if _suffix(file) and file.name.split(".")[0].split("-")[0].split("_")[0].lower() in stems
-    )
+def _split_files(directory: Path, split: Split) -> list[Path]:
+    """The files that a directory holds for a split.
+
+    Those named after it; else those named after no split, which are training files where others are held out.
+    """
+    files = _data_files(directory)
+    named = [file for file in files if _split_of(file) == split]
+    unnamed = [file for file in files if _split_of(file) is None]
+    return named or (unnamed if split == "train" or unnamed == files else [])
+
+
+def _data_files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.iterdir() if _suffix(file) and not file.name.startswith("."))
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name begins with: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
+    first_word = re.split(r"[.\-_]", file.name)[0].lower()
+    return next((split for split, stems in SPLIT_STEMS.items() if first_word in stems), None)
 
 
 def _suffix(path: Path) -> str | None:
@@ -125,17 +139,22 @@ def _file_rows(path: Path) -> Iterator[Row]:
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from error
-    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: {_not_utf8(error)}") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); check the file, it may be cut short") from error
 
 
 def _jsonl_values(path: Path) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    with opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _as_object(_parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+            origin = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{origin}: {_not_utf8(error)}") from error
+            if text.strip():
+                yield _as_object(_parse_json(text, origin), origin)
 
 
 def _json_values(path: Path) -> Iterator[dict[str, Any]]:
@@ -151,7 +170,9 @@ def _csv_values(path: Path) -> Iterator[dict[str, Any]]:
     previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 kB, cuts long answers
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True)):
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            _check_header(path, reader.fieldnames or [], delimiter)
+            for number, row in enumerate(reader):
                 if None in row:
                     raise DataError(f"{path}, row {number}: more cells than the header has columns; quote the text")
                 yield row
@@ -159,6 +180,16 @@ def _csv_values(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: not well-formed {delimiter!r}-separated text ({error})") from error
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
+    if len(names) == 1 and re.search(r"[;,\t|]", names[0]):
+        raise DataError(
+            f"{path}: the delimiter is not {delimiter!r}: the only column found is {names[0]!r}; "
+            "save it with commas as .csv, or with tabs as .tsv"
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}; rename one")
 
 
 def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
@@ -189,13 +220,13 @@ def _hub_rows(source: str, split: Split) -> Iterator[Row]:
         raise
     except Exception as error:  # the hub client raises dozens of types; each means the same to the user
         raise DataError(
-            f"{name}: neither a file or directory here, nor a hub data set that could be loaded "
+            f"{name}: no file or directory here, and no hub data set that could be loaded "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
     if len(rows) == 0:
-        raise DataError(f"{name}:{named_split}: the split holds no rows")
+        raise DataError(f"{name}:{named_split}: the split is empty: it holds no rows; name another one: {name}:SPLIT")
     for number, values in enumerate(rows):
-        yield Row(dict(values), origin=f"{name}:{named_split}, row {number}", example_id=f"{name}:{number}")
+        yield Row(dict(values), f"{name}:{named_split}, row {number}", f"{name}:{named_split}:{number}")
 
 
 def _split_order(split: Split) -> tuple[str, ...]:
@@ -206,7 +237,7 @@ def _split_order(split: Split) -> tuple[str, ...]:
 def _parse_json(text: str, origin: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise DataError(f"{origin}: not valid JSON ({_first_line(error)})") from error
 
 
@@ -218,6 +249,10 @@ def _as_object(value: Any, origin: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
 
 
 def _first_line(error: BaseException) -> str:

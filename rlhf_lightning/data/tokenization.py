@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
+from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PreferenceExample
 from rlhf_lightning.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Truncation = Literal["keep_response", "drop", "error"]
 """What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left, after the template's
-head, and drops the pair when that is not enough; `drop` drops it; `error` refuses the source."""
+head, and drops the pair when nothing of the prompt would stay; `drop` drops it; `error` refuses the source."""
 
 TRANSCRIPT = "transcript"
 """Name of the built-in plain format, for tokenizers without a chat template."""
@@ -47,17 +47,21 @@ class ChatFormat:
     `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. The terminator is what the template puts
     right after an assistant's reply (Qwen: `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training
     row is the one at which a sampled answer ends; without a template it is the tokenizer's EOS, or SEP for an encoder.
+    A response is stripped where the template strips replies.
 
     Raises `ModelError` when the tokenizer has no terminator, or when a template rewrites the prompt once a reply
-    follows it, so that prompt ids would be no prefix of the whole.
+    follows it, so that prompt ids would be no prefix of the whole; `DataError` when the template cannot be rendered.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = self._choose_template(chat_template)
         self.start_ids = self._start_ids()
-        self.response_lead, self.terminator_id = self._response_frame()
-        self.head_ids = self._head_ids()
+        self.prompt_tail = ""
+        self.response_lead = " "
+        self.strips_responses = False
+        self.terminator_id = self._measure_reply()
+        self.head_ids, self.tail_length = self._prompt_frame()
         self._control_tokens = self._control_token_pattern()
 
     @property
@@ -69,11 +73,12 @@ class ChatFormat:
         """The conversation up to where the assistant's reply begins."""
         if self.template is None:
             return _transcript_text(messages)
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(messages, add_generation_prompt=True) + self.prompt_tail
 
     def response_text(self, response: str) -> str:
         """The response with the blank, if any, that the format puts before it."""
-        return response if response[:1].isspace() else self.response_lead + response
+        text = response.strip() if self.strips_responses else response
+        return text if text[:1].isspace() else self.response_lead + text
 
     def control_token_in(self, example: PreferenceExample) -> str | None:
         """The first control token written out in a text of the pair, or None. It would be encoded as a command."""
@@ -89,18 +94,22 @@ class ChatFormat:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def encode_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Token ids of each prompt, with exactly one start token where the tokenizer has one."""
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
         start = self.start_ids
-        encoded = self.encode([self.prompt_text(messages) for messages in prompts])
-        return [ids if ids[: len(start)] == start else [*start, *ids] for ids in encoded]
+        return [ids if ids[: len(start)] == start else [*start, *ids] for ids in self.encode(texts)]
 
     def _choose_template(self, chat_template: str | None) -> str | None:
         if chat_template == TRANSCRIPT:
             return None
         if chat_template is None:
             own = self.tokenizer.chat_template
-            return own.get("default") if isinstance(own, dict) else own
+            if isinstance(own, dict) and "default" not in own:
+                raise ModelError(
+                    f"{self.tokenizer.name_or_path}: the tokenizer has the chat templates {', '.join(own)} and none of "
+                    "them is the default; name one with chat_template: FILE.jinja"
+                )
+            return own["default"] if isinstance(own, dict) else own
         path = Path(chat_template).expanduser()
         if not path.is_file():
             raise DataError(f"chat_template: {chat_template} is neither a Jinja file nor {TRANSCRIPT!r}")
@@ -116,7 +125,8 @@ class ChatFormat:
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses a conversation of the turns {roles}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
 
     def _start_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text: [BOS], [CLS] or nothing."""
@@ -124,12 +134,12 @@ class ChatFormat:
         whole = self.tokenizer("x")["input_ids"]
         return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
-    def _response_frame(self) -> tuple[str, int]:
-        """The text between prompt and response, and the id after the response."""
+    def _measure_reply(self) -> int:
+        """Find out what stands between prompt and response; return the id after the response."""
         tokenizer = self.tokenizer
         fallback = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if self.template is None:
-            return " ", self._checked_terminator(fallback)
+            return self._checked_terminator(fallback)
         user = [{"role": "user", "content": _USER_PROBE}]
         prompt = self._render(user, add_generation_prompt=True)
         reply = {"role": "assistant", "content": _REPLY_PROBE}
@@ -139,11 +149,15 @@ class ChatFormat:
                 "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
                 f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"
             )
-        lead, after = whole[len(prompt) :].split(_REPLY_PROBE, 1)
-        after_ids = self.encode([after])[0]
-        if after_ids and after_ids[0] in self._control_ids():
-            return lead, after_ids[0]
-        return lead, self._checked_terminator(fallback)
+        padded = {"role": "assistant", "content": f"\n\t{_REPLY_PROBE}\t\n"}
+        self.strips_responses = padded["content"] not in self._render([*user, padded], add_generation_prompt=False)
+        lead, _, after = whole[len(prompt) :].partition(_REPLY_PROBE)
+        if lead.strip():  # a header of the reply that the template leaves out of its generation prompt
+            self.prompt_tail, self.response_lead = lead, ""
+        else:
+            self.response_lead = lead
+        control = self._control_ids()
+        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in control), fallback))
 
     def _checked_terminator(self, terminator: int | None) -> int:
         if terminator is None:
@@ -153,12 +167,13 @@ class ChatFormat:
             )
         return terminator
 
-    def _head_ids(self) -> list[int]:
-        """The ids that stand before the first message of a prompt, which a cut from the left must not lose."""
-        text = self.prompt_text([{"role": "user", "content": _USER_PROBE}])
-        head = self.encode([text.split(_USER_PROBE)[0]])[0]
-        start = self.start_ids
-        return head if head[: len(start)] == start else [*start, *head]
+    def _prompt_frame(self) -> tuple[list[int], int]:
+        """The ids before the first message of a prompt, and the number of those after the last.
+
+        A cut from the left must not lose them.
+        """
+        before, _, after = self.prompt_text([{"role": "user", "content": _USER_PROBE}]).partition(_USER_PROBE)
+        return self.encode_prompts([before])[0], len(self.encode([after])[0])
 
     def _control_ids(self) -> set[int]:
         added = self.tokenizer.added_tokens_decoder
@@ -208,44 +223,75 @@ def tokenize_pairs(
     *,
     max_length: int,
     truncation: Truncation = "keep_response",
+    on_bad_rows: OnBadRows = "error",
 ) -> TokenizedPairs:
     """Encode pairs; both rows of a pair fit into `max_length` tokens, terminator included.
 
-    Pairs that cannot be used are counted in `report` under `special_tokens` and `too_long`. Both sides get the same
-    prompt and the same terminator; a response is never cut. Raises `DataError` when `truncation` is `error` and a pair
-    is too long, or when no pair is left.
+    Both sides get the same prompt and the same terminator; a response is never cut. Left out and counted in `report`
+    are pairs that are too long (after `truncation`), whose sides are empty or the same to this tokenizer, and, under
+    `on_bad_rows="drop"`, those that hold a control token or that the chat template refuses.
+
+    Raises `DataError` for the latter two under `on_bad_rows="error"`, for pairs that are too long when `truncation` is
+    `error`, and when no pair is left.
     """
-    examples = [example for example in examples if not _refused_for_control_token(example, chat_format, report)]
-    prompts = chat_format.encode_prompts([example.prompt for example in examples])
+    refused: dict[str, list[str]] = {}
+
+    def refuse(example: PreferenceExample, reason: str, message: str) -> None:
+        message = f"{example.origin}: {message}"
+        refused.setdefault(reason, []).append(message)
+        report.refuse(reason, message, example.origin)
+
+    readable: list[PreferenceExample] = []
+    prompt_texts: list[str] = []
+    for example in examples:
+        if (token := chat_format.control_token_in(example)) is not None:
+            refuse(example, "special_tokens", f"a text contains the control token {token!r}")
+            continue
+        try:
+            prompt_texts.append(chat_format.prompt_text(example.prompt))
+        except DataError as error:
+            refuse(example, "template_refused", str(error))
+            continue
+        readable.append(example)
+
+    prompts = chat_format.encode_prompts(prompt_texts)
     sides = [
-        chat_format.encode([chat_format.response_text(getattr(example, side)) for example in examples])
+        chat_format.encode([chat_format.response_text(getattr(example, side)) for example in readable])
         for side in ("chosen", "rejected")
     ]
     pieces: list[Sequence[int]] = []
     kept: list[PreferenceExample] = []
     prompts_cut = 0
-    for example, prompt, chosen, rejected in zip(examples, prompts, *sides, strict=True):
-        room = max_length - max(len(chosen), len(rejected)) - 1
-        if len(prompt) > room:
-            shorter = _cut_from_left(prompt, chat_format.head_ids, room)
+    for example, prompt, chosen, rejected in zip(readable, prompts, *sides, strict=True):
+        if not (chosen and rejected):
+            refuse(example, "empty_response", "a response has no text that the tokenizer knows")
+            continue
+        if chosen == rejected:
+            refuse(example, "identical_pair", "chosen and rejected are the same text to the tokenizer")
+            continue
+        response = max(len(chosen), len(rejected)) + 1
+        if len(prompt) + response > max_length:
+            shorter = _cut_from_left(prompt, chat_format, max_length - response)
             if truncation != "keep_response" or shorter is None:
-                needed = len(prompt) + max_length - room
                 message = (
-                    f"{example.origin}: the longer row has {needed} tokens (prompt {len(prompt)}, response and "
-                    f"terminator {max_length - room}), max_length is {max_length}"
+                    f"the longer row has {len(prompt) + response} tokens (prompt {len(prompt)}, response and "
+                    f"terminator {response}), max_length is {max_length}"
                 )
-                if truncation == "error":
-                    raise DataError(f"{message}; raise max_length, or set truncation: keep_response or drop")
-                report.refuse("too_long", message, example.origin)
+                refuse(example, "too_long", message)
                 continue
             prompt, prompts_cut = shorter, prompts_cut + 1
         kept.append(example)
         pieces += [prompt, [*chosen, chat_format.terminator_id], [*rejected, chat_format.terminator_id]]
-    if not kept:
+    bad = refused.get("special_tokens", []) + refused.get("template_refused", [])
+    if bad and on_bad_rows == "error":
+        raise DataError(_first_ten(bad, examples, "mend them, or leave them out with on_bad_rows: drop"))
+    if "too_long" in refused and truncation == "error":
         raise DataError(
-            f"{report.source}: no pair is left of {report.rows_read}: {report.first_messages[0]}. "
-            "Raise max_length, or look at the data"
+            _first_ten(refused["too_long"], examples, "raise max_length, or set truncation: keep_response or drop")
         )
+    if not kept:
+        messages = [message for messages in refused.values() for message in messages]
+        raise DataError(_first_ten(messages, examples, "raise max_length, or mend them"))
     lengths = np.fromiter((len(piece) for piece in pieces), dtype=np.int64, count=len(pieces))
     return TokenizedPairs(
         ids=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces]),
@@ -256,23 +302,18 @@ def tokenize_pairs(
     )
 
 
-def _refused_for_control_token(
-    example: PreferenceExample, chat_format: ChatFormat, report: LoadReport
-) -> bool:
-    token = chat_format.control_token_in(example)
-    if token is not None:
-        message = f"{example.origin}: a text contains the control token {token!r}; take it out of the text"
-        report.refuse("special_tokens", message, example.origin)
-    return token is not None
+def _first_ten(messages: Sequence[str], examples: Sequence[PreferenceExample], advice: str) -> str:
+    more = f"; and {len(messages) - 10} more" if len(messages) > 10 else ""
+    return f"{len(messages)} of {len(examples)} pairs cannot be used: {'; '.join(messages[:10])}{more}; {advice}"
 
 
-def _cut_from_left(prompt: list[int], head: list[int], room: int) -> list[int] | None:
-    """The prompt's head and as much of its end as fits, or None when not even one token of its end would."""
-    shared = 0
+def _cut_from_left(prompt: list[int], chat_format: ChatFormat, room: int) -> list[int] | None:
+    """The prompt's head and as much of its end as fits, or None when no token of its messages would be left."""
+    head, shared = chat_format.head_ids, 0
     while shared < min(len(prompt), len(head)) and prompt[shared] == head[shared]:
         shared += 1
     tail = room - shared
-    return prompt[:shared] + prompt[-tail:] if tail > 0 else None
+    return prompt[:shared] + prompt[-tail:] if tail > chat_format.tail_length else None
 
 
 def _transcript_text(messages: Sequence[Message]) -> str:

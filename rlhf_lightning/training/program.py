@@ -54,6 +54,14 @@ class Program(LightningCLI):
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
 
+    def before_fit(self) -> None:
+        """Read the data and hold it against the model before anything is written or loaded."""
+        self.datamodule.setup(self.subcommand)
+        if check := getattr(self.model, "check_data", None):
+            check(self.datamodule)
+
+    before_validate = before_test = before_predict = before_fit
+
     def after_fit(self) -> None:
         print_results(self.trainer)
 
@@ -99,10 +107,14 @@ def _essence(message: str) -> str:
     parts: list[str] = []
     for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
         line = re.sub(r'Parser key "([^"]+)":', r"\1:", line.strip().removeprefix("-")).strip()
-        line = line.replace("Expected a dot import path string:", "no such class:").replace("a typing.Literal", "one of ")
+        line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of ")
+        line = line.replace("Expected a dot import path string:", "no such class:")
         noise = line.startswith(frames) or "NoneType" in line or "Expected a path" in line
         if line and not noise and line not in parts:
             parts.append(line)
+    given = re.search(r"Given value: (?!NestedArg)(.*)", message)
+    if given and parts and parts[-1].startswith("Expected"):
+        parts.append(f"given {given[1]!r}")
     text = ""
     for part in parts:
         text += ("" if not text else " " if text.endswith(":") else "; ") + part

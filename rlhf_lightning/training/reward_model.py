@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt, restricted_number_type
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -101,8 +101,10 @@ class RewardModel(LightningModule):
         self._logged_step = 0
 
     def setup(self, stage: str) -> None:
-        """Check that tokens fit the backbone before its weights are loaded. Raises `ConfigurationError`."""
-        data = self.trainer.datamodule
+        self.check_data(self.trainer.datamodule)
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
         limit = max_positions(self.backbone_config)
         if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
             raise ConfigurationError(
@@ -138,7 +140,7 @@ class RewardModel(LightningModule):
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         log.info("model: %s (%s), %s parameters", settings.backbone, self.backbone_config.model_type, f"{parameters:,}")
         if settings.gradient_checkpointing:
-            self.network.backbone.gradient_checkpointing_enable()
+            self.network.backbone.activation_checkpointing_enable()
 
     def configure_optimizers(self):
         return optimizer_and_schedule(

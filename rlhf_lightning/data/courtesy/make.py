@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Makes the built-in preference set `builtin:courtesy`. Run: python -m rlhf_lightning.data.courtesy.make
 
 Written for this project, so free of other licences. A prompt asks how to do a household task. An answer has an opening
@@ -38,7 +39,7 @@ CLOSINGS = {
     "rude": ["Now leave me alone.", "Even you should manage that.", "Do not ask again.", "Whatever."],
 }
 
-TASKS = {  # fmt: skip
+TASKS = {
     "boil an egg": "Bring water to a gentle boil. | Lower the egg in with a spoon and wait eight minutes. | Cool it in cold water before peeling.",
     "fix a flat bicycle tire": "Take the wheel off and lever out the tube. | Find the hole under water and glue a patch on it. | Put the tube back and pump it up.",
     "sew on a button": "Thread a needle and knot the end. | Pass the thread through each hole four times. | Wind it around below the button and knot it.",

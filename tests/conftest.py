@@ -1,0 +1,43 @@
+"""Tiny models, made once per session; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine make tiny models many times slower
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub is a mistake
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.tiny import builtin_texts, make_tiny_model
+
+SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """`builtin:tiny` is made afresh in every test run."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def _tiny(tmp_path_factory, architecture: str) -> Path:
+    # Loud weights: with the usual 0.02 a model that ignores its input passes a loose tolerance.
+    directory = tmp_path_factory.mktemp("models") / architecture
+    return make_tiny_model(directory, builtin_texts(), architecture=architecture, initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory) -> Path:
+    return _tiny(tmp_path_factory, "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    return _tiny(tmp_path_factory, "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    return _tiny(tmp_path_factory, "bert")

@@ -1,0 +1,217 @@
+"""The program as a user runs it: commands, overrides, one-line refusals with exit code 2."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_lightning import __version__
+from rlhf_lightning.cli import TRAINER_COMMANDS, main
+from tests.test_configs import CONFIGS, ROOT
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs write under the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def printed_config(capsys, *arguments) -> dict:
+    assert main([*arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that a refused command prints."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("rlhf-lightning: error: ")
+    assert "Traceback" not in captured.err
+    return line
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(capsys, arguments):
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {command} ", text, re.MULTILINE) for command in TRAINER_COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_of_a_command_lists_its_keys(capsys):
+    assert main(["fit", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--trainer.max_epochs" in text
+    assert "--data CONFIG" in text
+
+
+def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys):
+    assert main(["fit", "--model.help", "RewardModel"]) == 0
+    assert "pulls the mean reward to 0" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], ["unknown command 'train'", "fit, validate, test, predict"]),
+        (["fit"], ["required", "model"]),
+        (["fit", "--config", "absent.yaml"], ["absent.yaml", "does not exist"]),
+        (["fit", "--config", QUICKSTART, "--model.betaa", "3"], ["model", "'betaa' is not accepted"]),
+        (["fit", "--config", QUICKSTART, "--trainer.max_step", "4"], ["--trainer.max_step"]),
+        (["fit", "--config", QUICKSTART, "--trainer.max_epochs", "many"], ["trainer.max_epochs", "many"]),
+        (["fit", "--config", QUICKSTART, "--data.batch_size", "abc"], ["data", "batch_size", "'abc'"]),
+        (["fit", "--config", QUICKSTART, "--data.batch_size", "-1"], ["data", "batch_size", "-1", "v>0"]),
+        (["fit", "--config", QUICKSTART, "--model.centering", "-1"], ["model", "centering", "-1", "v>=0"]),
+        (["fit", "--config", QUICKSTART, "--model.label_smoothing", "0.5"], ["label_smoothing", "0.5"]),
+        (["fit", "--config", QUICKSTART, "--model.schedule", "steep"], ["schedule", "'linear'", "steep"]),
+        (["fit", "--config", QUICKSTART, "--model", "Nonsense"], ["model", "no such class", "Nonsense"]),
+        (["fit", "--config", QUICKSTART, "--model.optimizer", "Nonsense"], ["optimizer", "Nonsense"]),
+        (["fit", "--config", QUICKSTART, "--model.optimizer.lrr", "1"], ["optimizer", "'lrr' is not accepted"]),
+        (["fit", "--config", QUICKSTART, "--data.train", "absent.jsonl"], ["absent.jsonl", "no such file"]),
+        (["fit", "--config", QUICKSTART, "--model.backbone", "./absent"], ["./absent", "no directory here"]),
+        (["fit", "--config", QUICKSTART, "--model.backbone", "."], ["config.json", "no model"]),
+        (["fit", "--config", QUICKSTART, "--data.max_length", "4096"], ["max_length is 4096", "2048"]),
+        (["fit", "--config", QUICKSTART, "--trainer.accelerator", "gpu"], ["gpu"]),
+        (["test", "--config", QUICKSTART, "--ckpt_path", "absent.ckpt"], ["absent.ckpt", "no checkpoint"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, words):
+    line = refusal(capsys, *arguments)
+    assert all(word in line for word in words), line
+    assert len(line) < 400
+    assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["data"]["init_args"]["bacth_size"] = 4
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    assert "'bacth_size' is not accepted" in refusal(capsys, "fit", "--config", "typo.yaml")
+
+
+def test_a_file_that_is_no_yaml_is_refused(capsys, tmp_path):
+    (tmp_path / "broken.yaml").write_text("model: [1\n  class_path")
+    assert "parsing" in refusal(capsys, "fit", "--config", "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", ["pairs.jsonl", "no rows"]),
+        ('{"prompt": "a", "chosen": "b"}\n', ["pairs.jsonl", "'rejected'", "columns"]),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\nnot json\n', ["pairs.jsonl", "line 2", "JSON"]),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+            ["row 0", "the same text", "on_bad_rows: drop"],
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_in_one_line(capsys, tmp_path, rows, words):
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    line = refusal(capsys, "fit", "--config", QUICKSTART, "--data.train", "pairs.jsonl")
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("missing", ["eos", "pad"])
+def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_not_needed(capsys, tmp_path, tiny_qwen2, missing):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    setattr(tokenizer, f"{missing}_token", None)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = ["validate", "--config", QUICKSTART, "--model.backbone", str(tiny_qwen2)]
+    arguments += ["--data.tokenizer", str(tmp_path / "tokenizer"), "--trainer.logger", "false"]
+    if missing == "eos":
+        line = refusal(capsys, *arguments)
+        assert "neither an EOS nor a SEP token" in line
+        assert "set eos_token" in line
+    else:
+        assert main([*arguments, "--trainer.limit_val_batches", "1"]) == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_printed_configuration_round_trips(capsys, tmp_path, config):
+    first = printed_config(capsys, "fit", "--config", str(config))
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(first))
+    assert printed_config(capsys, "fit", "--config", "printed.yaml") == first
+
+
+def test_later_files_and_then_flags_win(capsys, tmp_path):
+    (tmp_path / "overlay.yaml").write_text("trainer: {max_epochs: 9, precision: bf16-mixed}\n")
+    config = printed_config(
+        capsys, "fit", "--config", QUICKSTART, "--config", "overlay.yaml", "--trainer.max_epochs", "2"
+    )
+    assert config["trainer"]["max_epochs"] == 2
+    assert config["trainer"]["precision"] == "bf16-mixed"
+    assert config["trainer"]["accelerator"] == "cpu"
+    assert config["model"]["init_args"]["backbone"] == "builtin:tiny"
+
+
+def test_bare_class_names_and_any_torch_optimizer_resolve(capsys):
+    config = printed_config(
+        capsys, "fit", "--config", QUICKSTART, "--model.optimizer", "RMSprop", "--model.optimizer.momentum", "0.9"
+    )
+    assert config["model"]["class_path"] == "rlhf_lightning.RewardModel"
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.RMSprop"
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_the_tokenizer_is_the_models_unless_one_is_named(capsys, tmp_path, tiny_qwen2, tiny_llama, explicit):
+    arguments = ["validate", "--config", QUICKSTART, "--model.backbone", str(tiny_qwen2)]
+    arguments += ["--data.tokenizer", str(tiny_llama)] if explicit else []
+    assert main([*arguments, "--trainer.limit_val_batches", "1"]) == 0
+    saved = yaml.safe_load(next((tmp_path / "runs").rglob("config.yaml")).read_text())
+    assert saved["data"]["init_args"]["tokenizer"] == str(tiny_llama if explicit else tiny_qwen2)
+
+
+def table_values(text: str) -> dict[str, tuple[str, str]]:
+    """Rows of the results table: name -> (value, pairs)."""
+    rows = re.findall(r"^│ ([\w ]+?) +│ +([\d.]+) │ +(\d+) │$", text, re.MULTILINE)
+    return {name: (value, pairs) for name, value, pairs in rows}
+
+
+def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
+    few = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "20"]
+    assert main(["fit", "--config", QUICKSTART, *few]) == 0
+    text = capsys.readouterr().out
+    fitted = table_values(text)
+    assert list(fitted) == [
+        "loss",
+        "pairwise accuracy",
+        "pooled AUROC",
+        "margin AUROC",
+        "calibration error",
+    ]
+    assert {pairs for _, pairs in fitted.values()} == {"200"}
+    (checkpoint,) = re.findall(r"^checkpoint: +(\S+)$", text, re.MULTILINE)
+    (log_directory,) = re.findall(r"^TensorBoard: +(\S+)$", text, re.MULTILINE)
+    (model,) = re.findall(r"^model: +(\S+)$", text, re.MULTILINE)
+    assert list((tmp_path / log_directory).glob("events.out.tfevents.*"))
+    assert (tmp_path / model / "model.safetensors").is_file()
+    assert main(["test", "--config", QUICKSTART, "--ckpt_path", checkpoint]) == 0
+    assert table_values(capsys.readouterr().out) == fitted
+
+
+def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1"]
+    assert main(["fit", "--config", QUICKSTART, *few]) == 0
+    (run,) = (tmp_path / "runs" / "quickstart").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    logged = {tag for tag in events.Tags()["scalars"] if "/" in tag}
+    readme = (ROOT / "README.md").read_text()
+    documented = set(re.findall(r"^\| `((?:train|val)/\w+)`", readme, re.MULTILINE))
+    assert logged == documented

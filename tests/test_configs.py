@@ -1,0 +1,38 @@
+"""Every file in configs/ parses, and says of itself what the README says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS + OVERLAYS, ids=lambda path: path.name)
+def test_header_gives_the_command_that_runs_the_file(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("rlhf-lightning fit --config" in line for line in header)
+    assert any(str(path.relative_to(ROOT)) in line for line in header)
+
+
+def test_reward_model_is_the_mission_s_run():
+    config = yaml.safe_load((ROOT / "configs" / "reward_model.yaml").read_text())
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    assert model["backbone"] == "Qwen/Qwen2-0.5B"
+    assert model["optimizer"]["init_args"]["lr"] == 2e-5
+    assert (data["batch_size"], trainer["accumulate_grad_batches"], trainer["max_epochs"]) == (8, 8, 5)
+    callbacks = {callback["class_path"]: callback["init_args"] for callback in trainer["callbacks"]}
+    for name in ("ModelCheckpoint", "EarlyStopping"):
+        assert callbacks[name]["monitor"] == "val/auroc"
+        assert callbacks[name]["mode"] == "max"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_sets_the_hardware_alone(overlay):
+    assert set(yaml.safe_load(overlay.read_text())) == {"trainer"}
+    hardware = {"accelerator", "devices", "num_nodes", "strategy", "precision"}
+    assert set(yaml.safe_load(overlay.read_text())["trainer"]) <= hardware

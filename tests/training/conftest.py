@@ -1,0 +1,66 @@
+"""A few pairs in files, and a run of a few steps on them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from rlhf_lightning import PreferenceDataModule, RewardModel
+from rlhf_lightning.data.courtesy.make import make_rows
+
+TRAIN_PAIRS, VAL_PAIRS = 11, 7
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """A directory with train.jsonl (11 pairs) and val.jsonl (7): odd numbers, so that batches do not come out even."""
+    directory = tmp_path_factory.mktemp("pairs")
+    for split, count in (("train", TRAIN_PAIRS), ("val", VAL_PAIRS)):
+        rows = make_rows(split)[:count]
+        for number, row in enumerate(rows):
+            row["margin"] = number / count
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def sgd(lr: float):
+    """Plain SGD: unlike Adam it does not hide a gradient that is too small by a constant factor."""
+    return functools.partial(torch.optim.SGD, lr=lr)
+
+
+@pytest.fixture
+def build(tiny_qwen2, pairs):
+    """Make a reward model and a data module; keyword arguments go where they belong."""
+
+    def make(*, model=None, data=None) -> tuple[RewardModel, PreferenceDataModule]:
+        torch.manual_seed(0)
+        settings = {"backbone": str(tiny_qwen2), "optimizer": sgd(0.05), "schedule": "constant", "warmup_ratio": 0.0}
+        module = RewardModel(**settings | (model or {}))
+        datamodule = PreferenceDataModule(
+            **{"train": str(pairs), "tokenizer": str(tiny_qwen2), "batch_size": 2, "seed": 3} | (data or {})
+        )
+        return module, datamodule
+
+    return make
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A quiet CPU trainer; keyword arguments override."""
+
+    def make(**settings) -> pl.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0}
+        return pl.Trainer(**quiet | plain | {"default_root_dir": tmp_path, "enable_checkpointing": False} | settings)
+
+    return make
+
+
+def weights(module: RewardModel) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in module.network.parameters()])

@@ -1,0 +1,113 @@
+"""Two processes (gloo) do what one does: the same weights, the same metrics, every pair once. Run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.training.conftest import VAL_PAIRS
+
+
+def run(directory: Path, command: str, processes: int, *arguments: str) -> str:
+    """Run the program in its own processes, with steps of 4 pairs whatever their number."""
+    strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_lightning.cli", command, "--config", str(directory.parent / "run.yaml")]
+        + ["--trainer.devices", str(processes), "--trainer.accumulate_grad_batches", str(4 // processes)]
+        + [*strategy, *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_qwen2, pairs):
+    """Directory of the run with one process and of that with two: 11 training and 7 validation pairs."""
+    root = tmp_path_factory.mktemp("runs")
+    checkpoint = {"monitor": "val/auroc", "mode": "max", "dirpath": "checkpoints", "filename": "best"}
+    config = {
+        "seed_everything": 5,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 2,
+            "enable_progress_bar": False,
+            "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "run"}},
+            "callbacks": [{"class_path": "ModelCheckpoint", "init_args": checkpoint}],
+        },
+        "model": {
+            "class_path": "RewardModel",
+            "init_args": {
+                "backbone": str(tiny_qwen2),
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+            },
+        },
+        "data": {"class_path": "PreferenceDataModule", "init_args": {"train": str(pairs), "batch_size": 1}},
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    directories = {}
+    for processes in (1, 2):
+        directories[processes] = root / f"{processes}"
+        directories[processes].mkdir()
+        run(directories[processes], "fit", processes)
+    return directories
+
+
+def stored(directory: Path) -> dict:
+    return torch.load(directory / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+def test_two_processes_train_the_weights_of_one(runs):
+    """Steps of 4, 4 and 3 pairs: the last is divided 1 + 1 and 1 between the processes."""
+    one, two = stored(runs[1]), stored(runs[2])
+    assert one["global_step"] == two["global_step"]
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=0, atol=2e-6, msg=name)
+
+
+def test_two_processes_validate_to_the_numbers_of_one(runs):
+    metrics = []
+    for directory in runs.values():
+        (state,) = (s for name, s in stored(directory)["callbacks"].items() if name.startswith("Results"))
+        metrics.append(state["metrics"])
+    assert metrics[0]["pairs"] == metrics[1]["pairs"] == VAL_PAIRS
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
+
+
+def test_two_processes_log_the_training_numbers_of_one(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = []
+    for directory in runs.values():
+        (log,) = (directory / "runs" / "run").iterdir()
+        events = EventAccumulator(str(log)).Reload()
+        curves.append({e.step: e.value for e in events.Scalars("train/loss")})
+    assert list(curves[0]) == [2, 4, 6]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_two_processes_predict_every_pair_once_in_the_order_of_the_data(runs):
+    rows = {}
+    for processes, directory in runs.items():
+        path = directory / "scores.jsonl"
+        callback = ["--trainer.callbacks+=PredictionWriter", "--trainer.callbacks.path", str(path)]
+        run(directory, "predict", processes, "--ckpt_path", str(runs[1] / "checkpoints" / "best.ckpt"), *callback)
+        rows[processes] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["example_id"] for row in rows[1]] == [f"courtesy-val-{number}" for number in range(VAL_PAIRS)]
+    for one, two in zip(rows[1], rows[2], strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
