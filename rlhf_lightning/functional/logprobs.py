@@ -88,14 +88,14 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs):
-        original_hidden, original_weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         temperature, chunk_size, operand_dtype = ctx.options
-        hidden, weight = original_hidden.to(operand_dtype), original_weight.to(operand_dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sum_dtype = _sum_dtype(operand_dtype)
-        grad_hidden = torch.empty_like(original_hidden) if needs_hidden else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+        hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, chunk_size):
                 logits = _chunk_logits(hidden[rows], weight, bias, temperature)
@@ -104,13 +104,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_logits = torch.softmax(logits, dim=-1).mul_(-scale)
                 grad_logits.scatter_add_(1, targets[rows].unsqueeze(1), scale)
                 if needs_hidden:
-                    grad_hidden[rows] = _matmul(grad_logits, weight).to(grad_hidden.dtype)
+                    grad_hidden[rows] = _matmul(grad_logits, weight)
                 if needs_weight:
                     grad_weight += _matmul(grad_logits.T, hidden[rows])
                 if needs_bias:
                     grad_bias += grad_logits.sum(dim=0)
-        grad_weight = grad_weight.to(original_weight.dtype) if needs_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        # Autograd rounds each of them, once, to the dtype of its tensor.
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 

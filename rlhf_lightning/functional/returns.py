@@ -40,8 +40,7 @@ def generalized_advantages(
     check_layout(rewards=(rewards, "B T"), values=(values, "B T"), mask=(mask, "B T"))
     check_fraction(gamma=gamma, gae_lambda=gae_lambda)
     mask = as_mask(mask)
-    rewards = torch.where(mask, at_least_float32(rewards), 0)
-    values = torch.where(mask, at_least_float32(values), 0)
+    rewards, values = at_least_float32(rewards), at_least_float32(values)
     advantages = torch.zeros_like(rewards + values)
     next_advantage = next_value = advantages.new_zeros(advantages.shape[0])
     for t in reversed(range(mask.shape[1])):
@@ -50,4 +49,4 @@ def generalized_advantages(
         advantages[:, t] = torch.where(mask[:, t], advantage, 0)
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
-    return advantages, advantages + values
+    return advantages, torch.where(mask, advantages + values, 0)

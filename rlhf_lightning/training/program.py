@@ -83,7 +83,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             auto_configure_optimizers=False,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [Results()], "enable_model_summary": False},
+            trainer_defaults={"callbacks": [Results(), PredictionWriter()], "enable_model_summary": False},
             args=None if arguments is None else list(arguments),
         )
     except UserError:
@@ -139,11 +139,10 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ours = logging.getLogger("rlhf_lightning")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(lambda record: rank_zero_only.rank == 0)
-        ours.addHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: rank_zero_only.rank == 0)
+    ours.handlers = [handler]
     ours.setLevel(logging.INFO)
     # A loader without worker processes is meant: making a batch takes well under a millisecond.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import string
 
 import numpy as np
@@ -82,8 +81,8 @@ def test_a_conversation_is_written_turn_by_turn():
     prompt = [{"role": role, "content": content} for role, content in turns]
     pairs, _ = tokenize([example(prompt)])
     assert texts_of(pairs, QWEN)[0] == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
     )
     plain = FORMATS["plain without bos"].chat_format
     pairs, _ = tokenize([example(prompt)], plain)
@@ -147,7 +146,6 @@ def full_length(format_name, prompt=string.ascii_lowercase):
 def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame_and_the_response(name):
     for less in (1, 3, 25):
         (prompt, chosen, rejected), pairs, report = cut_prompt(name, full_length(name) - less)
-        # The head is the template's, or what of it the ids of head and prompt have in common.
         assert prompt == FORMATS[name].prompt.replace("Hi there", string.ascii_lowercase[less:])
         assert chosen == FORMATS[name].response
         assert rejected == FORMATS[name].response.replace("Well.", "No!")
@@ -175,17 +173,17 @@ def test_a_row_of_exactly_max_length_is_not_cut():
 
 
 def test_truncation_drop_leaves_a_long_pair_out_and_says_how_long_it_is():
-    pairs, report = tokenize([example("long" * 9), example("x", row=1)], max_length=80, truncation="drop")
+    pairs, report = tokenize([example("long" * 9), example("x", row=1)], max_length=60, truncation="drop")
     assert pairs.example_ids == ["id-1"]
     assert report.bad_rows == {"too_long": ["pairs.jsonl, row 0"]}
     assert report.first_messages == [
-        "pairs.jsonl, row 0: the longer row has 87 tokens (prompt 81, response and terminator 6), max_length is 80"
-    ] or re.fullmatch(r"pairs.jsonl, row 0: the longer row has \d+ tokens .*max_length is 80", report.first_messages[0])
+        "pairs.jsonl, row 0: the longer row has 61 tokens (prompt 55, response and terminator 6), max_length is 60"
+    ]
 
 
 def test_truncation_error_refuses_long_pairs_with_row_lengths_and_advice():
-    with pytest.raises(DataError, match=r"1 of 2 .*row 1: the longer row has \d+ .*max_length is 80; raise max_length"):
-        tokenize([example("x"), example("long" * 9, row=1)], max_length=80, truncation="error")
+    with pytest.raises(DataError, match=r"1 of 2 .*row 1: the longer row has 61 .*max_length is 60; raise max_length"):
+        tokenize([example("x"), example("long" * 9, row=1)], max_length=60, truncation="error")
 
 
 def test_nothing_left_is_refused_with_the_first_reason():
@@ -246,12 +244,12 @@ def test_a_side_that_is_empty_to_the_tokenizer_is_dropped_and_counted(field):
 
 
 def test_a_tokenizer_without_eos_is_refused_where_nothing_else_ends_a_response():
-    with pytest.raises(ModelError, match="neither an EOS nor a SEP token.*set eos_token"):
+    with pytest.raises(ModelError, match=r"neither an EOS nor a SEP token.*set eos_token"):
         ChatFormat(byte_tokenizer("<s>"))
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused_with_advice():
-    with pytest.raises(ModelError, match="writes the prompt differently.*chat_template: transcript"):
+    with pytest.raises(ModelError, match=r"writes the prompt differently.*chat_template: transcript"):
         ChatFormat(byte_tokenizer("<|im_start|> <|im_end|>", UNSTABLE))
 
 
@@ -269,7 +267,7 @@ def test_a_template_file_takes_the_place_of_the_tokenizers_own(tmp_path):
 
 
 def test_a_missing_template_file_is_refused():
-    with pytest.raises(DataError, match="chat_template: nowhere.jinja is neither a Jinja file nor 'transcript'"):
+    with pytest.raises(DataError, match=r"chat_template: nowhere.jinja is neither a Jinja file nor 'transcript'"):
         ChatFormat(FORMATS["qwen"].tokenizer, chat_template="nowhere.jinja")
 
 

@@ -1,0 +1,61 @@
+"""The built-in preference set is what its script makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.data import load_preferences
+from rlhf_lightning.data.courtesy import make
+
+DIRECTORY = Path(make.__file__).parent
+
+
+def rows(split):
+    return [json.loads(line) for line in (DIRECTORY / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_shipped_file_is_what_the_script_makes(split):
+    assert (DIRECTORY / f"{split}.jsonl").read_bytes() == make.as_jsonl(make.make_rows(split)).encode()
+
+
+@pytest.mark.parametrize(("split", "pairs"), [("train", 600), ("val", 200)])
+def test_every_row_loads(split, pairs):
+    examples, report = load_preferences("builtin:courtesy", split=split)
+    assert (len(examples), report.rows_dropped) == (pairs, 0)
+    assert [e.example_id for e in examples] == [f"courtesy-{split}-{row}" for row in range(pairs)]
+
+
+def tasks(split):
+    pattern = re.compile("|".join(re.escape(task) for task in make.TASKS))
+    return {pattern.search(row["prompt"]).group() for row in rows(split)}
+
+
+def test_train_and_validation_share_no_task():
+    assert tasks("train").isdisjoint(tasks("val"))
+    assert len(tasks("train") | tasks("val")) == len(make.TASKS)
+
+
+def test_no_step_of_a_validation_task_is_in_a_training_answer():
+    steps = [step for task in tasks("val") for step in make.TASKS[task].split(" | ")]
+    answers = " ".join(row["chosen"] + row["rejected"] for row in rows("train"))
+    assert not [step for step in steps if step in answers]
+
+
+@pytest.mark.parametrize(("split", "accuracy"), [("train", 0.881), ("val", 0.868)])
+def test_who_knows_the_utilities_is_right_as_often_as_labels_are(split, accuracy):
+    assert make.oracle_accuracy(rows(split)) == pytest.approx(accuracy, abs=0.0006)
+
+
+def test_ties_count_one_half_for_who_knows_the_utilities():
+    differences = [(1, 0), (0, 1), (2, 2), (3, 2)]
+    assert make.oracle_accuracy([{"chosen_utility": c, "rejected_utility": r} for c, r in differences]) == 0.625
+
+
+def test_the_utility_is_the_sum_of_its_parts():
+    assert make.utility({"opening": "kind", "closing": "rude", "steps": 2, "on_topic": True}) == 2 - 3 + 2
+    assert make.utility({"opening": "plain", "closing": "plain", "steps": 3, "on_topic": False}) == 3 - 3
