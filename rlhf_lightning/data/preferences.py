@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,8 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
     if wrong := [name for name in needed if not isinstance(values[name], str | list)]:
         found = ", ".join(f"{name} of type {type(values[name]).__name__}" for name in wrong)
         raise _BadRow("wrong_type", f"{found}, not text or a list of messages")
+    if quoted := [name for name in needed if _is_quoted_conversation(values[name])]:
+        raise _BadRow("bad_messages", f"{', '.join(quoted)} holds a list of messages inside a string; decode it")
     if explicit:
         prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
     else:
@@ -137,6 +140,17 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
         example_id=row.example_id if values["id"] is None else str(values["id"]),
         origin=row.origin,
     )
+
+
+def _is_quoted_conversation(value: str | list) -> bool:
+    """Whether a string is the JSON of a list of messages."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value):
+        return False
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
 
 
 def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:

@@ -1,8 +1,8 @@
 """The arithmetic of RLHF on tensors alone: no model, no text, no Trainer. Imports torch and nothing else."""
 
-from .kl import AdaptiveKLController, exact_kl, kl_estimate
-from .logprobs import gather_logprobs, linear_logprobs, sequence_logprobs
-from .losses import (
+from rlhf_lightning.functional.kl import AdaptiveKLController, exact_kl, kl_estimate
+from rlhf_lightning.functional.logprobs import gather_logprobs, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional.losses import (
     AVERAGE_LOGPROB_LOSSES,
     LENGTH_AWARE_LOSSES,
     PREFERENCE_LOSSES,
@@ -26,8 +26,8 @@ from .losses import (
     simpo_loss,
     sppo_hard_loss,
 )
-from .reductions import last_token_index, masked_mean, masked_whiten
-from .returns import generalized_advantages, shaped_rewards
+from rlhf_lightning.functional.reductions import last_token_index, masked_mean, masked_whiten
+from rlhf_lightning.functional.returns import generalized_advantages, shaped_rewards
 
 __all__ = [
     "AVERAGE_LOGPROB_LOSSES",

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .shapes import at_least_float32, check_positive, check_same_shape
+from rlhf_lightning.functional.shapes import at_least_float32, check_positive, check_same_shape
 
 _LARGEST_EXPONENT = 20.0
 

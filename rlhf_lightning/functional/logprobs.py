@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reductions import masked_mean
-from .shapes import as_mask, at_least_float32, check_layout, check_positive, check_same_shape, check_token_ids
+from rlhf_lightning.functional.reductions import masked_mean
+from rlhf_lightning.functional.shapes import (
+    as_mask,
+    at_least_float32,
+    check_layout,
+    check_positive,
+    check_same_shape,
+    check_token_ids,
+)
 
 
 def gather_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:

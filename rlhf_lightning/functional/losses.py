@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import (
+from rlhf_lightning.functional.shapes import (
     at_least_float32,
     check_label_smoothing,
     check_log_probabilities,

@@ -8,7 +8,7 @@ is NaN.
 import torch
 from torch import Tensor
 
-from .shapes import as_mask, at_least_float32, check_layout, check_not_empty, check_same_shape
+from rlhf_lightning.functional.shapes import as_mask, at_least_float32, check_layout, check_not_empty, check_same_shape
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

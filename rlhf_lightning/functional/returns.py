@@ -8,8 +8,8 @@ influence.
 import torch
 from torch import Tensor
 
-from .reductions import last_token_index
-from .shapes import as_mask, at_least_float32, check_fraction, check_layout, check_not_negative
+from rlhf_lightning.functional.reductions import last_token_index
+from rlhf_lightning.functional.shapes import as_mask, at_least_float32, check_fraction, check_layout, check_not_negative
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

@@ -137,10 +137,13 @@ class RewardModel(LightningModule):
                 dropout=settings.dropout,
                 **loading,
             )
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        log.info("model: %s (%s), %s parameters", settings.backbone, self.backbone_config.model_type, f"{parameters:,}")
         if settings.gradient_checkpointing:
             self.network.backbone.activation_checkpointing_enable()
+
+    def on_fit_start(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        kind = self.backbone_config.model_type
+        log.info("model: %s (%s), %s parameters", self.hparams.backbone, kind, f"{parameters:,}")
 
     def configure_optimizers(self):
         return optimizer_and_schedule(

@@ -65,7 +65,7 @@ def test_each_pair_of_an_optimizer_step_has_the_same_weight(lengths, batch_size,
     for step in optimizer_steps(processes, accumulate):
         pairs = len(pairs_of(step))
         for batch in step:
-            # Lightning divides each loss by `accumulate` and averages gradients over processes; the loss is a batch mean.
+            # The loss is a batch mean; Lightning divides it by `accumulate` and averages gradients over processes.
             weight_of_a_pair = batch.weight / accumulate / world_size / len(batch.indices)
             assert weight_of_a_pair * pairs == pytest.approx(1, rel=1e-12)
 
@@ -104,8 +104,8 @@ def test_the_pairs_of_a_step_depend_neither_on_grouping_nor_on_the_number_of_pro
     assert steps(1, True) == steps(1, False) == steps(2, True) == steps(3, True) == steps(3, False)
 
 
-def order_of(lengths=np.ones(40, dtype=int), epoch=0, **options):
-    plan = TrainingPlan(lengths, batch_size=4, **options)
+def order_of(lengths=None, epoch=0, **options):
+    plan = TrainingPlan(np.ones(40, dtype=int) if lengths is None else lengths, batch_size=4, **options)
     return [int(index) for batch in plan.epoch(epoch) for index in batch.indices]
 
 
@@ -126,8 +126,8 @@ def test_pairs_of_like_length_are_grouped_within_an_optimizer_step_longest_first
     lengths = np.array([5, 1, 4, 2, 3, 6, 8, 7])
     plan = TrainingPlan(lengths, batch_size=2, accumulate=2, seed=3)
     batches = [lengths[batch.indices].tolist() for batch in plan.epoch(0)]
-    for step in (batches[:2], batches[2:]):
-        assert sum(step, []) == sorted(sum(step, []), reverse=True)
+    for first, second in (batches[:2], batches[2:]):
+        assert first + second == sorted(first + second, reverse=True)
     plain = TrainingPlan(lengths, batch_size=2, accumulate=2, seed=3, group_by_length=False)
     assert [lengths[batch.indices].tolist() for batch in plain.epoch(0)] != batches
 

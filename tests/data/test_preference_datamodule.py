@@ -1,0 +1,307 @@
+"""From a source to batches: which pairs serve which role, and what is said about the rest."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from rlhf_lightning.data import DataError
+from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.errors import ConfigurationError, ModelError
+
+
+def write(path, *prompts, **extra):
+    rows = [{"prompt": prompt, "chosen": f"yes {prompt}", "rejected": "no", **extra} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def numbered(name, count):
+    return [f"{name} {number}" for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_qwen2):
+    return str(tiny_qwen2)
+
+
+@pytest.fixture
+def make(tokenizer):
+    """A data module attached to what it asks of a trainer."""
+
+    def module(train, *, accumulate=1, rank=0, world_size=1, callbacks=(), **options):
+        data = PreferenceDataModule(train, **{"tokenizer": tokenizer, "batch_size": 4, **options})
+        data.trainer = SimpleNamespace(
+            accumulate_grad_batches=accumulate,
+            global_rank=rank,
+            world_size=world_size,
+            callbacks=list(callbacks),
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        return data
+
+    return module
+
+
+def ids_of(data, role):
+    return data.pairs[role].example_ids
+
+
+def files_of(data, role):
+    """Names of the files that the pairs of a role come from."""
+    return {example_id.partition(":")[0] for example_id in ids_of(data, role)}
+
+
+def test_fit_reads_training_and_validation_and_nothing_else(make, tmp_path):
+    train, val = write(tmp_path / "a.jsonl", "x", "y"), write(tmp_path / "b.jsonl", "z")
+    data = make(train, val=val, test=str(tmp_path / "missing.jsonl"))
+    data.setup("fit")
+    assert ids_of(data, "train") == ["a.jsonl:0", "a.jsonl:1"]
+    assert ids_of(data, "val") == ["b.jsonl:0"]
+    with pytest.raises(DataError, match=r"missing.jsonl: no such file"):
+        data.setup("test")
+
+
+def test_validate_reads_no_training_data_where_validation_has_its_own(make, tmp_path):
+    data = make(str(tmp_path / "missing.jsonl"), val=write(tmp_path / "b.jsonl", "z"))
+    data.setup("validate")
+    assert list(data.pairs) == ["val"]
+
+
+def test_without_validation_data_a_part_of_the_prompts_is_held_out(make, tmp_path):
+    train = write(tmp_path / "a.jsonl", *numbered("prompt", 60), *numbered("prompt", 60))
+    data = make(train, val_fraction=0.3)
+    data.setup("fit")
+    sides = [{int(i.partition(":")[2]) % 60 for i in ids_of(data, role)} for role in ("train", "val")]
+    assert sides[0].isdisjoint(sides[1])
+    assert sides[0] | sides[1] == set(range(60))
+    assert len(data.pairs["train"]) + len(data.pairs["val"]) == 120
+    again = make(train, val_fraction=0.3)
+    again.setup("validate")
+    assert ids_of(again, "val") == ids_of(data, "val")
+
+
+def test_test_pairs_are_the_test_source_with_or_without_a_validation_source(make, tmp_path):
+    train, other = write(tmp_path / "a.jsonl", *numbered("prompt", 60)), write(tmp_path / "b.jsonl", "z")
+    for options in ({}, {"val": write(tmp_path / "c.jsonl", "v")}):
+        data = make(train, test=other, **options)
+        data.setup("test")
+        assert ids_of(data, "test") == ["b.jsonl:0"]
+
+
+def test_without_test_pairs_the_validation_pairs_are_tested(make, tmp_path):
+    train = write(tmp_path / "a.jsonl", *numbered("prompt", 60))
+    for options, file in (({}, "a.jsonl"), ({"val": write(tmp_path / "b.jsonl", "v", "w")}, "b.jsonl")):
+        data = make(train, **options)
+        data.setup("fit")
+        for stage in ("test", "predict"):
+            data.setup(stage)
+            assert ids_of(data, "test") == ids_of(data, "val")
+        assert files_of(data, "test") == {file}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("train val test", {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}),
+        ("train val", {"train": "train.jsonl", "val": "val.jsonl", "test": "val.jsonl"}),
+        ("train test", {"train": "train.jsonl", "val": "train.jsonl", "test": "test.jsonl"}),
+        ("train", {"train": "train.jsonl", "val": "train.jsonl", "test": "train.jsonl"}),
+        ("pairs val", {"train": "pairs.jsonl", "val": "val.jsonl", "test": "val.jsonl"}),
+    ],
+)
+def test_a_directory_serves_each_role_from_the_file_of_its_name(make, tmp_path, names, expected):
+    for name in names.split():
+        write(tmp_path / f"{name}.jsonl", *numbered(name, 60))
+    data = make(str(tmp_path))
+    data.setup("fit")
+    data.setup("test")
+    assert {role: files_of(data, role) for role in data.pairs} == {role: {file} for role, file in expected.items()}
+
+
+def test_the_built_in_set_brings_its_own_validation_pairs(make):
+    data = make("builtin:courtesy")
+    data.setup("fit")
+    assert [len(data.pairs[role]) for role in ("train", "val")] == [600, 200]
+
+
+def test_a_prompt_on_both_sides_is_warned_about(make, tmp_path, caplog):
+    train, val = write(tmp_path / "a.jsonl", "x", "Y y", "z"), write(tmp_path / "b.jsonl", "y  Y", "w", "x")
+    data = make(train, val=val)
+    with caplog.at_level(logging.WARNING, "rlhf_lightning"):
+        data.setup("fit")
+    assert "2 of 3 validation pairs have a prompt that is also trained on" in caplog.text
+    caplog.clear()
+    data.setup("fit")
+    make(write(tmp_path / "c.jsonl", *numbered("prompt", 60))).setup("fit")
+    assert caplog.text == ""
+
+
+def test_max_train_pairs_takes_a_random_part_in_the_order_of_the_file(make, tmp_path):
+    train, val = write(tmp_path / "a.jsonl", *numbered("prompt", 60)), write(tmp_path / "b.jsonl", *numbered("v", 9))
+
+    def chosen(**options):
+        data = make(train, val=val, **options)
+        data.setup("fit")
+        assert len(data.pairs["val"]) == 9
+        return [int(i.partition(":")[2]) for i in ids_of(data, "train")]
+
+    part = chosen(max_train_pairs=20, seed=1)
+    assert len(part) == 20
+    assert part == sorted(part)
+    assert part != list(range(20))
+    assert part == chosen(max_train_pairs=20, seed=1)
+    assert part != chosen(max_train_pairs=20, seed=2)
+    assert set(part) < set(chosen(max_train_pairs=30, seed=1))
+    assert chosen(max_train_pairs=60) == chosen(max_train_pairs=99) == list(range(60))
+
+
+def test_bad_rows_follow_the_policy_from_the_file_to_the_tokens(make, tmp_path):
+    train = tmp_path / "a.jsonl"
+    write(train, "fine", "a <|im_end|>", "")
+    val = write(tmp_path / "b.jsonl", "v")
+    with pytest.raises(DataError, match=r"1 of 3 rows .*row 2: the prompt has no text"):
+        make(str(train), val=val).setup("fit")
+    data = make(str(train), val=val, on_bad_rows="drop")
+    data.setup("fit")
+    assert ids_of(data, "train") == ["a.jsonl:0"]
+    reasons = {reason: [row.split(", ")[-1] for row in rows] for reason, rows in data.reports["train"].bad_rows.items()}
+    assert reasons == {"empty_prompt": ["row 2"], "special_tokens": ["row 1"]}
+    assert data.reports["val"].bad_rows == {}
+    write(train, "fine", "a <|im_end|>")
+    with pytest.raises(DataError, match=r"1 of 2 pairs .*row 1: .*control token"):
+        make(str(train), val=val).setup("fit")
+
+
+def test_what_was_left_out_or_cut_is_logged(make, tmp_path, caplog):
+    train = write(tmp_path / "a.jsonl", "short", "word " * 80)
+    val = write(tmp_path / "b.jsonl", "v")
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        make(train, val=val, max_length=64).setup("fit")
+        make(train, val=val, max_length=64, truncation="drop").setup("fit")
+    # The second response repeats its long prompt, so cutting the prompt is not enough.
+    assert "train: 1 pairs" in caplog.text
+    assert "2 rows read, 1 kept, 1 dropped (too_long 1)" in caplog.text
+    assert "left out" in caplog.text
+    assert "row 1: the longer row has" in caplog.text
+    caplog.clear()
+    rows = [{"prompt": "word " * 80, "chosen": "yes", "rejected": "no"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        make(str(tmp_path / "c.jsonl"), val=val, max_length=64).setup("fit")
+    assert "train: 1 pairs" in caplog.text
+    assert "1 prompts cut to fit max_length 64" in caplog.text
+
+
+def test_columns_and_template_reach_the_tokens(make, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"q": "Hi", "j": "Well.", "k": "No!", "gap": 2}), encoding="utf-8")
+    columns = {"prompt": "q", "chosen": "j", "rejected": "k", "margin": "gap"}
+    data = make(str(file), val=str(file), columns=columns, chat_template="transcript")
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    row = batch.input_ids[0][batch.attention_mask[0]]
+    assert data.chat_format.tokenizer.decode(row) == "\n\nHuman: Hi\n\nAssistant: Well.<|im_end|>"
+    assert data.pairs["train"].margin.tolist() == [2.0]
+
+
+def batches(loader):
+    return [batch.index.tolist() for batch in loader]
+
+
+def test_training_batches_follow_the_trainers_processes_and_accumulation(make, tmp_path):
+    train, val = write(tmp_path / "a.jsonl", *numbered("prompt", 21)), write(tmp_path / "b.jsonl", *numbered("v", 7))
+    seen = []
+    for rank in range(2):
+        data = make(train, val=val, accumulate=2, rank=rank, world_size=2, eval_batch_size=3, seed=1)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        assert len(loader) == 2 + 1
+        weights = [batch.weight.item() for batch in loader]
+        assert weights[:2] == [1.0, 1.0]
+        # The last step has 5 pairs in one batch per process, of two accumulated: 3 / 5 * 2 * 2 and 2 / 5 * 2 * 2.
+        assert weights[2] == pytest.approx([2.4, 1.6][rank], rel=1e-6)
+        seen += sum(batches(loader), [])  # noqa: RUF017
+        evaluated = batches(data.val_dataloader())
+        assert [len(batch) for batch in evaluated] == [[2, 2], [2, 1]][rank]
+    assert sorted(seen) == list(range(21))
+
+
+def test_batches_of_all_roles_hold_all_pairs(make, tmp_path):
+    data = make(write(tmp_path / "a.jsonl", *numbered("prompt", 21)), val=write(tmp_path / "b.jsonl", "v", "w"))
+    data.setup("fit")
+    data.setup("test")
+    for loader, pairs in (
+        (data.train_dataloader(), 21),
+        (data.val_dataloader(), 2),
+        (data.test_dataloader(), 2),
+        (data.predict_dataloader(), 2),
+    ):
+        assert sorted(index for batch in batches(loader) for index in batch) == list(range(pairs))
+
+
+def test_shuffling_follows_the_seed_and_can_be_turned_off(make, tmp_path, monkeypatch):
+    train, val = write(tmp_path / "a.jsonl", *numbered("prompt", 21)), write(tmp_path / "b.jsonl", "v")
+
+    def order(**options):
+        data = make(train, val=val, **options)
+        data.setup("fit")
+        return [index for batch in batches(data.train_dataloader()) for index in batch]
+
+    assert order(shuffle=False) == list(range(21))
+    assert order(seed=3, group_by_length=False) != order(seed=4, group_by_length=False)
+    assert order(seed=3) != order(seed=3, group_by_length=False)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert order() == order(seed=0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    assert order() == order(seed=3)
+
+
+def test_a_schedule_of_accumulation_is_refused(make, tmp_path):
+    scheduler = GradientAccumulationScheduler({0: 2})
+    data = make(write(tmp_path / "a.jsonl", "x"), val=write(tmp_path / "b.jsonl", "v"), callbacks=[scheduler])
+    data.setup("fit")
+    with pytest.raises(ConfigurationError, match=r"GradientAccumulationScheduler: .*use trainer.accumulate_grad"):
+        data.train_dataloader()
+    data.trainer.callbacks = [Callback()]
+    assert len(data.train_dataloader()) == 1
+
+
+def test_padding_is_the_tokenizers_and_masks_do_not_read_it(make, tmp_path):
+    data = make(write(tmp_path / "a.jsonl", "x", "a longer prompt"), val=write(tmp_path / "b.jsonl", "v"))
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    pad = data.chat_format.tokenizer.pad_token_id
+    assert set(batch.input_ids[~batch.attention_mask].tolist()) == {pad}
+    terminators = batch.input_ids == data.chat_format.terminator_id
+    last = batch.attention_mask.sum(1) - 1
+    assert terminators[torch.arange(4), last].all()
+    assert batch.response_mask[torch.arange(4), last].all()
+
+
+def test_a_tokenizer_must_be_named_and_must_be_one(make, tmp_path):
+    train = write(tmp_path / "a.jsonl", "x")
+    with pytest.raises(ConfigurationError, match=r"data.tokenizer: give the hub name or directory of a tokenizer"):
+        make(train, tokenizer=None).setup("fit")
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        make(train, tokenizer=str(tmp_path)).setup("fit")
+
+
+def test_a_single_pair_without_validation_data_is_refused_with_advice(make, tmp_path):
+    with pytest.raises(DataError, match=r"splitting 1 pairs by prompt .* give a validation file with val: FILE"):
+        make(write(tmp_path / "a.jsonl", "x")).setup("fit")
+
+
+def test_more_processes_than_pairs_are_refused(make, tmp_path):
+    data = make(write(tmp_path / "a.jsonl", "x"), val=write(tmp_path / "b.jsonl", "v"), world_size=2)
+    data.setup("fit")
+    with pytest.raises(ConfigurationError, match="1 training pairs cannot be shared by 2 processes"):
+        data.train_dataloader()
+    with pytest.raises(ConfigurationError, match="1 evaluation pairs cannot be shared by 2 processes"):
+        data.val_dataloader()

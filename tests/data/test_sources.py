@@ -1,0 +1,280 @@
+"""Files, directories and hub data sets as rows, and one clear line for each that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf_lightning.data import DataError, load_preferences
+from rlhf_lightning.data.sources import has_split, read_rows
+
+ROWS = [
+    {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5"},
+    {"prompt": "Ho", "chosen": "NaN", "rejected": "23"},
+]
+
+
+def jsonl(rows=ROWS, end="\n"):
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode()
+
+
+def table(path, delimiter, rows=ROWS):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parquet(path, kind):
+    schema = pyarrow.schema([(name, kind) for name in ROWS[0]])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS, schema=schema), path)
+
+
+WRITERS = {
+    "pairs.jsonl": lambda path: path.write_bytes(jsonl()),
+    "pairs.JSONL": lambda path: path.write_bytes(jsonl()),
+    "blank_lines.jsonl": lambda path: path.write_bytes(b"\n" + jsonl(end="\n \n")),
+    "windows.jsonl": lambda path: path.write_bytes(jsonl(end="\r\n")),
+    "no_last_line_end.jsonl": lambda path: path.write_bytes(jsonl().rstrip(b"\n")),
+    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + jsonl()),
+    "pairs.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "pairs.json": lambda path: path.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
+    "pairs.csv": lambda path: table(path, ","),
+    "pairs.tsv": lambda path: table(path, "\t"),
+    "bom.csv": lambda path: (table(path, ","), path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())),
+    "string.parquet": lambda path: parquet(path, pyarrow.string()),
+    "large_string.parquet": lambda path: parquet(path, pyarrow.large_string()),
+    "dictionary.parquet": lambda path: parquet(path, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    path = tmp_path / name
+    WRITERS[name](path)
+    rows = list(read_rows(path))
+    assert [row.values for row in rows] == ROWS
+    assert [row.example_id for row in rows] == [f"{name}:0", f"{name}:1"]
+    assert [row.origin for row in rows] == [f"{path}, row 0", f"{path}, row 1"]
+    assert [row.values for row in read_rows(str(path))] == ROWS
+
+
+def test_a_cell_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
+    before = csv.field_size_limit()
+    table(tmp_path / "long.csv", ",", [{"prompt": "x" * 200_000, "chosen": "a", "rejected": "b"}])
+    assert len(next(iter(read_rows(tmp_path / "long.csv"))).values["prompt"]) == 200_000
+    list(read_rows(tmp_path / "long.csv"))
+    assert csv.field_size_limit() == before
+
+
+def test_separators_of_unicode_do_not_end_a_line(tmp_path):
+    rows = [{"prompt": "a\u2028b\u2029c\u0085d\x0b", "chosen": "a", "rejected": "b"}]
+    (tmp_path / "pairs.jsonl").write_bytes(jsonl(rows))
+    assert [row.values for row in read_rows(tmp_path / "pairs.jsonl")] == rows
+
+
+cut_gzip = gzip.compress(jsonl(ROWS * 200))
+broken_gzip = bytearray(cut_gzip)
+broken_gzip[20:40] = b"\xff" * 20
+BAD_FILES = {
+    "empty.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n \n", "is empty"),
+    "empty.json": (b"[]", "is empty"),
+    "header_only.csv": (b"prompt,chosen,rejected\n", "is empty"),
+    "empty.csv": (b"", "is empty"),
+    "latin1.jsonl": (b"\n" + jsonl()[:-1] + b"\xff\n", r"line 3: not UTF-8 text \(byte 0xff\); save the file as UTF-8"),
+    "late.jsonl": (jsonl(ROWS * 500) + b"\xe9\n", r"line 1001: not UTF-8 text \(byte 0xe9\)"),
+    "latin1.json": (b'["\xe9"]', r"not UTF-8 text \(byte 0xe9\)"),
+    "latin1.csv": (b"prompt,chosen\n\xe9,x\n", r"not UTF-8 text \(byte 0xe9\)"),
+    "cut_line.jsonl": (jsonl()[:-9], "line 2: not valid JSON"),
+    "list_line.jsonl": (b"[1]\n", "line 1: holds a list, not an object with columns"),
+    "null_line.jsonl": (b"null\n", "line 1: holds null, not an object"),
+    "long_number.jsonl": (b'{"margin": ' + b"1" * 5000 + b"}\n", "line 1: not valid JSON"),
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 200_000 + b"\n", "line 1: not valid JSON"),
+    "not_gzip.jsonl.gz": (jsonl(), "cannot be read .*check the file"),
+    "cut.jsonl.gz": (cut_gzip[:-20], "cannot be read .*may be cut short"),
+    "broken.jsonl.gz": (bytes(broken_gzip), "cannot be read .*check the file"),
+    "unclosed.json": (json.dumps(ROWS)[:-1].encode(), "not valid JSON"),
+    "object.json": (b'{"data": []}', "holds a dict, not a list of rows; write .* or use .jsonl"),
+    "strings.json": (b'["a"]', "row 0: holds a str, not an object"),
+    "semicolons.csv": (
+        *(b"prompt;chosen;rejected\na;b;c\n",),
+        "the delimiter is not ',': the only column found is 'prompt;chosen;rejected'",
+    ),
+    "commas.tsv": (b"prompt,chosen,rejected\na,b,c\n", r"the delimiter is not '\\t': the only column"),
+    "unquoted.csv": (b"prompt,chosen\na,b\na,b,c\n", "row 1: more cells than the header has columns; quote the text"),
+    "unclosed_quote.csv": (b'prompt,chosen\n"a,b\n', "not well-formed ','-separated text"),
+    "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "two columns are called 'chosen'; rename one"),
+    "no_parquet.parquet": (b"PAR1 and so on", "not a readable parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("policy", ["error", "drop"])
+def test_a_file_that_cannot_be_read_is_refused_in_one_line_that_names_it(tmp_path, name, policy):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}.*{message}") as caught:
+        load_preferences(tmp_path / name, on_bad_rows=policy)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_the_damaged_gzip_is_one_that_zlib_itself_refuses():
+    with pytest.raises(zlib.error):
+        gzip.decompress(bytes(broken_gzip))
+
+
+def test_a_short_row_of_a_table_lacks_a_value(tmp_path):
+    (tmp_path / "short.csv").write_text("prompt,chosen,rejected\na,b,c\na,b\n", encoding="utf-8")
+    with pytest.raises(DataError, match="row 1: rejected absent or null"):
+        load_preferences(tmp_path / "short.csv")
+
+
+def test_an_unknown_kind_of_file_is_refused_with_those_we_know(tmp_path):
+    (tmp_path / "pairs.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match=r"pairs.txt: unknown kind of file; use one of .jsonl, .jsonl.gz, .json, .csv"):
+        list(read_rows(tmp_path / "pairs.txt"))
+
+
+@pytest.mark.parametrize("name", ["./pairs", "/no/where", "~/no-such-file", "a/b/c", "pairs.jsonl", "x/y.csv", "a b"])
+def test_a_path_that_does_not_exist_is_refused_as_a_path(name):
+    with pytest.raises(DataError, match=f"{name}: no such file or directory; check the path"):
+        list(read_rows(name))
+
+
+def prompts(source, split="train"):
+    return [row.values["prompt"] for row in read_rows(source, split=split)]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Makes a directory of files, each with one row whose prompt is the file's name."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).write_bytes(jsonl([{"prompt": name, "chosen": "a", "rejected": "b"}]))
+        return tmp_path
+
+    return make
+
+
+def test_a_directory_gives_the_files_of_the_split_by_name(directory):
+    source = directory(
+        *("train-00001-of-2.jsonl", "train-00000-of-2.jsonl", "train_more.jsonl", "Validation.jsonl", "dev.jsonl"),
+        *("test.jsonl", "notes.jsonl", "training_log.jsonl", "readme.md", ".train.jsonl"),
+    )
+    assert prompts(source) == ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl", "train_more.jsonl"]
+    assert prompts(source, "val") == ["Validation.jsonl", "dev.jsonl"]
+    assert prompts(source, "test") == ["test.jsonl"]
+    assert [has_split(source, split) for split in ("train", "val", "test")] == [True, True, True]
+
+
+def test_without_a_training_file_the_files_of_no_split_are_for_training(directory):
+    source = directory("a.jsonl", "b.jsonl", "val.jsonl", "test.jsonl")
+    assert prompts(source) == ["a.jsonl", "b.jsonl"]
+    assert prompts(source, "val") == ["val.jsonl"]
+    assert not has_split(source, "train")
+
+
+def test_files_named_after_no_split_serve_any_role(directory):
+    source = directory("a.jsonl", "b.jsonl")
+    assert prompts(source, "val") == prompts(source, "train") == ["a.jsonl", "b.jsonl"]
+    assert not has_split(source, "val")
+
+
+@pytest.mark.parametrize(
+    ("names", "split"), [([], "train"), (["readme.md"], "train"), (["val.jsonl"], "train"), (["train.jsonl"], "val")]
+)
+def test_a_directory_without_files_of_the_split_is_refused_with_advice(directory, names, split):
+    with pytest.raises(DataError, match=rf"the directory holds no {split} file; name one {split}.jsonl .*file itself"):
+        list(read_rows(directory(*names), split=split))
+
+
+def test_an_empty_file_of_a_directory_is_refused_by_name(directory, tmp_path):
+    directory("train-0.jsonl")
+    (tmp_path / "train-1.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train-1.jsonl: the file is empty"):
+        list(read_rows(tmp_path))
+
+
+class Hub:
+    """Stands in for the hub: data sets of one row per split, whose prompt names the split."""
+
+    def __init__(self, *splits):
+        self.splits = list(splits)
+
+    def get_dataset_split_names(self, name):
+        if name != "owner/pairs":
+            raise FileNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub")
+        return self.splits
+
+    def load_dataset(self, name, split):
+        if split not in self.get_dataset_split_names(name):
+            raise ValueError(f'Unknown split "{split}".')
+        if split == "hollow":
+            return datasets.Dataset.from_list([])
+        return datasets.Dataset.from_list([{"prompt": split, "chosen": "a", "rejected": "b"}] * 2)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def make(*splits):
+        stand_in = Hub(*splits)
+        for function in ("load_dataset", "get_dataset_split_names"):
+            monkeypatch.setattr(datasets, function, getattr(stand_in, function))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("splits", "split", "used"),
+    [
+        (("train", "test"), "train", "train"),
+        (("train", "test"), "test", "test"),
+        (("train", "test"), "val", "test"),
+        (("test", "train", "validation"), "val", "validation"),
+        (("dev", "train"), "val", "dev"),
+    ],
+)
+def test_a_hub_name_gives_the_split_of_the_role(hub, splits, split, used):
+    hub(*splits)
+    rows = list(read_rows("owner/pairs", split=split))
+    assert [row.values["prompt"] for row in rows] == [used, used]
+    assert [row.origin for row in rows] == [f"owner/pairs:{used}, row 0", f"owner/pairs:{used}, row 1"]
+    assert [row.example_id for row in rows] == [f"owner/pairs:{used}:0", f"owner/pairs:{used}:1"]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_named_in_the_source_is_taken_for_any_role(hub, split):
+    hub("train_prefs", "train")
+    assert prompts("owner/pairs:train_prefs", split) == ["train_prefs"] * 2
+    assert not has_split("owner/pairs", "val")
+
+
+def test_a_hub_set_without_the_split_is_refused_with_those_it_has(hub):
+    hub("train_prefs", "train_sft")
+    message = "owner/pairs: has no train split, only train_prefs, train_sft; name one: owner/pairs:SPLIT"
+    with pytest.raises(DataError, match=message):
+        list(read_rows("owner/pairs"))
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_refused_in_one_line(hub):
+    hub("train")
+    for name in ("owner/other", "pairs", "owner/pairs:nowhere"):
+        with pytest.raises(DataError, match=f"{name.split(':')[0]}: no file or directory here, and no hub") as caught:
+            list(read_rows(name))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_empty_hub_split_is_refused(hub):
+    hub("hollow")
+    with pytest.raises(DataError, match="owner/pairs:hollow: the split is empty"):
+        list(read_rows("owner/pairs:hollow"))
