@@ -37,7 +37,10 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         return AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]})") from error
+        raise ModelError(
+            f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]}); give the hub name of one, or a "
+            "directory with tokenizer.json and tokenizer_config.json"
+        ) from error
 
 
 class ChatFormat:
@@ -180,7 +183,7 @@ class ChatFormat:
         return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
     def _control_token_pattern(self) -> re.Pattern[str] | None:
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids()))
+        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids())) if token]
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
 
 

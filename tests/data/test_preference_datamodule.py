@@ -179,6 +179,15 @@ def test_bad_rows_follow_the_policy_from_the_file_to_the_tokens(make, tmp_path):
         make(str(train), val=val).setup("fit")
 
 
+def test_each_role_reports_its_own_pairs_of_a_shared_file(make, tmp_path):
+    train = write(tmp_path / "a.jsonl", *numbered("prompt", 60), *numbered("<|im_end|>", 20))
+    data = make(train, on_bad_rows="drop", val_fraction=0.3)
+    data.setup("fit")
+    left_out = [set(data.reports[role].bad_rows["special_tokens"]) for role in ("train", "val")]
+    assert left_out[0].isdisjoint(left_out[1])
+    assert len(left_out[0] | left_out[1]) == 20
+
+
 def test_what_was_left_out_or_cut_is_logged(make, tmp_path, caplog):
     train = write(tmp_path / "a.jsonl", "short", "word " * 80)
     val = write(tmp_path / "b.jsonl", "v")

@@ -16,7 +16,7 @@ from rlhf_lightning.data import DataError, load_preferences
 from rlhf_lightning.data.sources import has_split, read_rows
 
 ROWS = [
-    {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5"},
+    {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5\r\n6"},
     {"prompt": "Ho", "chosen": "NaN", "rejected": "23"},
 ]
 
@@ -67,11 +67,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 
 def test_a_cell_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
-    before = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     table(tmp_path / "long.csv", ",", [{"prompt": "x" * 200_000, "chosen": "a", "rejected": "b"}])
     assert len(next(iter(read_rows(tmp_path / "long.csv"))).values["prompt"]) == 200_000
     list(read_rows(tmp_path / "long.csv"))
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == 131_072
 
 
 def test_separators_of_unicode_do_not_end_a_line(tmp_path):
@@ -178,7 +178,7 @@ def test_a_directory_gives_the_files_of_the_split_by_name(directory):
 
 
 def test_without_a_training_file_the_files_of_no_split_are_for_training(directory):
-    source = directory("a.jsonl", "b.jsonl", "val.jsonl", "test.jsonl")
+    source = directory("a.jsonl", "b.jsonl", "val.jsonl", "test.jsonl", ".hidden.jsonl", "readme.md")
     assert prompts(source) == ["a.jsonl", "b.jsonl"]
     assert prompts(source, "val") == ["val.jsonl"]
     assert not has_split(source, "train")

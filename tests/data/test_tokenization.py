@@ -167,6 +167,14 @@ def test_a_pair_of_whose_prompt_nothing_would_stay_is_dropped_and_counted(name):
     assert pairs.prompts_cut == 0
 
 
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_the_longer_response_decides_what_is_cut(longer):
+    whole, _ = tokenize([example(string.ascii_lowercase, **{longer: "Longer."})])
+    pairs, _ = tokenize([example(string.ascii_lowercase, **{longer: "Longer."})], max_length=int(whole.lengths[0]) - 1)
+    assert pairs.lengths.tolist() == [whole.lengths[0] - 1]
+    assert texts_of(pairs, QWEN)[0] == FORMATS["qwen"].prompt.replace("Hi there", string.ascii_lowercase[1:])
+
+
 def test_a_row_of_exactly_max_length_is_not_cut():
     _, pairs, report = cut_prompt("qwen", full_length("qwen"))
     assert (pairs.prompts_cut, report.rows_dropped) == (0, 0)
@@ -281,6 +289,6 @@ def test_named_templates_need_a_default():
 
 
 def test_a_directory_without_tokenizer_is_refused_by_name(tmp_path):
-    with pytest.raises(ModelError, match=f"{tmp_path}: no tokenizer could be loaded") as caught:
+    with pytest.raises(ModelError, match=f"{tmp_path}: no tokenizer could be loaded.*; give the hub name") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
