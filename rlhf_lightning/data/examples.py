@@ -73,8 +73,8 @@ class LoadReport:
         return sum(len(origins) for origins in self.bad_rows.values())
 
     def summary(self) -> str:
-        """One line: `train.jsonl: 1400 rows read, 1393 kept, 7 dropped (empty_response 4, prompts_differ 3)`."""
-        text = f"{self.source}: {self.rows_read} rows read, {self.rows_kept} kept"
+        """One line: `train.jsonl: 1400 rows read, 7 dropped (empty_response 4, prompts_differ 3)`."""
+        text = f"{self.source}: {self.rows_read} rows read"
         if self.bad_rows:
             counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
             text += f", {self.rows_dropped} dropped ({counts})"

@@ -169,6 +169,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _tokenized(self, role: Role) -> TokenizedPairs:
         examples, report = self._read(role)
+        taken = f"; {len(examples)} of them taken" if len(examples) < report.rows_kept else ""
         pairs = tokenize_pairs(
             examples,
             self.chat_format,
@@ -179,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.reports[role] = report
         cut = f"; {pairs.prompts_cut} prompts cut to fit max_length {self.max_length}" if pairs.prompts_cut else ""
-        log.info("%s: %d pairs (%s)%s", role, len(pairs), report.summary(), cut)
+        log.info("%s: %d pairs (%s%s%s)", role, len(pairs), report.summary(), taken, cut)
         for message in report.first_messages[:3]:
             log.info("  left out: %s", message)
         return pairs

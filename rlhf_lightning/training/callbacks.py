@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lightning.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 TABLE_ROWS = {
     "loss": "loss",
@@ -38,8 +41,12 @@ class Results(Callback):
         self.metrics = state_dict["metrics"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.metrics = _metrics(trainer, "val/")
+        if trainer.sanity_checking:
+            return
+        self.metrics = _metrics(trainer, "val/")
+        if trainer.state.fn == TrainerFn.FITTING:
+            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in TABLE_ROWS.items())
+            log.info("validation at step %d: %s", trainer.global_step, numbers)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = _metrics(trainer, "test/")

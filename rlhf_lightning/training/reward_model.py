@@ -6,6 +6,7 @@ B pairs, T padded tokens.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import NamedTuple
 
 import torch
@@ -181,6 +182,11 @@ class RewardModel(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
         self.trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
+        if not sys.stderr.isatty():  # a log file shows no progress bar
+            total = int(self.trainer.estimated_stepping_batches)
+            log.info(
+                "step %d/%d: loss %.4f, accuracy %.4f", step, total, values["train/loss"], values["train/accuracy"]
+            )
         for metric in self.train_metrics.values():
             metric.reset()
 

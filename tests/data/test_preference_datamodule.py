@@ -196,7 +196,7 @@ def test_what_was_left_out_or_cut_is_logged(make, tmp_path, caplog):
         make(train, val=val, max_length=64, truncation="drop").setup("fit")
     # The second response repeats its long prompt, so cutting the prompt is not enough.
     assert "train: 1 pairs" in caplog.text
-    assert "2 rows read, 1 kept, 1 dropped (too_long 1)" in caplog.text
+    assert "2 rows read, 1 dropped (too_long 1)" in caplog.text
     assert "left out" in caplog.text
     assert "row 1: the longer row has" in caplog.text
     caplog.clear()

@@ -272,10 +272,8 @@ def test_a_prompt_is_not_guessed_in_a_source_that_has_prompts(load):
 
 def test_the_report_sums_up_in_one_line():
     report = LoadReport("train.jsonl", rows_read=1400)
-    assert report.summary() == "train.jsonl: 1400 rows read, 1400 kept"
+    assert report.summary() == "train.jsonl: 1400 rows read"
     for row in range(5):
         report.refuse("prompts_differ" if row < 3 else "empty_response", f"row {row}: x", f"row {row}")
-    assert report.summary() == (
-        "train.jsonl: 1400 rows read, 1395 kept, 5 dropped (empty_response 2, prompts_differ 3)"
-    )
+    assert report.summary() == ("train.jsonl: 1400 rows read, 5 dropped (empty_response 2, prompts_differ 3)")
     assert report.bad_rows == {"prompts_differ": ["row 0", "row 1", "row 2"], "empty_response": ["row 3", "row 4"]}

@@ -204,9 +204,7 @@ def test_the_exported_directory_scores_as_the_best_checkpoint_does(build, traine
     _, _, path = fit_with_checkpoint(build, trainer, tmp_path)
     exported = RewardNetwork.from_pretrained(tmp_path / "exported")
     module = RewardModel.load_from_checkpoint(path).eval()
-    torch.testing.assert_close(
-        torch.cat([p.flatten() for p in exported.parameters()]), weights(module), rtol=0, atol=0
-    )
+    torch.testing.assert_close(torch.cat([p.flatten() for p in exported.parameters()]), weights(module), rtol=0, atol=0)
     module, datamodule = build(
         model={"backbone": str(tmp_path / "exported")}, data={"tokenizer": str(tmp_path / "exported")}
     )
