@@ -207,7 +207,7 @@ def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
 def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1"]
+    few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5"]
     assert main(["fit", "--config", QUICKSTART, *few]) == 0
     (run,) = (tmp_path / "runs" / "quickstart").iterdir()
     events = EventAccumulator(str(run)).Reload()

@@ -1,4 +1,4 @@
-"""The reward model on one CUDA device. Collected everywhere, run where there is one: python -m pytest -m gpu tests/gpu"""
+"""The reward model on one CUDA device: python -m pytest -m gpu tests/gpu"""
 
 from __future__ import annotations
 

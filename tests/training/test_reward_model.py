@@ -263,7 +263,7 @@ def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
 
 def test_an_encoder_backbone_trains(build, trainer, tiny_bert):
     settings = {"model": {"backbone": str(tiny_bert)}, "data": {"tokenizer": str(tiny_bert)}}
-    before, datamodule = build(**settings)
+    before, _ = build(**settings)
     before.configure_model()
     after = trained(build, trainer, **settings)
     assert not torch.equal(weights(before), after)

@@ -1,4 +1,4 @@
-"""Two processes (gloo) do what one does: the same weights, the same metrics, every pair once. Run as a user runs them."""
+"""Two processes (gloo), run as a user runs them, do what one does: same weights, same metrics, every pair once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.training.conftest import VAL_PAIRS
 
 def run(directory: Path, command: str, processes: int, *arguments: str) -> str:
     """Run the program in its own processes, with steps of 4 pairs whatever their number."""
+    config = str(directory.parent / "run.yaml")
+    devices = ["--trainer.devices", str(processes), "--trainer.accumulate_grad_batches", str(4 // processes)]
     strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
     result = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning.cli", command, "--config", str(directory.parent / "run.yaml")]
-        + ["--trainer.devices", str(processes), "--trainer.accumulate_grad_batches", str(4 // processes)]
-        + [*strategy, *arguments],
+        [sys.executable, "-m", "rlhf_lightning.cli", command, "--config", config, *devices, *strategy, *arguments],
         cwd=directory,
         capture_output=True,
         text=True,

@@ -1,0 +1,73 @@
+"""What the README says can be done, can be done."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+from rlhf_lightning.cli import TRAINER_COMMANDS, main
+from tests.test_configs import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `rlhf-lightning COMMAND ...` of the shell blocks, without comments and continuation marks."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    found = [match for line in lines for match in re.findall(r"rlhf-lightning ([^&#]+)", line)]
+    # Shell substitutions stand for a path, which the parser takes as it is.
+    return [shlex.split(re.sub(r'"\$\(.*?\)"', "DIRECTORY", command)) for command in found]
+
+
+def test_there_are_commands_to_check():
+    assert {command[0] for command in commands()} == {"fit", "test", "predict"}
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_parses(capsys, monkeypatch, command):
+    monkeypatch.chdir(ROOT)
+    assert command[0] in TRAINER_COMMANDS
+    extra = [] if {"--print_config", "--model.help", "--data.help"} & set(command) else ["--print_config"]
+    assert main([*command, *extra]) == 0, capsys.readouterr().err
+
+
+def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeypatch):
+    """The same conversation through `predict`, which makes its token ids in another way."""
+    monkeypatch.chdir(tmp_path)
+    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    assert main(["fit", *quickstart, "--trainer.limit_train_batches", "3", "--trainer.max_epochs", "1"]) == 0
+    (block,) = blocks("python")
+    capsys.readouterr()
+    namespace: dict = {}
+    exec(block, namespace)
+    printed = float(re.search(r"tensor\(\[(-?[\d.]+)", capsys.readouterr().out)[1])
+    user, assistant = namespace["chat"]
+    row = {"prompt": user["content"], "chosen": assistant["content"], "rejected": "No."}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = ["--model.backbone", "models/quickstart", "--data.train", "one.jsonl", "--data.val", "one.jsonl"]
+    assert main(["predict", *quickstart, *arguments]) == 0
+    (written,) = tmp_path.rglob("predictions.jsonl")
+    assert json.loads(written.read_text())["chosen"] == pytest.approx(printed, abs=1e-4)
+    with torch.no_grad():
+        assert namespace["network"](namespace["batch"].input_ids, namespace["batch"].attention_mask).shape == (1,)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text()
+    marked = README.split("<!-- test-command -->")[1].split("```")[1]
+    assert "<!-- test-command -->" in script
+    assert marked.strip().splitlines()[-1] == "pip install -c .ci/constraints.txt -e '.[dev]' && python -m pytest"
+
+
+def test_the_table_of_the_quickstart_holds_the_rows_that_the_program_prints():
+    from rlhf_lightning.training.callbacks import TABLE_ROWS
+
+    assert all(f"│ {words}" in README for words in TABLE_ROWS.values())
