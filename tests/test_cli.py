@@ -82,6 +82,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys):
         (["fit", "--config", QUICKSTART, "--model.backbone", "."], ["config.json", "no model"]),
         (["fit", "--config", QUICKSTART, "--data.max_length", "4096"], ["max_length is 4096", "2048"]),
         (["fit", "--config", QUICKSTART, "--trainer.accelerator", "gpu"], ["gpu"]),
+        (["fit", "--config", QUICKSTART, "--trainer.precision", "bf16-true"], ["rotary", "use bf16-mixed"]),
         (["test", "--config", QUICKSTART, "--ckpt_path", "absent.ckpt"], ["absent.ckpt", "no checkpoint"]),
     ],
 )

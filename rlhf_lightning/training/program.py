@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
@@ -56,6 +57,7 @@ class Program(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
+        _refuse_wrong_numbers(self.trainer)
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
@@ -119,6 +121,21 @@ def _essence(message: str) -> str:
     for part in parts:
         text += ("" if not text else " " if text.endswith(":") else "; ") + part
     return text or message
+
+
+def _refuse_wrong_numbers(trainer: Trainer) -> None:
+    """Refuse settings of the Trainer that run, but not as asked. Raises `ConfigurationError`."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            "trainer.strategy: Lightning's stock DeepSpeed strategy divides the gradients by accumulate_grad_batches "
+            "twice and rounds the margins of a batch to half precision; use auto or ddp"
+        )
+    if trainer.precision in ("16-true", "bf16-true"):
+        half = trainer.precision.removesuffix("-true")
+        raise ConfigurationError(
+            f"trainer.precision: {trainer.precision} rounds the rotary position frequencies as well, which spoils long "
+            f"rows; use {half}-mixed or 32-true"
+        )
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
