@@ -10,6 +10,7 @@ import yaml
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli import TRAINER_COMMANDS, main
+from rlhf_lightning.errors import ConfigurationError
 from tests.test_configs import CONFIGS, ROOT
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -91,6 +92,18 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, word
     assert all(word in line for word in words), line
     assert len(line) < 400
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_stock_deepspeed_is_refused():
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    from rlhf_lightning.training.program import _refuse_wrong_numbers
+
+    strategy = object.__new__(DeepSpeedStrategy)  # its constructor wants deepspeed installed
+    with pytest.raises(ConfigurationError, match="use auto or ddp"):
+        _refuse_wrong_numbers(SimpleNamespace(strategy=strategy, precision="32-true"))
 
 
 def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):

@@ -179,11 +179,7 @@ class PreferenceDataModule(LightningDataModule):
             on_bad_rows=self.on_bad_rows,
         )
         self.reports[role] = report
-        cut = (
-            f"; {pairs.prompts_cut} prompts cut from the left to max_length {self.max_length}"
-            if pairs.prompts_cut
-            else ""
-        )
+        cut = f"; {pairs.prompts_cut} prompts cut to fit max_length {self.max_length}" if pairs.prompts_cut else ""
         log.info("%s: %d pairs (%s%s%s)", role, len(pairs), report.summary(), taken, cut)
         for message in report.first_messages[:3]:
             log.info("  left out: %s", message)
