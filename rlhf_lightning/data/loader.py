@@ -151,6 +151,7 @@ class PairLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.current_epoch = 0
+        self._position = {"epoch": 0, "batches": 0}
 
     @property
     def sampler(self) -> PairLoader:
@@ -165,20 +166,31 @@ class PairLoader:
     def set_epoch(self, epoch: int) -> None:
         self.current_epoch = epoch
 
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been handed out."""
+        return dict(self._position)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there: the next pass over that epoch begins with the batch after the last one handed out."""
+        self._position = dict(state_dict)
+
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        return iter(
-            DataLoader(
-                _CollatedPairs(self.pairs, self.pad_id),
-                batch_size=None,
-                sampler=list(self.plan.epoch(self.current_epoch)),
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                generator=torch.Generator(),  # its worker seeds; from the global one, validating would change training
-            )
+        begun = self._position["batches"] if self._position["epoch"] == self.current_epoch else 0
+        self._position = {"epoch": self.current_epoch, "batches": begun % len(self)}
+        loader = DataLoader(
+            _CollatedPairs(self.pairs, self.pad_id),
+            batch_size=None,
+            sampler=list(self.plan.epoch(self.current_epoch))[self._position["batches"] :],
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its worker seeds; from the global one, validating would change training
         )
+        for batch in loader:
+            self._position["batches"] += 1
+            yield batch
 
 
 def collate(pairs: TokenizedPairs, micro_batch: MicroBatch, *, pad_id: int) -> PreferenceBatch:

@@ -101,6 +101,8 @@ class PreferenceDataModule(LightningDataModule):
         self.reports: dict[Role, LoadReport] = {}
         """What became of the rows of each role's source."""
         self.chat_format: ChatFormat | None = None
+        self._train_loader: PairLoader | None = None
+        self._resume_position: dict[str, int] | None = None
         self._loaded: dict[tuple[str, Role], tuple[list[PreferenceExample], LoadReport]] = {}
 
     def setup(self, stage: str) -> None:
@@ -136,7 +138,20 @@ class PreferenceDataModule(LightningDataModule):
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
-        return self._loader("train", plan)
+        self._train_loader = self._loader("train", plan)
+        if self._resume_position is not None:
+            self._train_loader.load_state_dict(self._resume_position)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """The position in the training data, for the checkpoint.
+
+        Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
+        """
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
+        self._resume_position = state_dict.get("train_loader")
 
     def val_dataloader(self) -> PairLoader:
         return self._evaluation_loader("val")

@@ -120,6 +120,8 @@ class ExportBest(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = best_checkpoint(trainer)
+        if best is None:
+            log.warning("%s: nothing is exported, since no checkpoint was saved", self.directory)
         if not trainer.is_global_zero or best is None:
             return
         best_module = type(pl_module).load_from_checkpoint(best, map_location="cpu")

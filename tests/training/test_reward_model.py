@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 
@@ -259,6 +260,21 @@ def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
     order = torch.cat(seen).tolist()
     assert sorted(order[:TRAIN_PAIRS]) == sorted(order[TRAIN_PAIRS:]) == list(range(TRAIN_PAIRS))
     assert order[:TRAIN_PAIRS] != order[TRAIN_PAIRS:]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(build, trainer, tmp_path, stop):
+    """3 optimizer steps an epoch, 2 epochs; stopped within the first, at its end, and within the second."""
+    settings = {"batch_size": 2, "accumulate": 2, "max_epochs": 2, "enable_checkpointing": True}
+    adam = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-3), "schedule": "linear"}
+    unbroken = trained(build, trainer, model=adam, **settings)
+    save = ModelCheckpoint(tmp_path / "all", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trained(build, trainer, model=adam, callbacks=[save], **settings)
+    resumed, datamodule = build(model=adam, data={"batch_size": 2})
+    run = trainer(accumulate_grad_batches=2, max_epochs=2)
+    run.fit(resumed, datamodule, ckpt_path=tmp_path / "all" / f"step={stop}.ckpt")
+    assert run.global_step == 6
+    assert torch.equal(weights(resumed), unbroken)
 
 
 def test_an_encoder_backbone_trains(build, trainer, tiny_bert):
