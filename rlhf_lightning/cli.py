@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(exit_.code or 0)
     except UserError as error:
         return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("rlhf-lightning: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

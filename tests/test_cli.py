@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rlhf_lightning import __version__
@@ -84,6 +85,10 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys):
         (["fit", "--config", QUICKSTART, "--data.max_length", "4096"], ["max_length is 4096", "2048"]),
         (["fit", "--config", QUICKSTART, "--trainer.accelerator", "gpu"], ["gpu"]),
         (["fit", "--config", QUICKSTART, "--trainer.precision", "bf16-true"], ["rotary", "use bf16-mixed"]),
+        (["fit", "--config", QUICKSTART, "--model.optimizer.lr", "-1"], ["model.optimizer", "-1"]),
+        (["fit", "--config", QUICKSTART, "--trainer.logger.save_dir", "/proc/x"], ["/proc/x"]),
+        (["test", "--config", QUICKSTART, "--ckpt_path", QUICKSTART], ["quickstart.yaml", "cannot be read"]),
+        (["test", "--config", QUICKSTART, "--ckpt_path", str(ROOT)], ["cannot be read as a checkpoint"]),
         (["test", "--config", QUICKSTART, "--ckpt_path", "absent.ckpt"], ["absent.ckpt", "no checkpoint"]),
     ],
 )
@@ -92,6 +97,35 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, word
     assert all(word in line for word in words), line
     assert len(line) < 400
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_a_misspelt_monitor_is_refused_before_the_training(capsys, tmp_path):
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["trainer"]["callbacks"][0]["init_args"]["monitor"] = "val/aurok"
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    line = refusal(capsys, "fit", "--config", "typo.yaml")
+    assert "ModelCheckpoint.monitor is 'val/aurok'" in line
+    assert "val/auroc" in line
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
+def test_a_file_of_torch_that_is_no_checkpoint_is_refused(capsys, tmp_path, content):
+    torch.save(content, tmp_path / "other.ckpt")
+    line = refusal(capsys, "test", "--config", QUICKSTART, "--ckpt_path", "other.ckpt")
+    assert "other.ckpt is no checkpoint of a run" in line
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+    assert main(["fit", "--config", QUICKSTART, *few]) == 0
+    (checkpoint,) = (tmp_path / "runs").rglob("*.ckpt")
+    arguments = ["test", "--config", QUICKSTART, "--ckpt_path", str(checkpoint), "--model.hidden_size", "16"]
+    assert "another model" in refusal(capsys, *arguments)
+
+
+def test_scores_of_an_untrained_head_are_called_so(capsys):
+    assert main(["validate", "--config", QUICKSTART, "--trainer.limit_val_batches", "1"]) == 0
+    assert "the head is untrained" in capsys.readouterr().err
 
 
 def test_stock_deepspeed_is_refused():

@@ -6,6 +6,7 @@ R rows, T tokens.
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +60,10 @@ def load_backbone(
     from transformers import AutoModel
 
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
     try:
         backbone, info = AutoModel.from_pretrained(
             resolve_model(name_or_path),
@@ -71,6 +76,8 @@ def load_backbone(
         )
     except Exception as error:
         raise ModelError(f"{name_or_path}: its weights could not be loaded ({_reason(error)})") from error
+    finally:
+        report.setLevel(level)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "

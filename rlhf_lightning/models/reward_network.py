@@ -33,7 +33,7 @@ _HEAD_KEY = "reward_head"
 """Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
 
 
-def is_reward_network(config: PretrainedConfig) -> bool:
+def is_reward_network(config: PretrainedConfig | None) -> bool:
     """Whether a model's configuration is that of a saved `RewardNetwork`."""
     return getattr(config, _HEAD_KEY, None) is not None
 

@@ -72,8 +72,12 @@ def print_results(trainer: Trainer) -> None:
         title = f"validation, best checkpoint (step {step})"
     if metrics:
         _print_table(title, metrics)
-    if trainer.state.fn == TrainerFn.FITTING and best is not None:
-        print(f"checkpoint:  {_relative(best)}")
+    if trainer.state.fn == TrainerFn.FITTING:
+        print(
+            f"checkpoint:  {_relative(best)}"
+            if best
+            else "checkpoint:  none, the run ended before its first validation"
+        )
     for callback in trainer.callbacks:
         if isinstance(callback, ExportBest) and callback.exported:
             print(f"model:       {_relative(callback.directory)}")
@@ -109,7 +113,10 @@ class ExportBest(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a directory that holds something else, before any training. Raises `ConfigurationError`."""
-        if stage != "fit" or not self.directory.exists():
+        if stage != "fit":
+            return
+        self.directory.parent.mkdir(parents=True, exist_ok=True)  # an impossible path fails now, not after the training
+        if not self.directory.exists():
             return
         if not self.directory.is_dir():
             raise ConfigurationError(f"{self.directory}: is a file; give ExportBest another directory")
@@ -117,6 +124,8 @@ class ExportBest(Callback):
             raise ConfigurationError(
                 f"{self.directory}: holds files that are no model; give ExportBest an empty or new directory"
             )
+        if (self.directory / "config.json").is_file():
+            log.info("%s: the model there will be replaced when the run ends", self.directory)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = best_checkpoint(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 
@@ -14,6 +15,17 @@ Schedule = Literal["constant", "linear", "cosine"]
 """Learning rate after the warm-up: held, or down to 0 in a line or along half a cosine."""
 
 _TRANSFORMERS_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def check_optimizer(optimizer: OptimizerCallable) -> None:
+    """Build the optimizer once of nothing much, to refuse impossible arguments before any work is done.
+
+    Raises `ConfigurationError`.
+    """
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"model.optimizer: {error}") from error
 
 
 def optimizer_and_schedule(

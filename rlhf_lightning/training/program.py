@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,8 +18,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.errors import ConfigurationError, UserError
-from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, Results, print_results
+from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.training.callbacks import (
+    ExportBest,
+    PredictionWriter,
+    Results,
+    best_checkpoint,
+    print_results,
+)
 from rlhf_lightning.training.reward_model import RewardModel
+
+log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
 CLASSES = (RewardModel, PreferenceDataModule, ExportBest, PredictionWriter)
@@ -49,18 +59,35 @@ class Program(LightningCLI):
         data = config.get("data", {}).get("init_args", {})
         model = config.get("model", {}).get("init_args", {})
         ckpt_path = config.get("ckpt_path")
-        if ckpt_path not in (None, "best", "last", "hpc") and not os.path.exists(ckpt_path):
-            raise ConfigurationError(f"ckpt_path: no checkpoint at {ckpt_path}; give the file that fit named")
+        if ckpt_path not in (None, "best", "last", "hpc"):
+            _check_checkpoint(ckpt_path)
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's settings replace the given ones without a word; ours stay."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:  # Lightning's way out of Ctrl-C
+            if self.trainer.interrupted:
+                best = best_checkpoint(self.trainer)
+                kept = f"; go on with --ckpt_path {best}" if best else "; no checkpoint was saved yet"
+                print(f"rlhf-lightning: interrupted at step {self.trainer.global_step}{kept}", file=sys.stderr)
+            raise
+
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
         _refuse_wrong_numbers(self.trainer)
+        _check_monitors(self.trainer, self.model)
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
+        trained = is_reward_network(getattr(self.model, "backbone_config", None))
+        if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None and not trained:
+            log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
 
     before_validate = before_test = before_predict = before_fit
 
@@ -92,6 +119,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
         raise
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or 'files'}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"ckpt_path: the checkpoint's weights are those of another model than model.backbone ({error})"[:300]
+        ) from error
     except ValueError as error:
         # The parser wraps what a constructor raises in a ValueError of its own.
         if (ours := _user_error_behind(error)) is None:
@@ -121,6 +156,30 @@ def _essence(message: str) -> str:
     for part in parts:
         text += ("" if not text else " " if text.endswith(":") else "; ") + part
     return text or message
+
+
+def _check_checkpoint(path: str) -> None:
+    """Refuse what is no checkpoint of a run. Raises `ConfigurationError`."""
+    if not os.path.exists(path):
+        raise ConfigurationError(f"ckpt_path: no checkpoint at {path}; give the file that fit named")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a directory, a text file, a file cut short: torch raises a type for each
+        raise ConfigurationError(
+            f"ckpt_path: {path} cannot be read as a checkpoint; give the file that fit named"
+        ) from error
+    if not (isinstance(stored, dict) and "pytorch-lightning_version" in stored and "state_dict" in stored):
+        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of a run; give the file that fit named")
+
+
+def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
+    """Refuse a misspelt metric before the first validation would. Raises `ConfigurationError`."""
+    known = [f"val/{name}" for name in getattr(model, "val_metrics", ())]
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if known and monitor is not None and monitor.startswith("val/") and monitor not in known:
+            name = type(callback).__name__
+            raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
 
 
 def _refuse_wrong_numbers(trainer: Trainer) -> None:

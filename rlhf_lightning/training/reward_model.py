@@ -28,7 +28,7 @@ from rlhf_lightning.metrics import (
 )
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config, max_positions
 from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
-from rlhf_lightning.training.optimization import Schedule, optimizer_and_schedule
+from rlhf_lightning.training.optimization import Schedule, check_optimizer, optimizer_and_schedule
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class RewardModel(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer"])
+        check_optimizer(optimizer)
         self.optimizer_factory = optimizer
         self.backbone_config = load_config(backbone, trust_remote_code=trust_remote_code)
         self.network: RewardNetwork | None = None
