@@ -137,6 +137,7 @@ def test_head_computes_in_float32_under_half_weights_and_autocast(dtype):
     with torch.autocast("cpu", dtype):
         assert torch.equal(head(hidden), expected)
     scores = head.to(dtype)(hidden)
+    assert head(hidden.to(dtype)).dtype == torch.float32, "half-precision hidden states, as under DeepSpeed"
     assert scores.dtype == torch.float32
     assert torch.equal(scores, expected)
 

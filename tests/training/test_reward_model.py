@@ -37,6 +37,15 @@ def trained(build, trainer, *, batch_size=2, accumulate=1, model=None, data=None
     return weights(module)
 
 
+def test_the_first_scores_are_those_of_the_chosen_rows(build, trainer):
+    module, datamodule = build()
+    trainer(max_steps=1).fit(module, datamodule)
+    batch = next(iter(datamodule.val_dataloader()))
+    chosen, rejected = module(batch)
+    scores = module.network(batch.input_ids, batch.attention_mask)
+    assert torch.equal(torch.cat([chosen, rejected]), scores)
+
+
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 4), (2, 2)])
 def test_accumulation_gives_the_weights_of_one_large_batch(build, trainer, batch_size, accumulate):
     """11 pairs in steps of 4: the last step has 3 pairs, and its gradient is their mean, not three quarters of it."""
