@@ -249,7 +249,7 @@ class PreferenceDataModule(LightningDataModule):
             )
         log.log(
             logging.WARNING if shared else logging.INFO,
-            "pairs: the longer response is chosen in %.1f %% of val; %d duplicates and %d contradictory pairs in train; "
-            "%s (`rlhf-lightning doctor` shows which)",
+            "pairs: the longer response is chosen in %.1f %% of val; %d duplicates and %d contradictory pairs in train"
+            "; %s (`rlhf-lightning doctor` shows which)",
             *(100 * longer_chosen(val), len(duplicates(train)), len(contradictions(train)), leak),
         )

@@ -90,7 +90,7 @@ def test_a_list_of_sources_is_read_in_order_each_with_its_columns(tmp_path):
     assert [example.example_id for example in examples] == ["a.jsonl:0", "b.jsonl:0"]
     assert (report.rows_read, report.rows_kept, len(report.bad_rows["empty_response"])) == (4, 2, 2)
     assert report.source.count(".jsonl") == 2
-    with pytest.raises(DataError, match="a.jsonl: 1 of 2 rows cannot be used"):
+    with pytest.raises(DataError, match=r"a.jsonl: 1 of 2 rows cannot be used"):
         load_preferences([str(tmp_path / "a.jsonl"), other])
     with pytest.raises(DataError, match="the list of sources is empty"):
         load_preferences([])

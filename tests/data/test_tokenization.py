@@ -182,7 +182,7 @@ def test_the_longer_response_decides_what_is_cut(longer):
 
 
 def test_a_row_of_exactly_max_length_is_not_cut():
-    _, pairs, report = cut_prompt("qwen", full_length("qwen"))
+    _, _, report = cut_prompt("qwen", full_length("qwen"))
     assert (len(report.rows_cut), report.rows_dropped) == (0, 0)
 
 
