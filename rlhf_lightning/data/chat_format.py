@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import DataError, ModelError
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +49,23 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
             f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]}); give the hub name of one, or a "
             "directory with tokenizer.json and tokenizer_config.json"
         ) from error
+
+
+def load_chat_format(
+    tokenizer: str | None,
+    *,
+    chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> ChatFormat:
+    """The format of the tokenizer that a data module was given by hub name or directory.
+
+    Raises `ConfigurationError` when none was given, and what `load_tokenizer` and `ChatFormat` raise.
+    """
+    if tokenizer is None:
+        raise ConfigurationError("data.tokenizer: give the hub name or directory of a tokenizer")
+    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    return ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
 
 
 class ChatFormat:

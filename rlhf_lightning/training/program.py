@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.training.callbacks import (
@@ -31,7 +32,7 @@ from rlhf_lightning.training.reward_model import RewardModel
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, PreferenceDataModule, ExportBest, PredictionWriter)
+CLASSES = (RewardModel, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter)
 
 
 class Parser(LightningArgumentParser):
