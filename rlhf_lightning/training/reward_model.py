@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.losses import bradley_terry_loss
 from rlhf_lightning.metrics import (
@@ -106,7 +107,12 @@ class RewardModel(LightningModule):
         self.check_data(self.trainer.datamodule)
 
     def check_data(self, data: LightningDataModule | None) -> None:
-        """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
+        """Check that the data is pairs whose tokens fit the backbone. Raises `ConfigurationError` when it is not."""
+        if isinstance(data, PromptDataModule):
+            raise ConfigurationError(
+                "data: PromptDataModule has prompts alone, and a reward model learns from pairs; "
+                "use PreferenceDataModule"
+            )
         limit = max_positions(self.backbone_config)
         if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
             raise ConfigurationError(
