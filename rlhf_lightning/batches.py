@@ -37,8 +37,9 @@ class PreferenceBatch(NamedTuple):
 class PromptBatch(NamedTuple):
     """B prompts, each as long as it is: nothing is padded."""
 
-    input_ids: tuple[Tensor, ...]
-    """B tensors [T_i] int64: the prompt, up to where the assistant's reply begins."""
+    input_ids: list[Tensor]
+    """B tensors [T_i] int64: the prompt, up to where the assistant's reply begins. A list, because torch makes one of a
+    nested tuple when it pins memory."""
     index: Tensor
     """[B] int64, position of the prompt in its data set."""
     weight: Tensor

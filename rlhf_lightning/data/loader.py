@@ -314,7 +314,7 @@ def collate_prompts(micro_batch: MicroBatch, prompts: TokenizedPrompts) -> Promp
     """The prompts of a micro-batch, each as long as it is."""
     indices = np.asarray(micro_batch.indices, dtype=np.int64)
     return PromptBatch(
-        input_ids=tuple(torch.from_numpy(prompts.ids(index).astype(np.int64)) for index in indices),
+        input_ids=[torch.from_numpy(prompts.ids(index).astype(np.int64)) for index in indices],
         index=torch.from_numpy(indices),
         weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
     )

@@ -70,6 +70,7 @@ def test_a_batch_holds_ragged_ids_positions_and_a_weight(make, tmp_path):
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert isinstance(batch, PromptBatch)
+    assert isinstance(batch.input_ids, list)
     assert batch.prompts == len(batch.input_ids) == 2
     decode = data.chat_format.tokenizer.decode
     for ids, index in zip(batch.input_ids, batch.index.tolist(), strict=True):
