@@ -195,7 +195,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _selected(self, role: Role) -> tuple[TokenizedPairs, LoadReport]:
         """The pairs of a role: from its own sources, or divided off the training sources by prompt."""
-        sources, split, part = self._origin(role)
+        sources, split, part = self.role_sources(role)
         stores = [self._store(source, split) for source in sources]
         for store in stores:
             store.report.enforce(self.on_bad_rows)
@@ -215,12 +215,12 @@ class PreferenceDataModule(LightningDataModule):
             pairs = pairs.taken(np.sort(chosen))
         return pairs, report
 
-    def _origin(self, role: Role) -> tuple[Sequence[WeightedSource], Split, Literal["train", "val"] | None]:
+    def role_sources(self, role: Role) -> tuple[Sequence[WeightedSource], Split, Literal["train", "val"] | None]:
         """Sources of a role, the split to read of them, and the part of it where they are divided by prompt."""
         if (own := self._own_sources(role)) is not None and role != "train":
             return own, role, None
         if role == "test":
-            return self._origin("val")
+            return self.role_sources("val")
         divided = self._own_sources("val") is None
         return self.sources["train"], "train", role if divided else None
 

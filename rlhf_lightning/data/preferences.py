@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
-from rlhf_lightning.data.sources import Row, Source, Split, read_rows, source_list
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
@@ -34,7 +34,7 @@ class BadRow(Exception):
 
 
 def load_preferences(
-    source: Source | Path,
+    source: Source | Path | Sequence[WeightedSource],
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",

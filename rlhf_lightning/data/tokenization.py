@@ -297,9 +297,13 @@ class TokenizedPairs:
         """The id of each pair: the row's own, or `file:row`."""
         return self._texts("example_id")
 
-    def origins(self) -> list[str]:
-        """Where each pair stands: `file, row 17`."""
-        return self._texts("origin")
+    def origins(self, positions: np.ndarray) -> list[str]:
+        """Where some pairs stand: `file, row 17`."""
+        found = np.empty(len(positions), dtype=object)
+        for number, store in enumerate(self.stores):
+            own = self.source[positions] == number
+            found[own] = store.texts("origin", self.rows[positions][own])
+        return found.tolist()
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of prompt, chosen response and rejected response of one pair, int32."""
