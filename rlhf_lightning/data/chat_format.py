@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import hashlib
 import itertools
 import re
@@ -226,8 +227,7 @@ class ChatFormat:
             self.prompt_tail, self.response_lead = lead, ""
         else:
             self.response_lead = lead
-        control = self._control_ids()
-        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in control), fallback))
+        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in self.control_ids), fallback))
 
     def _refuse_dates(self, messages: Sequence[Message]) -> None:
         """Render under two clocks. Templates read the date through `strftime_now`, which transformers gives them."""
@@ -267,12 +267,14 @@ class ChatFormat:
         before, _, after = self.prompt_text([{"role": "user", "content": _USER_PROBE}]).partition(_USER_PROBE)
         return self.encode_prompts([before])[0], len(self.encode([after])[0])
 
-    def _control_ids(self) -> set[int]:
+    @functools.cached_property
+    def control_ids(self) -> set[int]:
+        """Ids of the tokenizer's control tokens."""
         added = self.tokenizer.added_tokens_decoder
         return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
     def _control_token_pattern(self) -> re.Pattern[str] | None:
-        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids())) if token]
+        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)) if token]
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
 
 

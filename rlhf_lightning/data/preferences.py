@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
-from rlhf_lightning.data.sources import Row, Source, Split, read_rows, source_list
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 Example = TypeVar("Example")
@@ -35,7 +35,7 @@ class BadRow(Exception):
 
 
 def load_preferences(
-    source: Source | Path,
+    source: Source | Path | Sequence[WeightedSource],
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",
@@ -64,7 +64,7 @@ def load_preferences(
 
 def load_examples(
     iterate: Callable[..., Iterator[Example | Refusal]],
-    source: Source | Path,
+    source: Source | Path | Sequence[WeightedSource],
     *,
     columns: Mapping[str, str] | None,
     on_bad_rows: OnBadRows,

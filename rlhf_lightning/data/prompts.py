@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from rlhf_lightning.data.preferences import (
     prompt_value,
     validated_rows,
 )
-from rlhf_lightning.data.sources import Row, Source, Split
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource
 from rlhf_lightning.data.splitting import prompt_hash
 from rlhf_lightning.errors import DataError
 
 
 def load_prompts(
-    source: Source | Path,
+    source: Source | Path | Sequence[WeightedSource],
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",

@@ -9,10 +9,10 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
 
 from jsonargparse.typing import PositiveFloat
 
@@ -46,16 +46,35 @@ class WeightedSource:
     columns: dict[str, str] | None = None
 
 
-Source = str | list[str | WeightedSource]
+class SourceKeys(TypedDict, total=False):
+    """A `WeightedSource` in YAML. A dataclass would not do: its parser looks into the data file for its fields."""
+
+    source: Required[str]
+    weight: PositiveFloat
+    columns: dict[str, str]
+
+
+Source = str | list[str | SourceKeys]
 """A file, a directory, a hub data set or `builtin:courtesy`; or a list of them, some with a weight."""
 
 
-def source_list(source: Source | Path) -> list[WeightedSource]:
+def source_list(source: Source | Path | Sequence[WeightedSource]) -> list[WeightedSource]:
     """The sources of a mixture; a single one is a mixture of one."""
     sources = source if isinstance(source, list | tuple) else [source]
     if not sources:
         raise DataError("data: the list of sources is empty; name at least one file")
-    return [one if isinstance(one, WeightedSource) else WeightedSource(str(one)) for one in sources]
+    return [_weighted(one) for one in sources]
+
+
+def _weighted(source: str | Path | SourceKeys | WeightedSource) -> WeightedSource:
+    if isinstance(source, WeightedSource):
+        return source
+    if not isinstance(source, Mapping):
+        return WeightedSource(str(source))
+    try:
+        return WeightedSource(**source)
+    except TypeError as error:
+        raise DataError(f"data: {dict(source)} is no source; give source, and perhaps weight and columns") from error
 
 
 class Row(NamedTuple):

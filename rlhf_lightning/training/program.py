@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -98,14 +99,28 @@ class Program(LightningCLI):
     after_validate = after_test = after_fit
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
+class ParsedRun(Program):
+    """The settings of a run, parsed and checked, of which nothing is built or run."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    @property
+    def settings(self) -> Namespace:
+        return self.config[self.subcommand]
+
+
+def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Program) -> Program:
     """Run `fit`, `validate`, `test` or `predict` with the given arguments (default: the process's).
 
     Raises `UserError` for everything that the user can mend.
     """
     _quieten()
     try:
-        Program(
+        return program(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

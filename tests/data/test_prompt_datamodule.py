@@ -177,6 +177,14 @@ def test_the_prompts_of_a_short_last_step_weigh_the_same_on_every_process(make, 
         assert (last.prompts, last.weight.item()) == (size, pytest.approx(size / 5 * 2 * 2, rel=1e-6))
 
 
+def test_evaluation_has_a_batch_size_of_its_own(make, tmp_path):
+    val = write(tmp_path / "b.jsonl", *numbered("v", 7))
+    for options, sizes in (({}, [4, 3]), ({"eval_batch_size": 7}, [7])):
+        data = make(write(tmp_path / "a.jsonl", "x"), val=val, **options)
+        data.setup("fit")
+        assert [batch.prompts for batch in data.val_dataloader()] == sizes
+
+
 def test_shuffling_follows_seed_and_epoch_and_not_the_lengths(make, shared_file, monkeypatch):
     def order(epoch=0, **options):
         data = make(shared_file.prompts, **options)
