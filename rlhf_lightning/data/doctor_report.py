@@ -204,8 +204,8 @@ def row_numbers(origins: Sequence[str]) -> str:
 
 def visible(text: str) -> str:
     """Line ends marked, control characters written out, so that nothing of a text can move the terminal's cursor."""
-    marked = text.replace("\r\n", "␍⏎\n").replace("\n", "⏎\n") if "⏎" not in text else text
-    return "".join(char if char == "\n" or char.isprintable() else f"\\x{ord(char):02x}" for char in marked)
+    marks = {"\n": "⏎\n", "\r": "␍"}
+    return "".join(marks.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
 
 
 def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
