@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -110,7 +111,7 @@ def _check_columns(source: str | Path, columns: Mapping[str, str], found: Mappin
         if "prompt" not in needed and "prompt" not in found:
             missing.insert(0, "prompt")
         raise DataError(
-            f"{source}: no column {absent}; the columns found are {', '.join(map(str, found))}. "
+            f"{source}: no column {absent}; the columns found are {' '.join(', '.join(found).split())}. "
             f"Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
         )
 
@@ -133,12 +134,15 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
     else:
         prompt, chosen, rejected = _implicit(values["chosen"], values["rejected"])
     _check_texts(prompt, chosen, rejected)
+    example_id = row.example_id if values["id"] is None else str(values["id"])
+    if _SURROGATE.search(example_id):
+        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
     return PreferenceExample(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
         margin=_margin(values["margin"]),
-        example_id=row.example_id if values["id"] is None else str(values["id"]),
+        example_id=example_id,
         origin=row.origin,
     )
 
@@ -291,7 +295,7 @@ def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Messa
         if not isinstance(content, str):
             raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
         if role not in ROLES:
-            raise BadRow("bad_messages", f"{name} holds the role {role!r}; use {', '.join(ROLES)}")
+            raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
         messages.append({"role": role, "content": content})
     return messages
 
@@ -304,5 +308,5 @@ def _margin(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
-        raise BadRow("bad_margin", f"margin is {value!r}, not a finite number")
+        raise BadRow("bad_margin", f"margin is {reprlib.repr(value)}, not a finite number")
     return margin
