@@ -329,3 +329,14 @@ def test_a_date_that_python_cannot_hold_is_refused_by_file(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "far.parquet")
     with pytest.raises(DataError, match=r"far.parquet: a column holds a value beyond Python's types"):
         list(read_rows(tmp_path / "far.parquet"))
+
+
+def test_the_fingerprint_of_a_hub_set_is_that_of_its_rows(monkeypatch):
+    def fingerprint_of(*texts):
+        rows = datasets.Dataset.from_list([{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts])
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+        return fingerprint("owner/pairs")
+
+    assert fingerprint_of("x", "y") == fingerprint_of("x", "y")
+    assert fingerprint_of("x", "y") != fingerprint_of("x", "z")
