@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -150,7 +151,7 @@ def check_columns(
         if "prompt" not in needed and "prompt" not in found:
             missing.insert(0, "prompt")
         raise DataError(
-            f"{source}: no column {absent}; the columns found are {', '.join(map(str, found))}. "
+            f"{source}: no column {absent}; the columns found are {' '.join(', '.join(found).split())}. "
             f"Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
         )
 
@@ -183,7 +184,10 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
 def id_of(row: Row, columns: Mapping[str, str]) -> str:
     """The row's own id, or where it stands."""
     own = row.values.get(columns.get("id", "id"))
-    return row.example_id if own is None else str(own)
+    example_id = row.example_id if own is None else str(own)
+    if _SURROGATE.search(example_id):
+        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+    return example_id
 
 
 def has_own_prompt(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> bool:
@@ -342,7 +346,7 @@ def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Messa
         if not isinstance(content, str):
             raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
         if role not in ROLES:
-            raise BadRow("bad_messages", f"{name} holds the role {role!r}; use {', '.join(ROLES)}")
+            raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
         messages.append({"role": role, "content": content})
     return messages
 
@@ -355,5 +359,5 @@ def _margin(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
-        raise BadRow("bad_margin", f"margin is {value!r}, not a finite number")
+        raise BadRow("bad_margin", f"margin is {reprlib.repr(value)}, not a finite number")
     return margin

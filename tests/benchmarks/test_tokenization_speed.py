@@ -1,6 +1,6 @@
 """Reading, checking and encoding a large set: time of one core and memory beyond the data.
 
-    python -m pytest -m benchmark tests/benchmarks/test_tokenization_speed.py -s
+python -m pytest -m benchmark tests/benchmarks/test_tokenization_speed.py -s
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_a_hundred_thousand_pairs_take_a_minute_of_one_core_and_little_memory(tm
     size = (tmp_path / "pairs.jsonl").stat().st_size
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "pairs.jsonl"), str(tmp_path / "cache")]
     rows, tokens, seconds, growth = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    print(f"\n{rows} pairs, {size / 2**20:.0f} MiB, {tokens} tokens: {seconds} s of a core, {growth} GiB beyond imports")
+    print(f"\n{rows} pairs, {size / 2**20:.0f} MiB, {tokens} tokens: {seconds} s of a core, {growth} GiB on top")
     assert int(rows) == PAIRS
     assert float(seconds) < SECONDS_OF_A_CORE
     assert float(growth) < GIBIBYTES
