@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import datetime
@@ -19,6 +20,7 @@ from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TRANSCRIPT = "transcript"
@@ -130,32 +132,92 @@ class ChatFormat:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any token that is not in the text."""
-        if not texts:
-            return []
-        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        core = self._core()
         if core is None:
-            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        core.no_truncation()  # a tokenizer may bring its own, and a call of it may leave some
-        core.no_padding()
+            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
-        start = self.start_ids
-        return [ids if ids[: len(start)] == start else [*start, *ids] for ids in self.encode(texts)]
+        return [self._started(ids) for ids in self.encode(texts)]
 
-    def shared_head(self, prompt: Sequence[int]) -> int:
-        """Number of ids at a prompt's beginning that belong to the template, and that a cut from the left must keep."""
-        shared = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(self.head_ids, prompt, strict=False))
-        return sum(1 for _ in shared)
+    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[list[int], list[int]]]:
+        """Ids of each prompt (its messages and its `prompt_text`), and where in them each user's words begin.
 
-    def fingerprint(self) -> str:
-        """A hash of all that decides which ids a conversation becomes."""
+        A cut from the left keeps what stands before the first place: start token, system message, header. It goes on at
+        a later place, or within the last turn, so that no words come under the header of another role. Where a template
+        writes the turns so that they cannot be told apart, there is one place, after the template's head.
+        """
+        core = self._core()
+        if core is None:
+            return [(ids, [self._shared_head(ids)]) for ids in self.encode_prompts([text for _, text in prompts])]
+        encodings = core.encode_batch([text for _, text in prompts], add_special_tokens=False)
+        found = []
+        for (messages, text), encoding in zip(prompts, encodings, strict=True):
+            ids = self._started(encoding.ids)
+            places = self._text_places(messages, text) if len(messages) > 1 else None
+            tokens = None if places is None else _tokens_at(places, [begin for begin, _ in encoding.offsets])
+            added = len(ids) - len(encoding.ids)
+            found.append((ids, [self._shared_head(ids)] if tokens is None else [token + added for token in tokens]))
+        return found
+
+    def _core(self) -> Tokenizer | None:
+        """The fast tokenizer, set to leave nothing out and to add nothing; it may bring such settings of its own."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
-        digest = hashlib.sha256()
         if core is not None:
             core.no_truncation()
             core.no_padding()
+        return core
+
+    def _shared_head(self, ids: Sequence[int]) -> int:
+        """Number of ids at a prompt's beginning that belong to the template, up to the words of the first message."""
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.head_ids, ids, strict=False))
+        return sum(1 for _ in shared)
+
+    def _text_places(self, prompt: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+        """Where in a prompt's text the words of each user's turn begin, with and without the blank before them."""
+        place, before, places = 0, "", []
+        for message in prompt:
+            between = self._between.get((before, message["role"]))
+            if between is None or not text.startswith(between, place):
+                return None
+            place += len(between)
+            if message["role"] == "user":
+                places.append((place - len(between) + len(between.rstrip(" ")), place))
+            words = message["content"]
+            words = words if text.startswith(words, place) else words.strip()
+            if not text.startswith(words, place):
+                return None
+            place, before = place + len(words), message["role"]
+        return places if text[place:] == self._between.get((before, "")) else None
+
+    @functools.cached_property
+    def _between(self) -> dict[tuple[str, str], str]:
+        """What the format writes between the words of two roles, before the first ("") and after the last ("")."""
+        found: dict[tuple[str, str], str] = {}
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            probes = [{"role": role, "content": f"PROBE{number}PROBE"} for number, role in enumerate(roles)]
+            try:
+                rest = self.prompt_text(probes)
+            except DataError:  # a template that knows no system message, or one turn alone
+                continue
+            before = ""
+            for probe in probes:
+                between, _, rest = rest.partition(probe["content"])
+                found.setdefault((before, probe["role"]), between)
+                before = probe["role"]
+            found.setdefault((before, ""), rest)
+        return found
+
+    def _started(self, ids: list[int]) -> list[int]:
+        start = self.start_ids
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a conversation becomes."""
+        core = self._core()
+        digest = hashlib.sha256()
+        if core is not None:
             digest.update(core.to_str().encode())
         else:
             with tempfile.TemporaryDirectory() as directory:
@@ -296,6 +358,13 @@ class ChatFormat:
     def _control_token_pattern(self) -> re.Pattern[str] | None:
         tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)) if token]
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+
+
+def _tokens_at(places: Sequence[tuple[int, int]], begins: Sequence[int]) -> list[int] | None:
+    """The tokens that begin at places in a text (with the blank before a word, or without), or None if one has none."""
+    tokens = [bisect.bisect_left(begins, blank) for blank, _ in places]
+    whole = all(token < len(begins) and begins[token] <= word for token, (_, word) in zip(tokens, places, strict=True))
+    return tokens if whole else None
 
 
 def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,10 +137,8 @@ class Words:
         # What a word is called does not matter; that equal texts stay equal does.
         return [[hash(word) & 0x7FFFFFFF for word in text.split()] for text in texts]
 
-    encode_prompts = encode
-
-    def shared_head(self, prompt: Sequence[int]) -> int:
-        return 0
+    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[list[int], list[int]]]:
+        return [(ids, [0]) for ids in self.encode([text for _, text in prompts])]
 
     def fingerprint(self) -> str:
         return "words"

@@ -28,13 +28,13 @@ from rlhf_lightning.data.token_store import (
 )
 
 PromptTruncation = Literal["cut", "drop", "error"]
-"""What to do with a prompt longer than max_prompt_length: `cut` cuts it from the left, after the template's head, and
-drops it when nothing of its messages would stay; `drop` drops it; `error` refuses the source."""
+"""What to do with a prompt longer than max_prompt_length: `cut` cuts it from the left (see `ChatFormat.encode_turns`)
+and drops it when nothing of its last turn would stay; `drop` drops it; `error` refuses the source."""
 
 PROMPT_SCHEMA = pa.schema(
     {
         "prompt": IDS,
-        "head": pa.int32(),
+        "turns": IDS,
         "prompt_hash": pa.uint64(),
         "messages": pa.string(),
         "example_id": pa.string(),
@@ -78,10 +78,9 @@ def _encoded(chunk: Sequence[PromptExample | Refusal], chat_format: ChatFormat) 
         if isinstance(row, Refusal):
             yield row
             continue
-        example, ids = row
+        example, prompt = row
         yield {
-            "prompt": ids,
-            "head": chat_format.shared_head(ids),
+            **prompt,
             "prompt_hash": prompt_hash(example.prompt),
             "messages": json.dumps(list(example.prompt), ensure_ascii=False),
             "example_id": example.example_id,
@@ -105,7 +104,7 @@ class TokenizedPrompts(TokenizedRows):
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[P] int64: tokens of each prompt, after the cut."""
-        return np.minimum(self.gathered(lambda store: store.lengths[:, 0]), self.max_length)
+        return self.prompt_lengths(self.max_length)
 
     def ids(self, index: int) -> np.ndarray:
         """Ids of one prompt, int32, up to where the assistant's reply begins."""

@@ -107,16 +107,17 @@ def _chunks(rows: Iterable[Example | Refusal]) -> Iterator[list[Example | Refusa
 
 def with_prompt_ids(
     chunk: Sequence[Example | Refusal], chat_format: ChatFormat
-) -> list[tuple[Example, list[int]] | Refusal]:
-    """Each row with the ids of its prompt, in order.
+) -> list[tuple[Example, dict[str, list[int]]] | Refusal]:
+    """Each row with the columns `prompt` (ids) and `turns` (see `ChatFormat.encode_turns`), in order.
 
     Refused are rows that hold a control token, or that the chat template does not take.
     """
     rows = [row if isinstance(row, Refusal) else _with_prompt_text(row, chat_format) for row in chunk]
     # Neighbours often share a prompt.
-    texts = list(dict.fromkeys(text for _, text in (row for row in rows if not isinstance(row, Refusal))))
-    prompts = dict(zip(texts, chat_format.encode_prompts(texts), strict=True))
-    return [row if isinstance(row, Refusal) else (row[0], prompts[row[1]]) for row in rows]
+    texts = {text: example.prompt for example, text in (row for row in rows if not isinstance(row, Refusal))}
+    encoded = chat_format.encode_turns([(prompt, text) for text, prompt in texts.items()])
+    columns = {text: {"prompt": ids, "turns": turns} for text, (ids, turns) in zip(texts, encoded, strict=True)}
+    return [row if isinstance(row, Refusal) else (row[0], columns[row[1]]) for row in rows]
 
 
 def _with_prompt_text(example: Example, chat_format: ChatFormat) -> tuple[Example, str] | Refusal:
@@ -144,7 +145,7 @@ class TokenStore:
         """Ids that every prompt has after its last message."""
         reader = pa.ipc.open_file(pa.memory_map(str(self.directory / self.file_name)))
         self._table = reader.read_all()
-        self._columns = {name: _id_lists(self._table.column(name)) for name in self.id_columns}
+        self._columns = {name: _id_lists(self._table.column(name)) for name in (*self.id_columns, "turns")}
 
     def __reduce__(self):
         return type(self), (self.directory,)
@@ -167,8 +168,14 @@ class TokenStore:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[R, C] int64: tokens of each column of ids."""
-        columns = (np.concatenate([np.diff(o) for o, _ in lists] or [[]]) for lists in self._columns.values())
+        lists = (self._columns[name] for name in self.id_columns)
+        columns = (np.concatenate([np.diff(offsets) for offsets, _ in batches] or [[]]) for batches in lists)
         return np.stack([column.astype(np.int64) for column in columns], axis=1)
+
+    @functools.cached_property
+    def heads(self) -> np.ndarray:
+        """[R] int64: ids at the prompt's beginning that a cut keeps."""
+        return np.concatenate([ids[offsets[:-1]] for offsets, ids in self._columns["turns"]] or [[]]).astype(np.int64)
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
@@ -177,10 +184,21 @@ class TokenStore:
 
     def segments(self, row: int) -> tuple[np.ndarray, ...]:
         """Ids of each column of one row, int32, uncut."""
+        return tuple(self._ids(name, row) for name in self.id_columns)
+
+    def kept_from(self, row: int, length: int, *, room: int) -> int:
+        """Where a prompt of `length` ids goes on after its head, when it is cut to at most `room` ids.
+
+        At the earliest user's turn from which on it fits, or within the last one.
+        """
+        first, *later = self._ids("turns", row).tolist()
+        return next((place for place in later if first + length - place <= room), length - (room - first))
+
+    def _ids(self, name: str, row: int) -> np.ndarray:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         row -= int(self._starts[batch])
-        lists = (self._columns[name][batch] for name in self.id_columns)
-        return tuple(ids[offsets[row] : offsets[row + 1]] for offsets, ids in lists)
+        offsets, ids = self._columns[name][batch]
+        return ids[offsets[row] : offsets[row + 1]]
 
 
 def _id_lists(column: pa.ChunkedArray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -235,15 +253,20 @@ class TokenizedRows:
         return np.concatenate(parts)
 
     def cut(self, prompt: np.ndarray, index: int, *, room: int) -> np.ndarray:
-        """A row's prompt, cut from the left, after the template's head, to `room` ids where it is longer."""
+        """A row's prompt, cut from the left, after its head, to at most `room` ids where it is longer."""
         if len(prompt) <= room:
             return prompt
-        head = int(self._heads[index])
-        return np.concatenate([prompt[:head], prompt[len(prompt) - (room - head) :]])
+        store, row = self.stores[self.source[index]], int(self.rows[index])
+        place = store.kept_from(row, len(prompt), room=room)
+        return np.concatenate([prompt[: store.heads[row]], prompt[place:]])
 
-    @functools.cached_property
-    def _heads(self) -> np.ndarray:
-        return self.numbers("head")
+    def prompt_lengths(self, room: np.ndarray | int) -> np.ndarray:
+        """[P] int64: ids of each prompt after its cut to `room` ([P] or one number)."""
+        lengths, room = self.gathered(lambda store: store.lengths[:, 0]), np.broadcast_to(room, len(self))
+        for index in np.flatnonzero(lengths > room):
+            store, row, length = self.stores[self.source[index]], int(self.rows[index]), int(lengths[index])
+            lengths[index] = store.heads[row] + length - store.kept_from(row, length, room=int(room[index]))
+        return lengths
 
     def _texts(self, name: str, positions: np.ndarray) -> list[str]:
         found = np.empty(len(positions), dtype=object)
@@ -265,10 +288,10 @@ class Fit(NamedTuple):
 def fit_prompts(store: TokenStore, *, room: np.ndarray | int, cut: bool) -> Fit:
     """Decide on each row by the room for its prompt ([R] or one number, in tokens).
 
-    Where it is longer and `cut` allows it, the template's head and at least one id of the messages must stay.
+    Where it is longer and `cut` allows it, its head and at least one id of its last turn must stay.
     """
     short = store.lengths[:, 0] <= room
-    cuttable = ~short & (room - store.numbers("head") > store.tail_length) & cut
+    cuttable = ~short & (room - store.heads > store.tail_length) & cut
     return Fit(short | cuttable, cuttable)
 
 

@@ -30,8 +30,9 @@ from rlhf_lightning.data.token_store import (
 )
 
 Truncation = Literal["keep_response", "drop", "error"]
-"""What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left, after the template's
-head, and drops the pair when nothing of the prompt would stay; `drop` drops it; `error` refuses the source."""
+"""What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left (see
+`ChatFormat.encode_turns`), and drops the pair when nothing of its last turn would stay; `drop` drops it; `error`
+refuses the source."""
 
 
 PAIR_SCHEMA = pa.schema(
@@ -39,7 +40,7 @@ PAIR_SCHEMA = pa.schema(
         "prompt": IDS,
         "chosen": IDS,
         "rejected": IDS,
-        "head": pa.int32(),
+        "turns": IDS,
         "margin": pa.float32(),
         "prompt_hash": pa.uint64(),
         "chosen_hash": pa.uint64(),
@@ -110,10 +111,9 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
             yield Refusal("identical_pair", message, pair.origin)
         else:
             yield {
-                "prompt": prompt,
+                **prompt,
                 "chosen": [*chosen, chat_format.terminator_id],
                 "rejected": [*rejected, chat_format.terminator_id],
-                "head": chat_format.shared_head(prompt),
                 "margin": pair.margin,
                 "prompt_hash": prompt_hash(pair.prompt),
                 "chosen_hash": _text_hash(pair.chosen),
@@ -160,7 +160,7 @@ class TokenizedPairs(TokenizedRows):
     def segment_lengths(self) -> np.ndarray:
         """[P, 3] int64: tokens of prompt (after the cut), chosen and rejected response."""
         lengths = self.gathered(lambda store: store.lengths)
-        lengths[:, 0] = np.minimum(lengths[:, 0], self.max_length - lengths[:, 1:].max(axis=1))
+        lengths[:, 0] = self.prompt_lengths(self.max_length - lengths[:, 1:].max(axis=1))
         return lengths
 
     @property

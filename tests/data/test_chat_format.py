@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat, _tokens_at, load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, GEMMA, LLAMA2, byte_tokenizer
 
@@ -336,13 +336,62 @@ def test_a_control_token_is_found_wherever_it_stands_and_nowhere_else(text):
 QWEN = FORMATS["qwen"].chat_format
 
 
-def test_the_head_that_a_cut_keeps_is_what_prompts_share_at_most_up_to_the_first_message():
+def test_the_head_that_a_cut_keeps_is_all_before_the_words_of_the_first_user():
     head = len(QWEN.encode(["<|im_start|>user\n"])[0])
-    prompts = QWEN.encode_prompts([QWEN.prompt_text(m) for m in ([USER], TALK, [SYSTEM, USER])])
-    assert [QWEN.shared_head(prompt) for prompt in prompts] == [head, head, 1]  # `<|im_start|>system`: only the first
-    assert QWEN.shared_head([]) == 0
+    system = len(QWEN.encode(["<|im_start|>system\nBe kind.<|im_end|>\n"])[0])
+    turns = [turns_of(QWEN, messages) for messages in ([USER], TALK, [SYSTEM, USER])]
+    assert [places[0] for _, places in turns] == [head, head, system + head]
+    assert [len(places) for _, places in turns] == [1, 2, 1]
+    assert QWEN.encode_turns([]) == []
     assert QWEN.tail_length == len(QWEN.encode(["<|im_end|>\n<|im_start|>assistant\n"])[0])
     gemma = FORMATS["gemma"].chat_format
     assert gemma.encode(["<bos><start_of_turn>user\n"])[0] == list(gemma.head_ids)
     assert gemma.template == GEMMA
     assert np.ndim(gemma.pad_id) == 0
+
+
+def turns_of(chat_format, messages):
+    (found,) = chat_format.encode_turns([(messages, chat_format.prompt_text(messages))])
+    return found
+
+
+LONG_TALK = [
+    {"role": role, "content": f"{role} says 5 {word}: Hi there, user; the assistant {word}s."}
+    for role, word in zip(
+        ["user", "assistant"] * 3 + ["user"], ["one", "two", "three", "four", "five", "six", "seven"], strict=True
+    )
+]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "tiny", "tiny transcript"])
+@pytest.mark.parametrize("system", [False, True])
+def test_a_prompt_without_its_oldest_turns_is_the_prompt_of_the_rest_of_the_conversation(name, system, tiny_qwen2):
+    if name.startswith("tiny"):
+        template = "transcript" if "transcript" in name else None
+        chat_format = ChatFormat(load_tokenizer(str(tiny_qwen2)), chat_template=template)
+    else:
+        chat_format = FORMATS[name].chat_format
+    start = [SYSTEM] if system else []
+    try:
+        ids, places = turns_of(chat_format, [*start, *LONG_TALK])
+    except DataError:
+        assert system  # a template that takes no system message
+        return
+    assert len(places) == 4
+    for turn, place in enumerate(places):
+        rest, _ = turns_of(chat_format, [*start, *LONG_TALK[2 * turn :]])
+        assert chat_format.tokenizer.decode(ids[: places[0]] + ids[place:]) == chat_format.tokenizer.decode(rest)
+
+
+def test_turns_that_cannot_be_told_apart_have_one_place():
+    two = [USER, {"role": "user", "content": "And?"}]  # no probe shows what stands between two turns of a user
+    assert turns_of(QWEN, two)[1] == [len(QWEN.encode(["<|im_start|>user\n"])[0])]
+    shouting = chatml(CHATML.replace("m.content", "m.content | replace('t', 'T')"))
+    assert len(turns_of(shouting, TALK)[1]) == 1
+
+
+def test_a_token_that_holds_header_and_words_has_no_place():
+    assert _tokens_at([(4, 5)], [0, 2, 4, 7]) == [2]  # the blank is a part of the token
+    assert _tokens_at([(4, 5)], [0, 2, 5, 7]) == [2]  # offsets without the blank
+    assert _tokens_at([(4, 5)], [0, 2, 3, 7]) is None
+    assert _tokens_at([(4, 4)], [0, 2]) is None

@@ -205,7 +205,9 @@ def test_fewer_pairs_than_processes_are_refused(plan, message):
 
 def tokenized(rows, margins=None, batches=1):
     """`TokenizedPairs` of (prompt, chosen, rejected) lists of ids, in so many record batches."""
-    blank = {field.name: field.type.to_pandas_dtype()() for field in PAIR_SCHEMA if not pa.types.is_list(field.type)}
+    blank = {"turns": [0]} | {
+        field.name: field.type.to_pandas_dtype()() for field in PAIR_SCHEMA if not pa.types.is_list(field.type)
+    }
     margins = margins or [0.0] * len(rows)
     records = [
         blank | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "example_id": str(number)}

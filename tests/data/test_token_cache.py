@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.data import token_cache, tokenization
+from rlhf_lightning.data import token_cache, token_store
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
 from rlhf_lightning.data.sources import WeightedSource
@@ -251,7 +251,7 @@ def stored(directory, rows, *, chunk_rows=2048, chat_format=QWEN):
     """A store of rows, in record batches of so many."""
     directory.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_CHUNK_ROWS", chunk_rows)
+        patch.setattr(token_store, "_CHUNK_ROWS", chunk_rows)
         write_pairs(directory, rows, LoadReport("rows", len(rows)), chat_format)
     return PairStore(directory)
 
@@ -289,7 +289,7 @@ def test_rows_lie_in_record_batches_and_are_found_across_their_borders(tmp_path)
 
 
 def test_a_few_giant_rows_end_a_record_batch_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenization, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(token_store, "_CHUNK_CHARACTERS", 100)
     rows = [pair("p" * 60, "a" * 30, "b" * 30), pair(row=1), pair("p" * 101, row=2), pair(row=3), pair(row=4)]
     store = stored(tmp_path / "store", rows)
     assert [len(chunk) for chunk in store._table.column("prompt").chunks] == [1, 2, 2]

@@ -181,6 +181,21 @@ def test_the_longer_response_decides_what_is_cut(longer):
     assert texts_of(pairs, QWEN)[0] == FORMATS["qwen"].prompt.replace("Hi there", string.ascii_lowercase[1:])
 
 
+def test_a_conversation_loses_whole_turns_before_its_last_question_is_cut():
+    turns = [("user", "A" * 9), ("assistant", "B" * 9), ("user", "C" * 9), ("assistant", "D" * 9), ("user", "E" * 9)]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    whole = int(tokenize([example(prompt)])[0].lengths[0])
+    rest = {start: tokenize([example(prompt[start:])])[0] for start in (2, 4)}
+    for less in range(1, whole - int(rest[4].lengths[0]) + 9):
+        pairs, report = tokenize([example(prompt)], max_length=whole - less)
+        text = texts_of(pairs, QWEN)[0]
+        fitting = next((p for p in rest.values() if p.lengths[0] <= whole - less), None)
+        expected = QWEN.prompt_text([{"role": "user", "content": "E" * (9 - less + whole - int(rest[4].lengths[0]))}])
+        assert text == (expected if fitting is None else texts_of(fitting, QWEN)[0])
+        assert pairs.lengths[0] == len(QWEN.encode([text])[0]) + 6
+        assert report.rows_cut == ["pairs.jsonl, row 0"]
+
+
 def test_a_row_of_exactly_max_length_is_not_cut():
     _, _, report = cut_prompt("qwen", full_length("qwen"))
     assert (len(report.rows_cut), report.rows_dropped) == (0, 0)
