@@ -214,6 +214,18 @@ class CausalLM(nn.Module):
         return Path(directory).expanduser()
 
 
+class FrozenCausalLM:
+    """A reference model outside of every module tree: no optimizer, no checkpoint and no `train()` reaches it."""
+
+    def __init__(self, network: CausalLM) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
+        """As `CausalLM.forward`, on the device of the rows."""
+        return self.network.to(input_ids.device)(input_ids, attention_mask, response_mask)
+
+
 def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a causal language model. Raises `ModelError` for anything else that can be told by it."""
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)

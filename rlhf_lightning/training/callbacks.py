@@ -6,13 +6,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
 
@@ -26,6 +27,17 @@ TABLE_ROWS = {
     "calibration_error": "calibration error",
 }
 """Rows of the results table: metric and its name in words."""
+
+
+class PairScores(NamedTuple):
+    """Scores of B pairs, as `predict` returns them."""
+
+    index: Tensor
+    """[B] int64, position of the pair in the evaluated data."""
+    chosen: Tensor
+    """[B] float32."""
+    rejected: Tensor
+    """[B] float32."""
 
 
 class Results(Callback):
