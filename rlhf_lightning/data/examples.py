@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from rlhf_lightning.errors import DataError
 
 Message = Mapping[str, str]
 """A turn of a conversation: `{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -45,6 +47,21 @@ class PreferenceExample:
     origin: str
     """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
 
+    @property
+    def texts(self) -> list[str]:
+        """Every text of the pair: the prompt's turns, chosen, rejected."""
+        return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
+
+
+class Refusal(NamedTuple):
+    """A row that cannot be used."""
+
+    reason: str
+    """Key of `BAD_ROW_REASONS`."""
+    message: str
+    """Where and what, in one line."""
+    origin: str
+
 
 @dataclass(slots=True)
 class LoadReport:
@@ -56,13 +73,15 @@ class LoadReport:
     """Reason code -> origin of each refused row."""
     first_messages: list[str] = field(default_factory=list)
     """The first ten refusals in words."""
+    rows_cut: list[str] = field(default_factory=list)
+    """Origin of each row whose prompt was cut from the left to fit max_length."""
 
-    def refuse(self, reason: str, message: str, origin: str) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         """Count one refused row."""
-        assert reason in BAD_ROW_REASONS, reason
-        self.bad_rows.setdefault(reason, []).append(origin)
+        assert refusal.reason in BAD_ROW_REASONS, refusal.reason
+        self.bad_rows.setdefault(refusal.reason, []).append(refusal.origin)
         if len(self.first_messages) < 10:
-            self.first_messages.append(message)
+            self.first_messages.append(refusal.message)
 
     @property
     def rows_kept(self) -> int:
@@ -79,3 +98,31 @@ class LoadReport:
             counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
             text += f", {self.rows_dropped} dropped ({counts})"
         return text
+
+    def enforce(self, on_bad_rows: OnBadRows) -> None:
+        """Raise `DataError` when no row is usable, or when there are bad rows and the policy is `error`."""
+        if not self.bad_rows or (self.rows_kept and on_bad_rows == "drop"):
+            return
+        first = "; ".join(self.first_messages[: 10 if self.rows_kept else 1])
+        more = self.rows_dropped - 10
+        if not self.rows_kept:
+            raise DataError(f"{self.source}: none of its {self.rows_read} rows can be used: {first}")
+        raise DataError(
+            f"{self.source}: {self.rows_dropped} of {self.rows_read} rows cannot be used: {first}"
+            + (f"; and {more} more" if more > 0 else "")
+            + ". Mend them, or leave them out with on_bad_rows: drop"
+        )
+
+    @classmethod
+    def merged(cls, reports: Sequence[LoadReport]) -> LoadReport:
+        """The report of several sources as one."""
+        if len(reports) == 1:
+            return reports[0]
+        whole = cls(source=", ".join(report.source for report in reports))
+        for report in reports:
+            whole.rows_read += report.rows_read
+            whole.first_messages = (whole.first_messages + report.first_messages)[:10]
+            whole.rows_cut += report.rows_cut
+            for reason, origins in report.bad_rows.items():
+                whole.bad_rows[reason] = whole.bad_rows.get(reason, []) + origins
+        return whole

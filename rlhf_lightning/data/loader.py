@@ -6,7 +6,7 @@ mathematics, is that of the plain loop: fewer padding tokens for free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,9 @@ class TrainingPlan:
     the last step of an epoch takes what is left, and fewer leftover pairs than processes join the step before. Every
     process gets the same number of batches, none empty; where the pairs do not divide evenly, a batch may hold
     `batch_size + 1`. `shuffle=False` keeps the file's order (and then nothing is regrouped by length).
+
+    In a mixture, pair i belongs to source `source[i]` ([P] int), whose pairs come `weights[source[i]]` times in an
+    epoch: 2.5 is every pair twice and half of them, others each epoch, once more.
     """
 
     def __init__(
@@ -45,10 +48,15 @@ class TrainingPlan:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        source: np.ndarray | None = None,
+        weights: Sequence[float] = (1.0,),
     ) -> None:
-        if len(lengths) < world_size:
-            raise ConfigurationError(f"{len(lengths)} training pairs cannot be shared by {world_size} processes")
         self.lengths = lengths
+        source = np.zeros(len(lengths), dtype=np.int32) if source is None else source
+        self.mixture = [(np.flatnonzero(source == number), weight) for number, weight in enumerate(weights)]
+        self.epoch_pairs = sum(round(len(indices) * weight) for indices, weight in self.mixture)
+        if self.epoch_pairs < world_size:
+            raise ConfigurationError(f"{self.epoch_pairs} training pairs cannot be shared by {world_size} processes")
         self.step_pairs = batch_size * accumulate * world_size
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -64,9 +72,10 @@ class TrainingPlan:
 
     def epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """The batches of this process in one epoch."""
-        order = np.arange(len(self.lengths))
+        random = np.random.default_rng([self.seed, epoch])
+        order = np.concatenate([_repeated(indices, weight, random) for indices, weight in self.mixture])
         if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+            order = random.permutation(order)
         for start, stop in self._steps():
             step = order[start:stop]
             if self.group_by_length:
@@ -79,7 +88,7 @@ class TrainingPlan:
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Where the pairs of each optimizer step begin and end in the epoch's order."""
-        pairs = len(self.lengths)
+        pairs = self.epoch_pairs
         for start in range(0, pairs, self.step_pairs):
             stop = start + self.step_pairs
             if pairs - stop < self.world_size:
@@ -90,6 +99,14 @@ class TrainingPlan:
     def _batches_of(self, pairs: int) -> int:
         """Batches per process in an optimizer step of so many pairs."""
         return min(self.accumulate, _batches_per_process(pairs, self.batch_size, self.world_size))
+
+
+def _repeated(indices: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
+    """Every index `weight` times; the rest of a fraction goes to indices drawn without replacement."""
+    whole = int(weight)
+    rest = round(len(indices) * weight) - whole * len(indices)
+    drawn = np.sort(random.permutation(indices)[:rest]) if rest else indices[:0]
+    return np.concatenate([*[indices] * whole, drawn])
 
 
 class EvaluationPlan:
@@ -118,19 +135,18 @@ def _batches_per_process(pairs: int, batch_size: int, world_size: int) -> int:
     return min(-(-pairs // (batch_size * world_size)), pairs // world_size)
 
 
-class _CollatedPairs(Dataset):
-    """Maps a `MicroBatch` to its `PreferenceBatch`, so that workers collate whole batches."""
+class _Collated(Dataset):
+    """Maps a `MicroBatch` to its tensors, so that workers collate whole batches."""
 
-    def __init__(self, pairs: TokenizedPairs, pad_id: int) -> None:
-        self.pairs = pairs
-        self.pad_id = pad_id
+    def __init__(self, collate: Callable[[MicroBatch], NamedTuple]) -> None:
+        self.collate = collate
 
-    def __getitem__(self, micro_batch: MicroBatch) -> PreferenceBatch:
-        return collate(self.pairs, micro_batch, pad_id=self.pad_id)
+    def __getitem__(self, micro_batch: MicroBatch) -> NamedTuple:
+        return self.collate(micro_batch)
 
 
-class PairLoader:
-    """Iterates over the `PreferenceBatch`es of a plan, an epoch at a time.
+class BatchLoader:
+    """Iterates over the batches of a plan, an epoch at a time; `collate` makes each of its micro-batch.
 
     Not a `DataLoader` on purpose: Lightning would put its own distributed sampler into one, which repeats pairs to make
     the processes even and so falsifies every metric; the plans divide the pairs themselves.
@@ -138,23 +154,21 @@ class PairLoader:
 
     def __init__(
         self,
-        pairs: TokenizedPairs,
+        collate: Callable[[MicroBatch], NamedTuple],
         plan: TrainingPlan | EvaluationPlan,
         *,
-        pad_id: int,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.pairs = pairs
+        self.collate = collate
         self.plan = plan
-        self.pad_id = pad_id
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.current_epoch = 0
         self._position = {"epoch": 0, "batches": 0}
 
     @property
-    def sampler(self) -> PairLoader:
+    def sampler(self) -> BatchLoader:
         """Where Lightning looks for `set_epoch`."""
         return self
 
@@ -177,11 +191,11 @@ class PairLoader:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[PreferenceBatch]:
+    def __iter__(self) -> Iterator[NamedTuple]:
         begun = self._position["batches"] if self._position["epoch"] == self.current_epoch else 0
         self._position = {"epoch": self.current_epoch, "batches": begun % len(self)}
         loader = DataLoader(
-            _CollatedPairs(self.pairs, self.pad_id),
+            _Collated(self.collate),
             batch_size=None,
             sampler=list(self.plan.epoch(self.current_epoch))[self._position["batches"] :],
             num_workers=self.num_workers,
@@ -193,7 +207,7 @@ class PairLoader:
             yield batch
 
 
-def collate(pairs: TokenizedPairs, micro_batch: MicroBatch, *, pad_id: int) -> PreferenceBatch:
+def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int) -> PreferenceBatch:
     """Right-padded rows of a micro-batch: B chosen rows, then the B rejected rows of the same pairs."""
     indices = np.asarray(micro_batch.indices, dtype=np.int64)
     segments = [pairs.segments(index) for index in indices]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample
-from rlhf_lightning.data.sources import Row, Split, read_rows
+from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
+from rlhf_lightning.data.sources import Row, Source, Split, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
+PROMPT_COLUMNS = frozenset(("prompt", "conversations", "instruction"))
+"""Columns that a prompt is looked for in, where none is mapped."""
 ROLES = ("system", "user", "assistant")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
@@ -22,7 +25,7 @@ _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\
 _LARGEST_MARGIN = 3.4e38  # float32
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """A row that cannot be used: reason code and the rest of the sentence."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -31,20 +34,22 @@ class _BadRow(Exception):
 
 
 def load_preferences(
-    source: str | Path,
+    source: Source | Path,
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",
     split: Split = "train",
 ) -> tuple[list[PreferenceExample], LoadReport]:
-    """Read preference pairs from a file, a directory or a hub data set (see `read_rows`).
+    """Read preference pairs from a file, a directory or a hub data set (see `read_rows`), or from a list of them.
 
     Shapes of a row, told apart by what it holds:
     - explicit prompt: `prompt`, `chosen`, `rejected` as strings;
     - implicit prompt: no `prompt`; `chosen` and `rejected` are hh-rlhf transcripts (`\\n\\nHuman: ...\\n\\nAssistant:
       ...`) or conversations (lists of `{role, content}`) that share all turns but the last, or plain strings that share
       their beginning (only where no row of the source has a prompt);
-    - conversations: `prompt` a list of messages, responses a string or a list that ends with the assistant's reply.
+    - conversations: `prompt` a list of messages, responses a string, a message or a list that ends with the reply;
+    - ShareGPT-like: `conversations` as the prompt, and turns of `{from, value}` for `{role, content}`;
+    - Alpaca-like: `instruction` and `input` as the prompt.
     Optional columns: `margin` (a finite number) and `id` (kept as `example_id`).
 
     `columns` maps our names (prompt, chosen, rejected, margin, id) to the file's. `on_bad_rows`: `error` refuses the
@@ -55,17 +60,32 @@ def load_preferences(
     """
     if on_bad_rows not in get_args(OnBadRows):
         raise DataError(f"on_bad_rows: {on_bad_rows!r} is no policy; use one of {', '.join(get_args(OnBadRows))}")
+    examples: list[PreferenceExample] = []
+    reports = []
+    for one in source_list(source):
+        reports.append(LoadReport(source=one.source))
+        rows = iterate_preferences(one.source, reports[-1], columns=one.columns or columns, split=split)
+        examples += [row for row in rows if isinstance(row, PreferenceExample)]
+        reports[-1].enforce(on_bad_rows)
+    return examples, LoadReport.merged(reports)
+
+
+def iterate_preferences(
+    source: str | Path, report: LoadReport, *, columns: Mapping[str, str] | None = None, split: Split = "train"
+) -> Iterator[PreferenceExample | Refusal]:
+    """Each row of one source as an example or a refusal, in order, a few at a time, counted in `report`.
+
+    Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
+    """
     columns = dict(columns or {})
     if unknown := sorted(set(columns) - set(COLUMNS)):
         raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
-    report = LoadReport(source=str(source))
-    examples: list[PreferenceExample] = []
     found: dict[str, None] = {}
     guessed: Row | None = None
     for row in read_rows(source, split=split):
         report.rows_read += 1
         found.update(dict.fromkeys(row.values))
-        has_prompts = "prompt" in columns or "prompt" in found
+        has_prompts = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(found)
         if not has_prompts and _is_guess(row, columns):
             guessed = guessed or row
         elif guessed and has_prompts:
@@ -73,27 +93,12 @@ def load_preferences(
                 f"{row.origin}: has a prompt, but {guessed.origin} has none: give every row a prompt, or none of them"
             )
         try:
-            examples.append(_example(row, columns, has_prompts=has_prompts))
-        except _BadRow as error:
-            report.refuse(error.reason, f"{row.origin}: {error}", row.origin)
+            yield _example(row, columns, has_prompts=has_prompts)
+        except BadRow as error:
+            refusal = Refusal(error.reason, f"{row.origin}: {error}", row.origin)
+            report.refuse(refusal)
+            yield refusal
     _check_columns(source, columns, found)
-    refuse_bad_rows(report, on_bad_rows)
-    return examples, report
-
-
-def refuse_bad_rows(report: LoadReport, on_bad_rows: OnBadRows) -> None:
-    """Raise `DataError` when no row is usable, or when there are bad rows and the policy is `error`."""
-    if not report.bad_rows or (report.rows_kept and on_bad_rows == "drop"):
-        return
-    first = "; ".join(report.first_messages[: 10 if report.rows_kept else 1])
-    more = report.rows_dropped - 10
-    if not report.rows_kept:
-        raise DataError(f"{report.source}: none of its {report.rows_read} rows can be used: {first}")
-    raise DataError(
-        f"{report.source}: {report.rows_dropped} of {report.rows_read} rows cannot be used: {first}"
-        + (f"; and {more} more" if more > 0 else "")
-        + ". Mend them, or leave them out with on_bad_rows: drop"
-    )
 
 
 def _check_columns(source: str | Path, columns: Mapping[str, str], found: Mapping[str, None]) -> None:
@@ -118,15 +123,11 @@ def _is_guess(row: Row, columns: Mapping[str, str]) -> bool:
 
 def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PreferenceExample:
     values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
-    explicit = "prompt" in columns or "prompt" in row.values or (has_prompts and _is_guess(row, columns))
+    explicit = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
+    explicit = explicit or (has_prompts and _is_guess(row, columns))
+    values["prompt"] = prompt_value(row.values, columns)
     needed = ("prompt", "chosen", "rejected") if explicit else ("chosen", "rejected")
-    if absent := [name for name in needed if values[name] is None]:
-        raise _BadRow("missing_key", f"{', '.join(absent)} absent or null")
-    if wrong := [name for name in needed if not isinstance(values[name], str | list)]:
-        found = ", ".join(f"{name} of type {type(values[name]).__name__}" for name in wrong)
-        raise _BadRow("wrong_type", f"{found}, not text or a list of messages")
-    if quoted := [name for name in needed if _is_quoted_conversation(values[name])]:
-        raise _BadRow("bad_messages", f"{', '.join(quoted)} holds a list of messages inside a string; decode it")
+    check_values({name: values[name] for name in needed})
     if explicit:
         prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
     else:
@@ -142,7 +143,30 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
     )
 
 
-def _is_quoted_conversation(value: str | list) -> bool:
+def prompt_value(values: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
+    """What stands in the prompt's column: the mapped one, else `prompt`, `conversations` or Alpaca's `instruction`.
+
+    Where the column is called `instruction`, a text in `input` belongs to it, after an empty line.
+    """
+    name = columns.get("prompt") or next((n for n in ("prompt", "conversations", "instruction") if n in values), "")
+    value = values.get(name)
+    if name == "instruction" and isinstance(value, str) and isinstance(values.get("input"), str):
+        value = f"{value}\n\n{values['input']}" if values["input"].strip() else value
+    return value
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse what is absent, neither text nor messages, or messages written into a text."""
+    if absent := [name for name, value in values.items() if value is None]:
+        raise BadRow("missing_key", f"{', '.join(absent)} absent or null")
+    if wrong := [name for name, value in values.items() if not isinstance(value, str | list | dict)]:
+        found = ", ".join(f"{name} of type {type(values[name]).__name__}" for name in wrong)
+        raise BadRow("wrong_type", f"{found}, not text or a list of messages")
+    if quoted := [name for name, value in values.items() if _is_quoted_conversation(value)]:
+        raise BadRow("bad_messages", f"{', '.join(quoted)} holds a list of messages inside a string; decode it")
+
+
+def _is_quoted_conversation(value: Any) -> bool:
     """Whether a string is the JSON of a list of messages."""
     if not (isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value):
         return False
@@ -153,33 +177,45 @@ def _is_quoted_conversation(value: str | list) -> bool:
     return any(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
 
 
+def check_prompt(prompt: Sequence[Message]) -> None:
+    """Refuse a prompt that says nothing, does not end with the user's turn, or that cannot be encoded."""
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
+        raise BadRow("empty_prompt", "the prompt has no text")
+    if prompt[-1]["role"] != "user":
+        raise BadRow("bad_messages", "the prompt does not end with the user's turn")
+    if any(_SURROGATE.search(message["content"]) for message in prompt):
+        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+
+
 def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
     """Refuse texts that state no preference, or that cannot be encoded."""
-    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise _BadRow("empty_prompt", "the prompt has no text")
+    check_prompt(prompt)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise _BadRow("empty_response", f"{name} has no text")
+            raise BadRow("empty_response", f"{name} has no text")
     if chosen.strip(_BLANKS) == rejected.strip(_BLANKS):
-        raise _BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
-    if any(map(_SURROGATE.search, [*(message["content"] for message in prompt), chosen, rejected])):
-        raise _BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+        raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
+    if _SURROGATE.search(chosen) or _SURROGATE.search(rejected):
+        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
 
 
 def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
-    if not isinstance(prompt, str):
-        messages = _messages("prompt", prompt)
-    elif not _HH_TURN.match(prompt):
-        messages = [{"role": "user", "content": prompt}]
-    else:
-        messages = _transcript("prompt", prompt)
-        if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-            messages.pop()  # the open turn that the responses fill
-    if messages and messages[-1]["role"] != "user":
-        raise _BadRow("bad_messages", "the prompt does not end with the user's turn")
+    messages = prompt_messages(prompt)
     return messages, *(
         _reply(name, response, messages) for name, response in (("chosen", chosen), ("rejected", rejected))
     )
+
+
+def prompt_messages(prompt: Any) -> list[Message]:
+    """The turns of a prompt that is a text, an hh-rlhf transcript or a list of messages."""
+    if not isinstance(prompt, str):
+        return _messages("prompt", prompt)
+    if not _HH_TURN.match(prompt):
+        return [{"role": "user", "content": prompt}]
+    messages = _transcript("prompt", prompt)
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        messages.pop()  # the open turn that the responses fill
+    return messages
 
 
 def _reply(name: str, response: Any, prompt: Sequence[Message]) -> str:
@@ -188,9 +224,9 @@ def _reply(name: str, response: Any, prompt: Sequence[Message]) -> str:
         return response
     messages = _transcript(name, response) if isinstance(response, str) else _messages(name, response)
     if messages[-1]["role"] != "assistant":
-        raise _BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+        raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
     if messages[:-1] and not _same_turns(messages[:-1], prompt):
-        raise _BadRow("prompts_differ", f"{name} repeats another prompt than the row's")
+        raise BadRow("prompts_differ", f"{name} repeats another prompt than the row's")
     return messages[-1]["content"]
 
 
@@ -206,24 +242,22 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
             return _common_beginning(chosen, rejected)
         conversations = _transcript("chosen", chosen), _transcript("rejected", rejected)
     elif isinstance(chosen, str) or isinstance(rejected, str):
-        raise _BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
+        raise BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
     else:
         conversations = _messages("chosen", chosen), _messages("rejected", rejected)
     for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
         if messages[-1]["role"] != "assistant":
-            raise _BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+            raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
     prompt, other = (messages[:-1] for messages in conversations)
     if prompt != other:
-        raise _BadRow("prompts_differ", "chosen and rejected differ before the last assistant's reply")
-    if prompt and prompt[-1]["role"] != "user":
-        raise _BadRow("bad_messages", "the prompt does not end with the user's turn")
+        raise BadRow("prompts_differ", "chosen and rejected differ before the last assistant's reply")
     return prompt, conversations[0][-1]["content"], conversations[1][-1]["content"]
 
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
     """Split two strings after the whole words that they share at their beginning."""
     if chosen == rejected:
-        raise _BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
+        raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -244,17 +278,21 @@ def _transcript(name: str, text: str) -> list[Message]:
     ]
 
 
-def _messages(name: str, value: Sequence[Any]) -> list[Message]:
-    """Check a conversation and keep role and content alone."""
+def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Message]:
+    """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known."""
     if not value:
-        raise _BadRow("bad_messages", f"{name} is an empty conversation")
+        raise BadRow("bad_messages", f"{name} is an empty conversation")
     messages = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise _BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
-        if turn.get("role") not in ROLES:
-            raise _BadRow("bad_messages", f"{name} holds the role {turn.get('role')!r}; use {', '.join(ROLES)}")
-        messages.append({"role": turn["role"], "content": turn["content"]})
+    for turn in [value] if isinstance(value, Mapping) else value:
+        if not isinstance(turn, Mapping):
+            raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
+        role, content = (turn.get(key, turn.get(other)) for key, other in (("role", "from"), ("content", "value")))
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        if not isinstance(content, str):
+            raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
+        if role not in ROLES:
+            raise BadRow("bad_messages", f"{name} holds the role {role!r}; use {', '.join(ROLES)}")
+        messages.append({"role": role, "content": content})
     return messages
 
 
@@ -266,5 +304,5 @@ def _margin(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
-        raise _BadRow("bad_margin", f"margin is {value!r}, not a finite number")
+        raise BadRow("bad_margin", f"margin is {value!r}, not a finite number")
     return margin

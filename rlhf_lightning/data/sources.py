@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jsonargparse.typing import PositiveFloat
 
 from rlhf_lightning.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 Split = Literal["train", "val", "test"]
@@ -22,6 +29,33 @@ SPLIT_STEMS: dict[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 COURTESY = "builtin:courtesy"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSource:
+    """One source of a mixture.
+
+    Args:
+        source: File, directory or hub data set.
+        weight: How often each of its rows comes in an epoch: 1 once, 2 twice, 0.5 every other one (others each epoch).
+        columns: Our names to this source's columns, where they differ from the other sources'.
+    """
+
+    source: str
+    weight: PositiveFloat = 1.0
+    columns: dict[str, str] | None = None
+
+
+Source = str | list[str | WeightedSource]
+"""A file, a directory, a hub data set or `builtin:courtesy`; or a list of them, some with a weight."""
+
+
+def source_list(source: Source | Path) -> list[WeightedSource]:
+    """The sources of a mixture; a single one is a mixture of one."""
+    sources = source if isinstance(source, list | tuple) else [source]
+    if not sources:
+        raise DataError("data: the list of sources is empty; name at least one file")
+    return [one if isinstance(one, WeightedSource) else WeightedSource(str(one)) for one in sources]
 
 
 class Row(NamedTuple):
@@ -82,6 +116,18 @@ def has_split(source: str | Path, split: Split) -> bool:
         return split in ("train", "val")
     path = Path(source).expanduser()
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
+
+
+def fingerprint(source: str, *, split: Split = "train") -> str:
+    """A hash of the rows of a source and of the names that stand in their ids. Raises `DataError`."""
+    digest = hashlib.sha256(f"{source}:{split}".encode())
+    files = local_files(source, split=split)
+    if files is None:
+        digest.update(_hub_split(source, split)[0]._fingerprint.encode())
+    for file in files or ():
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _split_files(directory: Path, split: Split) -> list[Path]:
@@ -205,6 +251,17 @@ def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hub_rows(source: str, split: Split) -> Iterator[Row]:
+    rows, named_split = _hub_split(source, split)
+    repository = source.partition(":")[0]
+    name = f"{repository}:{named_split}"
+    if len(rows) == 0:
+        raise DataError(f"{name}: the split is empty: it holds no rows; name another one: {repository}:SPLIT")
+    for number, values in enumerate(rows):
+        yield Row(dict(values), f"{name}, row {number}", f"{name}:{number}")
+
+
+def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
+    """The split of a hub data set that is named, or that serves as `split`, and its name. Raises `DataError`."""
     import datasets
 
     name, _, named_split = source.partition(":")
@@ -215,7 +272,7 @@ def _hub_rows(source: str, split: Split) -> Iterator[Row]:
             if wanted is None:
                 raise DataError(f"{name}: has no {split} split, only {', '.join(available)}; name one: {name}:SPLIT")
             named_split = wanted
-        rows = datasets.load_dataset(name, split=named_split)
+        return datasets.load_dataset(name, split=named_split), named_split
     except DataError:
         raise
     except Exception as error:  # the hub client raises dozens of types; each means the same to the user
@@ -223,10 +280,6 @@ def _hub_rows(source: str, split: Split) -> Iterator[Row]:
             f"{name}: no file or directory here, and no hub data set that could be loaded "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
-    if len(rows) == 0:
-        raise DataError(f"{name}:{named_split}: the split is empty: it holds no rows; name another one: {name}:SPLIT")
-    for number, values in enumerate(rows):
-        yield Row(dict(values), f"{name}:{named_split}, row {number}", f"{name}:{named_split}:{number}")
 
 
 def _split_order(split: Split) -> tuple[str, ...]:

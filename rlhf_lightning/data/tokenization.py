@@ -1,328 +1,362 @@
-"""Validated pairs -> token ids. Prompt ids, response ids and one terminator id; never a second look at joined text."""
+"""Validated pairs -> token ids on disk -> the pairs of a run.
+
+The ids of a source are written once, uncut, to an Arrow file that is then mapped into memory, so that a set may be
+larger than the memory. What a run takes of them, and where it cuts a prompt, is decided on their lengths alone.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PreferenceExample
-from rlhf_lightning.errors import DataError, ModelError
+from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
+from rlhf_lightning.data.preferences import iterate_preferences
+from rlhf_lightning.data.sources import Split, WeightedSource, fingerprint
+from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.token_cache import cached_directory, content_key
+from rlhf_lightning.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+log = logging.getLogger(__name__)
 
 Truncation = Literal["keep_response", "drop", "error"]
 """What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left, after the template's
 head, and drops the pair when nothing of the prompt would stay; `drop` drops it; `error` refuses the source."""
 
-TRANSCRIPT = "transcript"
-"""Name of the built-in plain format, for tokenizers without a chat template."""
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 4_000_000
+_IDS = pa.list_(pa.int32())
+PAIR_SCHEMA = pa.schema(
+    {
+        "prompt": _IDS,
+        "chosen": _IDS,
+        "rejected": _IDS,
+        "head": pa.int32(),
+        "margin": pa.float32(),
+        "prompt_hash": pa.uint64(),
+        "chosen_hash": pa.uint64(),
+        "rejected_hash": pa.uint64(),
+        "chosen_characters": pa.int32(),
+        "rejected_characters": pa.int32(),
+        "foreign_tokens": pa.bool_(),
+        "example_id": pa.string(),
+        "origin": pa.string(),
+    }
+)
+_FOREIGN_TOKENS = re.compile(
+    r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<</?SYS>>|### (?:Human|Assistant|Instruction|Response):"
+)
+"""Control tokens and role markers of well-known models; in a text they are often a leak of another model's format."""
 
-_USER_PROBE = "PROBEUSERPROBE"
-_REPLY_PROBE = "PROBEREPLYPROBE"
 
+def tokenize_source(
+    source: WeightedSource,
+    chat_format: ChatFormat,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: Split = "train",
+    cache_dir: str | Path | None = None,
+) -> PairStore:
+    """Read, validate and encode one source, or find that in the cache.
 
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none."""
-    from transformers import AutoTokenizer
-
-    from rlhf_lightning.tiny import resolve_model
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]}); give the hub name of one, or a "
-            "directory with tokenizer.json and tokenizer_config.json"
-        ) from error
-
-
-class ChatFormat:
-    """How a tokenizer writes a conversation, as ids: `prompt`, then a response, then one `terminator`.
-
-    Uses the tokenizer's chat template, the Jinja file `chat_template`, or, when there is neither or `chat_template` is
-    `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. The terminator is what the template puts
-    right after an assistant's reply (Qwen: `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training
-    row is the one at which a sampled answer ends; without a template it is the tokenizer's EOS, or SEP for an encoder.
-    A response is stripped where the template strips replies.
-
-    Raises `ModelError` when the tokenizer has no terminator, or when a template rewrites the prompt once a reply
-    follows it, so that prompt ids would be no prefix of the whole; `DataError` when the template cannot be rendered.
+    The entry's name is a hash of the rows, the columns, the tokenizer, the template and this code. Raises `DataError`
+    when the source cannot be read; bad rows are counted in the store's report.
     """
+    columns = source.columns or columns
+    rows = fingerprint(source.source, split=split)
+    key = content_key("pairs", rows, sorted((columns or {}).items()), chat_format.fingerprint())
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.template = self._choose_template(chat_template)
-        self.start_ids = self._start_ids()
-        self.prompt_tail = ""
-        self.response_lead = " "
-        self.strips_responses = False
-        self.terminator_id = self._measure_reply()
-        self.head_ids, self.tail_length = self._prompt_frame()
-        self._control_tokens = self._control_token_pattern()
+    def make(directory: Path) -> None:
+        began = time.monotonic()
+        report = LoadReport(source=source.source)
+        rows = iterate_preferences(source.source, report, columns=columns, split=split)
+        write_pairs(directory, rows, report, chat_format)
+        if (seconds := time.monotonic() - began) > 5:
+            log.info("%s: %d rows tokenized in %.0f s, kept for later runs", source.source, report.rows_read, seconds)
 
-    @property
-    def pad_id(self) -> int:
-        """Id to fill padding with. Nothing reads it: masks come from lengths."""
-        return self.terminator_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+    return PairStore(cached_directory(key, make, cache_dir=cache_dir))
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the assistant's reply begins."""
-        if self.template is None:
-            return _transcript_text(messages)
-        return self._render(messages, add_generation_prompt=True) + self.prompt_tail
 
-    def response_text(self, response: str) -> str:
-        """The response with the blank, if any, that the format puts before it."""
-        text = response.strip() if self.strips_responses else response
-        return text if text[:1].isspace() else self.response_lead + text
+def write_pairs(
+    directory: Path, rows: Iterable[PreferenceExample | Refusal], report: LoadReport, chat_format: ChatFormat
+) -> None:
+    """Encode rows, a chunk at a time, into `directory`.
 
-    def control_token_in(self, example: PreferenceExample) -> str | None:
-        """The first control token written out in a text of the pair, or None. It would be encoded as a command."""
-        if self._control_tokens is None:
-            return None
-        texts = [*(message["content"] for message in example.prompt), example.chosen, example.rejected]
-        found = (self._control_tokens.search(text) for text in texts)
-        return next((match.group() for match in found if match), None)
+    Both sides of a pair get the same prompt and the same terminator. Refused, and counted in `report` in the order of
+    the rows, are pairs that hold a control token, that the chat template does not take, or whose sides are empty or
+    the same to the tokenizer.
+    """
+    ordered = LoadReport(source=report.source)
+    with pa.OSFile(str(directory / "pairs.arrow"), "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
+        for chunk in _chunks(rows):
+            columns: dict[str, list] = {name: [] for name in PAIR_SCHEMA.names}
+            for row in _encoded(chunk, chat_format):
+                if isinstance(row, Refusal):
+                    ordered.refuse(row)
+                else:
+                    for name, value in row.items():
+                        columns[name].append(value)
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=PAIR_SCHEMA))
+    ordered.rows_read = report.rows_read
+    details = {"report": asdict(ordered), "tail_length": chat_format.tail_length}
+    (directory / "report.json").write_text(json.dumps(details), encoding="utf-8")
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without any token that is not in the text."""
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
-        start = self.start_ids
-        return [ids if ids[: len(start)] == start else [*start, *ids] for ids in self.encode(texts)]
+def _chunks(rows: Iterable[PreferenceExample | Refusal]) -> Iterator[list[PreferenceExample | Refusal]]:
+    chunk: list[PreferenceExample | Refusal] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        if isinstance(row, PreferenceExample):
+            characters += len(row.chosen) + len(row.rejected) + sum(len(turn["content"]) for turn in row.prompt)
+        if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
-    def _choose_template(self, chat_template: str | None) -> str | None:
-        if chat_template == TRANSCRIPT:
-            return None
-        if chat_template is None:
-            own = self.tokenizer.chat_template
-            if isinstance(own, dict) and "default" not in own:
-                raise ModelError(
-                    f"{self.tokenizer.name_or_path}: the tokenizer has the chat templates {', '.join(own)} and none of "
-                    "them is the default; name one with chat_template: FILE.jinja"
-                )
-            return own["default"] if isinstance(own, dict) else own
-        path = Path(chat_template).expanduser()
-        if not path.is_file():
-            raise DataError(f"chat_template: {chat_template} is neither a Jinja file nor {TRANSCRIPT!r}")
-        return path.read_text(encoding="utf-8")
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
-            roles = ", ".join(message["role"] for message in messages)
-            reason = " ".join(str(error).split())
-            raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
-
-    def _start_ids(self) -> list[int]:
-        """What the tokenizer itself puts before a text: [BOS], [CLS] or nothing."""
-        plain = self.encode(["x"])[0]
-        whole = self.tokenizer("x")["input_ids"]
-        return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
-
-    def _measure_reply(self) -> int:
-        """Find out what stands between prompt and response; return the id after the response."""
-        tokenizer = self.tokenizer
-        fallback = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        if self.template is None:
-            return self._checked_terminator(fallback)
-        user = [{"role": "user", "content": _USER_PROBE}]
-        prompt = self._render(user, add_generation_prompt=True)
-        reply = {"role": "assistant", "content": _REPLY_PROBE}
-        whole = self._render([*user, reply], add_generation_prompt=False)
-        if not whole.startswith(prompt) or _REPLY_PROBE not in whole:
-            raise ModelError(
-                "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
-                f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"
-            )
-        padded = {"role": "assistant", "content": f"\n\t{_REPLY_PROBE}\t\n"}
-        self.strips_responses = padded["content"] not in self._render([*user, padded], add_generation_prompt=False)
-        lead, _, after = whole[len(prompt) :].partition(_REPLY_PROBE)
-        if lead.strip():  # a header of the reply that the template leaves out of its generation prompt
-            self.prompt_tail, self.response_lead = lead, ""
+def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatFormat) -> Iterator[dict | Refusal]:
+    """Columns of each pair of a chunk, or why it is refused, in order."""
+    rows = [row if isinstance(row, Refusal) else _with_prompt_text(row, chat_format) for row in chunk]
+    readable = [row for row in rows if not isinstance(row, Refusal)]
+    texts = list(dict.fromkeys(text for _, text in readable))  # neighbours often share a prompt
+    prompts = dict(zip(texts, chat_format.encode_prompts(texts), strict=True))
+    responses = chat_format.encode(
+        [chat_format.response_text(text) for pair, _ in readable for text in (pair.chosen, pair.rejected)]
+    )
+    sides = iter(responses)
+    for row in rows:
+        if isinstance(row, Refusal):
+            yield row
+            continue
+        pair, text = row
+        chosen, rejected = next(sides), next(sides)
+        if not (chosen and rejected):
+            message = f"{pair.origin}: a response has no text that the tokenizer knows"
+            yield Refusal("empty_response", message, pair.origin)
+        elif chosen == rejected:
+            message = f"{pair.origin}: chosen and rejected are the same text to the tokenizer"
+            yield Refusal("identical_pair", message, pair.origin)
         else:
-            self.response_lead = lead
-        control = self._control_ids()
-        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in control), fallback))
-
-    def _checked_terminator(self, terminator: int | None) -> int:
-        if terminator is None:
-            raise ModelError(
-                f"{self.tokenizer.name_or_path}: the tokenizer has neither an EOS nor a SEP token, so the end of a "
-                "response cannot be marked; set eos_token in its tokenizer_config.json"
-            )
-        return terminator
-
-    def _prompt_frame(self) -> tuple[list[int], int]:
-        """The ids before the first message of a prompt, and the number of those after the last.
-
-        A cut from the left must not lose them.
-        """
-        before, _, after = self.prompt_text([{"role": "user", "content": _USER_PROBE}]).partition(_USER_PROBE)
-        return self.encode_prompts([before])[0], len(self.encode([after])[0])
-
-    def _control_ids(self) -> set[int]:
-        added = self.tokenizer.added_tokens_decoder
-        return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
-
-    def _control_token_pattern(self) -> re.Pattern[str] | None:
-        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids())) if token]
-        return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+            yield {
+                "prompt": prompts[text],
+                "chosen": [*chosen, chat_format.terminator_id],
+                "rejected": [*rejected, chat_format.terminator_id],
+                "head": chat_format.shared_head(prompts[text]),
+                "margin": pair.margin,
+                "prompt_hash": prompt_hash(pair.prompt),
+                "chosen_hash": _text_hash(pair.chosen),
+                "rejected_hash": _text_hash(pair.rejected),
+                "chosen_characters": len(pair.chosen),
+                "rejected_characters": len(pair.rejected),
+                "foreign_tokens": any(map(_FOREIGN_TOKENS.search, pair.texts)),
+                "example_id": pair.example_id,
+                "origin": pair.origin,
+            }
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedPairs:
-    """P pairs as one flat array of N token ids; segment 3i is the prompt of pair i, then chosen, then rejected.
+def _with_prompt_text(pair: PreferenceExample, chat_format: ChatFormat) -> tuple[PreferenceExample, str] | Refusal:
+    if (token := chat_format.control_token_in(pair.texts)) is not None:
+        message = f"{pair.origin}: a text contains the control token {token!r}"
+        return Refusal("special_tokens", message, pair.origin)
+    try:
+        return pair, chat_format.prompt_text(pair.prompt)
+    except DataError as error:
+        return Refusal("template_refused", f"{pair.origin}: {error}", pair.origin)
 
-    The prompt is stored once. Responses end with the terminator.
-    """
 
-    ids: np.ndarray
-    """[N] int32."""
-    offsets: np.ndarray
-    """[3P + 1] int64: where each segment begins in `ids`."""
-    margin: np.ndarray
-    """[P] float32, 0 where the data does not say."""
-    example_ids: list[str]
-    prompts_cut: int
-    """Number of pairs whose prompt was cut from the left."""
+def _text_hash(text: str) -> int:
+    """64 bits that ignore case and runs of white space."""
+    normalized = " ".join(text.split()).casefold()
+    return int.from_bytes(hashlib.sha256(normalized.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+class PairStore:
+    """R tokenized pairs in an Arrow file that is mapped into memory, uncut; responses end with the terminator."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        details = json.loads((self.directory / "report.json").read_text(encoding="utf-8"))
+        self.report = LoadReport(**details["report"])
+        self.tail_length: int = details["tail_length"]
+        """Ids that every prompt has after its last message."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self.directory / "pairs.arrow")))
+        self._table = reader.read_all()
+        self._columns = {name: _id_lists(self._table.column(name)) for name in ("prompt", "chosen", "rejected")}
+
+    def __reduce__(self):
+        return PairStore, (self.directory,)
 
     def __len__(self) -> int:
-        return len(self.example_ids)
+        return self._table.num_rows
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of numbers, [R]; a margin that is not said is NaN."""
+        return self._table.column(name).to_numpy()
+
+    def texts(self, name: str, rows: np.ndarray) -> list[str]:
+        """`example_id` or `origin` of some rows."""
+        return self._table.column(name).take(pa.array(rows)).to_pylist()
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[R, 3] int64: tokens of prompt, chosen response and rejected response."""
+        columns = (np.concatenate([np.diff(o) for o, _ in lists] or [[]]) for lists in self._columns.values())
+        return np.stack([column.astype(np.int64) for column in columns], axis=1)
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """First row of each record batch, and the number of rows."""
+        return np.cumsum([0, *(len(offsets) - 1 for offsets, _ in self._columns["prompt"])])
+
+    def segments(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of prompt, chosen and rejected response of one row, int32, uncut."""
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        row -= int(self._starts[batch])
+        lists = (self._columns[name][batch] for name in ("prompt", "chosen", "rejected"))
+        return tuple(ids[offsets[row] : offsets[row + 1]] for offsets, ids in lists)
+
+
+def _id_lists(column: pa.ChunkedArray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Offsets and ids of each record batch, without a copy."""
+    return [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks if len(chunk)]
+
+
+class Fit(NamedTuple):
+    """Which rows of a store fit into max_length."""
+
+    kept: np.ndarray
+    """[R] bool."""
+    cut: np.ndarray
+    """[R] bool: kept, with the prompt cut from the left."""
+
+
+def fit_rows(store: PairStore, *, max_length: int, truncation: Truncation = "keep_response") -> Fit:
+    """Decide on each row by its longer side. A cut keeps the template's head and at least one id of the messages."""
+    prompt, chosen, rejected = store.lengths.T
+    response = np.maximum(chosen, rejected)
+    short = prompt + response <= max_length
+    tail = max_length - response - store.numbers("head")
+    cut = ~short & (tail > store.tail_length) & (truncation == "keep_response")
+    return Fit(short | cut, cut)
+
+
+class TokenizedPairs:
+    """P pairs out of one or more stores, each cut to fit into `max_length`; the order is the caller's."""
+
+    def __init__(self, stores: Sequence[PairStore], rows: Sequence[np.ndarray], *, max_length: int) -> None:
+        self.stores = tuple(stores)
+        self.max_length = max_length
+        self.source = np.repeat(np.arange(len(stores), dtype=np.int32), [len(r) for r in rows])
+        """[P] int32: which store each pair comes from."""
+        self.rows = np.concatenate([np.asarray(r, dtype=np.int64) for r in rows])
+        """[P] int64: its row there."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def taken(self, positions: np.ndarray) -> TokenizedPairs:
+        """Some of the pairs, in the order of the stores."""
+        rows = [self.rows[positions][self.source[positions] == source] for source in range(len(self.stores))]
+        return TokenizedPairs(self.stores, rows, max_length=self.max_length)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of numbers of the stores, [P]."""
+        return self._gathered(lambda store: store.numbers(name))
+
+    @functools.cached_property
+    def margin(self) -> np.ndarray:
+        """[P] float32, 0 where the data does not say."""
+        return np.nan_to_num(self.numbers("margin"), nan=0.0)
+
+    @functools.cached_property
+    def segment_lengths(self) -> np.ndarray:
+        """[P, 3] int64: tokens of prompt (after the cut), chosen and rejected response."""
+        lengths = self._gathered(lambda store: store.lengths)
+        lengths[:, 0] = np.minimum(lengths[:, 0], self.max_length - lengths[:, 1:].max(axis=1))
+        return lengths
 
     @property
     def lengths(self) -> np.ndarray:
         """[P] int64: tokens of the longer of the two rows of each pair."""
-        prompt, chosen, rejected = np.diff(self.offsets).reshape(-1, 3).T
-        return prompt + np.maximum(chosen, rejected)
+        return self.segment_lengths[:, 0] + self.segment_lengths[:, 1:].max(axis=1)
+
+    @functools.cached_property
+    def example_ids(self) -> list[str]:
+        """The id of each pair: the row's own, or `file:row`."""
+        return self._texts("example_id")
+
+    def origins(self) -> list[str]:
+        """Where each pair stands: `file, row 17`."""
+        return self._texts("origin")
 
     def segments(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of prompt, chosen response and rejected response of one pair."""
-        a, b, c, d = self.offsets[3 * index : 3 * index + 4]
-        return self.ids[a:b], self.ids[b:c], self.ids[c:d]
+        """Ids of prompt, chosen response and rejected response of one pair, int32."""
+        store, row = self.stores[self.source[index]], int(self.rows[index])
+        prompt, chosen, rejected = store.segments(row)
+        room = self.max_length - max(len(chosen), len(rejected))
+        if len(prompt) > room:
+            head = int(self._heads[index])
+            prompt = np.concatenate([prompt[:head], prompt[len(prompt) - (room - head) :]])
+        return prompt, chosen, rejected
+
+    @functools.cached_property
+    def _heads(self) -> np.ndarray:
+        return self.numbers("head")
+
+    def _gathered(self, column) -> np.ndarray:
+        parts = [column(store)[self.rows[self.source == source]] for source, store in enumerate(self.stores)]
+        return np.concatenate(parts)
+
+    def _texts(self, name: str) -> list[str]:
+        parts = [store.texts(name, self.rows[self.source == i]) for i, store in enumerate(self.stores)]
+        return [text for part in parts for text in part]
 
 
-def tokenize_pairs(
-    examples: Sequence[PreferenceExample],
-    chat_format: ChatFormat,
-    report: LoadReport,
+def select_pairs(
+    stores: Sequence[PairStore],
+    masks: Sequence[np.ndarray],
     *,
     max_length: int,
     truncation: Truncation = "keep_response",
-    on_bad_rows: OnBadRows = "error",
-) -> TokenizedPairs:
-    """Encode pairs; both rows of a pair fit into `max_length` tokens, terminator included.
+) -> tuple[TokenizedPairs, LoadReport]:
+    """The rows of some stores that a run takes: those of `masks` ([R] bool each) that fit into `max_length`.
 
-    Both sides get the same prompt and the same terminator; a response is never cut. Left out and counted in `report`
-    are pairs that are too long (after `truncation`), whose sides are empty or the same to this tokenizer, and, under
-    `on_bad_rows="drop"`, those that hold a control token or that the chat template refuses.
-
-    Raises `DataError` for the latter two under `on_bad_rows="error"`, for pairs that are too long when `truncation` is
-    `error`, and when no pair is left.
+    Returns the pairs, and a report in which pairs that are too long are refused and cut ones are named. Raises
+    `DataError` when no pair is left, or when one is too long and `truncation` is `error`.
     """
-    refused: dict[str, list[str]] = {}
-
-    def refuse(example: PreferenceExample, reason: str, message: str) -> None:
-        message = f"{example.origin}: {message}"
-        refused.setdefault(reason, []).append(message)
-        report.refuse(reason, message, example.origin)
-
-    readable: list[PreferenceExample] = []
-    prompt_texts: list[str] = []
-    for example in examples:
-        if (token := chat_format.control_token_in(example)) is not None:
-            refuse(example, "special_tokens", f"a text contains the control token {token!r}")
-            continue
-        try:
-            prompt_texts.append(chat_format.prompt_text(example.prompt))
-        except DataError as error:
-            refuse(example, "template_refused", str(error))
-            continue
-        readable.append(example)
-
-    prompts = chat_format.encode_prompts(prompt_texts)
-    sides = [
-        chat_format.encode([chat_format.response_text(getattr(example, side)) for example in readable])
-        for side in ("chosen", "rejected")
-    ]
-    pieces: list[Sequence[int]] = []
-    kept: list[PreferenceExample] = []
-    prompts_cut = 0
-    for example, prompt, chosen, rejected in zip(readable, prompts, *sides, strict=True):
-        if not (chosen and rejected):
-            refuse(example, "empty_response", "a response has no text that the tokenizer knows")
-            continue
-        if chosen == rejected:
-            refuse(example, "identical_pair", "chosen and rejected are the same text to the tokenizer")
-            continue
-        response = max(len(chosen), len(rejected)) + 1
-        if len(prompt) + response > max_length:
-            shorter = _cut_from_left(prompt, chat_format, max_length - response)
-            if truncation != "keep_response" or shorter is None:
-                message = (
-                    f"the longer row has {len(prompt) + response} tokens (prompt {len(prompt)}, response and "
-                    f"terminator {response}), max_length is {max_length}"
-                )
-                refuse(example, "too_long", message)
-                continue
-            prompt, prompts_cut = shorter, prompts_cut + 1
-        kept.append(example)
-        pieces += [prompt, [*chosen, chat_format.terminator_id], [*rejected, chat_format.terminator_id]]
-    bad = refused.get("special_tokens", []) + refused.get("template_refused", [])
-    if bad and on_bad_rows == "error":
-        raise DataError(_first_ten(bad, examples, "mend them, or leave them out with on_bad_rows: drop"))
-    if "too_long" in refused and truncation == "error":
+    reports, taken, messages = [], [], []
+    for store, mask in zip(stores, masks, strict=True):
+        fit = fit_rows(store, max_length=max_length, truncation=truncation)
+        report = LoadReport(**asdict(store.report))
+        too_long = np.flatnonzero(mask & ~fit.kept)
+        for row, origin in zip(too_long, store.texts("origin", too_long), strict=True):
+            prompt, response = store.lengths[row, 0], store.lengths[row, 1:].max()
+            messages.append(
+                f"{origin}: the longer row has {prompt + response} tokens (prompt {prompt}, response and terminator "
+                f"{response}), max_length is {max_length}"
+            )
+            report.refuse(Refusal("too_long", messages[-1], origin))
+        report.rows_cut = store.texts("origin", np.flatnonzero(mask & fit.cut))
+        taken.append(np.flatnonzero(mask & fit.kept))
+        reports.append(report)
+    pairs, whole = TokenizedPairs(stores, taken, max_length=max_length), LoadReport.merged(reports)
+    if messages and (truncation == "error" or not len(pairs)):
+        more = f"; and {len(messages) - 10} more" if len(messages) > 10 else ""
+        advice = ", or set truncation: keep_response or drop" if truncation == "error" else ""
         raise DataError(
-            _first_ten(refused["too_long"], examples, "raise max_length, or set truncation: keep_response or drop")
+            f"{whole.source}: {len(messages)} of {sum(map(np.count_nonzero, masks))} pairs do not fit: "
+            f"{'; '.join(messages[:10])}{more}; raise max_length{advice}"
         )
-    if not kept:
-        messages = [message for messages in refused.values() for message in messages]
-        raise DataError(_first_ten(messages, examples, "raise max_length, or mend them"))
-    lengths = np.fromiter((len(piece) for piece in pieces), dtype=np.int64, count=len(pieces))
-    return TokenizedPairs(
-        ids=np.concatenate([np.asarray(piece, dtype=np.int32) for piece in pieces]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        margin=np.array([example.margin or 0.0 for example in kept], dtype=np.float32),
-        example_ids=[example.example_id for example in kept],
-        prompts_cut=prompts_cut,
-    )
-
-
-def _first_ten(messages: Sequence[str], examples: Sequence[PreferenceExample], advice: str) -> str:
-    more = f"; and {len(messages) - 10} more" if len(messages) > 10 else ""
-    return f"{len(messages)} of {len(examples)} pairs cannot be used: {'; '.join(messages[:10])}{more}; {advice}"
-
-
-def _cut_from_left(prompt: list[int], chat_format: ChatFormat, room: int) -> list[int] | None:
-    """The prompt's head and as much of its end as fits, or None when no token of its messages would be left."""
-    head, shared = chat_format.head_ids, 0
-    while shared < min(len(prompt), len(head)) and prompt[shared] == head[shared]:
-        shared += 1
-    tail = room - shared
-    return prompt[:shared] + prompt[-tail:] if tail > chat_format.tail_length else None
-
-
-def _transcript_text(messages: Sequence[Message]) -> str:
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = [
-        message["content"] if message["role"] == "system" else f"\n\n{names[message['role']]}: {message['content']}"
-        for message in messages
-    ]
-    return "".join(turns) + "\n\nAssistant:"
+    return pairs, whole

@@ -149,7 +149,7 @@ class ExportBest(Callback):
         best_module.network.save_pretrained(self.directory)
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:
-            chat_format.tokenizer.save_pretrained(self.directory)
+            chat_format.save_pretrained(self.directory)
         self.exported = True
 
 

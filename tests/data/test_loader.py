@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.loader import EvaluationPlan, MicroBatch, PairLoader, TrainingPlan, collate
-from rlhf_lightning.data.tokenization import TokenizedPairs
+from rlhf_lightning.data.examples import LoadReport
+from rlhf_lightning.data.loader import BatchLoader, EvaluationPlan, MicroBatch, TrainingPlan, collate_pairs
+from rlhf_lightning.data.tokenization import PAIR_SCHEMA, PairStore, TokenizedPairs
 from rlhf_lightning.errors import ConfigurationError
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=90).map(np.array)
@@ -55,6 +63,29 @@ def test_each_training_pair_comes_once_per_epoch_in_equally_many_batches(
     sizes = [len(batch.indices) for process in processes for batch in process]
     assert min(sizes) >= 1
     assert max(sizes) <= batch_size + (world_size > 1)
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0.3, 1.0, 2.0, 2.5])), min_size=1, max_size=3),
+    batch_sizes,
+    accumulations,
+    world_sizes,
+    st.booleans(),
+)
+def test_each_source_of_a_mixture_comes_as_often_as_its_weight_says(mixture, batch_size, accumulate, world, shuffle):
+    sizes, weights = zip(*mixture, strict=True)
+    source = np.repeat(np.arange(len(sizes)), sizes)
+    assume(sum(round(size * weight) for size, weight in mixture) >= world)
+    options = {"batch_size": batch_size, "accumulate": accumulate, "shuffle": shuffle, "weights": weights}
+    processes = epochs_of(TrainingPlan, np.ones(len(source)), world_size=world, source=source, **options)
+    counts = np.bincount(pairs_of(batch for process in processes for batch in process), minlength=len(source))
+    for number, (size, weight) in enumerate(mixture):
+        own = counts[source == number]
+        assert own.sum() == round(size * weight)
+        assert own.max() - own.min() <= 1
+    for step in optimizer_steps(processes, accumulate):
+        assert sum(batch.weight for batch in step) == pytest.approx(accumulate * world)
 
 
 @quick
@@ -172,16 +203,24 @@ def test_fewer_pairs_than_processes_are_refused(plan, message):
     plan(np.array([1, 1, 1]), batch_size=1, world_size=3)
 
 
-def tokenized(rows, margins=None):
-    """`TokenizedPairs` of (prompt, chosen, rejected) lists of ids."""
-    pieces = [piece for row in rows for piece in row]
-    return TokenizedPairs(
-        ids=np.array([token for piece in pieces for token in piece], dtype=np.int32),
-        offsets=np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]),
-        margin=np.array(margins or [0.0] * len(rows), dtype=np.float32),
-        example_ids=[str(index) for index in range(len(rows))],
-        prompts_cut=0,
-    )
+def tokenized(rows, margins=None, batches=1):
+    """`TokenizedPairs` of (prompt, chosen, rejected) lists of ids, in so many record batches."""
+    blank = {field.name: field.type.to_pandas_dtype()() for field in PAIR_SCHEMA if not pa.types.is_list(field.type)}
+    margins = margins or [0.0] * len(rows)
+    records = [
+        blank | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin, "example_id": str(number)}
+        for number, ((prompt, chosen, rejected), margin) in enumerate(zip(rows, margins, strict=True))
+    ]
+    for record in records:
+        record["origin"] = f"row {record['example_id']}"
+    with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
+        with pa.OSFile(f"{directory}/pairs.arrow", "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
+            for part in np.array_split(np.arange(len(records)), batches):
+                writer.write_batch(pa.RecordBatch.from_pylist([records[i] for i in part], schema=PAIR_SCHEMA))
+        details = {"report": asdict(LoadReport("rows", len(rows))), "tail_length": 0}
+        Path(directory, "report.json").write_text(json.dumps(details))
+        store = PairStore(directory)
+    return TokenizedPairs([store], [np.arange(len(rows))], max_length=10**6)
 
 
 def plain_batch(rows, indices, pad):
@@ -206,7 +245,7 @@ def test_a_batch_equals_its_plain_twin(rows, data):
     # The pad id 0 occurs inside the texts as well: the masks must come from the lengths.
     indices = data.draw(st.permutations(range(len(rows))))[: data.draw(st.integers(1, len(rows)))]
     margins = [index / 4 for index in range(len(rows))]
-    batch = collate(tokenized(rows, margins), MicroBatch(np.array(indices), 0.5), pad_id=0)
+    batch = collate_pairs(MicroBatch(np.array(indices), 0.5), tokenized(rows, margins, batches=2), pad_id=0)
     ids, attention, answers = plain_batch(rows, indices, pad=0)
     assert batch.input_ids.tolist() == ids
     assert batch.attention_mask.tolist() == attention
@@ -218,7 +257,7 @@ def test_a_batch_equals_its_plain_twin(rows, data):
 
 
 def test_the_tensors_of_a_batch_have_the_promised_types():
-    batch = collate(tokenized([([1], [2], [3])]), MicroBatch(np.array([0]), 1.0), pad_id=0)
+    batch = collate_pairs(MicroBatch(np.array([0]), 1.0), tokenized([([1], [2], [3])]), pad_id=0)
     assert [tensor.dtype for tensor in batch] == [
         *(torch.int64, torch.bool, torch.bool),
         *(torch.float32, torch.int64, torch.float32),
@@ -232,7 +271,7 @@ ROWS = [([1] * (i + 1), [2] * (i % 3 + 1), [3]) for i in range(11)]
 def loaded(num_workers=0, epochs=(0,), plan=None):
     pairs = tokenized(ROWS)
     plan = plan or TrainingPlan(pairs.lengths, batch_size=2, accumulate=2, seed=5)
-    loader = PairLoader(pairs, plan, pad_id=0, num_workers=num_workers)
+    loader = BatchLoader(functools.partial(collate_pairs, pairs=pairs, pad_id=0), plan, num_workers=num_workers)
     batches = []
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)
@@ -249,7 +288,7 @@ def test_a_loader_gives_the_collated_batches_of_its_plan_epoch_by_epoch():
     pairs = tokenized(ROWS)
     plan = TrainingPlan(pairs.lengths, batch_size=2, accumulate=2, seed=5)
     for epoch, batches in enumerate(loaded(epochs=(0, 1))):
-        expected = [collate(pairs, micro_batch, pad_id=0) for micro_batch in plan.epoch(epoch)]
+        expected = [collate_pairs(micro_batch, pairs, pad_id=0) for micro_batch in plan.epoch(epoch)]
         assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from rlhf_lightning.data import DataError
+from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.sources import WeightedSource
+from rlhf_lightning.data.token_cache import content_key as real_key
 from rlhf_lightning.errors import ConfigurationError, ModelError
 
 
@@ -136,7 +140,7 @@ def test_a_prompt_on_both_sides_is_warned_about(make, tmp_path, caplog):
     data = make(train, val=val)
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
         data.setup("fit")
-    assert "2 of 3 validation pairs have a prompt that is also trained on" in caplog.text
+    assert "2 of 3 pairs of val have a prompt that is also trained on" in caplog.text
     caplog.clear()
     data.setup("fit")
     make(write(tmp_path / "c.jsonl", *numbered("prompt", 60))).setup("fit")
@@ -166,46 +170,107 @@ def test_bad_rows_follow_the_policy_from_the_file_to_the_tokens(make, tmp_path):
     train = tmp_path / "a.jsonl"
     write(train, "fine", "a <|im_end|>", "")
     val = write(tmp_path / "b.jsonl", "v")
-    with pytest.raises(DataError, match=r"1 of 3 rows .*row 2: the prompt has no text"):
+    with pytest.raises(DataError, match=r"2 of 3 rows .*row 1: .*control token.*row 2: the prompt has no text"):
         make(str(train), val=val).setup("fit")
     data = make(str(train), val=val, on_bad_rows="drop")
     data.setup("fit")
     assert ids_of(data, "train") == ["a.jsonl:0"]
     reasons = {reason: [row.split(", ")[-1] for row in rows] for reason, rows in data.reports["train"].bad_rows.items()}
-    assert reasons == {"empty_prompt": ["row 2"], "special_tokens": ["row 1"]}
+    assert reasons == {"special_tokens": ["row 1"], "empty_prompt": ["row 2"]}
     assert data.reports["val"].bad_rows == {}
     write(train, "fine", "a <|im_end|>")
-    with pytest.raises(DataError, match=r"1 of 2 pairs .*row 1: .*control token"):
+    with pytest.raises(DataError, match=r"1 of 2 rows .*row 1: .*control token"):
         make(str(train), val=val).setup("fit")
 
 
-def test_each_role_reports_its_own_pairs_of_a_shared_file(make, tmp_path):
-    train = write(tmp_path / "a.jsonl", *numbered("prompt", 60), *numbered("<|im_end|>", 20))
-    data = make(train, on_bad_rows="drop", val_fraction=0.3)
+def test_what_is_cut_or_too_long_is_reported_to_the_role_it_belongs_to(make, tmp_path):
+    rows = [{"prompt": f"{n} " + "word " * 80, "chosen": "yes", "rejected": "no " * (90 * (n % 2))} for n in range(60)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row | {"rejected": row["rejected"] or "no"}) + "\n" for row in rows))
+    data = make(str(file), val_fraction=0.3, max_length=64)
     data.setup("fit")
-    left_out = [set(data.reports[role].bad_rows["special_tokens"]) for role in ("train", "val")]
-    assert left_out[0].isdisjoint(left_out[1])
-    assert len(left_out[0] | left_out[1]) == 20
+    cut = [set(data.reports[role].rows_cut) for role in ("train", "val")]
+    too_long = [set(data.reports[role].bad_rows["too_long"]) for role in ("train", "val")]
+    assert [len(part) for part in cut] == [len(data.pairs[role]) for role in ("train", "val")]
+    assert cut[0].isdisjoint(cut[1])
+    assert too_long[0].isdisjoint(too_long[1])
+    assert len(cut[0] | cut[1]) == len(too_long[0] | too_long[1]) == 30
 
 
-def test_what_was_left_out_or_cut_is_logged(make, tmp_path, caplog):
-    train = write(tmp_path / "a.jsonl", "short", "word " * 80)
-    val = write(tmp_path / "b.jsonl", "v")
+def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
+    train = write(tmp_path / "a.jsonl", "short", "word " * 80, "short")
+    rows = [{"prompt": "word " * 80, "chosen": "yes", "rejected": "none"}]
+    (tmp_path / "b.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
     with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        make(train, val=val, max_length=64).setup("fit")
-        make(train, val=val, max_length=64, truncation="drop").setup("fit")
+        make(train, val=str(tmp_path / "b.jsonl"), max_length=64).setup("fit")
+    train_line, val_line, statistics = caplog.messages
     # The second response repeats its long prompt, so cutting the prompt is not enough.
-    assert "train: 1 pairs" in caplog.text
-    assert "2 rows read, 1 dropped (too_long 1)" in caplog.text
-    assert "left out" in caplog.text
-    assert "row 1: the longer row has" in caplog.text
-    caplog.clear()
-    rows = [{"prompt": "word " * 80, "chosen": "yes", "rejected": "no"}]
-    (tmp_path / "c.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
-    with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        make(str(tmp_path / "c.jsonl"), val=val, max_length=64).setup("fit")
-    assert "train: 1 pairs" in caplog.text
-    assert "1 prompts cut to fit max_length 64" in caplog.text
+    assert train_line.startswith("train: 2 pairs (")
+    assert train_line.endswith("a.jsonl: 3 rows read, 1 dropped (too_long 1))")
+    assert val_line.endswith("b.jsonl: 1 rows read; 1 prompts cut to fit max_length 64)")
+    assert (
+        "the longer response is chosen in 0.0 % of val; 1 duplicates and 0 contradictory pairs in train" in statistics
+    )
+    assert "no prompt of val is trained on" in statistics
+
+
+def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(make, tokenizer, tmp_path, monkeypatch):
+    """Every part of the key: rows, columns, tokenizer, template, its arguments; and none that changes no id."""
+    from rlhf_lightning.data import tokenization
+
+    made = []
+    real = tokenization.write_pairs
+    monkeypatch.setattr(tokenization, "write_pairs", lambda *a: (made.append(1), real(*a)))
+
+    def makes(train, **options):
+        before = len(made)
+        make(train, val=train, cache_dir=str(tmp_path / "cache"), **options).setup("validate")
+        return len(made) - before
+
+    file = tmp_path / "a.jsonl"
+    train = write(file, "x", "y", q="?")
+    assert makes(train) == 1
+    for harmless in (
+        {},
+        {"max_length": 50},
+        {"truncation": "drop"},
+        {"batch_size": 1},
+        {"seed": 7},
+        {"shuffle": False},
+    ):
+        assert makes(train, **harmless) == 0
+    assert makes(train, columns={"prompt": "q"}) == 1
+    assert makes(train, chat_template="transcript") == 1
+    assert makes(train, template_arguments={"x": 1}) == 1
+    other = load_tokenizer(tokenizer)
+    other.add_tokens(["yes"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    assert makes(train, tokenizer=str(tmp_path / "tokenizer")) == 1
+    write(file, "x", "z", q="?")
+    assert makes(train) == 1
+    write(file, "x", "y", q="?")
+    assert makes(train) == 0
+    monkeypatch.setattr(tokenization, "content_key", lambda *parts: real_key(*parts, "other code"))
+    assert makes(train) == 1
+
+
+def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path):
+    a, b, c = (write(tmp_path / f"{n}.jsonl", *numbered(n, k)) for n, k in (("a", 4), ("b", 3), ("c", 8)))
+    mixture = [a, WeightedSource(b, weight=2), WeightedSource(c, weight=0.5)]
+    data = make(mixture, val=write(tmp_path / "v.jsonl", "v"))
+    data.setup("fit")
+    loader, seen = data.train_dataloader(), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        ids = [ids_of(data, "train")[index] for batch in batches(loader) for index in batch]
+        counts = Counter(ids)
+        assert {counts[f"a.jsonl:{n}"] for n in range(4)} == {1}
+        assert {counts[f"b.jsonl:{n}"] for n in range(3)} == {2}
+        seen.append({i for i in ids if i.startswith("c")})
+        assert len(seen[-1]) == len([i for i in ids if i.startswith("c")]) == 4
+    assert seen[0] != seen[1]
+    with pytest.raises(ConfigurationError, match=r"data.val: a weight would count pairs more than once"):
+        make(a, val=[WeightedSource(b, weight=2)])
 
 
 def test_columns_and_template_reach_the_tokens(make, tmp_path):

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from rlhf_lightning.data import BAD_ROW_REASONS, DataError, LoadReport, load_preferences
+from rlhf_lightning.data.examples import Refusal
+from rlhf_lightning.data.sources import WeightedSource
 
 USER = {"role": "user", "content": "Hi there"}
 PROMPT = [USER]
@@ -47,6 +49,17 @@ SHAPES = {
         "chosen": [say("Well.") | {"score": 3}],
         "rejected": [say("No!")],
     },
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Hi there"}],
+        "chosen": {"from": "gpt", "value": "Well."},
+        "rejected": {"from": "gpt", "value": "No!"},
+    },
+    "ShareGPT conversations": {
+        "chosen": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Well."}],
+        "rejected": [{"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "No!"}],
+    },
+    "Alpaca": {"instruction": "Hi there", "input": "", "chosen": "Well.", "rejected": "No!"},
+    "single messages": {"prompt": USER, "chosen": say("Well."), "rejected": say("No!")},
     "more columns": GOOD | {"score": [1, {"x": None}]},
 }
 
@@ -58,6 +71,29 @@ def test_every_shape_of_a_row_gives_the_same_example(load, row):
     assert (example.margin, example.example_id) == (None, "pairs.jsonl:0")
     assert example.origin.endswith("pairs.jsonl, row 0")
     assert (report.rows_read, report.rows_kept, report.bad_rows) == (1, 1, {})
+
+
+def test_an_input_belongs_to_its_instruction(load):
+    row = {"instruction": "Add up.", "input": "1, 2", "chosen": "3", "rejected": "4"}
+    for options in ({}, {"columns": {"prompt": "instruction"}}):
+        (example,), _ = load(row, **options)
+        assert example.prompt[0]["content"] == "Add up.\n\n1, 2"
+    (example,), _ = load(row | {"prompt": "Add."})
+    assert example.prompt[0]["content"] == "Add."
+
+
+def test_a_list_of_sources_is_read_in_order_each_with_its_columns(tmp_path):
+    for name, row in (("a", GOOD), ("b", {"q": "Hi there", "chosen": "Well.", "rejected": "No!"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"chosen": ""}) + "\n")
+    other = WeightedSource(str(tmp_path / "b.jsonl"), columns={"prompt": "q"})
+    examples, report = load_preferences([str(tmp_path / "a.jsonl"), other], on_bad_rows="drop")
+    assert [example.example_id for example in examples] == ["a.jsonl:0", "b.jsonl:0"]
+    assert (report.rows_read, report.rows_kept, len(report.bad_rows["empty_response"])) == (4, 2, 2)
+    assert report.source.count(".jsonl") == 2
+    with pytest.raises(DataError, match=r"a.jsonl: 1 of 2 rows cannot be used"):
+        load_preferences([str(tmp_path / "a.jsonl"), other])
+    with pytest.raises(DataError, match="the list of sources is empty"):
+        load_preferences([])
 
 
 def test_turns_of_a_conversation_are_kept_in_order(load):
@@ -127,7 +163,11 @@ BAD = {
     "prompt is null": ("missing_key", "prompt absent or null", GOOD | {"prompt": None}),
     "prompt is absent": ("missing_key", "prompt absent or null", {"chosen": "a b", "rejected": "a c"}),
     "chosen is a number": ("wrong_type", "chosen of type int, not text", GOOD | {"chosen": 3}),
-    "prompt is an object": ("wrong_type", "prompt of type dict, not text", GOOD | {"prompt": {"a": "b"}}),
+    "prompt is an object": (
+        "bad_messages",
+        r"prompt holds a turn that is no {role, content} with text",
+        GOOD | {"prompt": {"a": "b"}},
+    ),
     "two kinds": ("wrong_type", "not of one kind", {"chosen": HH + " a", "rejected": [USER, say("b")]}),
     "an empty conversation": ("bad_messages", "chosen is an empty conversation", GOOD | {"chosen": []}),
     "a list of strings": ("bad_messages", "chosen holds a turn that is no {role, content}", GOOD | {"chosen": ["a"]}),
@@ -274,6 +314,6 @@ def test_the_report_sums_up_in_one_line():
     report = LoadReport("train.jsonl", rows_read=1400)
     assert report.summary() == "train.jsonl: 1400 rows read"
     for row in range(5):
-        report.refuse("prompts_differ" if row < 3 else "empty_response", f"row {row}: x", f"row {row}")
+        report.refuse(Refusal("prompts_differ" if row < 3 else "empty_response", f"row {row}: x", f"row {row}"))
     assert report.summary() == ("train.jsonl: 1400 rows read, 5 dropped (empty_response 2, prompts_differ 3)")
     assert report.bad_rows == {"prompts_differ": ["row 0", "row 1", "row 2"], "empty_response": ["row 3", "row 4"]}

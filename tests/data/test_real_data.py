@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
-from rlhf_lightning.data.splitting import shared_prompts
-from rlhf_lightning.data.tokenization import ChatFormat, load_tokenizer, tokenize_pairs
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.sources import WeightedSource
+from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.tokenization import select_pairs, tokenize_source
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -21,23 +24,12 @@ def manifest(folder):
     return json.loads(file.read_text(encoding="utf-8"))["files"] if file.is_file() else []
 
 
-def cases(folder, later):
-    """The files of a manifest as parameters; those of `later` are expected to fail, for the reason given there."""
-    return [
-        pytest.param(
-            entry,
-            id=entry["file"],
-            marks=pytest.mark.xfail(strict=True, reason=later[entry["file"]]) if entry["file"] in later else (),
-        )
-        for entry in manifest(folder)
-    ]
+def cases(folder):
+    """The files of a manifest as parameters."""
+    return [pytest.param(entry, id=entry["file"]) for entry in manifest(folder)]
 
 
-LATER_SHAPES = {"sharegpt_like.jsonl": "issue 3: ShareGPT keys are not known yet"}
-LATER_HOSTILE: dict[str, str] = {}
-
-
-@pytest.mark.parametrize("entry", cases("formats", LATER_SHAPES))
+@pytest.mark.parametrize("entry", cases("formats"))
 def test_every_shape_loads_to_the_expected_rows(entry):
     lines = (SHARED / "formats" / entry["expected"]).read_text(encoding="utf-8").splitlines()
     examples, report = load_preferences(SHARED / "formats" / entry["file"], columns=entry["column_map"])
@@ -65,7 +57,7 @@ MORE_ROWS = {
 }
 
 
-@pytest.mark.parametrize("entry", cases("hostile", LATER_HOSTILE))
+@pytest.mark.parametrize("entry", cases("hostile"))
 def test_every_damaged_file_behaves_as_its_manifest_says(entry):
     path = SHARED / "hostile" / entry["file"]
     expected = set(entry["expect"].split("_or_"))
@@ -88,24 +80,29 @@ def test_every_damaged_file_behaves_as_its_manifest_says(entry):
         assert kept == MORE_ROWS.get(entry["file"], entry["rows_valid"])
 
 
+def tokenized(file, chat_format, *, on_bad_rows="error", **options):
+    store = tokenize_source(WeightedSource(str(file)), chat_format)
+    store.report.enforce(on_bad_rows)
+    return select_pairs([store], [np.ones(len(store), dtype=bool)], **options)
+
+
 GIANT_TEXTS = ["28_identical_after_truncation", "29_prompt_longer_than_max_length", "27_one_megabyte_response"]
 
 
 @pytest.mark.parametrize("name", GIANT_TEXTS)
 def test_giant_texts_end_as_whole_rows_or_counted(name, tiny_qwen2):
     chat_format = ChatFormat(load_tokenizer(str(tiny_qwen2)))
-    examples, report = load_preferences(SHARED / "hostile" / f"{name}.jsonl")
-    pairs = tokenize_pairs(examples, chat_format, report, max_length=512)
+    pairs, report = tokenized(SHARED / "hostile" / f"{name}.jsonl", chat_format, max_length=512)
     assert len(pairs) + report.rows_dropped == 3
     assert set(report.bad_rows) <= {"too_long"}
     assert pairs.lengths.max() <= 512
-    assert (len(pairs), pairs.prompts_cut) == ((3, 1) if name.startswith("29") else (2, 0))
+    assert (len(pairs), len(report.rows_cut)) == ((3, 1) if name.startswith("29") else (2, 0))
 
 
 def test_control_tokens_of_the_tokenizer_in_texts_are_refused_and_those_of_others_are_text(tiny_qwen2):
     chat_format = ChatFormat(load_tokenizer(str(tiny_qwen2)))
-    examples, report = load_preferences(SHARED / "hostile" / "31_special_tokens_in_text.jsonl")
-    pairs = tokenize_pairs(examples, chat_format, report, max_length=1024, on_bad_rows="drop")
+    file = SHARED / "hostile" / "31_special_tokens_in_text.jsonl"
+    pairs, report = tokenized(file, chat_format, max_length=1024, on_bad_rows="drop")
     assert len(pairs) + len(report.bad_rows["special_tokens"]) == 5
     terminator = chat_format.terminator_id
     for index in range(len(pairs)):
@@ -122,7 +119,7 @@ def test_the_alpaca_pairs_load_whole(file, rows):
 
 def test_the_alpaca_sides_share_no_prompt():
     train, val = (load_preferences(SHARED / "pairs" / f"alpaca_{side}.parquet")[0] for side in ("train", "val"))
-    assert shared_prompts(train, val) == 0
+    assert {prompt_hash(pair.prompt) for pair in train}.isdisjoint(prompt_hash(pair.prompt) for pair in val)
     assert len({example.prompt[0]["content"] for example in val}) == 82
 
 

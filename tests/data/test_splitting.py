@@ -2,73 +2,55 @@
 
 from __future__ import annotations
 
-import random
-
+import numpy as np
 import pytest
 
-from rlhf_lightning.data.examples import PreferenceExample
-from rlhf_lightning.data.splitting import prompt_key, shared_prompts, split_by_prompt
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.data.splitting import held_out, prompt_hash
 
 
-def example(prompt, row=0):
-    return PreferenceExample([{"role": "user", "content": prompt}], "a", "b", None, str(row), f"row {row}")
+def user(prompt):
+    return [{"role": "user", "content": prompt}]
 
 
-EXAMPLES = [example(f"prompt {row % 200}", row) for row in range(600)]
+PROMPTS = [f"prompt {row % 200}" for row in range(600)]
+HASHES = np.array([prompt_hash(user(prompt)) for prompt in PROMPTS], dtype=np.uint64)
 
 
-def test_every_pair_is_on_one_side_and_no_prompt_on_both():
-    train, val = split_by_prompt(EXAMPLES, val_fraction=0.2)
-    assert sorted(int(e.example_id) for e in [*train, *val]) == list(range(600))
-    assert {prompt_key(e.prompt) for e in train}.isdisjoint(prompt_key(e.prompt) for e in val)
-    assert shared_prompts(train, val) == 0
+def test_no_prompt_is_on_both_sides():
+    held = held_out(HASHES, val_fraction=0.2)
+    sides = [{prompt for prompt, there in zip(PROMPTS, held == side, strict=True) if there} for side in (0, 1)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[0]) + len(sides[1]) == 200
 
 
 def test_about_the_asked_share_of_prompts_is_held_out():
-    sizes = [len(split_by_prompt(EXAMPLES, val_fraction=share)[1]) / 600 for share in (0.1, 0.5)]
     # Standard deviation of the share of 200 prompts: 0.021 and 0.035.
-    assert sizes == pytest.approx([0.1, 0.5], abs=0.08)
+    assert [held_out(HASHES, val_fraction=share).mean() for share in (0.1, 0.5)] == pytest.approx([0.1, 0.5], abs=0.08)
 
 
 def test_the_split_does_not_depend_on_the_order_or_the_other_rows():
-    _, val = split_by_prompt(EXAMPLES, val_fraction=0.2)
-    shuffled = random.Random(0).sample(EXAMPLES, len(EXAMPLES))
-    assert sorted(e.example_id for e in split_by_prompt(shuffled, val_fraction=0.2)[1]) == sorted(
-        e.example_id for e in val
-    )
-    half = EXAMPLES[::2]
-    assert split_by_prompt(half, val_fraction=0.2)[1] == [e for e in val if e in half]
+    held = held_out(HASHES, val_fraction=0.2)
+    order = np.random.default_rng(0).permutation(600)[:300]
+    assert (held_out(HASHES[order], val_fraction=0.2) == held[order]).all()
+
+
+def test_the_split_is_the_same_in_every_version():
+    # Fixed numbers: another hash would move pairs of an old run from one side to the other.
+    assert prompt_hash(user("Hello")) == 0x890602187FB7D3FB
+    assert held_out(HASHES[:12], val_fraction=0.2).tolist() == [row in (1, 9) for row in range(12)]
 
 
 def test_a_larger_share_holds_out_the_same_prompts_and_more():
-    small, large = (split_by_prompt(EXAMPLES, val_fraction=share)[1] for share in (0.1, 0.3))
-    assert {e.example_id for e in small} < {e.example_id for e in large}
-
-
-def test_both_sides_keep_the_order_of_the_rows():
-    for side in split_by_prompt(EXAMPLES, val_fraction=0.2):
-        numbers = [int(e.example_id) for e in side]
-        assert numbers == sorted(numbers)
+    small, large = (held_out(HASHES, val_fraction=share) for share in (0.1, 0.3))
+    assert (large | ~small).all()
+    assert large.sum() > small.sum()
 
 
 @pytest.mark.parametrize(("a", "b"), [("Hello  there", "hello there"), (" Hello\nthere ", "HELLO THERE")])
 def test_prompts_that_differ_in_case_and_white_space_alone_are_one(a, b):
-    assert prompt_key(example(a).prompt) == prompt_key(example(b).prompt)
-    assert shared_prompts([example(a)], [example(b), example("other")]) == 1
+    assert prompt_hash(user(a)) == prompt_hash(user(b))
 
 
 def test_prompts_that_differ_in_words_roles_or_turns_are_two():
-    one = [{"role": "user", "content": "a b"}]
-    others = (
-        [{"role": "user", "content": "ab"}],
-        [{"role": "system", "content": "a b"}],
-        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-    )
-    assert len({prompt_key(prompt) for prompt in (one, *others)}) == 4
-
-
-@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "validation"), (1 - 1e-9, "training")])
-def test_an_empty_side_is_refused_with_advice(fraction, side):
-    with pytest.raises(DataError, match=f"splitting 600 pairs .*leaves no {side} pair; .*val: FILE"):
-        split_by_prompt(EXAMPLES, val_fraction=fraction)
+    others = (user("ab"), [{"role": "system", "content": "a b"}], [*user("a"), *user("b")])
+    assert len({prompt_hash(prompt) for prompt in (user("a b"), *others)}) == 4

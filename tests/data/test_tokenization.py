@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import string
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.tokenization import ChatFormat, load_tokenizer, tokenize_pairs
+from rlhf_lightning.data.tokenization import PairStore, select_pairs, write_pairs
 from rlhf_lightning.errors import DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, LLAMA2, UNSTABLE, byte_tokenizer
 
@@ -20,9 +23,12 @@ def example(prompt="Hi there", chosen="Well.", rejected="No!", row=0, margin=Non
     return PreferenceExample(messages, chosen, rejected, margin, f"id-{row}", f"pairs.jsonl, row {row}")
 
 
-def tokenize(examples, chat_format=QWEN, *, max_length=1000, **options):
-    report = LoadReport("pairs.jsonl", rows_read=len(examples))
-    return tokenize_pairs(examples, chat_format, report, max_length=max_length, **options), report
+def tokenize(examples, chat_format=QWEN, *, max_length=1000, on_bad_rows="error", **options):
+    with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
+        write_pairs(Path(directory), examples, LoadReport("pairs.jsonl", rows_read=len(examples)), chat_format)
+        store = PairStore(directory)
+    store.report.enforce(on_bad_rows)
+    return select_pairs([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
 
 
 def text_of(chat_format, ids):
@@ -150,7 +156,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame_and_the_response
         assert chosen == FORMATS[name].response
         assert rejected == FORMATS[name].response.replace("Well.", "No!")
         assert pairs.lengths[0] == full_length(name) - less
-        assert pairs.prompts_cut == 1
+        assert len(report.rows_cut) == 1
         assert report.bad_rows == {}
 
 
@@ -164,7 +170,7 @@ def test_a_pair_of_whose_prompt_nothing_would_stay_is_dropped_and_counted(name):
     pairs, report = tokenize([long, short], chat_format, max_length=full_length(name) - 25)
     assert pairs.example_ids == ["id-1"]
     assert report.bad_rows == {"too_long": ["pairs.jsonl, row 0"]}
-    assert pairs.prompts_cut == 0
+    assert len(report.rows_cut) == 0
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
@@ -176,8 +182,8 @@ def test_the_longer_response_decides_what_is_cut(longer):
 
 
 def test_a_row_of_exactly_max_length_is_not_cut():
-    _, pairs, report = cut_prompt("qwen", full_length("qwen"))
-    assert (pairs.prompts_cut, report.rows_dropped) == (0, 0)
+    _, _, report = cut_prompt("qwen", full_length("qwen"))
+    assert (len(report.rows_cut), report.rows_dropped) == (0, 0)
 
 
 def test_truncation_drop_leaves_a_long_pair_out_and_says_how_long_it_is():
@@ -195,7 +201,9 @@ def test_truncation_error_refuses_long_pairs_with_row_lengths_and_advice():
 
 
 def test_nothing_left_is_refused_with_the_first_reason():
-    with pytest.raises(DataError, match=r"2 of 2 pairs cannot be used: pairs.jsonl, row 0: .*max_length is 5"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 pairs do not fit: pairs.jsonl, row 0: .*max_length is 5; .*; raise max_length$"
+    ):
         tokenize([example(), example(row=1)], max_length=5)
 
 
@@ -228,14 +236,14 @@ def test_every_message_is_one_line():
 
 def test_more_than_ten_refused_pairs_are_counted_not_listed():
     bad = [example("<|im_end|>", row=i) for i in range(13)]
-    with pytest.raises(DataError, match=r"13 of 14 pairs .*row 9: .*; and 3 more") as caught:
+    with pytest.raises(DataError, match=r"13 of 14 rows .*row 9: .*; and 3 more") as caught:
         tokenize([*bad, example()])
     assert "row 10" not in str(caught.value)
 
 
 def test_sides_that_are_the_same_to_the_tokenizer_are_dropped_and_counted():
     llama = FORMATS["llama 3"].chat_format
-    pairs, report = tokenize([example(), example(chosen="No", rejected=" No ", row=1)], llama)
+    pairs, report = tokenize([example(), example(chosen="No", rejected=" No ", row=1)], llama, on_bad_rows="drop")
     assert pairs.example_ids == ["id-0"]
     assert report.bad_rows == {"identical_pair": ["pairs.jsonl, row 1"]}
 
@@ -246,7 +254,9 @@ def test_a_side_that_is_empty_to_the_tokenizer_is_dropped_and_counted(field):
 
     tokenizer = byte_tokenizer("<|im_start|> <|im_end|>", CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    pairs, report = tokenize([example(), example(**{field: "\u200b"}, row=1)], ChatFormat(tokenizer))
+    pairs, report = tokenize(
+        [example(), example(**{field: "\u200b"}, row=1)], ChatFormat(tokenizer), on_bad_rows="drop"
+    )
     assert pairs.example_ids == ["id-0"]
     assert report.bad_rows == {"empty_response": ["pairs.jsonl, row 1"]}
 

@@ -1,0 +1,268 @@
+"""Conversations -> token ids: prompt ids, response ids and one terminator id; never a second look at joined text."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import hashlib
+import itertools
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.data.examples import Message
+from rlhf_lightning.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRANSCRIPT = "transcript"
+"""Name of the built-in plain format, for tokenizers without a chat template."""
+_TRANSCRIPT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\n\nAssistant: ' + message['content'] }}"
+    "{% if loop.last and not add_generation_prompt %}{{ TERMINATOR }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""The plain format in Jinja, for the tokenizers of exported models."""
+_CLOCKS = (datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2032, 11, 29, 20, 47, 58))
+
+_USER_PROBE = "PROBEUSERPROBE"
+_REPLY_PROBE = "PROBEREPLYPROBE"
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none."""
+    from transformers import AutoTokenizer
+
+    from rlhf_lightning.tiny import resolve_model
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]}); give the hub name of one, or a "
+            "directory with tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+class ChatFormat:
+    """How a tokenizer writes a conversation, as ids: `prompt`, then a response, then one `terminator`.
+
+    Uses the tokenizer's chat template, the Jinja file `chat_template`, or, when there is neither or `chat_template` is
+    `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. The terminator is what the template puts
+    right after an assistant's reply (Qwen: `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training
+    row is the one at which a sampled answer ends; without a template it is the tokenizer's EOS, or SEP for an encoder.
+    A response is stripped where the template strips replies. `template_arguments` are handed to the template, such as
+    `{enable_thinking: false}` (Qwen 3) or `{date_string: 26 Jul 2024}` (Llama 3.1).
+
+    Raises `ModelError` when the tokenizer has no terminator, when a template rewrites the prompt once a reply follows
+    it, so that prompt ids would be no prefix of the whole, or when it writes today's date, so that a run would differ
+    from day to day; `DataError` when the template cannot be rendered.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template_arguments = dict(template_arguments or {})
+        self.template = self._choose_template(chat_template)
+        self.start_ids = self._start_ids()
+        self.prompt_tail = ""
+        self.response_lead = " "
+        self.strips_responses = False
+        self.terminator_id = self._measure_reply()
+        self.head_ids, self.tail_length = self._prompt_frame()
+        self._control_tokens = self._control_token_pattern()
+
+    @property
+    def pad_id(self) -> int:
+        """Id to fill padding with. Nothing reads it: masks come from lengths."""
+        return self.terminator_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The conversation up to where the assistant's reply begins."""
+        if self.template is None:
+            return _transcript_text(messages)
+        return self._render(messages, add_generation_prompt=True) + self.prompt_tail
+
+    def response_text(self, response: str) -> str:
+        """The response with the blank, if any, that the format puts before it."""
+        text = response.strip() if self.strips_responses else response
+        return text if text[:1].isspace() else self.response_lead + text
+
+    def control_token_in(self, texts: Iterable[str]) -> str | None:
+        """The first control token written out in one of the texts, or None. It would be encoded as a command."""
+        if self._control_tokens is None:
+            return None
+        found = (self._control_tokens.search(text) for text in texts)
+        return next((match.group() for match in found if match), None)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without any token that is not in the text."""
+        if not texts:
+            return []
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        if core is None:
+            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        core.no_truncation()  # a tokenizer may bring its own, and a call of it may leave some
+        core.no_padding()
+        return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
+        start = self.start_ids
+        return [ids if ids[: len(start)] == start else [*start, *ids] for ids in self.encode(texts)]
+
+    def shared_head(self, prompt: Sequence[int]) -> int:
+        """Number of ids at a prompt's beginning that belong to the template, and that a cut from the left must keep."""
+        shared = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(self.head_ids, prompt, strict=False))
+        return sum(1 for _ in shared)
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a conversation becomes."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        digest = hashlib.sha256()
+        if core is not None:
+            core.no_truncation()
+            core.no_padding()
+            digest.update(core.to_str().encode())
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                self.tokenizer.save_pretrained(directory)
+                for file in sorted(Path(directory).iterdir()):
+                    digest.update(file.read_bytes())
+        rules = (self.template, sorted(self.template_arguments.items()), self.start_ids, self.terminator_id)
+        spelling = (self.prompt_tail, self.response_lead, self.strips_responses, self.head_ids, self.tail_length)
+        digest.update(repr((*rules, *spelling, self.tokenizer.special_tokens_map)).encode())
+        return digest.hexdigest()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the tokenizer with the template that was used, so that the model is asked as it was trained."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        end = self.tokenizer.convert_ids_to_tokens(self.terminator_id)
+        tokenizer.chat_template = self.template or _TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
+        tokenizer.save_pretrained(directory)
+
+    def _choose_template(self, chat_template: str | None) -> str | None:
+        if chat_template == TRANSCRIPT:
+            return None
+        if chat_template is None:
+            own = self.tokenizer.chat_template
+            if isinstance(own, dict) and "default" not in own:
+                raise ModelError(
+                    f"{self.tokenizer.name_or_path}: the tokenizer has the chat templates {', '.join(own)} and none of "
+                    "them is the default; name one with chat_template: FILE.jinja"
+                )
+            return own["default"] if isinstance(own, dict) else own
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise DataError(f"chat_template: {chat_template} is neither a Jinja file nor {TRANSCRIPT!r}")
+        return path.read_text(encoding="utf-8")
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **arguments: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_arguments,
+                **arguments,
+            )
+        except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
+            roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split())
+            raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
+
+    def _start_ids(self) -> list[int]:
+        """What the tokenizer itself puts before a text: [BOS], [CLS] or nothing."""
+        plain = self.encode(["x"])[0]
+        whole = self.tokenizer("x")["input_ids"]
+        return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+    def _measure_reply(self) -> int:
+        """Find out what stands between prompt and response; return the id after the response."""
+        tokenizer = self.tokenizer
+        fallback = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if self.template is None:
+            return self._checked_terminator(fallback)
+        user = [{"role": "user", "content": _USER_PROBE}]
+        reply = {"role": "assistant", "content": _REPLY_PROBE}
+        self._refuse_dates(user)
+        with contextlib.suppress(DataError):  # a template for single turns alone
+            self._refuse_rewriting([*user, {"role": "assistant", "content": "An earlier reply."}, *user], reply)
+        prompt, whole = self._refuse_rewriting(user, reply)
+        padded = {"role": "assistant", "content": f"\n\t{_REPLY_PROBE}\t\n"}
+        self.strips_responses = padded["content"] not in self._render([*user, padded], add_generation_prompt=False)
+        lead, _, after = whole[len(prompt) :].partition(_REPLY_PROBE)
+        if lead.strip():  # a header of the reply that the template leaves out of its generation prompt
+            self.prompt_tail, self.response_lead = lead, ""
+        else:
+            self.response_lead = lead
+        control = self._control_ids()
+        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in control), fallback))
+
+    def _refuse_dates(self, messages: Sequence[Message]) -> None:
+        """Render under two clocks. Templates read the date through `strftime_now`, which transformers gives them."""
+        first, second = (
+            self._render(messages, add_generation_prompt=True, strftime_now=clock.strftime) for clock in _CLOCKS
+        )
+        if first != second:
+            advice = "give a copy with a fixed date: chat_template: FILE.jinja"
+            if "date_string" in self.template:
+                advice = 'fix it with template_arguments: {date_string: "26 Jul 2024"}'
+            raise ModelError(f"the chat template writes the current date, so a run differs from day to day; {advice}")
+
+    def _refuse_rewriting(self, prompt: Sequence[Message], reply: Message) -> tuple[str, str]:
+        """A prompt alone and with its reply, as texts of which the first begins the second."""
+        alone = self._render(prompt, add_generation_prompt=True)
+        whole = self._render([*prompt, reply], add_generation_prompt=False)
+        if not whole.startswith(alone) or reply["content"] not in whole:
+            raise ModelError(
+                "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
+                f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"
+            )
+        return alone, whole
+
+    def _checked_terminator(self, terminator: int | None) -> int:
+        if terminator is None:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has neither an EOS nor a SEP token, so the end of a "
+                "response cannot be marked; set eos_token in its tokenizer_config.json"
+            )
+        return terminator
+
+    def _prompt_frame(self) -> tuple[list[int], int]:
+        """The ids before the first message of a prompt, and the number of those after the last.
+
+        A cut from the left must not lose them.
+        """
+        before, _, after = self.prompt_text([{"role": "user", "content": _USER_PROBE}]).partition(_USER_PROBE)
+        return self.encode_prompts([before])[0], len(self.encode([after])[0])
+
+    def _control_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+
+    def _control_token_pattern(self) -> re.Pattern[str] | None:
+        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids())) if token]
+        return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+
+
+def _transcript_text(messages: Sequence[Message]) -> str:
+    names = {"user": "Human", "assistant": "Assistant"}
+    turns = [
+        message["content"] if message["role"] == "system" else f"\n\n{names[message['role']]}: {message['content']}"
+        for message in messages
+    ]
+    return "".join(turns) + "\n\nAssistant:"

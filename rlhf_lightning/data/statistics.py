@@ -1,0 +1,52 @@
+"""What can be said of tokenized pairs without looking at a model: copies, contradictions, length bias, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from rlhf_lightning.data.tokenization import TokenizedPairs
+
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))  # odd
+
+
+def duplicates(pairs: TokenizedPairs) -> np.ndarray:
+    """Positions of pairs whose prompt, chosen and rejected response stood before; case and blanks do not count."""
+    keys = _pair_keys(pairs)
+    first = np.unique(keys, return_index=True)[1]
+    return np.setdiff1d(np.arange(len(keys)), first)
+
+
+def contradictions(pairs: TokenizedPairs) -> np.ndarray:
+    """Positions of pairs that stand elsewhere with the opposite preference; both of each contradiction."""
+    return np.flatnonzero(np.isin(_pair_keys(pairs), _pair_keys(pairs, ("rejected", "chosen"))))
+
+
+def longer_chosen(pairs: TokenizedPairs) -> float:
+    """Share of pairs whose chosen response has more characters, ties one half: what "the longer one wins" gets."""
+    chosen, rejected = pairs.numbers("chosen_characters"), pairs.numbers("rejected_characters")
+    return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+
+def shared_prompts(train: TokenizedPairs, val: TokenizedPairs) -> np.ndarray:
+    """Positions of validation pairs whose prompt is also trained on."""
+    return np.flatnonzero(np.isin(val.numbers("prompt_hash"), train.numbers("prompt_hash")))
+
+
+def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:
+    """Share of padding among the tokens of batches (arrays of positions) of right-padded rows, two rows a pair."""
+    prompt, chosen, rejected = pairs.segment_lengths.T
+    real = padded = 0
+    for batch in batches:
+        lengths = np.concatenate([(prompt + chosen)[batch], (prompt + rejected)[batch]])
+        real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+    return 1 - real / padded if padded else 0.0
+
+
+def _pair_keys(pairs: TokenizedPairs, sides: tuple[str, str] = ("chosen", "rejected")) -> np.ndarray:
+    """[P] uint64, equal for pairs of the same prompt and the same texts."""
+    columns = (pairs.numbers(f"{name}_hash") for name in ("prompt", *sides))
+    with np.errstate(over="ignore"):
+        first, second, third = (column * mix for column, mix in zip(columns, _MIX, strict=True))
+    return first ^ (second + (second >> np.uint64(29))) ^ (third + (third >> np.uint64(31)))

@@ -1,0 +1,86 @@
+"""A cache on disk whose entries are named by all that they were made of, so that a stale one is never found."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+_UNUSED_DAYS = 30
+"""Entries that nobody has read for so long are removed when a new one is made."""
+
+
+def content_key(*parts: object) -> str:
+    """A name for what is made of `parts` (things with a telling `repr`) by this version of the code."""
+    return hashlib.sha256(repr((*parts, _code())).encode()).hexdigest()[:32]
+
+
+def cached_directory(key: str, make: Callable[[Path], None], *, cache_dir: str | Path | None = None) -> Path:
+    """The directory of an entry; `make(directory)` fills it when there is none.
+
+    Other processes that want the same entry wait. The entry appears whole or not at all: it is made beside its place
+    and renamed. `cache_dir` defaults to `$XDG_CACHE_HOME/rlhf_lightning/tokens`; where that cannot be written, the
+    entry lives in a temporary directory, for this process alone.
+    """
+    cache = writable_cache(cache_dir)
+    entry = cache / key
+    with FileLock(cache / f"{key}.lock"):
+        if not entry.is_dir():
+            _prune(cache)
+            made = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))
+            try:
+                make(made)
+                made.rename(entry)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        os.utime(entry)
+    return entry
+
+
+def writable_cache(cache_dir: str | Path | None = None) -> Path:
+    """The cache's directory, made if need be."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    cache = Path(cache_dir or home / "rlhf_lightning" / "tokens").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return cache
+    except OSError:
+        pass
+    return _temporary_cache()
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    return Path(tempfile.mkdtemp(prefix="rlhf_lightning-"))
+
+
+def _prune(cache: Path) -> None:
+    oldest = time.time() - _UNUSED_DAYS * 24 * 3600
+    for entry in cache.iterdir():
+        try:
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError:  # another process was faster
+            continue
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the data room's sources, and of the versions of the libraries that make token ids."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    for name in ("tokenizers", "transformers", "jinja2", "pyarrow"):
+        digest.update(importlib.metadata.version(name).encode())
+    return digest.hexdigest()
