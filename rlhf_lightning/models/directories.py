@@ -8,7 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_lightning.errors import ConfigurationError
+
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+
+
+def check_free(directory: str | Path) -> bool:
+    """Refuse a directory that holds anything but a model, which may be replaced. Raises `ConfigurationError`.
+
+    Makes the directories above it, so that an impossible path fails now. Returns whether a model is there.
+    """
+    directory = Path(directory).expanduser()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not directory.exists():
+        return False
+    if not directory.is_dir():
+        raise ConfigurationError(f"{directory}: is a file; give another directory to export to")
+    is_model = any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if any(directory.iterdir()) and not is_model:
+        raise ConfigurationError(f"{directory}: holds files that are no model; give an empty or new directory")
+    return is_model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.directories import check_free
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,13 @@ TABLE_ROWS = {
     "auroc": "pooled AUROC",
     "margin_auroc": "margin AUROC",
     "calibration_error": "calibration error",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "kl": "log-ratio (k1)",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
 }
-"""Rows of the results table: metric and its name in words."""
+"""Rows of the results table: metric and its name in words. A run has those that its module measures."""
 
 
 class PairScores(NamedTuple):
@@ -57,8 +62,11 @@ class Results(Callback):
             return
         self.metrics = _metrics(trainer, "val/")
         if trainer.state.fn == TrainerFn.FITTING:
-            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in TABLE_ROWS.items())
+            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in self._rows())
             log.info("validation at step %d: %s", trainer.global_step, numbers)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(name, words) for name, words in TABLE_ROWS.items() if name in self.metrics]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = _metrics(trainer, "test/")
@@ -113,30 +121,21 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
 
 
 class ExportBest(Callback):
-    """After `fit`, writes the best checkpoint's network and tokenizer as a Hugging Face directory.
+    """After `fit`, writes the best checkpoint's model and tokenizer as a Hugging Face directory.
 
     Args:
         directory: Where to; an earlier export there is replaced, anything else is left alone and refused.
+        merge: Merge LoRA adapters into the weights; false writes the adapters alone.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, merge: bool = True) -> None:
         self.directory = Path(directory)
+        self.merge = merge
         self.exported = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a directory that holds something else, before any training. Raises `ConfigurationError`."""
-        if stage != "fit":
-            return
-        self.directory.parent.mkdir(parents=True, exist_ok=True)  # an impossible path fails now, not after the training
-        if not self.directory.exists():
-            return
-        if not self.directory.is_dir():
-            raise ConfigurationError(f"{self.directory}: is a file; give ExportBest another directory")
-        if any(self.directory.iterdir()) and not (self.directory / "config.json").is_file():
-            raise ConfigurationError(
-                f"{self.directory}: holds files that are no model; give ExportBest an empty or new directory"
-            )
-        if (self.directory / "config.json").is_file():
+        if stage == "fit" and check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,7 +145,7 @@ class ExportBest(Callback):
         if not trainer.is_global_zero or best is None:
             return
         best_module = type(pl_module).load_from_checkpoint(best, map_location="cpu")
-        best_module.network.save_pretrained(self.directory)
+        best_module.export(self.directory, merge=self.merge)
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:
             chat_format.save_pretrained(self.directory)

@@ -9,6 +9,7 @@ import inspect
 import logging
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -285,7 +286,7 @@ class DPO(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
 
-    def export(self, directory: str, *, merge: bool = True) -> None:
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
         """Write the policy as `CausalLM.save_pretrained` does."""
         self.policy.save_pretrained(directory, merge=merge)
 

@@ -6,6 +6,7 @@ B pairs, T padded tokens.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -26,6 +27,7 @@ from rlhf_lightning.metrics import (
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
 from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.checkpoints import store_origin
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.logs import log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
@@ -158,6 +160,13 @@ class RewardModel(LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         return PairScores(batch.index, *self(batch))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        store_origin(self, checkpoint)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""
+        self.network.save_pretrained(directory)
 
     def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
         chosen, rejected = self(batch)

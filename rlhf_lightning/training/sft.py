@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -135,7 +136,7 @@ class SFT(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
 
-    def export(self, directory: str, *, merge: bool = True) -> None:
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
         """Write the policy as `CausalLM.save_pretrained` does."""
         self.policy.save_pretrained(directory, merge=merge)
 
