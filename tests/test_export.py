@@ -149,6 +149,12 @@ def test_a_directory_that_holds_something_else_is_refused(checkpoint, tmp_path, 
     assert "mine" in (target.read_text() if held == "a file" else (target / "thesis.tex").read_text())
 
 
+def test_export_best_refuses_to_merge_into_four_bits_before_the_training(build_dpo, trainer, tmp_path):  # noqa: F811
+    module, datamodule = build_dpo(model=LORA | {"quantization": "4bit"})
+    with pytest.raises(ConfigurationError, match="set merge: false"):
+        trainer(callbacks=[ExportBest(str(tmp_path / "best"))]).fit(module, datamodule)
+
+
 def test_a_checkpoint_without_its_origin_is_refused(checkpoint, tmp_path):
     path = checkpoint("build_dpo")
     stored = torch.load(path, weights_only=True)

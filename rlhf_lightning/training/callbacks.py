@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,11 @@ class ExportBest(Callback):
         self.exported = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a directory that holds something else, before any training. Raises `ConfigurationError`."""
+        """Refuse what could not be written in the end, before any training. Raises `ConfigurationError`."""
+        if self.merge and pl_module.hparams.get("quantization") is not None:
+            raise ConfigurationError(
+                "ExportBest.merge: merging adapters into 4-bit weights would round them to 4 bits too; set merge: false"
+            )
         if stage == "fit" and check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
 

@@ -39,7 +39,7 @@ from rlhf_lightning.training.checks import (
     check_tokens_fit,
     warn_of_falling_chosen,
 )
-from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, peak_memory, update_metrics
+from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
@@ -158,7 +158,8 @@ class DPO(LightningModule):
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.policy: CausalLM | None = None
         self._frozen: FrozenCausalLM | None = None
-        self.train_metrics = self._metrics(tokens_per_second=TokensPerSecond())
+        self.train_metrics = self._metrics()
+        self.throughput = TokensPerSecond()
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
         self.logged_step = 0
@@ -201,7 +202,12 @@ class DPO(LightningModule):
 
     def on_fit_start(self) -> None:
         log_parameters(self.policy, self.hparams.backbone)
-        log.info("loss: %s, beta %g; reference: %s", self.hparams.loss_type, self.hparams.beta, self.reference_source)
+        log.info(
+            "loss: %s, beta %g; reference: %s",
+            self.hparams.loss_type,
+            self.hparams.beta,
+            self.reference_source or "none",
+        )
 
     def configure_optimizers(self):
         return optimizer_and_schedule(
@@ -267,9 +273,9 @@ class DPO(LightningModule):
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self._check_adapters()
         seconds = time.perf_counter() - self._batch_began
-        self.train_metrics["tokens_per_second"].update(batch.attention_mask.sum(), seconds)
+        self.throughput.update(batch.attention_mask.sum(), seconds)
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
-        logged = log_training_means(self, self.train_metrics, shown=shown, **peak_memory(self.device))
+        logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
         if logged and self.reference_source is not None and not self._warned:
             chosen, rejected = (logged[f"train/rewards/{side}"] / self.hparams.beta for side in ("chosen", "rejected"))
             self._warned = warn_of_falling_chosen(chosen, rejected)
@@ -309,7 +315,7 @@ class DPO(LightningModule):
     def _update(
         self, metrics: nn.ModuleDict, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None
     ) -> None:
-        """Feed B pairs to all metrics but `tokens_per_second`."""
+        """Feed B pairs."""
         chosen, rejected = self.rewards(policy, reference)
         values = {
             "loss": losses,
@@ -323,8 +329,7 @@ class DPO(LightningModule):
         }
         if reference is not None:
             values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
-        pairwise = {name: metric for name, metric in metrics.items() if name != "tokens_per_second"}
-        update_metrics(pairwise, values, chosen, rejected)
+        update_metrics(metrics, values, chosen, rejected)
 
     def _taken(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
         """The log-probs that the loss takes, of chosen and rejected responses: whole, or per token."""

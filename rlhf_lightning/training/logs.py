@@ -9,15 +9,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.causal_lm import CausalLM
 
 log = logging.getLogger(__name__)
 
 
-def update_metrics(metrics: nn.ModuleDict, values: dict[str, Tensor], *pair: Tensor) -> None:
-    """Feed each metric the values that stand under its name, any other the two sides of the pairs."""
+def update_metrics(metrics: nn.ModuleDict, values: dict[str, Tensor | tuple[Tensor, ...]], *pair: Tensor) -> None:
+    """Feed each metric the values, or the tuple of them, under its name; any other the two sides of the pairs."""
     for name, metric in metrics.items():
-        metric.update(values[name]) if name in values else metric.update(*pair)
+        given = values.get(name, pair)
+        metric.update(*given) if isinstance(given, tuple) else metric.update(given)
 
 
 def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, shown: tuple[str, ...]) -> None:
@@ -27,13 +29,17 @@ def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, sh
 
 
 def log_training_means(
-    module: LightningModule, metrics: nn.ModuleDict, *, shown: dict[str, str], **others: float
+    module: LightningModule,
+    metrics: nn.ModuleDict,
+    *,
+    shown: dict[str, str],
+    throughput: TokensPerSecond | None = None,
 ) -> dict[str, float] | None:
     """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time.
 
-    Logs `train/NAME` of the metrics, of `others` and the learning rate, and resets the metrics; `shown` gives the
-    metrics of a line in a log file, and their names in words. The module keeps `logged_step`, the step of its last log.
-    Returns what was logged, or None when it is not the time.
+    Logs `train/NAME` of the metrics, tokens per second where they were counted, peak memory on CUDA, and the learning
+    rate, then begins anew. `shown` gives the metrics of a line in a log file, and their names in words. The module
+    keeps `logged_step`, the step of its last log. Returns what was logged, or None when it is not the time.
     """
     trainer = module.trainer
     step, every = trainer.global_step, trainer.log_every_n_steps
@@ -41,7 +47,10 @@ def log_training_means(
         return None
     module.logged_step = step
     values = {f"train/{name}": metric.compute().item() for name, metric in metrics.items()}
-    values |= {f"train/{name}": value for name, value in others.items()}
+    if throughput is not None:
+        values["train/tokens_per_second"] = throughput.compute().item()
+        values |= _peak_memory(module.device)
+        throughput.reset()
     values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     for logger in module.loggers:
         logger.log_metrics(values, step=step)
@@ -54,13 +63,13 @@ def log_training_means(
     return values
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Most memory that tensors have had on a CUDA device, in GiB, under its logged name; nothing on a CPU."""
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
-
-
 def log_parameters(policy: CausalLM, name: str) -> None:
     """Say what is trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     log.info("model: %s (%s), %s parameters, %s trained", name, policy.config.model_type, f"{total:,}", f"{trained:,}")
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory that tensors have had on a CUDA device, in GiB, under its logged name; nothing on a CPU."""
+    return {"train/peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

@@ -22,7 +22,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, Respon
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
-from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, peak_memory, update_metrics
+from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
 
 
@@ -66,8 +66,8 @@ class SFT(LightningModule):
         self.lora = None if lora is None else Lora(**lora)
         self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
         self.policy: CausalLM | None = None
-        means = {"loss": MeanMetric(), "lengths/chosen": MeanMetric()}
-        self.train_metrics = nn.ModuleDict({**means, "tokens_per_second": TokensPerSecond()})
+        self.train_metrics = nn.ModuleDict({"loss": MeanMetric(), "lengths/chosen": MeanMetric()})
+        self.throughput = TokensPerSecond()
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
         self.logged_step = 0
@@ -110,8 +110,7 @@ class SFT(LightningModule):
         responses = self(batch)
         losses = -responses.averages
         check_finite(self, batch, losses)
-        pairwise = {name: metric for name, metric in self.train_metrics.items() if name != "tokens_per_second"}
-        update_metrics(pairwise, {"loss": losses.detach(), "lengths/chosen": responses.lengths.float()})
+        update_metrics(self.train_metrics, {"loss": losses.detach(), "lengths/chosen": responses.lengths.float()})
         return batch.weight * losses.mean()
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -119,8 +118,8 @@ class SFT(LightningModule):
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         seconds = time.perf_counter() - self._batch_began
-        self.train_metrics["tokens_per_second"].update(batch.attention_mask[: batch.pairs].sum(), seconds)
-        log_training_means(self, self.train_metrics, shown={"loss": "loss"}, **peak_memory(self.device))
+        self.throughput.update(batch.attention_mask[: batch.pairs].sum(), seconds)
+        log_training_means(self, self.train_metrics, shown={"loss": "loss"}, throughput=self.throughput)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val", self.val_metrics)
@@ -147,10 +146,9 @@ class SFT(LightningModule):
             "loss": -responses.averages,
             "token_accuracy": (self.policy.most_likely(states) == states.targets).float(),
             "lengths/chosen": responses.lengths.float(),
+            "perplexity": (-responses.sums, responses.lengths),
         }
-        metrics["perplexity"].update(-responses.sums, responses.lengths)
-        others = {name: metric for name, metric in metrics.items() if name != "perplexity"}
-        update_metrics(others, values, responses.sums, responses.sums)
+        update_metrics(metrics, values, responses.sums, responses.sums)
         log_split(self, stage, metrics, shown=("loss", "token_accuracy"))
 
 
