@@ -61,7 +61,9 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     expected, kind = _outputs(module)
     module.export(directory, merge=merge)
     _save_tokenizer(origin, directory, trust_remote_code=module.hparams.trust_remote_code)
-    reloaded = _reloaded_outputs(Path(directory), trust_remote_code=module.hparams.trust_remote_code)
+    options = ["trust"] if module.hparams.trust_remote_code else []
+    options += ["4bit"] if module.hparams.get("quantization") else []
+    reloaded = _reloaded_outputs(Path(directory), *options)
     difference = (reloaded - expected).abs().max().item()
     if not difference < _LARGEST_DIFFERENCE:
         raise ModelError(
@@ -81,20 +83,13 @@ def _outputs(module: LightningModule) -> tuple[Tensor, str]:
     return module.network(*probe_rows(module.network.backbone.config.vocab_size)), "reward"
 
 
-def _reloaded_outputs(directory: Path, *, trust_remote_code: bool) -> Tensor:
+def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
     """The outputs of the directory on the probe, computed by a fresh process. Raises `ModelError`."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as made:
         file = Path(made) / "outputs.safetensors"
-        command = [
-            sys.executable,
-            "-m",
-            "rlhf_lightning.models.probe",
-            str(directory),
-            str(file),
-            str(int(trust_remote_code)),
-        ]
+        command = [sys.executable, "-m", "rlhf_lightning.models.probe", str(directory), str(file), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

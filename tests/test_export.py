@@ -106,7 +106,7 @@ def test_a_template_of_the_run_is_exported_with_the_model(checkpoint, tmp_path, 
     (tmp_path / "mine.jinja").write_text(template)
     path = checkpoint("build_dpo", data={"chat_template": str(tmp_path / "mine.jinja")})
     (tmp_path / "mine.jinja").unlink()
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_, **settings: torch.zeros(1))
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: torch.zeros(1))
     with pytest.raises(ModelError, match="loaded again"):  # the tokenizer is written before the proof, which costs time
         export_checkpoint(path, tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == template
@@ -119,7 +119,7 @@ def test_a_directory_that_does_not_give_the_trainers_outputs_is_called_so(checkp
     path = checkpoint("build_dpo")
     own = DPO.load_from_checkpoint(path).policy
     outputs = probe.log_probs(own.model, own.config.vocab_size)
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_, **settings: outputs + 0.01)
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs + 0.01)
     with pytest.raises(ModelError, match=r"its outputs differ by 0\.01 nats from the trainer's"):
         export_checkpoint(path, tmp_path / "exported")
     assert not (tmp_path / "exported" / "README.md").exists()

@@ -6,6 +6,7 @@ R rows, T padded tokens, N response tokens of all rows together, H hidden size, 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -131,7 +132,9 @@ class CausalLM(nn.Module):
         from transformers import AutoModelForCausalLM
 
         config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
-        extra = {} if quantization is None else {"quantization_config": _four_bits(lora)}
+        if quantization is not None and lora is None:
+            raise ModelError("model.quantization: 4-bit weights cannot be trained; give model.lora as well")
+        extra = {} if quantization is None else {"quantization_config": four_bits()}
         model = load_weights(
             AutoModelForCausalLM,
             name_or_path,
@@ -185,6 +188,15 @@ class CausalLM(nn.Module):
         """The most likely token at each of the N positions, [N] int64."""
         weight, bias = _output_layer(self.model)
         return linear_argmax(states.hidden, weight, bias=bias)
+
+    def frozen_fingerprint(self) -> str:
+        """A hash of the weights that are not trained: of their names, shapes, and both ends of each."""
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                flat = parameter.data.flatten()
+                digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -325,10 +337,8 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
     return wrapped
 
 
-def _four_bits(lora: Lora | None) -> Any:
-    """The quantization of QLoRA. Raises `ModelError` without bitsandbytes or without adapters."""
-    if lora is None:
-        raise ModelError("model.quantization: 4-bit weights cannot be trained; give model.lora as well")
+def four_bits() -> Any:
+    """The quantization of QLoRA, for transformers. Raises `ModelError` without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("model.quantization: the package bitsandbytes is not installed; pip install bitsandbytes")
     from transformers import BitsAndBytesConfig

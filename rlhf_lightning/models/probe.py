@@ -1,6 +1,6 @@
 """A few fixed tokens by whose outputs two copies of a model are compared; run as a program, the copy on disk.
 
-python -m rlhf_lightning.models.probe DIRECTORY FILE.safetensors TRUST_REMOTE_CODE
+python -m rlhf_lightning.models.probe DIRECTORY FILE.safetensors [trust] [4bit]
 """
 
 from __future__ import annotations
@@ -31,21 +31,28 @@ def log_probs(model: nn.Module, vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def main(directory: str, file: str, trust_remote_code: str) -> None:
-    """Load a directory as a user would, and write its log-probs or scores on the probe as `outputs`."""
+def main(directory: str, file: str, *options: str) -> None:
+    """Load a directory as a user would, and write its log-probs or scores on the probe as `outputs`.
+
+    With the option `trust` code that comes with the model is run; with `4bit` its weights are held as QLoRA's.
+    """
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rlhf_lightning.models.causal_lm import four_bits
     from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 
-    trust = trust_remote_code == "1"
+    trust = "trust" in options
     adapters_alone = (Path(directory) / "adapter_config.json").is_file()
     config = None if adapters_alone else AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     if is_reward_network(config):
         outputs = RewardNetwork.from_pretrained(directory, trust_remote_code=trust)(*probe_rows(config.vocab_size))
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust).eval()
-        outputs = log_probs(model, model.config.get_text_config().vocab_size)
+        settings = {"quantization_config": four_bits()} if "4bit" in options else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=trust, **settings
+        )
+        outputs = log_probs(model.eval(), model.config.get_text_config().vocab_size)
     save_file({"outputs": outputs.contiguous()}, file)
 
 

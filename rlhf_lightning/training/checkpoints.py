@@ -39,3 +39,36 @@ def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         "tokenizer": getattr(data, "tokenizer_source", None),
         "chat_template": getattr(chat_format, "template", None),
     }
+
+
+def store_adapters_alone(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Leave the weights below adapters out of a checkpoint; a hash of them stays. Call after `store_origin`."""
+    if module.policy.has_adapters:
+        trained = _trained(module)
+        checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+        checkpoint[ORIGIN]["base"] = module.policy.frozen_fingerprint()
+
+
+def complete_adapters(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Put the module's own weights below the adapters of a checkpoint. Raises `ConfigurationError` for others."""
+    if not module.policy.has_adapters:
+        return
+    if set(checkpoint["state_dict"]) != _trained(module):
+        raise ConfigurationError(
+            "ckpt_path: the checkpoint holds other weights than the adapters of model.lora; give the model.lora of its "
+            "run"
+        )
+    if checkpoint[ORIGIN]["base"] != module.policy.frozen_fingerprint():
+        raise ConfigurationError(
+            "ckpt_path: the checkpoint's adapters belong to other weights than those of "
+            f"{module.hparams.backbone}; give the model.backbone of its run, as it was then"
+        )
+    # Not the whole state_dict: 4-bit layers write entries that they cannot read.
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    names = parameters.keys() | dict(module.named_buffers(remove_duplicate=False)).keys()
+    own = {name: weights for name, weights in module.state_dict().items() if name in names}
+    checkpoint["state_dict"] = own | checkpoint["state_dict"]
+
+
+def _trained(module: LightningModule) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -31,7 +31,7 @@ from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import store_origin
+from rlhf_lightning.training.checkpoints import complete_adapters, store_adapters_alone, store_origin
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
@@ -291,6 +291,10 @@ class DPO(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
+        store_adapters_alone(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        complete_adapters(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:
         """Write the policy as `CausalLM.save_pretrained` does."""

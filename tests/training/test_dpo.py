@@ -384,6 +384,21 @@ def test_a_loaded_checkpoint_gives_the_same_numbers(build_dpo, trainer, tmp_path
     assert loaded.lora == module.lora == (Lora(r=4, alpha=8.0) if model else None)
 
 
+def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_other_weights_below(
+    build_dpo, trainer, tmp_path, tiny_qwen2
+):
+    save = ModelCheckpoint(tmp_path, filename="last")
+    run, _ = trained(build_dpo, trainer, model=LORA, callbacks=[save], enable_checkpointing=True)
+    stored = torch.load(save.best_model_path, weights_only=True)["state_dict"]
+    assert set(stored) == {name for name, parameter in run.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in stored)
+    other = make_tiny_model(tmp_path / "other", builtin_texts(), initializer_range=0.2, seed=1)
+    with pytest.raises(ConfigurationError, match=r"belong to other weights than those of .*other"):
+        trainer().test(*build_dpo(model=LORA | {"backbone": str(other)}), ckpt_path=save.best_model_path)
+    with pytest.raises(ConfigurationError, match=r"give the model\.lora of its run"):
+        trainer().test(*build_dpo(model={"lora": {"targets": ["q_proj"]}}), ckpt_path=save.best_model_path)
+
+
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(build_dpo, trainer, tmp_path, stop):
     """The reference of the second half is the start, not the checkpoint."""
