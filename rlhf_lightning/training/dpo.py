@@ -160,6 +160,7 @@ class DPO(LightningModule):
         self._frozen: FrozenCausalLM | None = None
         self.train_metrics = self._metrics()
         self.throughput = TokensPerSecond()
+        self.log_ratios = nn.ModuleDict({"chosen": MeanMetric(), "rejected": MeanMetric()})
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
         self.logged_step = 0
@@ -262,6 +263,9 @@ class DPO(LightningModule):
         check_finite(self, batch, losses)
         self._check_start(losses, policy, reference)
         self._update(self.train_metrics, losses.detach(), policy, reference)
+        if reference is not None:
+            self.log_ratios["chosen"].update(policy.chosen.detach() - reference.chosen)
+            self.log_ratios["rejected"].update(policy.rejected.detach() - reference.rejected)
         return batch.weight * losses.mean()
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -276,9 +280,11 @@ class DPO(LightningModule):
         self.throughput.update(batch.attention_mask.sum(), seconds)
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
         logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
-        if logged and self.reference_source is not None and not self._warned:
-            chosen, rejected = (logged[f"train/rewards/{side}"] / self.hparams.beta for side in ("chosen", "rejected"))
-            self._warned = warn_of_falling_chosen(chosen, rejected)
+        if logged and self.reference_source is not None:
+            means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
+            self._warned = self._warned or warn_of_falling_chosen(**means)
+            for metric in self.log_ratios.values():
+                metric.reset()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val", self.val_metrics)

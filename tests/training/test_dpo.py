@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import shutil
 import typing
 
@@ -457,7 +458,10 @@ def test_a_warm_up_that_begins_at_0_is_no_reason_to_stop(build_dpo, trainer):
     assert module._moved
 
 
-def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(build_dpo, trainer, caplog):
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(build_dpo, trainer, caplog, loss_type):
+    """In nats of a whole response, also where the loss counts per token."""
+
     class Worse(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 1:
@@ -465,9 +469,11 @@ def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(bu
                     next(pl_module.policy.parameters()).mul_(2)
 
     with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
-        trained(build_dpo, trainer, callbacks=[Worse()], log_every_n_steps=1, limit_val_batches=0)
+        settings = {"callbacks": [Worse()], "log_every_n_steps": 1, "limit_val_batches": 0}
+        trained(build_dpo, trainer, model={"loss_type": loss_type, "optimizer": sgd(1e-6)}, **settings)
     (record,) = (record for record in caplog.records if record.name.startswith("rlhf_lightning"))
     assert "became less likely together" in record.message
+    assert min(map(float, re.findall(r"[\d.]+(?= (?:and|nats))", record.message))) > 20
     assert "sft_weight" in record.message
     assert "dpop" in record.message
 
