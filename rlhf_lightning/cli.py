@@ -10,7 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "export")
+COMMANDS = (*TRAINER_COMMANDS, "doctor", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -21,6 +21,7 @@ commands:
   validate   evaluate on the validation pairs   [--ckpt_path FILE]
   test       evaluate on the test pairs         [--ckpt_path FILE]
   predict    write the score of every response  [--ckpt_path FILE]
+  doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
              --ckpt_path FILE --out DIRECTORY [--merge true|false]
 
@@ -30,6 +31,8 @@ examples:
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
   rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
+  rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
+  rlhf-lightning doctor --config configs/reward_model.yaml
   rlhf-lightning export --ckpt_path CHECKPOINT --out models/policy
 
 options:
@@ -43,8 +46,8 @@ options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's arguments) and return its exit code.
 
-    0: done. 2: the user can mend it; one line on stderr says where, what, why and what to do. Anything else that goes
-    wrong is ours and ends in a traceback.
+    0: done. 1: `doctor` found rows that would be left out. 2: the user can mend it; one line on stderr says where,
+    what, why and what to do. Anything else that goes wrong is ours and ends in a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
@@ -59,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "export":
             return _run_export(arguments[1:])
+        if command == "doctor":
+            return _run_doctor(arguments[1:])
         _run_trainer(None if argv is None else arguments)
     except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
         return int(exit_.code or 0)
@@ -90,6 +95,14 @@ def _run_export(arguments: list[str]) -> int:
     from rlhf_lightning.training.program import quieten
 
     quieten()
+    return run(arguments)
+
+
+def _run_doctor(arguments: list[str]) -> int:
+    """Say what is in preference data; 0: every row can be used, 1: some would be left out."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.training.doctor_command import run
+
     return run(arguments)
 
 

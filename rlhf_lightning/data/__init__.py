@@ -1,7 +1,16 @@
 """Rows -> validated examples -> tokens -> batches."""
 
-from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, PreferenceExample
+from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, PreferenceExample, PromptExample
 from rlhf_lightning.data.preferences import load_preferences
+from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.errors import DataError
 
-__all__ = ["BAD_ROW_REASONS", "DataError", "LoadReport", "PreferenceExample", "load_preferences"]
+__all__ = [
+    "BAD_ROW_REASONS",
+    "DataError",
+    "LoadReport",
+    "PreferenceExample",
+    "PromptExample",
+    "load_preferences",
+    "load_prompts",
+]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import hashlib
 import itertools
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import DataError, ModelError
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +26,7 @@ TRANSCRIPT = "transcript"
 _TRANSCRIPT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
-    "{% else %}{{ '\n\nAssistant: ' + message['content'] }}"
+    "{% else %}{{ '\n\nAssistant:' + ('' if message['content'][:1].isspace() else ' ') + message['content'] }}"
     "{% if loop.last and not add_generation_prompt %}{{ TERMINATOR }}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
@@ -33,6 +35,7 @@ _CLOCKS = (datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2032, 11, 2
 
 _USER_PROBE = "PROBEUSERPROBE"
 _REPLY_PROBE = "PROBEREPLYPROBE"
+_PROBE = [{"role": "user", "content": _USER_PROBE}]
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -51,6 +54,23 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         ) from error
 
 
+def load_chat_format(
+    tokenizer: str | None,
+    *,
+    chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> ChatFormat:
+    """The format of the tokenizer that a data module was given by hub name or directory.
+
+    Raises `ConfigurationError` when none was given, and what `load_tokenizer` and `ChatFormat` raise.
+    """
+    if tokenizer is None:
+        raise ConfigurationError("data.tokenizer: give the hub name or directory of a tokenizer")
+    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    return ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
+
+
 class ChatFormat:
     """How a tokenizer writes a conversation, as ids: `prompt`, then a response, then one `terminator`.
 
@@ -63,7 +83,8 @@ class ChatFormat:
 
     Raises `ModelError` when the tokenizer has no terminator, when a template rewrites the prompt once a reply follows
     it, so that prompt ids would be no prefix of the whole, or when it writes today's date, so that a run would differ
-    from day to day; `DataError` when the template cannot be rendered.
+    from day to day; `DataError` when the template cannot be rendered; `ConfigurationError` for an argument that no
+    template can read.
     """
 
     def __init__(
@@ -74,7 +95,7 @@ class ChatFormat:
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template_arguments = dict(template_arguments or {})
+        self.template_arguments = _checked_arguments(template_arguments or {})
         self.template = self._choose_template(chat_template)
         self.start_ids = self._start_ids()
         self.prompt_tail = ""
@@ -147,11 +168,29 @@ class ChatFormat:
         return digest.hexdigest()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer with the template that was used, so that the model is asked as it was trained."""
+        """Write the tokenizer with the template that was used, so that the model is asked as it was trained.
+
+        `apply_chat_template` of what is written gives the ids of a prompt as they were trained on. Those of a whole
+        conversation end with what the template writes after a reply, around the terminator.
+        """
         tokenizer = copy.deepcopy(self.tokenizer)
-        end = self.tokenizer.convert_ids_to_tokens(self.terminator_id)
-        tokenizer.chat_template = self.template or _TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
+        tokenizer.chat_template = self._exported_template()
         tokenizer.save_pretrained(directory)
+
+    def _exported_template(self) -> str:
+        """The template, with what training added to its text written into it: arguments, start tokens, prompt tail."""
+        end, *start = self.tokenizer.convert_ids_to_tokens([self.terminator_id, *self.start_ids])
+        template = self.template or _TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
+        # Each line ends with a block, after which Jinja, as transformers sets it up, leaves out the line end.
+        for name, value in self.template_arguments.items():
+            if name.isidentifier() and name in template:
+                template = f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n{template}"
+        if self.encode([self.prompt_text(_PROBE)])[0][: len(start)] != self.start_ids:
+            template = f"{{% if true %}}{{{{ {''.join(start)!r} }}}}{{% endif %}}\n{template}"
+        if self.prompt_tail:
+            tail = f"{{{{ {self.prompt_tail!r} if add_generation_prompt else '' }}}}"
+            template = template.removesuffix("\n") + tail  # Jinja leaves the last line end out as well
+        return template
 
     def _choose_template(self, chat_template: str | None) -> str | None:
         if chat_template == TRANSCRIPT:
@@ -169,15 +208,14 @@ class ChatFormat:
             raise DataError(f"chat_template: {chat_template} is neither a Jinja file nor {TRANSCRIPT!r}")
         return path.read_text(encoding="utf-8")
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **arguments: Any) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, template: str | None = None) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=self.template,
+                chat_template=template or self.template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self.template_arguments,
-                **arguments,
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
             roles = ", ".join(message["role"] for message in messages)
@@ -196,26 +234,25 @@ class ChatFormat:
         fallback = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if self.template is None:
             return self._checked_terminator(fallback)
-        user = [{"role": "user", "content": _USER_PROBE}]
         reply = {"role": "assistant", "content": _REPLY_PROBE}
-        self._refuse_dates(user)
+        self._refuse_dates(_PROBE)
         with contextlib.suppress(DataError):  # a template for single turns alone
-            self._refuse_rewriting([*user, {"role": "assistant", "content": "An earlier reply."}, *user], reply)
-        prompt, whole = self._refuse_rewriting(user, reply)
+            self._refuse_rewriting([*_PROBE, {"role": "assistant", "content": "An earlier reply."}, *_PROBE], reply)
+        prompt, whole = self._refuse_rewriting(_PROBE, reply)
         padded = {"role": "assistant", "content": f"\n\t{_REPLY_PROBE}\t\n"}
-        self.strips_responses = padded["content"] not in self._render([*user, padded], add_generation_prompt=False)
+        self.strips_responses = padded["content"] not in self._render([*_PROBE, padded], add_generation_prompt=False)
         lead, _, after = whole[len(prompt) :].partition(_REPLY_PROBE)
         if lead.strip():  # a header of the reply that the template leaves out of its generation prompt
             self.prompt_tail, self.response_lead = lead, ""
         else:
             self.response_lead = lead
-        control = self._control_ids()
-        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in control), fallback))
+        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in self.control_ids), fallback))
 
     def _refuse_dates(self, messages: Sequence[Message]) -> None:
-        """Render under two clocks. Templates read the date through `strftime_now`, which transformers gives them."""
+        """Render under two clocks."""
         first, second = (
-            self._render(messages, add_generation_prompt=True, strftime_now=clock.strftime) for clock in _CLOCKS
+            self._render(messages, add_generation_prompt=True, template=_with_clock(self.template, clock))
+            for clock in _CLOCKS
         )
         if first != second:
             advice = "give a copy with a fixed date: chat_template: FILE.jinja"
@@ -247,22 +284,49 @@ class ChatFormat:
 
         A cut from the left must not lose them.
         """
-        before, _, after = self.prompt_text([{"role": "user", "content": _USER_PROBE}]).partition(_USER_PROBE)
+        before, _, after = self.prompt_text(_PROBE).partition(_USER_PROBE)
         return self.encode_prompts([before])[0], len(self.encode([after])[0])
 
-    def _control_ids(self) -> set[int]:
+    @functools.cached_property
+    def control_ids(self) -> set[int]:
+        """Ids of the tokenizer's control tokens."""
         added = self.tokenizer.added_tokens_decoder
         return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
 
     def _control_token_pattern(self) -> re.Pattern[str] | None:
-        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self._control_ids())) if token]
+        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)) if token]
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+
+
+def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a template, which must be plain values: transformers hands it `<date>` in place of a date."""
+    for name, value in arguments.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"template_arguments: {name} is a {type(value).__name__}, which no template can read; give text, "
+                "numbers, true, false, or lists and mappings of them"
+            ) from error
+    return dict(arguments)
+
+
+def _with_clock(template: str, clock: datetime.datetime) -> str:
+    """A template that is told another time by `strftime_now`, which transformers gives templates to read the date.
+
+    A macro takes that function's place: a function among the template's arguments would become text.
+    """
+    time = "format | replace('%-', '%')"
+    for letter in "aAbBcdfHIjmMpSUwWxXyYzZ":
+        time += f" | replace('%{letter}', {clock.strftime(f'%{letter}')!r})"
+    return f"{{% macro strftime_now(format) %}}{{{{ {time} }}}}{{% endmacro %}}\n{template}"
 
 
 def _transcript_text(messages: Sequence[Message]) -> str:
     names = {"user": "Human", "assistant": "Assistant"}
-    turns = [
-        message["content"] if message["role"] == "system" else f"\n\n{names[message['role']]}: {message['content']}"
-        for message in messages
-    ]
-    return "".join(turns) + "\n\nAssistant:"
+    text = ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        blank = "" if role == "assistant" and content[:1].isspace() else " "  # as in response_text
+        text += content if role == "system" else f"\n\n{names[role]}:{blank}{content}"
+    return text + "\n\nAssistant:"

@@ -1,4 +1,4 @@
-"""One validated preference pair, and what became of the rows that it was read from."""
+"""One validated preference pair or prompt, and what became of the rows that it was read from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "missing_key": "a column that the row needs is absent or null",
     "wrong_type": "a value is neither text nor a list of messages",
     "bad_unicode": "a text holds half of a surrogate pair, which no tokenizer can read",
-    "bad_messages": "a conversation is malformed: unknown role, no content, or no assistant reply at its end",
+    "bad_messages": "a conversation is malformed: unknown role, no content, or the wrong turn at its end",
     "empty_prompt": "the prompt has no text",
     "empty_response": "a response has no text",
     "identical_pair": "chosen and rejected are the same text, so the pair states no preference",
@@ -26,7 +26,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "bad_margin": "the margin is not a finite number",
     "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
     "template_refused": "the chat template does not take the conversation, for instance its system message",
-    "too_long": "prompt head, response and terminator do not fit into max_length",
+    "too_long": "prompt head, response and terminator do not fit into max_length, or a prompt into max_prompt_length",
 }
 """Every reason for which a row is refused, with the sentence that explains it."""
 
@@ -53,6 +53,23 @@ class PreferenceExample:
         return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A conversation that waits for the assistant's reply."""
+
+    prompt: Sequence[Message]
+    """Its turns; the last is the user's."""
+    example_id: str
+    """The row's own `id`, or `file:row`."""
+    origin: str
+    """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each turn."""
+        return [message["content"] for message in self.prompt]
+
+
 class Refusal(NamedTuple):
     """A row that cannot be used."""
 
@@ -74,7 +91,9 @@ class LoadReport:
     first_messages: list[str] = field(default_factory=list)
     """The first ten refusals in words."""
     rows_cut: list[str] = field(default_factory=list)
-    """Origin of each row whose prompt was cut from the left to fit max_length."""
+    """Origin of each row whose prompt was cut from the left to fit max_length or max_prompt_length."""
+    rows_repeated: list[str] = field(default_factory=list)
+    """Origin of each row that was left out because its prompt stood before, where prompts are taken once."""
 
     def refuse(self, refusal: Refusal) -> None:
         """Count one refused row."""
@@ -85,7 +104,7 @@ class LoadReport:
 
     @property
     def rows_kept(self) -> int:
-        return self.rows_read - self.rows_dropped
+        return self.rows_read - self.rows_dropped - len(self.rows_repeated)
 
     @property
     def rows_dropped(self) -> int:
@@ -97,6 +116,8 @@ class LoadReport:
         if self.bad_rows:
             counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
             text += f", {self.rows_dropped} dropped ({counts})"
+        if self.rows_repeated:
+            text += f", {len(self.rows_repeated)} left out whose prompt stood before"
         return text
 
     def enforce(self, on_bad_rows: OnBadRows) -> None:
@@ -123,6 +144,7 @@ class LoadReport:
             whole.rows_read += report.rows_read
             whole.first_messages = (whole.first_messages + report.first_messages)[:10]
             whole.rows_cut += report.rows_cut
+            whole.rows_repeated += report.rows_repeated
             for reason, origins in report.bad_rows.items():
                 whole.bad_rows[reason] = whole.bad_rows.get(reason, []) + origins
         return whole

@@ -1,21 +1,27 @@
-"""Batches of tokenized pairs: which pairs go together, and the tensors made of them.
+"""Batches of tokenized pairs or prompts: which go together, and the tensors made of them.
 
-Pairs are regrouped by length only inside one optimizer step, so that the step's mean over its pairs, and so the
+Rows are regrouped by length only inside one optimizer step, so that the step's mean over its rows, and so the
 mathematics, is that of the plain loop: fewer padding tokens for free.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch
+from rlhf_lightning.data.prompt_tokenization import TokenizedPrompts
 from rlhf_lightning.data.tokenization import TokenizedPairs
 from rlhf_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class MicroBatch(NamedTuple):
@@ -50,13 +56,14 @@ class TrainingPlan:
         world_size: int = 1,
         source: np.ndarray | None = None,
         weights: Sequence[float] = (1.0,),
+        noun: str = "pairs",
     ) -> None:
         self.lengths = lengths
         source = np.zeros(len(lengths), dtype=np.int32) if source is None else source
         self.mixture = [(np.flatnonzero(source == number), weight) for number, weight in enumerate(weights)]
         self.epoch_pairs = sum(round(len(indices) * weight) for indices, weight in self.mixture)
         if self.epoch_pairs < world_size:
-            raise ConfigurationError(f"{self.epoch_pairs} training pairs cannot be shared by {world_size} processes")
+            raise ConfigurationError(f"{self.epoch_pairs} training {noun} cannot be shared by {world_size} processes")
         self.step_pairs = batch_size * accumulate * world_size
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -112,9 +119,11 @@ def _repeated(indices: np.ndarray, weight: float, random: np.random.Generator) -
 class EvaluationPlan:
     """Every pair exactly once, longest first, in the same number of batches on every process."""
 
-    def __init__(self, lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1, noun: str = "pairs"
+    ) -> None:
         if len(lengths) < world_size:
-            raise ConfigurationError(f"{len(lengths)} evaluation pairs cannot be shared by {world_size} processes")
+            raise ConfigurationError(f"{len(lengths)} evaluation {noun} cannot be shared by {world_size} processes")
         self.lengths = lengths
         self.rank = rank
         self.world_size = world_size
@@ -207,6 +216,76 @@ class BatchLoader:
             yield batch
 
 
+def run_seed(seed: int | None) -> int:
+    """The seed given, else that of the run (`seed_everything`), else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+def training_loader(
+    trainer: Trainer,
+    rows: TokenizedPairs | TokenizedPrompts,
+    collate: Callable[[MicroBatch], NamedTuple],
+    *,
+    position: dict[str, int] | None,
+    num_workers: int,
+    **plan: object,
+) -> BatchLoader:
+    """Batches of a training plan for one process of a trainer, from a position of an earlier run where there is one.
+
+    `plan` goes to `TrainingPlan`. Raises `ConfigurationError` when the trainer would change its accumulation.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ConfigurationError(
+            "GradientAccumulationScheduler: the batches of an optimizer step are planned for one accumulation "
+            "count; use trainer.accumulate_grad_batches"
+        )
+    accumulate = trainer.accumulate_grad_batches
+    training_plan = TrainingPlan(rows.lengths, accumulate=accumulate, source=rows.source, **_process(trainer), **plan)
+    loader = _loader(trainer, collate, training_plan, num_workers)
+    if position is not None:
+        loader.load_state_dict(position)
+    return loader
+
+
+def evaluation_loader(
+    trainer: Trainer,
+    rows: TokenizedPairs | TokenizedPrompts,
+    collate: Callable[[MicroBatch], NamedTuple],
+    *,
+    num_workers: int,
+    **plan: object,
+) -> BatchLoader:
+    """Batches of an evaluation plan for one process of a trainer; `plan` goes to `EvaluationPlan`."""
+    return _loader(trainer, collate, EvaluationPlan(rows.lengths, **_process(trainer), **plan), num_workers)
+
+
+def training_state(loader: BatchLoader | None) -> dict[str, dict[str, int]]:
+    """The position in the training data, for the checkpoint of a data module.
+
+    Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
+    """
+    return {} if loader is None else {"train_loader": loader.state_dict()}
+
+
+def training_position(state: dict[str, dict[str, int]]) -> dict[str, int] | None:
+    """The position that `training_state` wrote, for `training_loader`."""
+    return state.get("train_loader")
+
+
+def _process(trainer: Trainer) -> dict[str, int]:
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+
+def _loader(
+    trainer: Trainer,
+    collate: Callable[[MicroBatch], NamedTuple],
+    plan: TrainingPlan | EvaluationPlan,
+    num_workers: int,
+) -> BatchLoader:
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return BatchLoader(collate, plan, num_workers=num_workers, pin_memory=on_gpu)
+
+
 def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int) -> PreferenceBatch:
     """Right-padded rows of a micro-batch: B chosen rows, then the B rejected rows of the same pairs."""
     indices = np.asarray(micro_batch.indices, dtype=np.int64)
@@ -226,6 +305,16 @@ def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int
         attention_mask=torch.from_numpy(attention_mask),
         response_mask=torch.from_numpy(response_mask),
         margin=torch.from_numpy(pairs.margin[indices]),
+        index=torch.from_numpy(indices),
+        weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
+    )
+
+
+def collate_prompts(micro_batch: MicroBatch, prompts: TokenizedPrompts) -> PromptBatch:
+    """The prompts of a micro-batch, each as long as it is."""
+    indices = np.asarray(micro_batch.indices, dtype=np.int64)
+    return PromptBatch(
+        input_ids=[torch.from_numpy(prompts.ids(index).astype(np.int64)) for index in indices],
         index=torch.from_numpy(indices),
         weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
     )

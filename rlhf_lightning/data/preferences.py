@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
-from rlhf_lightning.data.sources import Row, Source, Split, read_rows, source_list
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
+Example = TypeVar("Example")
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
 PROMPT_COLUMNS = frozenset(("prompt", "conversations", "instruction"))
 """Columns that a prompt is looked for in, where none is mapped."""
@@ -34,7 +36,7 @@ class BadRow(Exception):
 
 
 def load_preferences(
-    source: Source | Path,
+    source: Source | Path | Sequence[WeightedSource],
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",
@@ -58,14 +60,26 @@ def load_preferences(
     Returns the examples in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
     """
+    return load_examples(iterate_preferences, source, columns=columns, on_bad_rows=on_bad_rows, split=split)
+
+
+def load_examples(
+    iterate: Callable[..., Iterator[Example | Refusal]],
+    source: Source | Path | Sequence[WeightedSource],
+    *,
+    columns: Mapping[str, str] | None,
+    on_bad_rows: OnBadRows,
+    split: Split,
+) -> tuple[list[Example], LoadReport]:
+    """What `iterate` makes of the rows of some sources, and their report. Raises `DataError` by `on_bad_rows`."""
     if on_bad_rows not in get_args(OnBadRows):
         raise DataError(f"on_bad_rows: {on_bad_rows!r} is no policy; use one of {', '.join(get_args(OnBadRows))}")
-    examples: list[PreferenceExample] = []
+    examples: list[Example] = []
     reports = []
     for one in source_list(source):
         reports.append(LoadReport(source=one.source))
-        rows = iterate_preferences(one.source, reports[-1], columns=one.columns or columns, split=split)
-        examples += [row for row in rows if isinstance(row, PreferenceExample)]
+        rows = iterate(one.source, reports[-1], columns=one.columns or columns, split=split)
+        examples += [row for row in rows if not isinstance(row, Refusal)]
         reports[-1].enforce(on_bad_rows)
     return examples, LoadReport.merged(reports)
 
@@ -77,45 +91,72 @@ def iterate_preferences(
 
     Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
     """
-    columns = dict(columns or {})
-    if unknown := sorted(set(columns) - set(COLUMNS)):
+    columns, found = known_columns(columns), {}
+    yield from validated_rows(source, report, _example, columns=columns, split=split, found=found)
+    check_columns(source, columns, found, needed=("chosen", "rejected"))
+
+
+def known_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy of a mapping of columns. Raises `DataError` when it maps a name that is none of `COLUMNS`."""
+    if unknown := sorted(set(columns or {}) - set(COLUMNS)):
         raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
-    found: dict[str, None] = {}
+    return dict(columns or {})
+
+
+def validated_rows(
+    source: str | Path,
+    report: LoadReport,
+    make: Callable[..., Example],
+    *,
+    columns: Mapping[str, str],
+    split: Split,
+    found: dict[str, None],
+) -> Iterator[Example | Refusal]:
+    """Each row of one source as `make(row, columns, has_prompts=...)` makes it, or as the refusal that this raises.
+
+    `has_prompts` says whether this row or one before it has a prompt of its own. The names of all columns are put into
+    `found`. Raises `DataError` when the source cannot be read, or mixes rows with a prompt and rows whose prompt would
+    have to be guessed.
+    """
     guessed: Row | None = None
     for row in read_rows(source, split=split):
         report.rows_read += 1
         found.update(dict.fromkeys(row.values))
         has_prompts = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(found)
-        if not has_prompts and _is_guess(row, columns):
+        if not has_prompts and is_guess(row, columns):
             guessed = guessed or row
         elif guessed and has_prompts:
             raise DataError(
                 f"{row.origin}: has a prompt, but {guessed.origin} has none: give every row a prompt, or none of them"
             )
         try:
-            yield _example(row, columns, has_prompts=has_prompts)
+            yield make(row, columns, has_prompts=has_prompts)
         except BadRow as error:
             refusal = Refusal(error.reason, f"{row.origin}: {error}", row.origin)
             report.refuse(refusal)
             yield refusal
-    _check_columns(source, columns, found)
 
 
-def _check_columns(source: str | Path, columns: Mapping[str, str], found: Mapping[str, None]) -> None:
-    """A column that no row has is a mistake in the settings or the file, not in the rows."""
-    needed = {"chosen", "rejected", *columns}
+def check_columns(
+    source: str | Path, columns: Mapping[str, str], found: Mapping[str, None], *, needed: Sequence[str]
+) -> None:
+    """A column that no row has, of those needed or mapped, is a mistake in the settings or the file, not in the rows.
+
+    Raises `DataError`.
+    """
+    needed = {*needed, *columns}
     missing = [name for name in COLUMNS if name in needed and columns.get(name, name) not in found]
     if missing:
         absent = ", ".join(f"{columns.get(name, name)!r} for {name}" for name in missing)
         if "prompt" not in needed and "prompt" not in found:
             missing.insert(0, "prompt")
         raise DataError(
-            f"{source}: no column {absent}; the columns found are {', '.join(map(str, found))}. "
+            f"{source}: no column {absent}; the columns found are {' '.join(', '.join(found).split())}. "
             f"Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
         )
 
 
-def _is_guess(row: Row, columns: Mapping[str, str]) -> bool:
+def is_guess(row: Row, columns: Mapping[str, str]) -> bool:
     """Whether the prompt of a row without one is guessed, from the common beginning of two plain strings."""
     sides = [row.values.get(columns.get(name, name)) for name in ("chosen", "rejected")]
     return all(isinstance(side, str) for side in sides) and not all(map(_HH_TURN.match, sides))
@@ -123,24 +164,36 @@ def _is_guess(row: Row, columns: Mapping[str, str]) -> bool:
 
 def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PreferenceExample:
     values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
-    explicit = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
-    explicit = explicit or (has_prompts and _is_guess(row, columns))
-    values["prompt"] = prompt_value(row.values, columns)
-    needed = ("prompt", "chosen", "rejected") if explicit else ("chosen", "rejected")
-    check_values({name: values[name] for name in needed})
-    if explicit:
+    if has_own_prompt(row, columns, has_prompts=has_prompts):
+        values["prompt"] = prompt_value(row.values, columns)
+        check_values({name: values[name] for name in ("prompt", "chosen", "rejected")})
         prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
     else:
-        prompt, chosen, rejected = _implicit(values["chosen"], values["rejected"])
+        prompt, chosen, rejected = implicit_prompt(values["chosen"], values["rejected"])
     _check_texts(prompt, chosen, rejected)
     return PreferenceExample(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
         margin=_margin(values["margin"]),
-        example_id=row.example_id if values["id"] is None else str(values["id"]),
+        example_id=id_of(row, columns),
         origin=row.origin,
     )
+
+
+def id_of(row: Row, columns: Mapping[str, str]) -> str:
+    """The row's own id, or where it stands."""
+    own = row.values.get(columns.get("id", "id"))
+    example_id = row.example_id if own is None else str(own)
+    if _SURROGATE.search(example_id):
+        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+    return example_id
+
+
+def has_own_prompt(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> bool:
+    """Whether a row's prompt stands, or should stand, in a column of its own, and not within the responses."""
+    own = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
+    return own or (has_prompts and is_guess(row, columns))
 
 
 def prompt_value(values: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
@@ -236,7 +289,9 @@ def _same_turns(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
     return list(turns) in (list(prompt), without_system)
 
 
-def _implicit(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
+def implicit_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
+    """The prompt that two responses share, and what each says after it; what they say is not judged."""
+    check_values({"chosen": chosen, "rejected": rejected})
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not (_HH_TURN.match(chosen) and _HH_TURN.match(rejected)):
             return _common_beginning(chosen, rejected)
@@ -291,7 +346,7 @@ def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Messa
         if not isinstance(content, str):
             raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
         if role not in ROLES:
-            raise BadRow("bad_messages", f"{name} holds the role {role!r}; use {', '.join(ROLES)}")
+            raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
         messages.append({"role": role, "content": content})
     return messages
 
@@ -304,5 +359,5 @@ def _margin(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
-        raise BadRow("bad_margin", f"margin is {value!r}, not a finite number")
+        raise BadRow("bad_margin", f"margin is {reprlib.repr(value)}, not a finite number")
     return margin

@@ -9,10 +9,10 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
 
 from jsonargparse.typing import PositiveFloat
 
@@ -46,16 +46,35 @@ class WeightedSource:
     columns: dict[str, str] | None = None
 
 
-Source = str | list[str | WeightedSource]
+class SourceKeys(TypedDict, total=False):
+    """A `WeightedSource` in YAML. A dataclass would not do: its parser looks into the data file for its fields."""
+
+    source: Required[str]
+    weight: PositiveFloat
+    columns: dict[str, str]
+
+
+Source = str | list[str | SourceKeys]
 """A file, a directory, a hub data set or `builtin:courtesy`; or a list of them, some with a weight."""
 
 
-def source_list(source: Source | Path) -> list[WeightedSource]:
+def source_list(source: Source | Path | Sequence[WeightedSource]) -> list[WeightedSource]:
     """The sources of a mixture; a single one is a mixture of one."""
     sources = source if isinstance(source, list | tuple) else [source]
     if not sources:
         raise DataError("data: the list of sources is empty; name at least one file")
-    return [one if isinstance(one, WeightedSource) else WeightedSource(str(one)) for one in sources]
+    return [_weighted(one) for one in sources]
+
+
+def _weighted(source: str | Path | SourceKeys | WeightedSource) -> WeightedSource:
+    if isinstance(source, WeightedSource):
+        return source
+    if not isinstance(source, Mapping):
+        return WeightedSource(str(source))
+    try:
+        return WeightedSource(**source)
+    except TypeError as error:
+        raise DataError(f"data: {dict(source)} is no source; give source, and perhaps weight and columns") from error
 
 
 class Row(NamedTuple):
@@ -92,7 +111,7 @@ def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | N
     """The files a source stands for, or None when it is a hub name. Raises `DataError` when it is neither."""
     if str(source) == COURTESY:
         return [Path(__file__).parent / "courtesy" / f"{'train' if split == 'train' else 'val'}.jsonl"]
-    path = Path(source).expanduser()
+    path = _local_path(source)
     if path.is_dir():
         files = _split_files(path, split)
         if not files:
@@ -114,7 +133,7 @@ def has_split(source: str | Path, split: Split) -> bool:
     """Whether a directory, or the built-in set, brings files of its own for this split."""
     if str(source) == COURTESY:
         return split in ("train", "val")
-    path = Path(source).expanduser()
+    path = _local_path(source)
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
 
 
@@ -125,9 +144,24 @@ def fingerprint(source: str, *, split: Split = "train") -> str:
     if files is None:
         digest.update(_hub_split(source, split)[0]._fingerprint.encode())
     for file in files or ():
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(file.name.encode())
+        try:
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise DataError(_unreadable(file, error)) from error
     return digest.hexdigest()
+
+
+def _local_path(source: str | Path) -> Path:
+    """The path that a source names, whether or not anything is there. Raises `DataError` when none can be."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long for the file system; ~somebody without a home
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{str(source)[:200]}: no file or directory can be called so ({reason})") from error
+    return path
 
 
 def _split_files(directory: Path, split: Split) -> list[Path]:
@@ -187,7 +221,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {_not_utf8(error)}") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the file, it may be cut short") from error
+        raise DataError(_unreadable(path, error)) from error
 
 
 def _jsonl_values(path: Path) -> Iterator[dict[str, Any]]:
@@ -234,6 +268,10 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
             f"{path}: the delimiter is not {delimiter!r}: the only column found is {names[0]!r}; "
             "save it with commas as .csv, or with tabs as .tsv"
         )
+    _check_names(path, names)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{path}: two columns are called {twice[0]!r}; rename one")
 
@@ -244,10 +282,13 @@ def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        _check_names(path, file.schema_arrow.names)
         for batch in file.iter_batches():
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+    except OverflowError as error:  # a time that Python cannot hold
+        raise DataError(f"{path}: a column holds a value beyond Python's types ({_first_line(error)})") from error
 
 
 def _hub_rows(source: str, split: Split) -> Iterator[Row]:
@@ -302,6 +343,10 @@ def _as_object(value: Any, origin: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path}: cannot be read ({_first_line(error)}); check the file, it may be cut short"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rlhf_lightning.data.examples import LoadReport
+from rlhf_lightning.data.token_store import TokenizedRows
 from rlhf_lightning.data.tokenization import TokenizedPairs
 
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))  # odd
@@ -29,9 +31,22 @@ def longer_chosen(pairs: TokenizedPairs) -> float:
     return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
 
-def shared_prompts(train: TokenizedPairs, val: TokenizedPairs) -> np.ndarray:
-    """Positions of validation pairs whose prompt is also trained on."""
+def shared_prompts(train: TokenizedRows, val: TokenizedRows) -> np.ndarray:
+    """Positions of validation rows whose prompt is also trained on."""
     return np.flatnonzero(np.isin(val.numbers("prompt_hash"), train.numbers("prompt_hash")))
+
+
+def leak_in_words(shared: int, val: TokenizedRows, *, noun: str) -> str:
+    """What to say of the number of validation rows whose prompt is also trained on."""
+    if not shared:
+        return "no prompt of val is trained on"
+    return f"{shared} of {len(val)} {noun} of val have a prompt that is also trained on, so they are not held out"
+
+
+def counts_in_words(role: str, rows: TokenizedRows, report: LoadReport, *, noun: str, limit: str) -> str:
+    """One line on what a role takes of its sources; `limit` names the setting that prompts are cut to."""
+    cut = f"; {len(report.rows_cut)} prompts cut to fit {limit} {rows.max_length}" if report.rows_cut else ""
+    return f"{role}: {len(rows)} {noun} ({report.summary()}{cut})"
 
 
 def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -31,7 +32,11 @@ _FALLEN = -1.0
 
 
 def check_tokens_fit(data: LightningDataModule | None, config: PretrainedConfig, name: str) -> None:
-    """Check that the rows and token ids of the data fit a model. Raises `ConfigurationError`."""
+    """Check that the data is pairs whose rows and token ids fit a model. Raises `ConfigurationError`."""
+    if isinstance(data, PromptDataModule):
+        raise ConfigurationError(
+            "data: PromptDataModule has prompts alone, and this model learns from pairs; use PreferenceDataModule"
+        )
     limit = max_positions(config)
     if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
         raise ConfigurationError(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.training.callbacks import (
@@ -32,7 +34,7 @@ from rlhf_lightning.training.sft import SFT
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, ExportBest, PredictionWriter)
+CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter)
 
 
 class Parser(LightningArgumentParser):
@@ -98,14 +100,28 @@ class Program(LightningCLI):
     after_validate = after_test = after_fit
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
+class ParsedRun(Program):
+    """The settings of a run, parsed and checked, of which nothing is built or run."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    @property
+    def settings(self) -> Namespace:
+        return self.config[self.subcommand]
+
+
+def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Program) -> Program:
     """Run `fit`, `validate`, `test` or `predict` with the given arguments (default: the process's).
 
     Raises `UserError` for everything that the user can mend.
     """
     quieten()
     try:
-        Program(
+        return program(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

@@ -302,3 +302,28 @@ def test_loading_draws_nothing_from_the_global_random_state():
     before = torch.get_rng_state()
     loaded()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loader_begins_with_epoch_zero_also_where_nobody_sets_it():
+    pairs = tokenized(ROWS)
+    plan = TrainingPlan(pairs.lengths, batch_size=2, accumulate=2, seed=5)
+    loader = BatchLoader(functools.partial(collate_pairs, pairs=pairs, pad_id=0), plan)
+    assert loader.state_dict() == {"epoch": 0, "batches": 0}
+    assert all(same(a, b) for a, b in zip(loader, loaded()[0], strict=True))
+    assert loader.state_dict() == {"epoch": 0, "batches": len(loader)}
+
+
+@pytest.mark.parametrize("begun", [0, 1, 3])
+def test_a_loader_goes_on_after_the_last_batch_handed_out(begun):
+    pairs = tokenized(ROWS)
+    plan = TrainingPlan(pairs.lengths, batch_size=2, accumulate=2, seed=5)
+    loader, resumed = (BatchLoader(functools.partial(collate_pairs, pairs=pairs, pad_id=0), plan) for _ in range(2))
+    loader.set_epoch(1)
+    whole = list(loader)
+    resumed.load_state_dict({"epoch": 1, "batches": begun})
+    resumed.set_epoch(1)
+    rest = list(resumed)
+    assert len(rest) == len(whole) - begun
+    assert all(same(a, b) for a, b in zip(whole[begun:], rest, strict=True))
+    resumed.set_epoch(2)
+    assert len(list(resumed)) == len(whole)

@@ -216,7 +216,7 @@ def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
 
 def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(make, tokenizer, tmp_path, monkeypatch):
     """Every part of the key: rows, columns, tokenizer, template, its arguments; and none that changes no id."""
-    from rlhf_lightning.data import tokenization
+    from rlhf_lightning.data import token_store, tokenization
 
     made = []
     real = tokenization.write_pairs
@@ -250,7 +250,7 @@ def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(mak
     assert makes(train) == 1
     write(file, "x", "y", q="?")
     assert makes(train) == 0
-    monkeypatch.setattr(tokenization, "content_key", lambda *parts: real_key(*parts, "other code"))
+    monkeypatch.setattr(token_store, "content_key", lambda *parts: real_key(*parts, "other code"))
     assert makes(train) == 1
 
 

@@ -221,6 +221,7 @@ BAD = {
     "a margin beyond float64": ("bad_margin", "not a finite number", GOOD | {"margin": 10**400}),
     "a margin that is a truth value": ("bad_margin", "margin is True", GOOD | {"margin": True}),
     "half of a surrogate pair": ("bad_unicode", "half of a surrogate pair", GOOD | {"chosen": "a \ud83d b"}),
+    "half of a surrogate pair in the id": ("bad_unicode", "surrogate", GOOD | {"id": "\udc00"}),
     "half of a surrogate pair in the prompt": ("bad_unicode", "surrogate", GOOD | {"prompt": "a \udc00"}),
 }
 
@@ -317,3 +318,12 @@ def test_the_report_sums_up_in_one_line():
         report.refuse(Refusal("prompts_differ" if row < 3 else "empty_response", f"row {row}: x", f"row {row}"))
     assert report.summary() == ("train.jsonl: 1400 rows read, 5 dropped (empty_response 2, prompts_differ 3)")
     assert report.bad_rows == {"prompts_differ": ["row 0", "row 1", "row 2"], "empty_response": ["row 3", "row 4"]}
+
+
+def test_a_message_stays_short_and_on_one_line_whatever_the_row_holds(load):
+    long = "long\n" * 1000
+    for row in (GOOD | {"margin": long}, GOOD | {"chosen": [{"role": long, "content": "x"}]}, {"a\nb": "x"}):
+        with pytest.raises(DataError) as caught:
+            load(row)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600

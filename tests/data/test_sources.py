@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
-from rlhf_lightning.data.sources import has_split, read_rows
+from rlhf_lightning.data.sources import fingerprint, has_split, read_rows
 
 ROWS = [
     {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5\r\n6"},
@@ -278,3 +278,65 @@ def test_an_empty_hub_split_is_refused(hub):
     hub("hollow")
     with pytest.raises(DataError, match="owner/pairs:hollow: the split is empty"):
         list(read_rows("owner/pairs:hollow"))
+
+
+@pytest.mark.parametrize("ask", [lambda name: list(read_rows(name)), lambda name: has_split(name, "val"), fingerprint])
+def test_a_name_that_no_path_can_have_is_refused_in_one_line(ask):
+    for name, reason in (("x" * 300, "File name too long"), ("~nobody-lives-here/pairs.jsonl", "home directory")):
+        with pytest.raises(DataError, match=rf"{name[:50]}.*no file or directory can be called so .*{reason}"):
+            ask(name)
+
+
+def test_a_file_that_cannot_be_opened_is_refused_by_name(tmp_path, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    file.write_bytes(jsonl())
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("pathlib.Path.open", denied)
+    with pytest.raises(DataError, match=r"pairs.jsonl: cannot be read .*Permission denied.*check the file"):
+        fingerprint(str(file))
+
+
+def test_the_fingerprint_of_a_source_changes_with_rows_names_and_split_alone(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for directory in (first, second):
+        directory.mkdir()
+        (directory / "x.jsonl").write_bytes(jsonl())
+    before = fingerprint(str(first))
+    assert before == fingerprint(str(first))
+    assert len({before, fingerprint(str(second)), fingerprint(str(first), split="val")}) == 3
+    (first / "x.jsonl").rename(first / "y.jsonl")  # ids and origins name the file
+    assert fingerprint(str(first)) != before
+    (first / "y.jsonl").rename(first / "x.jsonl")
+    (first / "notes.md").write_text("not read")
+    assert fingerprint(str(first)) == before
+    (first / "x.jsonl").write_bytes(jsonl(ROWS[:1]))
+    assert fingerprint(str(first)) != before
+
+
+def test_a_table_of_two_columns_of_one_name_is_refused_in_parquet_too(tmp_path):
+    one = pyarrow.array(["a"])
+    table = pyarrow.Table.from_arrays([one] * 4, names=["prompt", "chosen", "rejected", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice.parquet: two columns are called 'chosen'; rename one"):
+        list(read_rows(tmp_path / "twice.parquet"))
+
+
+def test_a_date_that_python_cannot_hold_is_refused_by_file(tmp_path):
+    columns = {name: ["a"] for name in ROWS[0]} | {"day": pyarrow.array([10**8], pyarrow.date32())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "far.parquet")
+    with pytest.raises(DataError, match=r"far.parquet: a column holds a value beyond Python's types"):
+        list(read_rows(tmp_path / "far.parquet"))
+
+
+def test_the_fingerprint_of_a_hub_set_is_that_of_its_rows(monkeypatch):
+    def fingerprint_of(*texts):
+        rows = datasets.Dataset.from_list([{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts])
+        monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train"])
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+        return fingerprint("owner/pairs")
+
+    assert fingerprint_of("x", "y") == fingerprint_of("x", "y")
+    assert fingerprint_of("x", "y") != fingerprint_of("x", "z")

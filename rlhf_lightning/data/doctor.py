@@ -1,0 +1,293 @@
+"""The data doctor: what is in preference data, row by row, before a run meets it.
+
+It looks through the eyes of `PreferenceDataModule`: same reading, same tokens, same reasons for leaving a row out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
+from rlhf_lightning.data.loader import TrainingPlan
+from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
+from rlhf_lightning.data.preferences import iterate_preferences
+from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
+from rlhf_lightning.data.tokenization import TokenizedPairs, fit_rows
+
+QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+"""Percent."""
+LIMITS = (256, 512, 1024, 2048, 4096, 8192)
+"""Values of max_length whose effect is shown beside the configured one."""
+UNLIMITED = 2**30
+SAMPLES = 3
+
+Kind = Literal["control", "prompt", "response", "gap"]
+
+
+class Piece(NamedTuple):
+    """A stretch of a row of tokens."""
+
+    text: str
+    kind: Kind
+    """`control`: a control token; `prompt`; `response`, which is what the response mask marks, its terminator
+    included; `gap`: a remark on what is not shown."""
+    in_response: bool
+
+
+class Sample(NamedTuple):
+    """One pair as the model gets it."""
+
+    origin: str
+    chosen: list[Piece]
+    rejected: list[Piece]
+
+
+class Limit(NamedTuple):
+    """What a value of max_length would do."""
+
+    max_length: int
+    cut: int
+    """Pairs whose prompt would lose its beginning."""
+    too_long: int
+    """Pairs that would be left out."""
+
+
+class Layout(NamedTuple):
+    """How much a way of making batches computes."""
+
+    name: str
+    tokens_per_pair: float
+    padding: float
+    """Share of the tokens that are padding."""
+
+
+@dataclass(frozen=True)
+class RoleDiagnosis:
+    """Findings on the pairs of one role. Rows are named by origin (`file, row 17`, counted from 0)."""
+
+    role: Role
+    source: str
+    rows_read: int
+    bad_rows: dict[str, list[str]]
+    """Reason code -> rows that are left out; `too_long` under the configured max_length."""
+    messages: list[str]
+    """The first ten of them in words."""
+    pairs: int
+    """Pairs that would be used."""
+    rows_cut: list[str]
+    quantiles: dict[str, list[int]]
+    """Lengths of prompt, chosen, rejected and the pair's longer row at `QUANTILES`, before any cut, in the unit."""
+    limits: list[Limit] | None
+    layouts: list[Layout] | None
+    duplicates: list[str]
+    contradictions: list[str]
+    shared_prompts: list[str] | None
+    """Validation pairs whose prompt is also trained on; None for training pairs."""
+    longer_chosen: float
+    """Share of pairs whose chosen response has more characters, ties one half."""
+    foreign_tokens: list[str]
+    """Rows with what looks like a control token or role marker of some model written out in a text."""
+    samples: list[Sample]
+
+    @property
+    def dropped(self) -> int:
+        return sum(map(len, self.bad_rows.values()))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Findings on all roles, and the settings they hold for."""
+
+    unit: Literal["tokens", "words"]
+    tokenizer: str | None
+    template: str
+    max_length: int | None
+    truncation: str
+    batch_size: int
+    accumulate: int
+    roles: list[RoleDiagnosis]
+
+    @property
+    def exit_code(self) -> int:
+        """0: every row would be used. 1: some would be left out."""
+        return int(any(role.dropped for role in self.roles))
+
+
+class Words:
+    """Stands in for a `ChatFormat` where no tokenizer is named: a token is a word, and there is no template."""
+
+    terminator_id = pad_id = tail_length = 0
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        return "\n\n".join(message["content"] for message in messages)
+
+    def response_text(self, response: str) -> str:
+        return response
+
+    def control_token_in(self, texts: Iterable[str]) -> None:
+        return None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # What a word is called does not matter; that equal texts stay equal does.
+        return [[hash(word) & 0x7FFFFFFF for word in text.split()] for text in texts]
+
+    encode_prompts = encode
+
+    def shared_head(self, prompt: Sequence[int]) -> int:
+        return 0
+
+    def fingerprint(self) -> str:
+        return "words"
+
+
+def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "val"), accumulate: int = 1) -> Diagnosis:
+    """Read, validate and tokenize the data of a run, and say what is in them.
+
+    `data` must not have been set up; it is changed (no row is refused any more). Raises `DataError` when a source is
+    not usable at all, `ModelError` when the tokenizer is not.
+    """
+    max_length, truncation = data.max_length, "drop" if data.truncation == "error" else data.truncation
+    data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
+    if data.tokenizer_source is None:
+        data.chat_format, max_length = Words(), None
+    data.setup("fit")
+    found = [
+        _diagnose_role(data, role, max_length=max_length, truncation=truncation, accumulate=accumulate)
+        for role in roles
+    ]
+    tokens = isinstance(data.chat_format, ChatFormat)
+    template = "none" if not tokens else "transcript" if data.chat_format.template is None else "chat template"
+    return Diagnosis(
+        unit="tokens" if tokens else "words",
+        tokenizer=data.tokenizer_source,
+        template=template,
+        max_length=max_length,
+        truncation=truncation,
+        batch_size=data.batch_size,
+        accumulate=accumulate,
+        roles=found,
+    )
+
+
+def _diagnose_role(
+    data: PreferenceDataModule, role: Role, *, max_length: int | None, truncation: str, accumulate: int
+) -> RoleDiagnosis:
+    everything, report = data.pairs[role], data.reports[role]
+    kept, limits, layouts = everything, None, None
+    bad_rows, messages, rows_cut = dict(report.bad_rows), list(report.first_messages), []
+    rows_read = report.rows_read
+    if data.role_sources(role)[2] is not None:  # one source for both: its bad rows belong to no prompt, so to train
+        if role == "train":
+            rows_read -= len(data.pairs["val"])
+        else:
+            bad_rows, messages, rows_read = {}, [], len(everything)
+    if max_length is not None:
+        kept, cut, too_long = _fitted(everything, max_length, truncation)
+        rows_cut = everything.origins(cut)
+        if len(too_long):
+            bad_rows["too_long"] = everything.origins(too_long)
+            lengths = everything.lengths[too_long[: 10 - len(messages)]]
+            messages += [
+                f"{origin}: the longer row has {length} tokens, max_length is {max_length}"
+                for origin, length in zip(bad_rows["too_long"], lengths, strict=False)
+            ]
+        sizes = sorted({*LIMITS, max_length})
+        limits = [Limit(size, *map(len, _fitted(everything, size, truncation)[1:])) for size in sizes]
+        layouts = _layouts(kept, data.batch_size, accumulate) if len(kept) else None
+    is_val = role != "train"
+    return RoleDiagnosis(
+        role=role,
+        source=report.source,
+        rows_read=rows_read,
+        bad_rows=bad_rows,
+        messages=messages,
+        pairs=len(kept),
+        rows_cut=rows_cut,
+        quantiles=_quantiles(everything, terminator=max_length is not None),
+        limits=limits,
+        layouts=layouts,
+        duplicates=everything.origins(duplicates(everything)),
+        contradictions=everything.origins(contradictions(everything)),
+        shared_prompts=everything.origins(shared_prompts(data.pairs["train"], everything)) if is_val else None,
+        longer_chosen=longer_chosen(everything),
+        foreign_tokens=everything.origins(np.flatnonzero(everything.numbers("foreign_tokens"))),
+        samples=_token_samples(kept, data.chat_format) if max_length is not None else _text_samples(data, role),
+    )
+
+
+def _fitted(pairs: TokenizedPairs, max_length: int, truncation: str) -> tuple[TokenizedPairs, np.ndarray, np.ndarray]:
+    """The pairs that fit into `max_length`, and the positions of those cut and of those left out."""
+    kept, cut = np.empty(len(pairs), dtype=bool), np.empty(len(pairs), dtype=bool)
+    for number, store in enumerate(pairs.stores):
+        own = pairs.source == number
+        fit = fit_rows(store, max_length=max_length, truncation=truncation)
+        kept[own], cut[own] = fit.kept[pairs.rows[own]], fit.cut[pairs.rows[own]]
+    rows = [pairs.rows[kept & (pairs.source == number)] for number in range(len(pairs.stores))]
+    return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)
+
+
+def _quantiles(pairs: TokenizedPairs, *, terminator: bool) -> dict[str, list[int]]:
+    prompt, chosen, rejected = (pairs.segment_lengths - ([0, 0, 0] if terminator else [0, 1, 1])).T
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": prompt + np.maximum(chosen, rejected)}
+    return {
+        name: np.percentile(lengths, QUANTILES, method="inverted_cdf").tolist() for name, lengths in columns.items()
+    }
+
+
+def _layouts(pairs: TokenizedPairs, batch_size: int, accumulate: int) -> list[Layout]:
+    """Tokens that a training epoch computes, in the ways of making batches."""
+    prompt, chosen, rejected = pairs.segment_lengths.sum(axis=0) / len(pairs)
+    needed, layouts = 2 * prompt + chosen + rejected, []
+    for name, grouped in (("padded, random order", False), ("padded, grouped by length in each step", True)):
+        plan = TrainingPlan(pairs.lengths, batch_size=batch_size, accumulate=accumulate, group_by_length=grouped)
+        share = padding_share(pairs, (batch.indices for batch in plan.epoch(0)))
+        layouts.append(Layout(name, needed / (1 - share), share))
+    layouts.append(Layout("packed", needed, 0.0))
+    layouts.append(Layout("packed, the prompt once for both", needed - prompt, 0.0))
+    return layouts
+
+
+def _token_samples(pairs: TokenizedPairs, chat_format: ChatFormat) -> list[Sample]:
+    """The first pair, one of middle length and the longest, decoded."""
+    if not len(pairs):
+        return []
+    order = np.argsort(pairs.lengths, kind="stable")
+    positions = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])])
+    origins = pairs.origins(np.array(list(positions)))
+    samples = []
+    for position, origin in zip(positions, origins, strict=True):
+        prompt, *sides = pairs.segments(position)
+        rows = [[*_decoded(prompt, chat_format, "prompt"), *_decoded(ids, chat_format, "response")] for ids in sides]
+        samples.append(Sample(origin, *rows))
+    return samples
+
+
+def _decoded(ids: np.ndarray, chat_format: ChatFormat, kind: Kind) -> list[Piece]:
+    """Texts of a row's stretch, its control tokens apart."""
+    control, decode = chat_format.control_ids, chat_format.tokenizer.decode
+    pieces = []
+    for is_control, group in itertools.groupby(ids.tolist(), key=lambda token: token in control):
+        run = list(group)
+        texts = [decode([token]) for token in run] if is_control else [decode(run)]
+        pieces += [Piece(text, "control" if is_control else kind, kind == "response") for text in texts]
+    return pieces
+
+
+def _text_samples(data: PreferenceDataModule, role: Role) -> list[Sample]:
+    """The first pairs as texts, where there is no tokenizer to show tokens."""
+    sources, split, _ = data.role_sources(role)
+    source = sources[0]
+    rows = iterate_preferences(source.source, LoadReport(""), columns=source.columns or data.columns, split=split)
+    pairs = itertools.islice((row for row in rows if isinstance(row, PreferenceExample)), SAMPLES)
+    samples = []
+    for pair in pairs:
+        prompt = Piece(data.chat_format.prompt_text(pair.prompt) + "\n\n", "prompt", False)
+        sides = [[prompt, Piece(text, "response", True)] for text in (pair.chosen, pair.rejected)]
+        samples.append(Sample(pair.origin, *sides))
+    return samples

@@ -1,0 +1,253 @@
+"""The doctor's findings for people: in the terminal, and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_lightning.data.doctor import QUANTILES, Diagnosis, Piece, RoleDiagnosis, Sample
+from rlhf_lightning.data.examples import BAD_ROW_REASONS
+
+_ROWS_SHOWN = 10
+_SHOWN_AT_THE_START, _SHOWN_AT_THE_END = 300, 700
+"""Characters of a long stretch of a sample that are shown."""
+
+
+class Finding(NamedTuple):
+    """A titled table with a sentence or two below it."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remarks: Sequence[str] = ()
+
+
+def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
+    """Everything but the samples, as tables."""
+    roles = diagnosis.roles
+    limit = "any length" if diagnosis.max_length is None else f"max_length {diagnosis.max_length}"
+    yield Finding(
+        "Rows",
+        ("role", "rows read", "used", "left out", "prompt cut", "longer response is chosen", "source"),
+        [
+            (
+                role.role,
+                f"{role.rows_read}",
+                f"{role.pairs}",
+                f"{role.dropped}",
+                "not measured" if diagnosis.max_length is None else f"{len(role.rows_cut)}",
+                _percent(role.longer_chosen),
+                role.source,
+            )
+            for role in roles
+        ],
+        ["A reward model has to beat the share of pairs whose longer response is chosen."],
+    )
+    reasons = [
+        (role.role, reason, f"{len(rows)}", row_numbers(rows), BAD_ROW_REASONS[reason])
+        for role in roles
+        for reason, rows in sorted(role.bad_rows.items(), key=lambda item: -len(item[1]))
+    ]
+    messages = [message for role in roles for message in role.messages][:_ROWS_SHOWN]
+    yield Finding(
+        "Rows left out",
+        ("role", "reason", "rows", "which (from 0)", "meaning"),
+        reasons,
+        [*messages, *_more(sum(role.dropped for role in roles) - len(messages))] if reasons else ["None."],
+    )
+    odd = [
+        (role.role, what, f"{len(rows)}", row_numbers(rows)) for role in roles for what, rows in _oddities(role) if rows
+    ]
+    yield Finding(
+        "Rows to look at",
+        ("role", "what", "rows", "which (from 0)"),
+        odd,
+        ["They are used. Copies weigh a pair twice; contradictions teach nothing; shared prompts are not held out."]
+        if odd
+        else ["None: no copies, contradictions, prompts on both sides or control tokens of other models."],
+    )
+    yield Finding(
+        f"Lengths in {diagnosis.unit}, before any cut",
+        ("role", "part", *(f"{q} %" for q in QUANTILES)),
+        [
+            (role.role, "longer row" if part == "row" else part, *map(str, values))
+            for role in roles
+            for part, values in role.quantiles.items()
+        ],
+        [] if diagnosis.unit == "tokens" else ["No tokenizer is named: lengths are in words (--data.tokenizer NAME)."],
+    )
+    yield Finding(
+        f"What max_length would do (truncation: {diagnosis.truncation})",
+        ("role", "max_length", "prompts cut", "pairs left out"),
+        [
+            (
+                role.role,
+                f"{row.max_length}{' *' if row.max_length == diagnosis.max_length else ''}",
+                _share(row.cut, role.pairs + len(role.bad_rows.get("too_long", ()))),
+                _share(row.too_long, role.pairs + len(role.bad_rows.get("too_long", ()))),
+            )
+            for role in roles
+            for row in role.limits or ()
+        ],
+        ["* as set"] if diagnosis.max_length is not None else ["Not measured: it needs a tokenizer."],
+    )
+    yield Finding(
+        f"Tokens computed per pair, {limit}, batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}",
+        ("role", "batches", "tokens per pair", "padding"),
+        [
+            (role.role, layout.name, f"{layout.tokens_per_pair:.0f}", _percent(layout.padding))
+            for role in roles
+            for layout in role.layouts or ()
+        ],
+        ["The trainer pads and groups by length; packing is what could still be saved."]
+        if diagnosis.max_length is not None
+        else ["Not measured: it needs a tokenizer."],
+    )
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """One sentence."""
+    dropped, read = (sum(getattr(role, name) for role in diagnosis.roles) for name in ("dropped", "rows_read"))
+    settings = "no tokenizer" if diagnosis.tokenizer is None else f"{diagnosis.tokenizer}, {diagnosis.template}"
+    if dropped == 0:
+        return f"All {read} rows can be used ({settings})."
+    return f"{dropped} of {read} rows would be left out, the others can be used ({settings})."
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """The findings as tables, and the samples in colour."""
+    for finding in findings(diagnosis):
+        if finding.rows:
+            table = Table(title=finding.title, title_justify="left", title_style="bold")
+            for number, column in enumerate(finding.header):
+                table.add_column(column, overflow="fold", justify="left" if number < 2 else "right")
+            for row in finding.rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+        else:
+            console.print(Text(finding.title, style="bold"))
+        for remark in finding.remarks:
+            console.print(Text(f"  {remark}"))
+        console.print()
+    styles = {"control": "bold magenta", "prompt": "dim", "response": "green", "gap": "yellow"}
+    for title, pieces in _sample_rows(diagnosis):
+        console.print(Text(title, style="bold"))
+        line = Text()
+        for piece in pieces:
+            underline = " underline" if piece.in_response else ""
+            line.append(visible(piece.text), style=styles[piece.kind] + underline)
+        console.print(line)
+        console.print()
+    console.print(Text(_LEGEND))
+    console.print(Text(verdict(diagnosis), style="bold"))
+
+
+_LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ stands for a line end."
+
+
+def html_page(diagnosis: Diagnosis) -> str:
+    """One page without scripts or links to elsewhere; every text of the data is escaped."""
+    parts = [f"<h1>Preference data</h1><p class=verdict>{html.escape(verdict(diagnosis))}</p>"]
+    for finding in findings(diagnosis):
+        parts.append(f"<h2>{html.escape(finding.title)}</h2>")
+        if finding.rows:
+            head = "".join(f"<th>{html.escape(name)}</th>" for name in finding.header)
+            rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in finding.rows)
+            parts.append(f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>")
+        parts += [f"<p class=remark>{html.escape(remark)}</p>" for remark in finding.remarks]
+    parts.append("<h2>Examples as the model gets them</h2>")
+    for title, pieces in _sample_rows(diagnosis):
+        spans = "".join(
+            f'<span class="{piece.kind}{" masked" if piece.in_response else ""}">'
+            f"{html.escape(visible(piece.text))}</span>"
+            for piece in pieces
+        )
+        parts.append(f"<h3>{html.escape(title)}</h3><pre>{spans}</pre>")
+    parts.append(f"<p class=remark>{_LEGEND}</p>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Preference data</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; font-weight: 600; }
+.verdict { font-size: 1.1rem; font-weight: 600; } .remark { color: GrayText; margin: .3rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; vertical-align: top; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+td { overflow-wrap: break-word; max-width: 32rem; } td:first-child { white-space: nowrap; }
+td.share { background: linear-gradient(to right, #d977064d var(--share), transparent var(--share)); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8884; border-radius: .4rem; padding: .8rem; }
+.control { color: #c026d3; font-weight: 700; } .prompt { opacity: .7; } .response { color: #15803d; }
+.gap { background: #fde68a; color: #000; } .masked { text-decoration: underline; text-underline-offset: .2em; }
+"""
+
+
+def row_numbers(origins: Sequence[str]) -> str:
+    """`47, 291, 548 and 4 more`: the rows of `file, row 47` and so on, with the file where there are several."""
+    split = [origin.rpartition(", row ") for origin in origins[:_ROWS_SHOWN]]
+    files = {file for file, _, _ in split}
+    shown = [number if len(files) == 1 else f"{file.rpartition('/')[2]} {number}" for file, _, number in split]
+    more = f" and {len(origins) - _ROWS_SHOWN} more" if len(origins) > _ROWS_SHOWN else ""
+    return ", ".join(shown) + more
+
+
+def visible(text: str) -> str:
+    """Line ends marked, control characters written out, so that nothing of a text can move the terminal's cursor."""
+    marks = {"\n": "⏎\n", "\r": "␍"}
+    return "".join(marks.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+
+
+def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
+    yield "copies of an earlier pair", role.duplicates
+    yield "contradicted by another pair", role.contradictions
+    if role.shared_prompts is not None:
+        yield "prompt is also trained on", role.shared_prompts
+    yield "a text holds what looks like a control token or role marker", role.foreign_tokens
+
+
+def _sample_rows(diagnosis: Diagnosis) -> Iterator[tuple[str, list[Piece]]]:
+    samples: list[Sample] = diagnosis.roles[0].samples
+    for sample in samples:
+        for side in ("chosen", "rejected"):
+            yield f"{sample.origin}: {side}", [part for piece in getattr(sample, side) for part in _shortened(piece)]
+
+
+def _shortened(piece: Piece) -> Iterator[Piece]:
+    text, hidden = piece.text, len(piece.text) - _SHOWN_AT_THE_START - _SHOWN_AT_THE_END
+    if hidden <= 0:
+        yield piece
+        return
+    yield piece._replace(text=text[:_SHOWN_AT_THE_START])
+    yield Piece(f" ... {hidden} characters more ... ", "gap", piece.in_response)
+    yield piece._replace(text=text[-_SHOWN_AT_THE_END:])
+
+
+def _cell(text: str) -> str:
+    share = text.rpartition("(")[2].removesuffix(")") if "(" in text else text
+    number = share.removesuffix(" %")
+    if share.endswith(" %") and number.replace(".", "", 1).isdigit():
+        return f'<td class=share style="--share: {number}%">{html.escape(text)}</td>'
+    return f"<td>{html.escape(text)}</td>"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({_percent(count / total)})" if total else f"{count}"
+
+
+def _more(count: int) -> list[str]:
+    return [f"... and {count} more; --json lists every row"] if count > 0 else []

@@ -1,0 +1,106 @@
+"""Rows -> validated prompts, for PPO and for generation. Rows of preference data are prompts as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PromptExample, Refusal
+from rlhf_lightning.data.preferences import (
+    PROMPT_COLUMNS,
+    check_columns,
+    check_prompt,
+    check_values,
+    has_own_prompt,
+    id_of,
+    implicit_prompt,
+    is_guess,
+    known_columns,
+    load_examples,
+    prompt_messages,
+    prompt_value,
+    validated_rows,
+)
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource
+from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.errors import DataError
+
+
+def load_prompts(
+    source: Source | Path | Sequence[WeightedSource],
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_bad_rows: OnBadRows = "error",
+    split: Split = "train",
+    unique: bool = True,
+) -> tuple[list[PromptExample], LoadReport]:
+    """Read prompts from a file, a directory or a hub data set (see `read_rows`), or from a list of them.
+
+    Shapes of a row, told apart by what it holds:
+    - `prompt`, `conversations` or `messages`: a text, an hh-rlhf transcript, a message or a list of messages
+      (`{role, content}` or `{from, value}`); where it ends with an assistant's reply, the reply is left off;
+    - Alpaca-like: `instruction`, and `input` after an empty line;
+    - preference pairs of every shape of `load_preferences`, whose prompt is taken. Responses beside a prompt are not
+      looked at, so a row that makes no pair (an empty response, the same text twice, a bad margin) makes a prompt.
+      Where the prompt stands within the responses, both must be there and share it; what they say after it does not
+      matter.
+    `id` is kept as `example_id`. With `unique`, a prompt that stands more than once, case and runs of blanks aside, is
+    taken where it stands first, and the report counts the others.
+
+    `columns` maps our names (prompt, chosen, rejected, margin, id) to the file's. `on_bad_rows`: `error` refuses the
+    source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+
+    Returns the prompts in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
+    lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
+    """
+    examples, report = load_examples(iterate_prompts, source, columns=columns, on_bad_rows=on_bad_rows, split=split)
+    if not unique:
+        return examples, report
+    first: dict[int, PromptExample] = {}
+    for example in examples:
+        if first.setdefault(prompt_hash(example.prompt), example) is not example:
+            report.rows_repeated.append(example.origin)
+    return list(first.values()), report
+
+
+def iterate_prompts(
+    source: str | Path, report: LoadReport, *, columns: Mapping[str, str] | None = None, split: Split = "train"
+) -> Iterator[PromptExample | Refusal]:
+    """Each row of one source as a prompt or a refusal, in order, a few at a time, counted in `report`.
+
+    Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
+    """
+    columns, found = known_columns(columns), {}
+    yield from validated_rows(source, report, _example, columns=columns, split=split, found=found)
+    check_columns(source, columns, found, needed=())
+    responses = {columns.get(name, name) for name in ("chosen", "rejected")}
+    if "prompt" not in columns and found.keys().isdisjoint({*PROMPT_COLUMNS, "messages", *responses}):
+        raise DataError(
+            f"{source}: no column prompt, messages, conversations or instruction, nor chosen and rejected; the columns "
+            f"found are {', '.join(map(str, found))}. Map one with columns: {{prompt: COLUMN}}"
+        )
+
+
+def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PromptExample:
+    prompt = _prompt(row, columns, has_prompts=has_prompts)
+    check_prompt(prompt)
+    return PromptExample(prompt=prompt, example_id=id_of(row, columns), origin=row.origin)
+
+
+def _prompt(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> list[Message]:
+    chosen, rejected = (row.values.get(columns.get(name, name)) for name in ("chosen", "rejected"))
+    own_column = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
+    conversations = chosen is not None and rejected is not None and not is_guess(row, columns)
+    if "messages" in row.values and not own_column and not conversations:
+        return _without_reply(row.values["messages"])
+    if has_own_prompt(row, columns, has_prompts=has_prompts) or (chosen is None and rejected is None):
+        return _without_reply(prompt_value(row.values, columns))
+    return implicit_prompt(chosen, rejected)[0]
+
+
+def _without_reply(prompt: Any) -> list[Message]:
+    """The turns of a prompt, up to the assistant's reply that it may end with."""
+    check_values({"prompt": prompt})
+    messages = prompt_messages(prompt)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -1,0 +1,96 @@
+"""The command `doctor`: the settings of a run, or a source alone, and the findings on its data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from rlhf_lightning.data.doctor import Diagnosis, diagnose
+from rlhf_lightning.data.doctor_report import html_page, print_diagnosis
+from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
+from rlhf_lightning.data.sources import has_split
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.training import program
+
+_USAGE = """rlhf-lightning doctor [SOURCE] [--config FILE.yaml] [--data.KEY VALUE ...] [--json FILE] [--html FILE]
+
+What is in preference data: rows left out and why, lengths and what max_length cuts, padding, copies and contradictions,
+prompts on both sides, length bias, and examples as the model gets them.
+
+SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one;
+without SOURCE, the training and validation pairs of the configuration. Exit code 0: every row can be used, 1: some
+would be left out, 2: the data or the settings cannot be used.
+"""
+
+
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"doctor: {message}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the findings, write the files that are asked for, and return the exit code. Raises `UserError`."""
+    arguments = list(arguments)
+    source = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    parser = _Arguments(prog="rlhf-lightning doctor", usage=_USAGE, add_help=False, allow_abbrev=False)
+    for name in ("--json", "--html"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("-h", "--help", action="store_true")
+    own, settings = parser.parse_known_args(arguments)
+    if own.help:
+        print(_USAGE, end="")
+        return 0
+    if source is None and not any(argument.partition("=")[0] == "--config" for argument in settings):
+        raise ConfigurationError("doctor: give a SOURCE, or the --config of a run")
+    diagnosis = _diagnosis(source, settings)
+    print_diagnosis(diagnosis, Console(soft_wrap=False))
+    if own.json:
+        _write(own.json, json.dumps(asdict(diagnosis), indent=2) + "\n")
+    if own.html:
+        _write(own.html, html_page(diagnosis))
+    return diagnosis.exit_code
+
+
+def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
+    has_config = any(argument.partition("=")[0] == "--config" for argument in settings)
+    if not has_config:
+        # The parser wants a model; the doctor looks at none.
+        model = ["--model", "RewardModel", "--model.backbone", ""]
+        settings = ["--seed_everything", "false", *model, "--data", "PreferenceDataModule", *settings]
+    if source is not None:
+        settings = [*settings, "--data.train", source]
+    parsed = program.run(["fit", *settings], program=program.ParsedRun).settings
+    logging.getLogger("rlhf_lightning").setLevel(logging.ERROR)  # the findings say it all
+    keys = _data_keys(parsed)
+    roles: tuple[Role, ...] = ("train", "val")
+    if source is not None and not has_split(source, "val"):
+        keys["val"], roles = source, ("train",)
+    elif source is not None:
+        keys["val"] = None
+    keys["tokenizer"] = keys["tokenizer"] or None
+    accumulate = parsed.trainer.accumulate_grad_batches
+    return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
+
+
+def _data_keys(parsed: Namespace) -> dict:
+    name = parsed.data.class_path.rpartition(".")[2]
+    if name != PreferenceDataModule.__name__:
+        raise ConfigurationError(f"data: doctor examines preference pairs (PreferenceDataModule), not {name}")
+    return dict(parsed.data.init_args)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_name(f".{path.name}.part")
+    half_written.write_text(text, encoding="utf-8")
+    half_written.replace(path)
+    print(f"written: {os.path.relpath(path)}")

@@ -1,0 +1,230 @@
+"""The doctor says what is in the data, and what it says is what a run would do."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from rlhf_lightning.data import DataError
+from rlhf_lightning.data.doctor import LIMITS, diagnose
+from rlhf_lightning.data.doctor_report import html_page, print_diagnosis, row_numbers, verdict, visible
+from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+
+ROWS = [
+    {"prompt": "one", "chosen": "yes sir", "rejected": "no"},
+    {"prompt": "two", "chosen": "", "rejected": "no"},
+    {"prompt": "one", "chosen": "yes sir", "rejected": "no"},
+    {"prompt": "three", "chosen": "a", "rejected": "b"},
+    {"prompt": "three", "chosen": "b", "rejected": "a"},
+    {"prompt": "four", "chosen": "ends </s> here", "rejected": "no"},
+    {"prompt": "five <|im_end|>", "chosen": "yes", "rejected": "no"},
+    {"prompt": "word " * 100, "chosen": "yes", "rejected": "no"},
+    {"prompt": "six", "chosen": "yes", "rejected": "long " * 100},
+]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Makes a file of rows."""
+
+    def write(rows, name="train.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def examine(source, tiny_qwen2, tmp_path):
+    def run(rows, *, val=None, roles=("train", "val"), accumulate=1, **options):
+        train = source(rows)
+        options = {"tokenizer": str(tiny_qwen2), "cache_dir": str(tmp_path / "cache"), "max_length": 64} | options
+        held_out = train if val is None else source(val, "val.jsonl")
+        data = PreferenceDataModule(train, val=held_out, **options)
+        return diagnose(data, roles=roles, accumulate=accumulate)
+
+    return run
+
+
+def rows_of(origins):
+    return [int(origin.rpartition(" ")[2]) for origin in origins]
+
+
+def test_every_row_that_would_be_left_out_is_named_with_its_reason(examine):
+    train, val = examine(ROWS, val=[{"prompt": "THREE ", "chosen": "x", "rejected": "y"}]).roles
+    assert {reason: rows_of(origins) for reason, origins in train.bad_rows.items()} == {
+        "empty_response": [1],
+        "special_tokens": [6],
+        "too_long": [8],
+    }
+    assert (train.rows_read, train.pairs, train.dropped, len(train.messages)) == (9, 6, 3, 3)
+    assert rows_of(train.rows_cut) == [7]
+    assert (val.rows_read, val.pairs, val.dropped) == (1, 1, 0)
+
+
+def test_copies_contradictions_leaks_and_length_bias_are_found(examine):
+    diagnosis = examine(ROWS, val=[{"prompt": "THREE ", "chosen": "x", "rejected": "y"}])
+    train, val = diagnosis.roles
+    assert rows_of(train.duplicates) == [2]
+    assert rows_of(train.contradictions) == [3, 4]
+    assert rows_of(train.foreign_tokens) == [5]
+    assert (train.shared_prompts, rows_of(val.shared_prompts)) == (None, [0])
+    # Longer chosen: rows 0, 2, 5, 7; ties: 3, 4; shorter: 8. Row 1 and row 6 cannot be used.
+    assert train.longer_chosen == pytest.approx((4 + 2 * 0.5) / 7)
+    assert val.longer_chosen == 0.5
+
+
+@pytest.mark.parametrize("truncation", ["keep_response", "drop", "error"])
+def test_what_it_says_of_a_max_length_is_what_a_run_with_it_does(examine, source, tiny_qwen2, truncation):
+    rows = [{"prompt": "word " * n, "chosen": "yes " * (n % 7 + 1), "rejected": "no"} for n in range(1, 90)]
+    (role,) = examine(rows, roles=("train",), max_length=64, truncation=truncation).roles
+    assert [limit.max_length for limit in role.limits] == sorted({*LIMITS, 64})
+    policy = "drop" if truncation == "error" else truncation
+    for limit in role.limits[:2]:
+        file = source(rows)
+        run = PreferenceDataModule(
+            file, val=file, tokenizer=str(tiny_qwen2), max_length=limit.max_length, truncation=policy
+        )
+        run.setup("fit")
+        report = run.reports["train"]
+        assert (len(report.rows_cut), report.rows_dropped) == (limit.cut, limit.too_long)
+    assert role.limits[0].cut + role.limits[0].too_long > 0
+    assert (len(role.rows_cut), role.dropped) == tuple(role.limits[0][1:])
+
+
+def test_lengths_are_those_of_the_uncut_rows(examine):
+    words = examine([{"prompt": "a b c", "chosen": "d", "rejected": "e f"}], tokenizer=None).roles[0]
+    assert {name: set(values) for name, values in words.quantiles.items()} == {
+        "prompt": {3},
+        "chosen": {1},
+        "rejected": {2},
+        "row": {5},
+    }
+    (tokens,) = examine(ROWS, roles=("train",)).roles
+    assert tokens.quantiles["row"][-1] > 64
+
+
+def test_layouts_count_the_tokens_of_the_trainers_batches(examine):
+    rows = [{"prompt": "p", "chosen": "a " * n, "rejected": "b"} for n in range(1, 25)]
+    (role,) = examine(rows, roles=("train",), batch_size=2, accumulate=6).roles
+    random, grouped, packed, shared = role.layouts
+    assert random.padding > grouped.padding > packed.padding == shared.padding == 0
+    for layout in (random, grouped):
+        assert layout.tokens_per_pair * (1 - layout.padding) == pytest.approx(packed.tokens_per_pair)
+    assert packed.tokens_per_pair > shared.tokens_per_pair
+
+
+def test_samples_show_the_whole_row_and_mark_the_response_with_its_terminator(examine):
+    sample = examine(ROWS).roles[0].samples[0]
+    text = "".join(piece.text for piece in sample.chosen)
+    assert text == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes sir<|im_end|>"
+    assert "".join(piece.text for piece in sample.chosen if piece.in_response) == "yes sir<|im_end|>"
+    assert [piece.text for piece in sample.rejected if piece.kind == "control"] == [
+        *("<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"),
+    ]
+    (words,) = examine(ROWS, roles=("train",), tokenizer=None).roles
+    assert "".join(piece.text for piece in words.samples[0].chosen) == "one\n\nyes sir"
+
+
+def test_without_a_tokenizer_what_needs_one_is_not_measured(examine):
+    diagnosis = examine(ROWS, roles=("train",), tokenizer=None)
+    (role,) = diagnosis.roles
+    assert (diagnosis.unit, role.limits, role.layouts) == ("words", None, None)
+    assert rows_of(role.bad_rows["empty_response"]) == [1]
+    assert role.dropped == 1
+    assert printed(diagnosis).count("Not measured: it needs a tokenizer.") == 2
+
+
+def test_pairs_divided_by_prompt_are_counted_once(examine, source, tiny_qwen2, tmp_path):
+    rows = [{"prompt": f"prompt {n}", "chosen": "yes", "rejected": "no" * (n != 3) or "yes"} for n in range(60)]
+    data = PreferenceDataModule(source(rows), tokenizer=str(tiny_qwen2), cache_dir=str(tmp_path), val_fraction=0.3)
+    train, val = diagnose(data).roles
+    assert train.rows_read + val.rows_read == 60
+    assert (train.dropped, val.dropped) == (1, 0)
+    assert (train.rows_read - 1, val.rows_read) == (train.pairs, val.pairs)
+    assert val.shared_prompts == []
+
+
+def test_the_exit_code_says_whether_rows_would_be_left_out(examine):
+    assert examine(ROWS[:1]).exit_code == 0
+    assert examine(ROWS[7:8]).exit_code == 0  # cut, but used
+    assert examine(ROWS).exit_code == 1
+    with pytest.raises(DataError, match="none of its 1 rows can be used"):
+        examine(ROWS[1:2])
+
+
+def test_findings_survive_json(examine):
+    diagnosis = asdict(examine(ROWS))
+    assert json.loads(json.dumps(diagnosis))["roles"][0]["bad_rows"]["too_long"][0].endswith("row 8")
+
+
+def printed(diagnosis) -> str:
+    stream = io.StringIO()
+    print_diagnosis(diagnosis, Console(file=stream, width=200))
+    return stream.getvalue()
+
+
+def test_the_terminal_shows_every_number_that_the_findings_hold(examine):
+    diagnosis = examine(ROWS)
+    text = printed(diagnosis)
+    for words in ("empty_response", "special_tokens", "too_long", "copies of an earlier pair", "contradicted", "5 %"):
+        assert words in text
+    assert "row 1: chosen has no text" in text
+    assert verdict(diagnosis) in text
+    assert "3 of 9 rows" in verdict(examine(ROWS, roles=("train",)))
+
+
+HOSTILE = "<script>alert('&')</script>\x1b[31mred\x07 [bold]x[/bold] ‮txet"
+
+
+def test_no_text_of_the_data_reaches_the_page_or_the_terminal_unescaped(examine):
+    diagnosis = examine([{"prompt": HOSTILE, "chosen": HOSTILE + "1", "rejected": HOSTILE + "2"}])
+    page, text = html_page(diagnosis), printed(diagnosis)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "[bold]x[/bold]" in text
+    for output in (page, text):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e]", output)
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and collects what refers elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attributes) -> None:
+        if tag not in ("meta",):
+            self.open.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(examine):
+    tags = Tags()
+    page = html_page(examine(ROWS))
+    tags.feed(page)
+    assert (tags.open, tags.links) == ([], [])
+    assert "http" not in page
+    assert '<span class="response masked">yes sir</span>' in page
+
+
+def test_rows_are_named_by_number_and_by_file_where_there_are_several():
+    assert row_numbers(["d/a.jsonl, row 4", "d/a.jsonl, row 7"]) == "4, 7"
+    assert row_numbers(["d/a.jsonl, row 4", "d/b.jsonl, row 7"]) == "a.jsonl 4, b.jsonl 7"
+    assert row_numbers([f"a, row {n}" for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert row_numbers([]) == ""
+
+
+def test_line_ends_are_marked_and_control_characters_written_out():
+    assert visible("a\nb\r\n\x1b\t") == "a⏎\nb␍⏎\n\\x1b\\x09"
