@@ -10,7 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "doctor")
+COMMANDS = (*TRAINER_COMMANDS, "doctor", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -22,18 +22,22 @@ commands:
   test       evaluate on the test pairs         [--ckpt_path FILE]
   predict    write the score of every response  [--ckpt_path FILE]
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
+  export     write a checkpoint as a Hugging Face directory, and load it again to prove it
+             --ckpt_path FILE --out DIRECTORY [--merge true|false]
 
 examples:
   rlhf-lightning fit --config configs/quickstart.yaml
   rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
+  rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
   rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
   rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
   rlhf-lightning doctor --config configs/reward_model.yaml
+  rlhf-lightning export --ckpt_path CHECKPOINT --out models/policy
 
 options:
   -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
-                   `rlhf-lightning fit --model.help RewardModel` and
+                   `rlhf-lightning fit --model.help RewardModel` (DPO, SFT) and
                    `--data.help PreferenceDataModule` those of a class
   --version        the version
 """
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
     try:
+        if command == "export":
+            return _run_export(arguments[1:])
         if command == "doctor":
             return _run_doctor(arguments[1:])
         _run_trainer(None if argv is None else arguments)
@@ -80,6 +86,16 @@ def _run_trainer(arguments: list[str] | None) -> None:
     from rlhf_lightning.training.program import run
 
     run(arguments)
+
+
+def _run_export(arguments: list[str]) -> int:
+    """Write a checkpoint as a Hugging Face directory."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.export import run
+    from rlhf_lightning.training.program import quieten
+
+    quieten()
+    return run(arguments)
 
 
 def _run_doctor(arguments: list[str]) -> int:

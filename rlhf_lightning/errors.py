@@ -17,3 +17,7 @@ class ModelError(UserError):
 
 class ConfigurationError(UserError):
     """The settings are impossible, or contradict each other."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on: what it computes is no number, or not what it should be."""

@@ -1,4 +1,4 @@
-"""Metrics of a reward model on preference pairs, exact over the whole split.
+"""Metrics of reward models and policies, exact over the whole split.
 
 Legend: B pairs of a batch, N pairs of the split over all ranks, c and r the rewards of the chosen and the
 rejected response, d = c - r.
@@ -29,7 +29,15 @@ from torchmetrics.utilities import dim_zero_cat
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.functional.shapes import check_layout
 
-__all__ = ["MarginAUROC", "PairCount", "PairwiseAccuracy", "PairwiseCalibrationError", "PooledAUROC"]
+__all__ = [
+    "MarginAUROC",
+    "PairCount",
+    "PairwiseAccuracy",
+    "PairwiseCalibrationError",
+    "Perplexity",
+    "PooledAUROC",
+    "TokensPerSecond",
+]
 
 LARGEST_BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -185,6 +193,46 @@ class PairwiseCalibrationError(_RewardMetric):
         # torchmetrics gives 1.0 a bin of its own, so the two orders of a saturated pair would part.
         probability = torch.cat([margin, -margin]).sigmoid().clamp(max=LARGEST_BELOW_ONE)
         return binary_calibration_error(probability, _labels(margin, -margin), n_bins=self.n_bins)
+
+
+class Perplexity(_PairMetric):
+    """exp of the mean negative log-likelihood per token, over all tokens of the split: float64.
+
+    Takes `update(nll [B], tokens [B])`: the summed negative log-likelihood of each response in nats, and its tokens.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        check_layout(nll=(nll, "B"), tokens=(tokens, "B"))
+        self.nll = self.nll + _float64_copy(nll).sum()
+        self.tokens = self.tokens + tokens.sum()
+
+    def compute(self) -> Tensor:
+        return (self.nll / self.tokens).exp()
+
+
+class TokensPerSecond(_PairMetric):
+    """Tokens of all processes over the seconds that one of them took, float64. Takes `update(tokens [], seconds)`."""
+
+    higher_is_better = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("seconds", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="mean")
+
+    def update(self, tokens: Tensor, seconds: float) -> None:
+        self.tokens = self.tokens + tokens
+        self.seconds = self.seconds + seconds
+
+    def compute(self) -> Tensor:
+        return self.tokens / self.seconds
 
 
 def _auroc(positive: Tensor, negative: Tensor) -> Tensor:

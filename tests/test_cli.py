@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from rlhf_lightning.errors import ConfigurationError
 from tests.test_configs import CONFIGS, ROOT
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+DPO = str(ROOT / "configs" / "dpo.yaml")
+SFT = str(ROOT / "configs" / "sft.yaml")
+TINY = ["--model.backbone", "builtin:tiny", "--data.train", "builtin:courtesy"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +61,32 @@ def test_help_of_a_command_lists_its_keys(capsys):
     assert "--data CONFIG" in text
 
 
-def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys):
-    assert main(["fit", "--model.help", "RewardModel"]) == 0
-    assert "pulls the mean reward to 0" in " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("RewardModel", "pulls the mean reward to 0"),
+        ("DPO", "the policy without its adapters"),
+        ("SFT", "Train low-rank adapters alone"),
+    ],
+)
+def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, words):
+    assert main(["fit", "--model.help", name]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["train"], ["unknown command 'train'", "fit, validate, test, predict"]),
+        (["fit", "--config", DPO, *TINY, "--model.loss_type", "dpo"], ["loss_type", "'sigmoid'", "dpo"]),
+        (["fit", "--config", DPO, *TINY, "--model.beta", "0"], ["beta", "v>0"]),
+        (["fit", "--config", DPO, *TINY, "--model.gamma", "1"], ["model.gamma", "sigmoid takes none", "simpo"]),
+        (["fit", "--config", DPO, *TINY, "--model.reference", "adapter"], ["model.reference", "give model.lora"]),
+        (["fit", "--config", DPO, *TINY, "--model.reference", "./absent"], ["./absent", "no directory here"]),
+        (["fit", "--config", DPO, *TINY, "--model.lora.rank", "4"], ["lora", "rank"]),
+        (["fit", "--config", DPO, *TINY, "--model.lora.r", "0"], ["lora", "r must be 1 or more"]),
+        (["fit", "--config", DPO, *TINY, "--model.attn_implementation", "flash_attention_2"], ["use sdpa"]),
+        (["fit", "--config", SFT, *TINY, "--model.backbone", "./absent"], ["./absent", "no directory here"]),
         (["fit"], ["required", "model"]),
         (["fit", "--config", "absent.yaml"], ["absent.yaml", "does not exist"]),
         (["fit", "--config", QUICKSTART, "--model.betaa", "3"], ["model", "'betaa' is not accepted"]),
@@ -226,7 +247,7 @@ def test_the_tokenizer_is_the_models_unless_one_is_named(capsys, tmp_path, tiny_
 
 def table_values(text: str) -> dict[str, tuple[str, str]]:
     """Rows of the results table: name -> (value, pairs)."""
-    rows = re.findall(r"^│ ([\w ]+?) +│ +([\d.]+) │ +(\d+) │$", text, re.MULTILINE)
+    rows = re.findall(r"^│ ([\w ()-]+?) +│ +(-?[\d.]+) │ +(\d+) │$", text, re.MULTILINE)
     return {name: (value, pairs) for name, value, pairs in rows}
 
 
@@ -253,70 +274,67 @@ def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
 
 
 def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5"]
     assert main(["fit", "--config", QUICKSTART, *few]) == 0
     (run,) = (tmp_path / "runs" / "quickstart").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    logged = {tag for tag in events.Tags()["scalars"] if "/" in tag}
-    readme = (ROOT / "README.md").read_text()
-    documented = set(re.findall(r"^\| `((?:train|val)/\w+)`", readme, re.MULTILINE))
-    assert logged == documented
+    assert logged_scalars(run) == documented_scalars("RewardModel")
 
 
-def test_doctor_examines_a_source_alone(capsys, tmp_path):
-    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-    (tmp_path / "good.jsonl").write_text(good)
-    (tmp_path / "some.jsonl").write_text(good + '{"prompt": "a", "chosen": "b"}\n')
-    assert main(["doctor", "good.jsonl"]) == 0
-    assert "All 1 rows can be used (no tokenizer)." in capsys.readouterr().out
-    assert main(["doctor", "some.jsonl", "--json", "out/d.json", "--html", "d.html"]) == 1
-    found = yaml.safe_load((tmp_path / "out" / "d.json").read_text())
-    assert found["roles"][0]["bad_rows"] == {"missing_key": ["some.jsonl, row 1"]}
-    assert "missing_key" in (tmp_path / "d.html").read_text()
-    (tmp_path / "none.jsonl").write_text("")
-    assert "none.jsonl: the file is empty" in refusal(capsys, "doctor", "none.jsonl")
+def logged_scalars(run: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return {tag for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"] if "/" in tag}
 
 
-def test_doctor_examines_the_data_of_a_run_with_its_settings(capsys, tmp_path):
-    assert main(["doctor", "--config", QUICKSTART, "--json", "d.json"]) == 0
-    found = yaml.safe_load((tmp_path / "d.json").read_text())
-    assert [(role["role"], role["pairs"]) for role in found["roles"]] == [("train", 600), ("val", 200)]
-    assert (found["unit"], found["tokenizer"], found["max_length"], found["batch_size"]) == (
-        *("tokens", "builtin:tiny", 256, 8),
-    )
-    row = '{"q": "a", "chosen": "b", "rejected": "c"}\n'
-    (tmp_path / "own.jsonl").write_text(row)
-    assert main(["doctor", "own.jsonl", "--config", QUICKSTART, "--data.columns", "{prompt: q}"]) == 0
-    assert "builtin:tiny, chat template" in capsys.readouterr().out
+def documented_scalars(name: str) -> set[str]:
+    """The names in the README's table of what one class logs; those of CUDA alone are left out."""
+    logged = (ROOT / "README.md").read_text().split("\n## What is logged\n")[1].split("\n## ")[0]
+    (section,) = [part for part in logged.split("\n### ") if part.startswith(f"{name}\n")]
+    names = set()
+    for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
+        names |= set(re.findall(r"`((?:train|val)/[\w/]+)`", row))
+    return {name for name in names if not name.endswith("peak_memory_gib")}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give a SOURCE, or the --config of a run"),
-        (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["x.jsonl", "--data.batch_size", "-1"], "batch_size"),
-        (["x.jsonl", "--wrong"], "--wrong"),
-        (["x.jsonl", "--json"], "--json"),
-    ],
-)
-def test_doctor_refuses_in_one_line(capsys, arguments, message):
-    assert message in refusal(capsys, "doctor", *arguments)
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_its_numbers(capsys, tmp_path, adapters):
+    lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else []
+    few = ["--data.max_train_pairs", "128", "--trainer.val_check_interval", "1.0", *lora]
+    assert main(["fit", "--config", DPO, *TINY, *few]) == 0
+    text = capsys.readouterr().out
+    fitted = table_values(text)
+    assert list(fitted) == ["loss", "reward accuracy", "reward margin", "log-ratio (k1)"]
+    (checkpoint,) = re.findall(r"^checkpoint: +(\S+)$", text, re.MULTILINE)
+    assert re.findall(r"^model: +(\S+)$", text, re.MULTILINE) == ["models/rl_policy"]
+    (run,) = (tmp_path / "runs" / "dpo").iterdir()
+    assert logged_scalars(run) == documented_scalars("DPO")
+    assert main(["test", "--config", DPO, *TINY, *lora, "--ckpt_path", checkpoint]) == 0
+    assert table_values(capsys.readouterr().out) == fitted
+    if adapters:
+        from transformers import AutoModelForCausalLM
+
+        assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0
+        exported, best = (AutoModelForCausalLM.from_pretrained(name) for name in ("exported", "models/rl_policy"))
+        for ours, theirs in zip(exported.parameters(), best.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        wrong = ["test", "--config", DPO, *TINY, "--ckpt_path", checkpoint]
+        assert "those of another model" in refusal(capsys, *wrong), "the adapters were left out"
 
 
-def test_the_parser_never_reads_the_data_file_itself(capsys, tmp_path):
-    # A type that a file could hold makes jsonargparse read the file in search of it.
-    for text in ("prompt,chosen,rejected\n", "[1, 2]", "{}", "- a\n- b\n"):
-        (tmp_path / "data.csv").write_text(text)
-        config = printed_config(capsys, "fit", "--config", QUICKSTART, "--data.train", "data.csv")
-        assert config["data"]["init_args"]["train"] == "data.csv"
+def test_sft_runs_on_the_cpu_with_a_tiny_model_and_dpo_goes_on_from_its_directory(capsys, tmp_path):
+    few = ["--data.max_train_pairs", "64", "--trainer.val_check_interval", "1.0"]
+    assert main(["fit", "--config", SFT, *TINY, *few]) == 0
+    assert list(table_values(capsys.readouterr().out)) == ["loss", "perplexity", "token accuracy"]
+    (run,) = (tmp_path / "runs" / "sft").iterdir()
+    assert logged_scalars(run) == documented_scalars("SFT")
+    go_on = ["--model.backbone", "models/sft", "--data.train", "builtin:courtesy", *few]
+    assert main(["fit", "--config", DPO, *go_on, "--model.loss_type", "ipo", "--trainer.logger", "false"]) == 0
 
 
-def test_a_mixture_round_trips(capsys):
-    mixture = ["a.jsonl", {"source": "b.jsonl", "weight": 0.5, "columns": {"prompt": "q"}}]
-    config = printed_config(capsys, "fit", "--config", QUICKSTART, "--data.train", str(mixture))
-    assert config["data"]["init_args"]["train"] == mixture
-    for wrong, message in (("{source: b, weight: -1}", "v>0"), ("{source: b, wait: 1}", "wait"), ("{}", "source")):
-        assert message in refusal(capsys, "fit", "--config", QUICKSTART, "--data.train", f"[a, {wrong}]")
+def test_predict_writes_the_rewards_of_a_policy(capsys, tmp_path):
+    arguments = ["predict", "--config", DPO, *TINY, "--trainer.limit_predict_batches", "2"]
+    assert main(arguments) == 0
+    (written,) = tmp_path.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(row["chosen"] == row["rejected"] == row["margin"] == 0 for row in rows), "the policy is its reference"

@@ -21,9 +21,9 @@ LAYERS = {
     "models": 1,
     "evaluation": 2,
     "training": 3,
-    "export": 3,
+    "export": 4,
     "plan": 3,
-    "cli": 4,
+    "cli": 5,
 }
 """Rooms and their layers. A room imports from lower layers and from itself; of layer 0, nothing heavy at import."""
 

@@ -25,7 +25,9 @@ from rlhf_lightning.metrics import (
     PairCount,
     PairwiseAccuracy,
     PairwiseCalibrationError,
+    Perplexity,
     PooledAUROC,
+    TokensPerSecond,
 )
 
 VALUES = (PairwiseAccuracy, PooledAUROC, MarginAUROC, PairwiseCalibrationError)
@@ -520,6 +522,22 @@ def test_two_ranks_compute_the_value_of_one_for_uneven_and_empty_shares(two_rank
 def test_a_nan_on_one_rank_is_refused_on_both(two_ranks):
     for rank in two_ranks:
         assert [m.split(" pairs")[0] for m in rank["refusals"]] == [f"{c.__name__}: 1 of 4" for c in VALUES]
+
+
+def test_perplexity_counts_each_token_the_same_whatever_the_batches():
+    nll, tokens = torch.tensor([3.0, 10.0, 0.5]), torch.tensor([3, 4, 1])
+    whole, parts = Perplexity(), Perplexity()
+    whole.update(nll, tokens)
+    for row in range(3):
+        parts.update(nll[row : row + 1], tokens[row : row + 1])
+    assert whole.compute().item() == parts.compute().item() == pytest.approx(math.exp(13.5 / 8), abs=1e-12)
+
+
+def test_tokens_per_second_is_all_tokens_over_all_seconds():
+    metric = TokensPerSecond()
+    metric.update(torch.tensor(100), 0.5)
+    metric.update(torch.tensor(300), 1.5)
+    assert metric.compute().item() == 200
 
 
 def main(rank, folder):

@@ -28,13 +28,17 @@ def commands() -> list[list[str]]:
 
 
 def test_there_are_commands_to_check():
-    assert {command[0] for command in commands()} == {"fit", "test", "predict", "doctor"}
+    assert {command[0] for command in commands()} == {"fit", "test", "predict", "doctor", "export"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_parses(capsys, monkeypatch, command):
     monkeypatch.chdir(ROOT)
     assert command[0] in COMMANDS
+    if command[0] == "export":  # it has no configuration to print: only its arguments are parsed
+        assert main([*command[:1], "--help"]) == 0
+        assert {word for word in command if word.startswith("--")} <= {"--ckpt_path", "--out", "--merge"}
+        return
     if command[0] not in TRAINER_COMMANDS:
         return
     extra = [] if {"--print_config", "--model.help", "--data.help"} & set(command) else ["--print_config"]
@@ -69,7 +73,12 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert marked.strip().splitlines()[-1] == "pip install -c .ci/constraints.txt -e '.[dev]' && python -m pytest"
 
 
-def test_the_table_of_the_quickstart_holds_the_rows_that_the_program_prints():
+def test_the_tables_of_the_quickstart_and_of_dpo_have_the_rows_that_the_program_prints():
+    from rlhf_lightning import DPO, RewardModel
     from rlhf_lightning.training.callbacks import TABLE_ROWS
 
-    assert all(f"│ {words}" in README for words in TABLE_ROWS.values())
+    shown = [
+        re.findall(r"^│ ([\w ()-]+?) +│", table, re.MULTILINE) for table in re.findall(r"┏.*?└", README, re.DOTALL)
+    ]
+    for rows, module in zip(shown, (RewardModel("builtin:tiny"), DPO("builtin:tiny")), strict=True):
+        assert rows == [words for name, words in TABLE_ROWS.items() if name in module.val_metrics]

@@ -1,7 +1,7 @@
 """The arithmetic of RLHF on tensors alone: no model, no text, no Trainer. Imports torch and nothing else."""
 
 from rlhf_lightning.functional.kl import AdaptiveKLController, exact_kl, kl_estimate
-from rlhf_lightning.functional.logprobs import gather_logprobs, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional.logprobs import gather_logprobs, linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.losses import (
     AVERAGE_LOGPROB_LOSSES,
     LENGTH_AWARE_LOSSES,
@@ -49,6 +49,7 @@ __all__ = [
     "ipo_loss",
     "kl_estimate",
     "last_token_index",
+    "linear_argmax",
     "linear_logprobs",
     "masked_mean",
     "masked_whiten",

@@ -76,6 +76,23 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, bias, targets.long(), *options)
 
 
+@torch.no_grad()
+def linear_argmax(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, chunk_size: int = 1024) -> Tensor:
+    """`(hidden @ weight.T + bias).argmax(-1)`, the most likely token, [N] int64; the [N, V] logits never exist.
+
+    hidden [N, H], weight [V, H], bias [V]; rounding as in `linear_logprobs`. Of equal logits the first counts.
+    ValueError: shapes, chunk_size < 1.
+    """
+    shapes = {"hidden": (hidden, "N H"), "weight": (weight, "V H")}
+    check_layout(**shapes if bias is None else shapes | {"bias": (bias, "V")})
+    check_positive(chunk_size=chunk_size)
+    operand_dtype = _operand_dtype(hidden, weight)
+    hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [_chunk_logits(hidden[rows], weight, bias, 1.0).argmax(-1) for rows in _chunks(hidden, int(chunk_size))]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=hidden.device)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     """Forward: `gather_logprobs` chunk by chunk. Backward: the same logits again, and their gradients."""
 

@@ -39,7 +39,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        raise ModelError(f"{name_or_path}: no model could be found under this name ({_reason(error)})") from error
+        raise ModelError(f"{name_or_path}: no model could be found under this name ({reason_of(error)})") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name_or_path}: an encoder-decoder model ({config.model_type}); use a decoder or an encoder")
     switch_dropout_off(config)
@@ -60,22 +60,46 @@ def load_backbone(
     from transformers import AutoModel
 
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    return load_weights(
+        AutoModel,
+        name_or_path,
+        config,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        **_no_pooler(config),
+    )
+
+
+def load_weights(
+    auto_class: type,
+    name_or_path: str,
+    config: PretrainedConfig,
+    *,
+    attn_implementation: AttentionImplementation | None = None,
+    trust_remote_code: bool = False,
+    **arguments: Any,
+) -> PreTrainedModel:
+    """The model that `auto_class` makes of a directory or hub name, float32, in train mode.
+
+    Raises `ModelError` when the weights cannot be loaded or some are missing.
+    """
+    check_attention(attn_implementation)
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.
     report = logging.getLogger("transformers.modeling_utils")
     level = report.level
     report.setLevel(logging.ERROR)
     try:
-        backbone, info = AutoModel.from_pretrained(
+        model, info = auto_class.from_pretrained(
             resolve_model(name_or_path),
             config=config,
             dtype=torch.float32,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **_no_pooler(config),
+            **arguments,
         )
     except Exception as error:
-        raise ModelError(f"{name_or_path}: its weights could not be loaded ({_reason(error)})") from error
+        raise ModelError(f"{name_or_path}: its weights could not be loaded ({reason_of(error)})") from error
     finally:
         report.setLevel(level)
     if missing := sorted(info["missing_keys"]):
@@ -83,7 +107,19 @@ def load_backbone(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
             f"{missing[0]}; they would stay random. Give the directory or name of a whole model"
         )
-    return backbone.train()
+    return model.train()
+
+
+def check_attention(attn_implementation: AttentionImplementation | None) -> None:
+    """Refuse an attention implementation that this machine does not have. Raises `ModelError`."""
+    from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
+
+    available = {"flash_attention_2": is_flash_attn_2_available, "flex_attention": is_torch_flex_attn_available}
+    needed = {"flash_attention_2": "the package flash_attn and an NVIDIA or AMD GPU", "flex_attention": "torch 2.5"}
+    if attn_implementation in available and not available[attn_implementation]():
+        raise ModelError(
+            f"attn_implementation: {attn_implementation} needs {needed[attn_implementation]}, not found here; use sdpa"
+        )
 
 
 def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -133,5 +169,6 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, for use inside another one."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,8 +6,6 @@ R rows, T tokens, H hidden size.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +21,7 @@ from rlhf_lightning.models.backbones import (
     load_backbone,
     load_config,
 )
+from rlhf_lightning.models.directories import replaced_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -154,22 +153,15 @@ class RewardNetwork(nn.Module):
         (`score.3` with dropout). Written beside the directory first, so that it is never half there; what
         the directory held under other names stays. Returns the directory.
         """
-        directory = Path(directory).expanduser()
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as made:
+        with replaced_model(directory) as made:
             self.backbone.save_pretrained(made, state_dict=self._named_tensors(), max_shard_size="5GB")
-            config_file = Path(made) / "config.json"
+            config_file = made / "config.json"
             config = json.loads(config_file.read_text(encoding="utf-8"))
             config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
             config["num_labels"] = 1
             config[_HEAD_KEY] = self.score.settings
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            directory.mkdir(exist_ok=True)
-            for stale in directory.glob("*.safetensors*"):
-                stale.unlink()
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "config.json"):
-                shutil.move(file, directory / file.name)  # config.json last: it makes the directory a model
-        return directory
+        return Path(directory).expanduser()
 
     def _prefix(self) -> str:
         return f"{self.backbone.base_model_prefix or 'model'}."

@@ -6,15 +6,17 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.directories import check_free
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,24 @@ TABLE_ROWS = {
     "auroc": "pooled AUROC",
     "margin_auroc": "margin AUROC",
     "calibration_error": "calibration error",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "kl": "log-ratio (k1)",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
 }
-"""Rows of the results table: metric and its name in words."""
+"""Rows of the results table: metric and its name in words. A run has those that its module measures."""
+
+
+class PairScores(NamedTuple):
+    """Scores of B pairs, as `predict` returns them."""
+
+    index: Tensor
+    """[B] int64, position of the pair in the evaluated data."""
+    chosen: Tensor
+    """[B] float32."""
+    rejected: Tensor
+    """[B] float32."""
 
 
 class Results(Callback):
@@ -45,8 +63,11 @@ class Results(Callback):
             return
         self.metrics = _metrics(trainer, "val/")
         if trainer.state.fn == TrainerFn.FITTING:
-            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in TABLE_ROWS.items())
+            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in self._rows())
             log.info("validation at step %d: %s", trainer.global_step, numbers)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(name, words) for name, words in TABLE_ROWS.items() if name in self.metrics]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = _metrics(trainer, "test/")
@@ -101,30 +122,25 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
 
 
 class ExportBest(Callback):
-    """After `fit`, writes the best checkpoint's network and tokenizer as a Hugging Face directory.
+    """After `fit`, writes the best checkpoint's model and tokenizer as a Hugging Face directory.
 
     Args:
         directory: Where to; an earlier export there is replaced, anything else is left alone and refused.
+        merge: Merge LoRA adapters into the weights; false writes the adapters alone.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, merge: bool = True) -> None:
         self.directory = Path(directory)
+        self.merge = merge
         self.exported = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a directory that holds something else, before any training. Raises `ConfigurationError`."""
-        if stage != "fit":
-            return
-        self.directory.parent.mkdir(parents=True, exist_ok=True)  # an impossible path fails now, not after the training
-        if not self.directory.exists():
-            return
-        if not self.directory.is_dir():
-            raise ConfigurationError(f"{self.directory}: is a file; give ExportBest another directory")
-        if any(self.directory.iterdir()) and not (self.directory / "config.json").is_file():
+        """Refuse what could not be written in the end, before any training. Raises `ConfigurationError`."""
+        if self.merge and pl_module.hparams.get("quantization") is not None:
             raise ConfigurationError(
-                f"{self.directory}: holds files that are no model; give ExportBest an empty or new directory"
+                "ExportBest.merge: merging adapters into 4-bit weights would round them to 4 bits too; set merge: false"
             )
-        if (self.directory / "config.json").is_file():
+        if stage == "fit" and check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +150,7 @@ class ExportBest(Callback):
         if not trainer.is_global_zero or best is None:
             return
         best_module = type(pl_module).load_from_checkpoint(best, map_location="cpu")
-        best_module.network.save_pretrained(self.directory)
+        best_module.export(self.directory, merge=self.merge)
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:
             chat_format.save_pretrained(self.directory)

@@ -6,11 +6,14 @@ import math
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 
 from rlhf_lightning.errors import ConfigurationError
 
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
 Schedule = Literal["constant", "linear", "cosine"]
 """Learning rate after the warm-up: held, or down to 0 in a line or along half a cosine."""
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -28,12 +26,15 @@ from rlhf_lightning.training.callbacks import (
     best_checkpoint,
     print_results,
 )
+from rlhf_lightning.training.checkpoints import read_checkpoint
+from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.reward_model import RewardModel
+from rlhf_lightning.training.sft import SFT
 
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter)
+CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter)
 
 
 class Parser(LightningArgumentParser):
@@ -62,7 +63,7 @@ class Program(LightningCLI):
         model = config.get("model", {}).get("init_args", {})
         ckpt_path = config.get("ckpt_path")
         if ckpt_path not in (None, "best", "last", "hpc"):
-            _check_checkpoint(ckpt_path)
+            read_checkpoint(ckpt_path)
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
@@ -87,7 +88,7 @@ class Program(LightningCLI):
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
-        trained = is_reward_network(getattr(self.model, "backbone_config", None))
+        trained = not isinstance(self.model, RewardModel) or is_reward_network(self.model.backbone_config)
         if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None and not trained:
             log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
 
@@ -118,7 +119,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
 
     Raises `UserError` for everything that the user can mend.
     """
-    _quieten()
+    quieten()
     try:
         return program(
             LightningModule,
@@ -141,7 +142,9 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
         if "loading state_dict" not in str(error):
             raise
         raise ConfigurationError(
-            f"ckpt_path: the checkpoint's weights are those of another model than model.backbone ({error})"[:300]
+            f"ckpt_path: the checkpoint's weights are those of another model than the settings under model ({error})"[
+                :300
+            ]
         ) from error
     except ValueError as error:
         # The parser wraps what a constructor raises in a ValueError of its own.
@@ -172,20 +175,6 @@ def _essence(message: str) -> str:
     for part in parts:
         text += ("" if not text else " " if text.endswith(":") else "; ") + part
     return text or message
-
-
-def _check_checkpoint(path: str) -> None:
-    """Refuse what is no checkpoint of a run. Raises `ConfigurationError`."""
-    if not os.path.exists(path):
-        raise ConfigurationError(f"ckpt_path: no checkpoint at {path}; give the file that fit named")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a directory, a text file, a file cut short: torch raises a type for each
-        raise ConfigurationError(
-            f"ckpt_path: {path} cannot be read as a checkpoint; give the file that fit named"
-        ) from error
-    if not (isinstance(stored, dict) and "pytorch-lightning_version" in stored and "state_dict" in stored):
-        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of a run; give the file that fit named")
 
 
 def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
@@ -220,7 +209,7 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     return error
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the terminal to the progress bar, our own lines and the results table."""
     import warnings
 

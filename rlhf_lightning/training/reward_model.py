@@ -6,19 +6,16 @@ B pairs, T padded tokens.
 from __future__ import annotations
 
 import logging
-import sys
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveInt, restricted_number_type
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.prompt_datamodule import PromptDataModule
-from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.losses import bradley_terry_loss
 from rlhf_lightning.metrics import (
     MarginAUROC,
@@ -27,25 +24,15 @@ from rlhf_lightning.metrics import (
     PairwiseCalibrationError,
     PooledAUROC,
 )
-from rlhf_lightning.models.backbones import AttentionImplementation, load_config, max_positions
+from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
-from rlhf_lightning.training.optimization import Schedule, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.checkpoints import store_origin
+from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.logs import log_split, log_training_means, update_metrics
+from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
 
 log = logging.getLogger(__name__)
-
-Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
-Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
-
-
-class PairScores(NamedTuple):
-    """Scores of B pairs, as `predict` returns them."""
-
-    index: Tensor
-    """[B] int64, position of the pair in the evaluated data."""
-    chosen: Tensor
-    """[B] float32."""
-    rejected: Tensor
-    """[B] float32."""
 
 
 class RewardModel(LightningModule):
@@ -101,30 +88,14 @@ class RewardModel(LightningModule):
         )
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
-        self._logged_step = 0
+        self.logged_step = 0
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)
 
     def check_data(self, data: LightningDataModule | None) -> None:
-        """Check that the data is pairs whose tokens fit the backbone. Raises `ConfigurationError` when it is not."""
-        if isinstance(data, PromptDataModule):
-            raise ConfigurationError(
-                "data: PromptDataModule has prompts alone, and a reward model learns from pairs; "
-                "use PreferenceDataModule"
-            )
-        limit = max_positions(self.backbone_config)
-        if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
-            raise ConfigurationError(
-                f"data.max_length is {max_length}, but {self.hparams.backbone} has positions for {limit} tokens; "
-                f"set max_length to {limit} or less"
-            )
-        chat_format = getattr(data, "chat_format", None)
-        if chat_format is not None and len(chat_format.tokenizer) > self.backbone_config.vocab_size:
-            raise ConfigurationError(
-                f"the tokenizer {data.tokenizer_source} has {len(chat_format.tokenizer)} tokens, but "
-                f"{self.hparams.backbone} knows {self.backbone_config.vocab_size}; give the tokenizer of this model"
-            )
+        """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
+        check_tokens_fit(data, self.backbone_config, self.hparams.backbone)
 
     def configure_model(self) -> None:
         """Load the network, once."""
@@ -179,23 +150,7 @@ class RewardModel(LightningModule):
         return batch.weight * losses.mean()
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time."""
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        if every == 0 or step == self._logged_step or step % every:
-            return
-        self._logged_step = step
-        values = {f"train/{name}": metric.compute().item() for name, metric in self.train_metrics.items()}
-        values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        for logger in self.loggers:
-            logger.log_metrics(values, step=step)
-        self.trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
-        if not sys.stderr.isatty():  # a log file shows no progress bar
-            total = int(self.trainer.estimated_stepping_batches)
-            log.info(
-                "step %d/%d: loss %.4f, accuracy %.4f", step, total, values["train/loss"], values["train/accuracy"]
-            )
-        for metric in self.train_metrics.values():
-            metric.reset()
+        log_training_means(self, self.train_metrics, shown={"loss": "loss", "accuracy": "accuracy"})
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val", self.val_metrics)
@@ -206,11 +161,17 @@ class RewardModel(LightningModule):
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         return PairScores(batch.index, *self(batch))
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        store_origin(self, checkpoint)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""
+        self.network.save_pretrained(directory)
+
     def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
         chosen, rejected = self(batch)
         _update(metrics, self.losses(batch, chosen, rejected), chosen, rejected)
-        for name, metric in metrics.items():
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in ("loss", "auroc"))
+        log_split(self, stage, metrics, shown=("loss", "auroc"))
 
 
 def _evaluation_metrics() -> nn.ModuleDict:
@@ -229,7 +190,6 @@ def _evaluation_metrics() -> nn.ModuleDict:
 
 
 def _update(metrics: nn.ModuleDict, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-    """Feed B pairs: the losses, the differences, the mean rewards, or the two sides, as each metric wants."""
+    """Feed B pairs: the losses, the differences, the mean rewards, or the two sides."""
     means = {"loss": losses, "margin": chosen - rejected, "reward": (chosen + rejected) / 2}
-    for name, metric in metrics.items():
-        metric.update(means[name]) if name in means else metric.update(chosen, rejected)
+    update_metrics(metrics, means, chosen, rejected)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_lightning.functional import gather_logprobs, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional import gather_logprobs, linear_argmax, linear_logprobs, sequence_logprobs
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 IDENTICAL = {"rtol": 0, "atol": 0}
@@ -428,3 +428,19 @@ class TestBothWays:
 def test_a_chunk_without_tokens_is_refused(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size is {chunk_size}"):
         through_the_head(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 1024])
+def test_linear_argmax_is_the_argmax_of_the_logits(chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (7, 30))
+    bias = 3 * torch.randn(30, generator=generator, dtype=torch.float64)
+    for given in (None, bias):
+        logits = hidden @ weight.T + (0 if given is None else given)
+        assert torch.equal(linear_argmax(hidden, weight, bias=given, chunk_size=chunk_size), logits.argmax(-1))
+    assert linear_argmax(hidden[:0], weight).shape == (0,)
+
+
+def test_linear_argmax_refuses_another_width():
+    with pytest.raises(ValueError, match="hidden"):
+        linear_argmax(torch.zeros(2, 3), torch.zeros(5, 4))

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from rlhf_lightning import PreferenceDataModule, RewardModel
+from rlhf_lightning import DPO, SFT, PreferenceDataModule, RewardModel
 from rlhf_lightning.data.courtesy.make import make_rows
 
 TRAIN_PAIRS, VAL_PAIRS = 11, 7
@@ -33,20 +33,37 @@ def sgd(lr: float):
     return functools.partial(torch.optim.SGD, lr=lr)
 
 
-@pytest.fixture
-def build(tiny_qwen2, pairs):
-    """Make a reward model and a data module; keyword arguments go where they belong."""
+def builder(kind, directory, pairs, *, lr: float):
+    """A function that makes a module and a data module; its keyword arguments go where they belong."""
 
-    def make(*, model=None, data=None) -> tuple[RewardModel, PreferenceDataModule]:
+    def make(*, model=None, data=None):
         torch.manual_seed(0)
-        settings = {"backbone": str(tiny_qwen2), "optimizer": sgd(0.05), "schedule": "constant", "warmup_ratio": 0.0}
-        module = RewardModel(**settings | (model or {}))
+        settings = {"backbone": str(directory), "optimizer": sgd(lr), "schedule": "constant", "warmup_ratio": 0.0}
+        module = kind(**settings | (model or {}))
         datamodule = PreferenceDataModule(
-            **{"train": str(pairs), "tokenizer": str(tiny_qwen2), "batch_size": 2, "seed": 3} | (data or {})
+            **{"train": str(pairs), "tokenizer": str(directory), "batch_size": 2, "seed": 3} | (data or {})
         )
         return module, datamodule
 
     return make
+
+
+@pytest.fixture
+def build(tiny_qwen2, pairs):
+    """Make a reward model and its data."""
+    return builder(RewardModel, tiny_qwen2, pairs, lr=0.05)
+
+
+@pytest.fixture
+def build_dpo(tiny_qwen2, pairs):
+    """Make a DPO module and its data."""
+    return builder(DPO, tiny_qwen2, pairs, lr=0.003)
+
+
+@pytest.fixture
+def build_sft(tiny_qwen2, pairs):
+    """Make an SFT module and its data."""
+    return builder(SFT, tiny_qwen2, pairs, lr=0.05)
 
 
 @pytest.fixture
@@ -61,6 +78,6 @@ def trainer(tmp_path):
     return make
 
 
-def weights(module: RewardModel) -> torch.Tensor:
+def weights(module: pl.LightningModule) -> torch.Tensor:
     """All parameters as one vector."""
-    return torch.cat([parameter.detach().flatten() for parameter in module.network.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])

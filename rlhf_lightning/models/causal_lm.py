@@ -1,0 +1,349 @@
+"""Policies: a causal language model, whole or with LoRA adapters, and the log-probabilities of its responses.
+
+R rows, T padded tokens, N response tokens of all rows together, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional.shapes import check_layout, check_not_empty
+from rlhf_lightning.models.backbones import (
+    AttentionImplementation,
+    hidden_states,
+    load_config,
+    load_weights,
+    reason_of,
+)
+from rlhf_lightning.models.directories import replaced_model
+from rlhf_lightning.models.reward_network import is_reward_network
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Quantization = Literal["4bit"]
+"""`4bit`: NF4 with double quantization (Dettmers et al. 2023, QLoRA, arXiv 2305.14314)."""
+
+_PROBE_TOKENS = 6
+_PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: W + (alpha / r) B A, with B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
+
+    Args:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Of the adapters' input. Above 0 the policy's log-probs become random numbers.
+        targets: Names of the layers that get adapters (`[q_proj, v_proj]`), or `all-linear` for every linear layer but
+            the output layer.
+        modules_to_save: Layers that are trained whole beside the adapters, such as `lm_head`.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ModelError(f"lora: r must be 1 or more, alpha above 0, dropout in [0, 1); given {asdict(self)}")
+
+
+class ResponseStates(NamedTuple):
+    """What stands before each response token of R rows: all that the output layer needs, and no prompt or padding."""
+
+    hidden: Tensor
+    """[N, H], the last hidden state of the token before."""
+    targets: Tensor
+    """[N] int64, the response tokens, row by row."""
+    mask: Tensor
+    """[R, T] bool, True where a response token stands; its N True entries, row by row, are the N tokens."""
+
+
+class ResponseLogprobs(NamedTuple):
+    """Log-probabilities of R responses, terminator included, in nats, float32."""
+
+    tokens: Tensor
+    """[R, T]: log p(token | all before it) at each response token, 0 elsewhere."""
+    mask: Tensor
+    """[R, T] bool, True on the response tokens."""
+
+    @property
+    def sums(self) -> Tensor:
+        """Log-probability of each response, [R]."""
+        return sequence_logprobs(self.tokens, self.mask)
+
+    @property
+    def averages(self) -> Tensor:
+        """The same per token, [R]."""
+        return sequence_logprobs(self.tokens, self.mask, average=True)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, [R] int64."""
+        return self.mask.sum(dim=1)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its output layer, and with LoRA adapters where asked for.
+
+    The output layer is applied to response positions alone and in chunks: the [tokens, V] logits never exist.
+    """
+
+    def __init__(self, model: PreTrainedModel | nn.Module, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        lora: Lora | None = None,
+        quantization: Quantization | None = None,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> CausalLM:
+        """Load a causal language model by hub name, directory or `builtin:tiny`; float32, in train mode, dropout off.
+
+        float32 because these are the master weights: mixed precision is the Trainer's business. Raises `ModelError` for
+        what is no causal language model, for one whose log-probs cannot be had from its hidden states, for LoRA targets
+        that match nothing, and when peft or bitsandbytes is asked for and missing.
+        """
+        from transformers import AutoModelForCausalLM
+
+        config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
+        if quantization is not None and lora is None:
+            raise ModelError("model.quantization: 4-bit weights cannot be trained; give model.lora as well")
+        extra = {} if quantization is None else {"quantization_config": four_bits()}
+        model = load_weights(
+            AutoModelForCausalLM,
+            name_or_path,
+            config,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **extra,
+        )
+        temperature = _measured_temperature(model, name_or_path)
+        if lora is not None:
+            model = _with_adapters(model, lora)
+        if gradient_checkpointing:
+            _inner(model).activation_checkpointing_enable()
+        return cls(model.train(), temperature=temperature)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return _inner(self.model).config
+
+    @property
+    def has_adapters(self) -> bool:
+        return _inner(self.model) is not self.model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
+        """Log-probabilities of the response tokens of R rows; arguments as `states`."""
+        return self.logprobs(self.states(input_ids, attention_mask, response_mask))
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseStates:
+        """The hidden states that predict the response tokens.
+
+        `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens; `response_mask` [R, T] bool, True on
+        the response and its terminator. Padding may stand on any side. Raises `ValueError` for other shapes and for a
+        row without a response token that follows another token (on an accelerator such a row is empty).
+        """
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+        check_layout(**{name: (tensor, "R T") for name, tensor in rows.items()})
+        # The first token of a row has no token before it that could predict it.
+        mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
+        check_not_empty(mask.sum(dim=1))
+        hidden = hidden_states(_inner(self.model).base_model, input_ids, attention_mask)
+        return ResponseStates(hidden[:, :-1][mask[:, 1:]], input_ids[mask], mask)
+
+    def logprobs(self, states: ResponseStates) -> ResponseLogprobs:
+        """Log-probabilities of the tokens that `states` lead to, float32, in nats."""
+        weight, bias = _output_layer(self.model)
+        flat = linear_logprobs(states.hidden, weight, states.targets, bias=bias, temperature=self.temperature)
+        zeros = torch.zeros(states.mask.shape, dtype=flat.dtype, device=flat.device)
+        return ResponseLogprobs(zeros.masked_scatter(states.mask, flat), states.mask)
+
+    def most_likely(self, states: ResponseStates) -> Tensor:
+        """The most likely token at each of the N positions, [N] int64."""
+        weight, bias = _output_layer(self.model)
+        return linear_argmax(states.hidden, weight, bias=bias)
+
+    def frozen_fingerprint(self) -> str:
+        """A hash of the weights that are not trained: of their names, shapes, and both ends of each."""
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                flat = parameter.data.flatten()
+                digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Inside, the model is the one that the adapters were put on. Raises `ModelError` when there are none."""
+        if not self.has_adapters:
+            raise ModelError("this model has no adapters that could be switched off; give model.lora")
+        with self.model.disable_adapter():
+            yield
+
+    def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> Path:
+        """Write a directory that `AutoModelForCausalLM` loads; tied weights stay tied. Returns the directory.
+
+        Adapters are merged into the weights, for good; with `merge=False` they alone are written, beside the name of
+        the model that they belong to. Written beside the directory first, so that it is never half there.
+        Raises `ModelError` when adapters on 4-bit weights are to be merged.
+        """
+        model = self.model
+        if self.has_adapters and merge:
+            if getattr(_inner(model), "is_quantized", False):
+                raise ModelError(
+                    "adapters on 4-bit weights: merging would round them to 4 bits as well; export with merge: false"
+                )
+            model = self.model = model.merge_and_unload()
+        with replaced_model(directory) as made:
+            model.save_pretrained(made, max_shard_size="5GB")
+            (made / "README.md").unlink(missing_ok=True)  # peft's model card, a form to be filled in
+        return Path(directory).expanduser()
+
+
+class FrozenCausalLM:
+    """A reference model outside of every module tree: no optimizer, no checkpoint and no `train()` reaches it."""
+
+    def __init__(self, network: CausalLM) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
+        """As `CausalLM.forward`, on the device of the rows."""
+        return self.network.to(input_ids.device)(input_ids, attention_mask, response_mask)
+
+
+def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a causal language model. Raises `ModelError` for anything else that can be told by it."""
+    config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    if is_reward_network(config):
+        raise ModelError(f"{name_or_path}: a reward network, which gives scores, not tokens; give a language model")
+    return config
+
+
+def _inner(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside of peft's wrapping, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, H] and bias [V] of the layer that makes logits, as trained by now or, with adapters off, as loaded."""
+    layer = _inner(model).get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):  # trained whole beside adapters
+        off = layer.disable_adapters
+        layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
+    return layer.weight, getattr(layer, "bias", None)
+
+
+@torch.no_grad()
+def _measured_temperature(model: PreTrainedModel, name: str) -> float:
+    """What the model divides `hidden @ weight.T + bias` by to get its logits.
+
+    Measured on a few tokens, since every family that scales its logits has another name for the scale. Raises
+    `ModelError` when the logits are no multiple of that product, and when a token sees those after it.
+    """
+    kind, text_config = model.config.model_type, model.config.get_text_config()
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{name}: a {kind} model without a linear output layer; give a causal language model")
+    ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % text_config.vocab_size
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    hidden = hidden_states(model.base_model, ids, mask)
+    other_end = hidden_states(model.base_model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1), mask)
+    if not torch.allclose(hidden[:, :-1], other_end[:, :-1], rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
+        raise ModelError(f"{name}: an encoder ({kind}), where a token sees those after it; give a decoder")
+    product = F.linear(hidden.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits.double()
+    scale = ((logits * product).sum() / product.square().sum()).item()
+    softcapping = getattr(text_config, "final_logit_softcapping", None)
+    error = (logits - scale * product).abs().max().item() / logits.abs().max().item()
+    if softcapping is not None or not error < _PROBE_TOLERANCE:
+        cause = "final_logit_softcapping" if softcapping is not None else f"they differ by {error:.1%}"
+        raise ModelError(
+            f"{name}: the logits of a {kind} model are no multiple of hidden states times output layer ({cause}), "
+            "which the chunked log-probs need; use a model without soft-capping of its logits"
+        )
+    return 1.0 if abs(scale - 1) < _PROBE_TOLERANCE else 1 / scale
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
+    """The model wrapped by peft, of which the adapters alone can be trained. Raises `ModelError`."""
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ModelError("model.lora: the package peft is not installed; pip install 'rlhf-lightning[lora]'") from error
+    names = [name for name, _ in model.named_modules()]
+    absent = [key for key in lora.modules_to_save or [] if not any(name.split(".")[-1] == key for name in names)]
+    layers = sorted({name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
+    if absent:
+        raise ModelError(f"model.lora.modules_to_save: {absent[0]} is no layer of this model, which has {layers}")
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        modules_to_save=lora.modules_to_save,
+    )
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # refused below, in our words
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
+        try:
+            wrapped = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ModelError(
+                f"model.lora.targets: {lora.targets} matches no layer that can have adapters ({reason_of(error)}); "
+                f"use all-linear, or some of {layers}"
+            ) from error
+    ends = {
+        "output layer": _inner(wrapped).get_output_embeddings(),
+        "embeddings": _inner(wrapped).get_input_embeddings(),
+    }
+    for what, layer in ends.items():
+        if isinstance(layer, BaseTunerLayer) and (tied or what == "output layer"):
+            raise ModelError(f"model.lora.targets: {lora.targets} matches the {what}; leave it out of the targets")
+        if hasattr(layer, "modules_to_save") and tied:
+            raise ModelError(
+                f"model.lora.modules_to_save: the {what} share their weights with the other end of this model, and "
+                "would no longer once trained; leave them out"
+            )
+    return wrapped
+
+
+def four_bits() -> Any:
+    """The quantization of QLoRA, for transformers. Raises `ModelError` without bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.quantization: the package bitsandbytes is not installed; pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    half = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
+    )

@@ -1,0 +1,106 @@
+"""What stops a run, or warns, because its numbers cannot be what they should be.
+
+B pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.models.backbones import max_positions
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.training.callbacks import best_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
+
+_START_TOLERANCE = {"16-mixed": 1e-2, "bf16-mixed": 5e-2}
+"""How far the first loss may be off in half precision; 1e-4 in others. The two forwards are the same arithmetic, but an
+accelerator may choose another attention kernel for the one without gradients."""
+
+_FALLEN = -1.0
+"""Nats by which the chosen responses must have fallen on average before there is an alarm."""
+
+
+def check_tokens_fit(data: LightningDataModule | None, config: PretrainedConfig, name: str) -> None:
+    """Check that the data is pairs whose rows and token ids fit a model. Raises `ConfigurationError`."""
+    if isinstance(data, PromptDataModule):
+        raise ConfigurationError(
+            "data: PromptDataModule has prompts alone, and this model learns from pairs; use PreferenceDataModule"
+        )
+    limit = max_positions(config)
+    if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
+        raise ConfigurationError(
+            f"data.max_length is {max_length}, but {name} has positions for {limit} tokens; "
+            f"set max_length to {limit} or less"
+        )
+    chat_format = getattr(data, "chat_format", None)
+    if chat_format is not None and len(chat_format.tokenizer) > config.vocab_size:
+        raise ConfigurationError(
+            f"the tokenizer {data.tokenizer_source} has {len(chat_format.tokenizer)} tokens, but "
+            f"{name} knows {config.vocab_size}; give the tokenizer of this model"
+        )
+
+
+def check_finite(module: LightningModule, batch: PreferenceBatch, losses: Tensor) -> None:
+    """Stop before a NaN or infinite loss, [B], reaches the weights. Raises `TrainingError` naming step and examples."""
+    wrong = ~losses.detach().isfinite()
+    if not wrong.any():
+        return
+    data, kept = module.trainer.datamodule, best_checkpoint(module.trainer)
+    positions = batch.index[wrong].tolist()
+    examples = [str(i) if data is None else data.pairs["train"].example_ids[i] for i in positions[:8]]
+    more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
+    raise TrainingError(
+        f"step {module.trainer.global_step}: the loss is {losses.detach()[wrong][0].item()} for the examples "
+        f"{', '.join(examples)}{more}; the weights were not changed by it. Lower the learning rate, set "
+        "trainer.gradient_clip_val, or look at these examples; "
+        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was saved yet")
+    )
+
+
+def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> None:
+    """Check the first losses against those of a policy equal to its reference, both [B]. Raises `TrainingError`.
+
+    For the sigmoid family that is ln 2: nothing has been learned yet.
+    """
+    tolerance = _START_TOLERANCE.get(str(module.trainer.precision), 1e-4) * expected.abs().clamp(min=1)
+    difference = (losses - expected).detach().abs()
+    if (difference > tolerance).any():
+        worst = difference.argmax()
+        raise TrainingError(
+            f"step 0: a loss is {losses[worst].item():.4f}, but {expected[worst].item():.4f} is due while policy and "
+            "reference are the same model: something random (dropout) or other weights are in one of them; give the "
+            "policy's own start as reference, or set model.reference to the model that is meant"
+        )
+
+
+def adapters_moved(policy: CausalLM) -> bool:
+    """Whether any adapter has left its start, where every B is 0."""
+    return any(bool(parameter.any()) for name, parameter in policy.named_parameters() if "lora_B" in name)
+
+
+def warn_of_falling_chosen(chosen: float, rejected: float) -> bool:
+    """Warn when both responses became less likely than under the reference. Returns whether it did.
+
+    `chosen` and `rejected` are mean summed log-ratios policy - reference, in nats. A preference loss sees only their
+    difference, so it can be lowered while the chosen responses are unlearned too (Pal et al. 2024, arXiv 2402.13228).
+    """
+    if not (chosen < _FALLEN and rejected < 0):
+        return False
+    log.warning(
+        "the chosen responses became less likely together with the rejected ones, by %.1f and %.1f nats a response: "
+        "the policy moves to answers outside of the data; add model.sft_weight (0.2 to 1), or use model.loss_type dpop",
+        -chosen,
+        -rejected,
+    )
+    return True

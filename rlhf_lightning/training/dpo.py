@@ -1,0 +1,386 @@
+"""Direct preference optimization and its relatives: a policy tuned on preference pairs against a reference.
+
+B pairs, 2B rows, T padded tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.functional.kl import kl_estimate
+from rlhf_lightning.functional.losses import (
+    AVERAGE_LOGPROB_LOSSES,
+    LENGTH_AWARE_LOSSES,
+    PREFERENCE_LOSSES,
+)
+from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
+from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.checkpoints import complete_adapters, store_adapters_alone, store_origin
+from rlhf_lightning.training.checks import (
+    adapters_moved,
+    check_finite,
+    check_start,
+    check_tokens_fit,
+    warn_of_falling_chosen,
+)
+from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
+from rlhf_lightning.training.optimization import (
+    Fraction,
+    Schedule,
+    Smoothing,
+    check_optimizer,
+    optimizer_and_schedule,
+)
+from rlhf_lightning.training.references import (
+    ADAPTER,
+    check_reference_config,
+    check_reference_tokenizer,
+    choose_reference,
+)
+
+log = logging.getLogger(__name__)
+
+LossType = Literal[
+    "sigmoid",
+    "robust",
+    "ipo",
+    "hinge",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+    "apo_zero",
+    "apo_down",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "dpop",
+    "r_dpo",
+]
+
+
+class PairLogprobs(NamedTuple):
+    """Log-probabilities of the responses of B pairs, in nats, float32, and their tokens."""
+
+    chosen: Tensor
+    """[B], summed over the tokens."""
+    rejected: Tensor
+    """[B]"""
+    chosen_lengths: Tensor
+    """[B] int64, terminator included."""
+    rejected_lengths: Tensor
+    """[B] int64"""
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """The log-probabilities per token, [B] each."""
+        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
+
+
+class DPO(LightningModule):
+    """DPO: a causal language model tuned so that chosen responses gain on rejected ones, relative to a reference.
+
+    Args:
+        backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
+        loss_type: Name of the loss; its formula stands in the function of that name in `rlhf_lightning.functional`.
+            `ipo`, `sigmoid_norm`, `simpo` and `orpo` take log-probs per token, the others those of whole responses.
+        beta: Strength of the pull to the reference; about 5 for `sigmoid_norm`, 2 to 10 for `simpo`.
+        label_smoothing: Probability with which a label is taken to be wrong; for `sigmoid` (cDPO), `robust`,
+            `sigmoid_norm`, `simpo` and `exo_pair`.
+        gamma: Margin of `simpo`, itself, not divided by beta.
+        alpha: Weight of the difference in length of `r_dpo`.
+        dpop_lambda: Weight of the penalty of `dpop`; 50 when not given.
+        sft_weight: Weight of the chosen response's negative log-likelihood per token (RPO, arXiv 2404.19733). The mean
+            is taken within each response, so that every pair counts the same, whatever its length and its batch.
+        reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
+            of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
+            given. `simpo` and `orpo` have none.
+        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
+        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
+        optimizer: Any torch optimizer with its arguments.
+        schedule: Learning rate after the warm-up.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
+        attn_implementation: What transformers prefers when not given.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        loss_type: LossType = "sigmoid",
+        beta: PositiveFloat = 0.1,
+        label_smoothing: Smoothing | None = None,
+        gamma: NonNegativeFloat | None = None,
+        alpha: NonNegativeFloat | None = None,
+        dpop_lambda: NonNegativeFloat | None = None,
+        sft_weight: NonNegativeFloat = 0.0,
+        reference: str | None = None,
+        lora: Lora | None = None,
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
+        schedule: Schedule = "linear",
+        warmup_ratio: Fraction = 0.1,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        lora = asdict(lora) if isinstance(lora, Lora) else lora  # a checkpoint holds plain values
+        self.save_hyperparameters(ignore=["optimizer"])
+        check_optimizer(optimizer)
+        check_attention(attn_implementation)
+        self.optimizer_factory = optimizer
+        self.lora = None if lora is None else Lora(**lora)
+        own = {"label_smoothing": label_smoothing, "gamma": gamma, "alpha": alpha, "dpop_lambda": dpop_lambda}
+        self.loss_settings = {"beta": beta} | _settings_of_loss(loss_type, own)
+        self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
+        self.reference_source = choose_reference(
+            reference, backbone, loss_type, adapters=lora is not None, quantization=quantization
+        )
+        if self.reference_source not in (None, ADAPTER, backbone):
+            config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+            check_reference_config(self.reference_source, config, backbone, self.backbone_config)
+        self.policy: CausalLM | None = None
+        self._frozen: FrozenCausalLM | None = None
+        self.train_metrics = self._metrics()
+        self.throughput = TokensPerSecond()
+        self.log_ratios = nn.ModuleDict({"chosen": MeanMetric(), "rejected": MeanMetric()})
+        self.val_metrics = self._metrics(pairs=PairCount())
+        self.test_metrics = self._metrics(pairs=PairCount())
+        self.logged_step = 0
+        self._batch_began = 0.0
+        self._learning_rate = 0.0
+        self._steps_without_move = 0
+        self._start_checked = self._moved = self._warned = False
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)
+        if self.reference_source not in (None, ADAPTER) and self._frozen is None:
+            settings = self.hparams
+            network = CausalLM.from_pretrained(
+                self.reference_source,
+                attn_implementation=settings.attn_implementation,
+                trust_remote_code=settings.trust_remote_code,
+            )
+            self._frozen = FrozenCausalLM(network)
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
+        check_tokens_fit(data, self.backbone_config.get_text_config(), self.hparams.backbone)
+        chat_format = getattr(data, "chat_format", None)
+        if chat_format is not None and self.reference_source not in (None, ADAPTER, self.hparams.backbone):
+            check_reference_tokenizer(self.reference_source, chat_format.tokenizer)
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if self.policy is not None:
+            return
+        settings = self.hparams
+        self.policy = CausalLM.from_pretrained(
+            settings.backbone,
+            lora=self.lora,
+            quantization=settings.quantization,
+            attn_implementation=settings.attn_implementation,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def on_fit_start(self) -> None:
+        log_parameters(self.policy, self.hparams.backbone)
+        log.info(
+            "loss: %s, beta %g; reference: %s",
+            self.hparams.loss_type,
+            self.hparams.beta,
+            self.reference_source or "none",
+        )
+
+    def configure_optimizers(self):
+        return optimizer_and_schedule(
+            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
+        )
+
+    def forward(self, batch: PreferenceBatch) -> PairLogprobs:
+        """Log-probabilities of both responses of each pair under the policy, in one pass over 2B rows."""
+        responses = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PreferenceBatch) -> PairLogprobs | None:
+        """The same under the reference; None for losses without one. All that the loss learns of the reference."""
+        if self.reference_source is None:
+            return None
+        rows = batch.input_ids, batch.attention_mask, batch.response_mask
+        if self.reference_source == ADAPTER:
+            with self.policy.adapters_off():
+                responses = self.policy(*rows)
+        else:
+            responses = self._frozen(*rows)
+        return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
+
+    def losses(self, policy: PairLogprobs, reference: PairLogprobs | None) -> Tensor:
+        """Loss of each pair, [B] float32."""
+        loss = PREFERENCE_LOSSES[self.hparams.loss_type]
+        sides = [*self._taken(policy), *(() if reference is None else self._taken(reference))]
+        lengths = {}
+        if self.hparams.loss_type in LENGTH_AWARE_LOSSES:
+            lengths = {"chosen_lengths": policy.chosen_lengths, "rejected_lengths": policy.rejected_lengths}
+        preference = loss(*sides, **self.loss_settings, **lengths)
+        if self.hparams.sft_weight == 0:
+            return preference
+        return preference - self.hparams.sft_weight * policy.averages()[0]
+
+    @torch.no_grad()
+    def rewards(self, policy: PairLogprobs, reference: PairLogprobs | None) -> tuple[Tensor, Tensor]:
+        """Implicit rewards beta (policy - reference) of both responses, [B] each, of what the loss takes.
+
+        For losses without a reference beta times the policy's average log-probs.
+        """
+        chosen, rejected = self._taken(policy)
+        if reference is not None:
+            chosen, rejected = (own - its for own, its in zip((chosen, rejected), self._taken(reference), strict=True))
+        return self.hparams.beta * chosen, self.hparams.beta * rejected
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        policy = self(batch)
+        reference = self.reference_logprobs(batch)
+        losses = self.losses(policy, reference)
+        check_finite(self, batch, losses)
+        self._check_start(losses, policy, reference)
+        self._update(self.train_metrics, losses.detach(), policy, reference)
+        if reference is not None:
+            self.log_ratios["chosen"].update(policy.chosen.detach() - reference.chosen)
+            self.log_ratios["rejected"].update(policy.rejected.detach() - reference.rejected)
+        return batch.weight * losses.mean()
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._batch_began = time.perf_counter()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._check_adapters()
+        seconds = time.perf_counter() - self._batch_began
+        self.throughput.update(batch.attention_mask.sum(), seconds)
+        shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
+        logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
+        if logged and self.reference_source is not None:
+            means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
+            self._warned = self._warned or warn_of_falling_chosen(**means)
+            for metric in self.log_ratios.values():
+                metric.reset()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
+        return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch)))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        store_origin(self, checkpoint)
+        store_adapters_alone(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        complete_adapters(self, checkpoint)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the policy as `CausalLM.save_pretrained` does."""
+        self.policy.save_pretrained(directory, merge=merge)
+
+    def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
+        policy, reference = self(batch), self.reference_logprobs(batch)
+        self._update(metrics, self.losses(policy, reference), policy, reference)
+        log_split(self, stage, metrics, shown=("loss", "rewards/accuracies"))
+
+    def _metrics(self, **others: Metric) -> nn.ModuleDict:
+        """Metrics of many pairs; each is defined in the README under its logged name."""
+        means = [
+            "loss",
+            *(f"{what}/{side}" for what in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")),
+        ]
+        means += ["rewards/margins"] + (["kl"] if self.reference_source is not None else [])
+        metrics: dict[str, Metric] = {name: MeanMetric() for name in means}
+        return nn.ModuleDict(metrics | {"rewards/accuracies": PairwiseAccuracy()} | others)
+
+    @torch.no_grad()
+    def _update(
+        self, metrics: nn.ModuleDict, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None
+    ) -> None:
+        """Feed B pairs."""
+        chosen, rejected = self.rewards(policy, reference)
+        values = {
+            "loss": losses,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": policy.chosen,
+            "logps/rejected": policy.rejected,
+            "lengths/chosen": policy.chosen_lengths.float(),
+            "lengths/rejected": policy.rejected_lengths.float(),
+        }
+        if reference is not None:
+            values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
+        update_metrics(metrics, values, chosen, rejected)
+
+    def _taken(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
+        """The log-probs that the loss takes, of chosen and rejected responses: whole, or per token."""
+        return pairs.averages() if self.hparams.loss_type in AVERAGE_LOGPROB_LOSSES else (pairs.chosen, pairs.rejected)
+
+    def _check_start(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> None:
+        """At the first batch of all: a policy that begins as its reference must have the loss of two equal models."""
+        begins_as_reference = self.reference_source in (ADAPTER, self.hparams.backbone)
+        if not self._start_checked and begins_as_reference and self.trainer.global_step == 0:
+            check_start(self, losses, self.losses(reference, reference))
+        self._start_checked = True
+
+    def _check_adapters(self) -> None:
+        """After the first optimizer step with a learning rate above 0 the adapters must have moved."""
+        if self._moved or not self.policy.has_adapters or self._learning_rate == 0:
+            return
+        self._moved = adapters_moved(self.policy)
+        self._steps_without_move += 1
+        # float16's loss scaler skips some of its first steps.
+        allowed = 20 * self.trainer.accumulate_grad_batches if self.trainer.precision == "16-mixed" else 1
+        if not self._moved and self._steps_without_move >= allowed:
+            raise TrainingError(
+                f"step {self.trainer.global_step}: the optimizer stepped with learning rate {self._learning_rate:g}, "
+                "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.targets"
+            )
+
+
+def _settings_of_loss(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
+    """The given settings that belong to a loss. Raises `ConfigurationError` for one it does not take, or misses."""
+    parameters = inspect.signature(PREFERENCE_LOSSES[loss_type]).parameters
+    settings = {}
+    for name, value in given.items():
+        if value is not None and name not in parameters:
+            takers = [other for other, loss in PREFERENCE_LOSSES.items() if name in inspect.signature(loss).parameters]
+            raise ConfigurationError(
+                f"model.{name}: the loss {loss_type} takes none; leave it out, or use loss_type {' or '.join(takers)}"
+            )
+        if value is not None:
+            settings[name] = value
+        elif name in parameters and parameters[name].default is inspect.Parameter.empty:
+            raise ConfigurationError(f"model.{name}: the loss {loss_type} needs it; give a number")
+    if loss_type == "exo_pair" and settings.get("label_smoothing") == 0:
+        raise ConfigurationError("model.label_smoothing: exo_pair takes its logarithm; give a number above 0, or none")
+    return settings

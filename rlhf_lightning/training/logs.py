@@ -1,0 +1,75 @@
+"""What every LightningModule of the package logs in the same way: means over pairs, and metrics of a whole split."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from rlhf_lightning.metrics import TokensPerSecond
+from rlhf_lightning.models.causal_lm import CausalLM
+
+log = logging.getLogger(__name__)
+
+
+def update_metrics(metrics: nn.ModuleDict, values: dict[str, Tensor | tuple[Tensor, ...]], *pair: Tensor) -> None:
+    """Feed each metric the values, or the tuple of them, under its name; any other the two sides of the pairs."""
+    for name, metric in metrics.items():
+        given = values.get(name, pair)
+        metric.update(*given) if isinstance(given, tuple) else metric.update(given)
+
+
+def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, shown: tuple[str, ...]) -> None:
+    """Log the metrics of a whole split as `stage/name`, some of them `shown` in the progress bar."""
+    for name, metric in metrics.items():
+        module.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in shown)
+
+
+def log_training_means(
+    module: LightningModule,
+    metrics: nn.ModuleDict,
+    *,
+    shown: dict[str, str],
+    throughput: TokensPerSecond | None = None,
+) -> dict[str, float] | None:
+    """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time.
+
+    Logs `train/NAME` of the metrics, tokens per second where they were counted, peak memory on CUDA, and the learning
+    rate, then begins anew. `shown` gives the metrics of a line in a log file, and their names in words. The module
+    keeps `logged_step`, the step of its last log. Returns what was logged, or None when it is not the time.
+    """
+    trainer = module.trainer
+    step, every = trainer.global_step, trainer.log_every_n_steps
+    if every == 0 or step == module.logged_step or step % every:
+        return None
+    module.logged_step = step
+    values = {f"train/{name}": metric.compute().item() for name, metric in metrics.items()}
+    if throughput is not None:
+        values["train/tokens_per_second"] = throughput.compute().item()
+        values |= _peak_memory(module.device)
+        throughput.reset()
+    values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+    for logger in module.loggers:
+        logger.log_metrics(values, step=step)
+    trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
+    if not sys.stderr.isatty():  # a log file shows no progress bar
+        numbers = ", ".join(f"{words} {values[f'train/{name}']:.4f}" for name, words in shown.items())
+        log.info("step %d/%d: %s", step, int(trainer.estimated_stepping_batches), numbers)
+    for metric in metrics.values():
+        metric.reset()
+    return values
+
+
+def log_parameters(policy: CausalLM, name: str) -> None:
+    """Say what is trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    log.info("model: %s (%s), %s parameters, %s trained", name, policy.config.model_type, f"{total:,}", f"{trained:,}")
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """Most memory that tensors have had on a CUDA device, in GiB, under its logged name; nothing on a CPU."""
+    return {"train/peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}

@@ -1,0 +1,187 @@
+"""`export`: the directory holds what the trainer had, proved by a fresh process, and says so."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_lightning import DPO, RewardModel, RewardNetwork
+from rlhf_lightning.cli import main
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.export import export_checkpoint
+from rlhf_lightning.models import probe
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.training.callbacks import ExportBest, Results
+from tests.training.conftest import build, build_dpo, pairs, sgd, trainer  # noqa: F401 (fixtures)
+from tests.training.test_dpo import LORA
+
+
+@pytest.fixture
+def checkpoint(request, trainer, tmp_path):  # noqa: F811
+    """Train a few steps with a builder and settings, as named by the parameter; the path of the checkpoint."""
+
+    def make(builder: str, *callbacks, **settings) -> str:
+        save = ModelCheckpoint(tmp_path / "checkpoints", filename="last")
+        module, datamodule = request.getfixturevalue(builder)(**settings)
+        trainer(callbacks=[Results(), save, *callbacks], enable_checkpointing=True, max_epochs=2).fit(
+            module, datamodule
+        )
+        return save.best_model_path
+
+    return make
+
+
+def response_sums(policy: CausalLM, batches) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([policy(b.input_ids, b.attention_mask, b.response_mask).sums for b in batches])
+
+
+def batches_of(build_dpo, trainer):  # noqa: F811
+    module, datamodule = build_dpo()
+    trainer().validate(module, datamodule, verbose=False)
+    return list(datamodule.val_dataloader())
+
+
+@pytest.mark.parametrize("merge", [True, False, None], ids=["merged", "unmerged", "whole"])
+def test_exported_log_probs_are_those_of_the_trainer(build_dpo, trainer, checkpoint, tmp_path, merge):  # noqa: F811
+    model = {} if merge is None else LORA | {"optimizer": sgd(0.05)}
+    path, out = checkpoint("build_dpo", model=model), tmp_path / "exported"
+    difference, unit = export_checkpoint(path, out, merge=merge is not False)
+    assert unit == "nats"
+    assert difference < 1e-4 if merge else difference == 0
+    in_trainer = DPO.load_from_checkpoint(path).policy
+    exported = CausalLM(AutoModelForCausalLM.from_pretrained(out))
+    batches = batches_of(build_dpo, trainer)
+    torch.testing.assert_close(
+        response_sums(exported, batches), response_sums(in_trainer, batches), rtol=0, atol=1e-3 if merge else 0
+    )
+    start = build_dpo()[0]
+    start.configure_model()
+    assert (response_sums(exported, batches) - response_sums(start.policy, batches)).abs().max() > 0.1
+    card = (out / "README.md").read_text()
+    assert f"on a probe of 24 tokens is {difference:.3g} nats" in card.replace("\\\n", "")
+    assert "| `rewards/accuracies` |" in card
+    assert re.search(r"\| `pairs` \| 7 \|", card)
+    assert (
+        AutoTokenizer.from_pretrained(out).chat_template
+        == AutoTokenizer.from_pretrained(start.hparams.backbone).chat_template
+    )
+    assert (out / "adapter_config.json").is_file() is (merge is False)
+    loaded = exported.model
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight, "tied weights stay tied"
+
+
+def test_a_reward_model_is_exported_too(checkpoint, tmp_path, capsys):
+    path, out = checkpoint("build"), tmp_path / "exported"
+    assert main(["export", "--ckpt_path", path, "--out", str(out)]) == 0
+    assert "largest difference 0 units of score" in capsys.readouterr().out
+    network, own = RewardNetwork.from_pretrained(out), RewardModel.load_from_checkpoint(path).network.eval()
+    rows = probe.probe_rows(900)
+    with torch.no_grad():
+        assert torch.equal(network(*rows), own(*rows))
+    assert "from rlhf_lightning import RewardNetwork" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_export_best_writes_the_best_checkpoint(checkpoint, tmp_path, build_dpo, trainer, merge):  # noqa: F811
+    callback = ExportBest(str(tmp_path / "best"), merge=merge)
+    path = checkpoint("build_dpo", callback, model=LORA | {"optimizer": sgd(0.05)})
+    assert (tmp_path / "best" / "adapter_config.json").is_file() is not merge
+    exported = CausalLM(AutoModelForCausalLM.from_pretrained(tmp_path / "best"))
+    batches = batches_of(build_dpo, trainer)
+    own = response_sums(DPO.load_from_checkpoint(path).policy, batches)
+    torch.testing.assert_close(response_sums(exported, batches), own, rtol=0, atol=1e-3 if merge else 0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "best").chat_template
+
+
+def test_a_template_of_the_run_is_exported_with_the_model(checkpoint, tmp_path, monkeypatch):
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    (tmp_path / "mine.jinja").write_text(template)
+    path = checkpoint("build_dpo", data={"chat_template": str(tmp_path / "mine.jinja")})
+    (tmp_path / "mine.jinja").unlink()
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: torch.zeros(1))
+    with pytest.raises(ModelError, match="loaded again"):  # the tokenizer is written before the proof, which costs time
+        export_checkpoint(path, tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == template
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_does_not_give_the_trainers_outputs_is_called_so(checkpoint, tmp_path, monkeypatch):
+    path = checkpoint("build_dpo")
+    own = DPO.load_from_checkpoint(path).policy
+    outputs = probe.log_probs(own.model, own.config.vocab_size)
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs + 0.01)
+    with pytest.raises(ModelError, match=r"its outputs differ by 0\.01 nats from the trainer's"):
+        export_checkpoint(path, tmp_path / "exported")
+    assert not (tmp_path / "exported" / "README.md").exists()
+
+
+def test_a_directory_that_does_not_load_is_called_so(checkpoint, tmp_path, monkeypatch):
+    def broken(self, directory, **settings):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+
+    path = checkpoint("build_dpo")
+    monkeypatch.setattr(DPO, "export", broken)
+    with pytest.raises(ModelError, match="does not load in a fresh process"):
+        export_checkpoint(path, tmp_path / "exported")
+
+
+@pytest.mark.parametrize("held", ["a file", "files that are no model"])
+def test_a_directory_that_holds_something_else_is_refused(checkpoint, tmp_path, held):
+    target = tmp_path / "taken"
+    if held == "a file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigurationError, match="taken"):
+        export_checkpoint(checkpoint("build_dpo"), target)
+    assert "mine" in (target.read_text() if held == "a file" else (target / "thesis.tex").read_text())
+
+
+def test_export_best_refuses_to_merge_into_four_bits_before_the_training(build_dpo, trainer, tmp_path):  # noqa: F811
+    module, datamodule = build_dpo(model=LORA | {"quantization": "4bit"})
+    with pytest.raises(ConfigurationError, match="set merge: false"):
+        trainer(callbacks=[ExportBest(str(tmp_path / "best"))]).fit(module, datamodule)
+
+
+def test_a_checkpoint_without_its_origin_is_refused(checkpoint, tmp_path):
+    path = checkpoint("build_dpo")
+    stored = torch.load(path, weights_only=True)
+    for origin in (None, {"class": "os.system"}):
+        torch.save(stored | {"rlhf_lightning": origin} if origin else _without(stored), tmp_path / "old.ckpt")
+        with pytest.raises(ConfigurationError, match="does not say which class made it"):
+            export_checkpoint(tmp_path / "old.ckpt", tmp_path / "exported")
+
+
+def _without(stored: dict) -> dict:
+    return {name: value for name, value in stored.items() if name != "rlhf_lightning"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "x"], ["--ckpt_path", "required"]),
+        (["--ckpt_path", "absent.ckpt", "--out", "x"], ["absent.ckpt", "no checkpoint"]),
+        (["--ckpt_path", "a", "--out", "x", "--merge", "maybe"], ["--merge", "maybe"]),
+        (["--ckpt_path", "a", "--out", "x", "--merg", "true"], ["--merg"]),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *arguments]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("rlhf-lightning: error: ")
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == []
