@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 
+from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.examples import LoadReport, OnBadRows
 from rlhf_lightning.data.loader import (
     BatchLoader,
+    MicroBatch,
     collate_pairs,
     evaluation_loader,
     run_seed,
@@ -156,6 +159,13 @@ class PreferenceDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
         self._resume_position = training_position(state_dict)
+
+    def batches(self, role: Role, positions: np.ndarray) -> Iterator[PreferenceBatch]:
+        """Some of the pairs of a role once, the longest first, outside of any loader."""
+        pairs, order = self.pairs[role], positions[np.argsort(-self.pairs[role].lengths[positions], kind="stable")]
+        for start in range(0, len(order), self.eval_batch_size):
+            part = MicroBatch(order[start : start + self.eval_batch_size], 1.0)
+            yield collate_pairs(part, pairs, pad_id=self.chat_format.pad_id)
 
     def val_dataloader(self) -> BatchLoader:
         return self._evaluation_loader("val")

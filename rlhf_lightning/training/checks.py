@@ -68,12 +68,17 @@ def check_finite(module: LightningModule, batch: PreferenceBatch, losses: Tensor
     )
 
 
+def start_tolerance(precision: str) -> float:
+    """How far two forwards of one model may be apart, relative, under a precision of the Trainer."""
+    return _START_TOLERANCE.get(precision, 1e-4)
+
+
 def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> None:
     """Check the first losses against those of a policy equal to its reference, both [B]. Raises `TrainingError`.
 
     For the sigmoid family that is ln 2: nothing has been learned yet.
     """
-    tolerance = _START_TOLERANCE.get(str(module.trainer.precision), 1e-4) * expected.abs().clamp(min=1)
+    tolerance = start_tolerance(str(module.trainer.precision)) * expected.abs().clamp(min=1)
     difference = (losses - expected).detach().abs()
     if (difference > tolerance).any():
         worst = difference.argmax()

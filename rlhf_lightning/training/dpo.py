@@ -16,20 +16,30 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.functional.losses import (
     AVERAGE_LOGPROB_LOSSES,
     LENGTH_AWARE_LOSSES,
     PREFERENCE_LOSSES,
+    REFERENCE_FREE_LOSSES,
 )
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.models.causal_lm import (
+    CausalLM,
+    FrozenCausalLM,
+    Lora,
+    Quantization,
+    ResponseLogprobs,
+    load_causal_config,
+)
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import complete_adapters, store_adapters_alone, store_origin
 from rlhf_lightning.training.checks import (
@@ -47,11 +57,14 @@ from rlhf_lightning.training.optimization import (
     check_optimizer,
     optimizer_and_schedule,
 )
+from rlhf_lightning.training.reference_cache import weights_hash
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
     check_reference_tokenizer,
     choose_reference,
+    precomputed_logprobs,
+    split_precomputed,
 )
 
 log = logging.getLogger(__name__)
@@ -109,7 +122,9 @@ class DPO(LightningModule):
             is taken within each response, so that every pair counts the same, whatever its length and its batch.
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
-            given. `simpo` and `orpo` have none.
+            given. `precomputed`, or `precomputed:NAME` for another model, computes its log-probs once, keeps them on
+            disk, and trains without it in memory. `simpo` and `orpo` have none.
+        reference_cache: Where precomputed log-probs are kept; `~/.cache/rlhf_lightning/references` when not given.
         lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
         quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
         optimizer: Any torch optimizer with its arguments.
@@ -131,6 +146,7 @@ class DPO(LightningModule):
         dpop_lambda: NonNegativeFloat | None = None,
         sft_weight: NonNegativeFloat = 0.0,
         reference: str | None = None,
+        reference_cache: str | None = None,
         lora: Lora | None = None,
         quantization: Quantization | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
@@ -150,14 +166,20 @@ class DPO(LightningModule):
         own = {"label_smoothing": label_smoothing, "gamma": gamma, "alpha": alpha, "dpop_lambda": dpop_lambda}
         self.loss_settings = {"beta": beta} | _settings_of_loss(loss_type, own)
         self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
+        self.precomputed, kind = split_precomputed(reference)
         self.reference_source = choose_reference(
-            reference, backbone, loss_type, adapters=lora is not None, quantization=quantization
+            reference if loss_type in REFERENCE_FREE_LOSSES else kind,
+            backbone,
+            loss_type,
+            adapters=lora is not None,
+            quantization=quantization,
         )
         if self.reference_source not in (None, ADAPTER, backbone):
             config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.policy: CausalLM | None = None
         self._frozen: FrozenCausalLM | None = None
+        self._precomputed: dict[str, Tensor] = {}
         self.train_metrics = self._metrics()
         self.throughput = TokensPerSecond()
         self.log_ratios = nn.ModuleDict({"chosen": MeanMetric(), "rejected": MeanMetric()})
@@ -203,6 +225,7 @@ class DPO(LightningModule):
 
     def on_fit_start(self) -> None:
         log_parameters(self.policy, self.hparams.backbone)
+        self._precompute("train", "val")
         log.info(
             "loss: %s, beta %g; reference: %s",
             self.hparams.loss_type,
@@ -221,17 +244,43 @@ class DPO(LightningModule):
         return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: PreferenceBatch) -> PairLogprobs | None:
-        """The same under the reference; None for losses without one. All that the loss learns of the reference."""
+    def reference_logprobs(self, batch: PreferenceBatch, role: Role = "train") -> PairLogprobs | None:
+        """The same under the reference; None for losses without one. All that the loss learns of the reference.
+
+        `role` is that of the data which the batch's positions count in.
+        """
         if self.reference_source is None:
             return None
-        rows = batch.input_ids, batch.attention_mask, batch.response_mask
-        if self.reference_source == ADAPTER:
-            with self.policy.adapters_off():
-                responses = self.policy(*rows)
-        else:
-            responses = self._frozen(*rows)
+        if self.precomputed:
+            sums = self._precomputed[role][batch.index.cpu()].to(self.device)
+            return PairLogprobs(*sums.unbind(dim=1), *batch.response_mask.sum(dim=1).chunk(2))
+        responses = self._reference(batch.input_ids, batch.attention_mask, batch.response_mask)
         return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
+
+    def _reference(self, *rows: Tensor) -> ResponseLogprobs:
+        if self.reference_source != ADAPTER:
+            return self._frozen(*rows)
+        with self.policy.adapters_off():
+            return self.policy(*rows)
+
+    def _precompute(self, *roles: Role) -> None:
+        """Get the reference's log-probs of all pairs, then let go of it."""
+        if not self.precomputed or self.reference_source is None:
+            return
+        network = self.policy if self.reference_source == ADAPTER else self._frozen.network
+        config = network.config.to_dict() | {"_name_or_path": None}  # a copy elsewhere is the same model
+        key = (
+            weights_hash(network, ignore=("lora_", "modules_to_save")),
+            sorted(config.items()),
+            str(self.trainer.precision),
+            self.device.type,
+        )
+        for role in roles:
+            directory = self.hparams.reference_cache
+            self._precomputed[role] = precomputed_logprobs(self, self._reference, role, key, cache_dir=directory)
+        self._frozen = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def losses(self, policy: PairLogprobs, reference: PairLogprobs | None) -> Tensor:
         """Loss of each pair, [B] float32."""
@@ -258,7 +307,7 @@ class DPO(LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         policy = self(batch)
-        reference = self.reference_logprobs(batch)
+        reference = self.reference_logprobs(batch, "train")
         losses = self.losses(policy, reference)
         check_finite(self, batch, losses)
         self._check_start(losses, policy, reference)
@@ -293,7 +342,7 @@ class DPO(LightningModule):
         self._evaluation_step(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
-        return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch)))
+        return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
@@ -306,8 +355,17 @@ class DPO(LightningModule):
         """Write the policy as `CausalLM.save_pretrained` does."""
         self.policy.save_pretrained(directory, merge=merge)
 
-    def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
-        policy, reference = self(batch), self.reference_logprobs(batch)
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._precompute("val")
+
+    def on_test_start(self) -> None:
+        self._precompute("test")
+
+    on_predict_start = on_test_start
+
+    def _evaluation_step(self, batch: PreferenceBatch, stage: Role, metrics: nn.ModuleDict) -> None:
+        policy, reference = self(batch), self.reference_logprobs(batch, stage)
         self._update(metrics, self.losses(policy, reference), policy, reference)
         log_split(self, stage, metrics, shown=("loss", "rewards/accuracies"))
 

@@ -3,22 +3,102 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.errors import ConfigurationError, ModelError
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.losses import REFERENCE_FREE_LOSSES
 from rlhf_lightning.models.backbones import reason_of
+from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.tiny import resolve_model
+from rlhf_lightning.training.checks import start_tolerance
+from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-FROZEN, ADAPTER = "frozen", "adapter"
+FROZEN, ADAPTER, PRECOMPUTED = "frozen", "adapter", "precomputed"
+
+Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
+"""Takes what `CausalLM.forward` takes."""
+
+_CHECKED = 4
+"""Pairs of which the log-probs found in the cache are computed again."""
+_SECONDS_OF_A_PART = 60
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def split_precomputed(given: str | None) -> tuple[bool, str | None]:
+    """Whether `precomputed` or `precomputed:PATH` is asked for, and the reference that is left of it."""
+    first, _, rest = (given or "").partition(":")
+    return (True, rest or None) if first == PRECOMPUTED else (False, given)
+
+
+@torch.no_grad()
+def precomputed_logprobs(
+    module: LightningModule, reference: Reference, role: str, key: Sequence[object], *, cache_dir: str | None
+) -> Tensor:
+    """Summed log-probs of both responses of each pair of a role, [P, 2] float32, nats, found in the cache or computed.
+
+    `reference` computes them; `key` names it and its way to compute. The processes share the work. A few of those found
+    are computed again: raises `TrainingError` when they differ, or when another process's are not seen here.
+    """
+    trainer, data = module.trainer, module.trainer.datamodule
+    pairs, cache = data.pairs[role], ReferenceCache(key, cache_dir=cache_dir)
+    hashes = [pair_hash(*pairs.segments(index)) for index in range(len(pairs))]
+    values, known = cache.find(hashes)
+    missing = np.flatnonzero(~known.numpy())
+    log.info("reference: log-probs of %d %s pairs found, %d to compute", len(pairs) - len(missing), role, len(missing))
+
+    def computed(positions: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
+        for batch in data.batches(role, positions):
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.forward_context():
+                sums = reference(batch.input_ids, batch.attention_mask, batch.response_mask).sums
+            yield batch.index.tolist(), torch.stack(sums.chunk(2), dim=1).float().cpu()
+
+    _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, str(trainer.precision))
+    done: list[int] = []
+    began = time.monotonic()
+    for positions, sums in computed(missing[trainer.global_rank :: trainer.world_size]):
+        values[positions] = sums
+        done += positions
+        if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost
+            cache.add([hashes[position] for position in done], values[done])
+            done, began = [], time.monotonic()
+    if done:
+        cache.add([hashes[position] for position in done], values[done])
+    if trainer.world_size > 1:
+        trainer.strategy.barrier()
+        values, known = cache.find(hashes)
+        if not known.all():
+            raise TrainingError(
+                f"{cache.directory}: the reference log-probs of other processes are not seen here; give model."
+                "reference_cache a directory that all machines share"
+            )
+    return values
+
+
+def _check_found(
+    found: Tensor, again: Iterator[tuple[list[int], Tensor]], cache: ReferenceCache, precision: str
+) -> None:
+    for positions, sums in again:
+        tolerance = start_tolerance(precision) * sums.abs().clamp(min=1)
+        if ((found[positions] - sums).abs() > tolerance).any():
+            raise TrainingError(
+                f"{cache.directory}: its reference log-probs are not those that the reference gives now; remove this "
+                "directory, and they are computed again"
+            )
 
 
 def choose_reference(
