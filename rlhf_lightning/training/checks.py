@@ -89,6 +89,16 @@ def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> No
         )
 
 
+def check_schedule(module: LightningModule) -> None:
+    """Stop when the schedule has not gone on once with each optimizer step. Raises `TrainingError`."""
+    schedule, step = module.lr_schedulers(), module.trainer.global_step
+    if schedule is not None and schedule.last_epoch != step:
+        raise TrainingError(
+            f"step {step}: the learning-rate schedule has gone {schedule.last_epoch} steps, not {step}; an optimizer "
+            "step or a step of the schedule was left out, by a callback or the strategy"
+        )
+
+
 def adapters_moved(policy: CausalLM) -> bool:
     """Whether any adapter has left its start, where every B is 0."""
     return any(bool(parameter.any()) for name, parameter in policy.named_parameters() if "lora_B" in name)

@@ -45,6 +45,7 @@ from rlhf_lightning.training.checkpoints import complete_adapters, store_adapter
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
+    check_schedule,
     check_start,
     check_tokens_fit,
     warn_of_falling_chosen,
@@ -325,6 +326,7 @@ class DPO(LightningModule):
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self._check_adapters()
+        check_schedule(self)
         seconds = time.perf_counter() - self._batch_began
         self.throughput.update(batch.attention_mask.sum(), seconds)
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}

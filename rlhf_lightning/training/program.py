@@ -29,12 +29,13 @@ from rlhf_lightning.training.callbacks import (
 from rlhf_lightning.training.checkpoints import read_checkpoint
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.reward_model import RewardModel
+from rlhf_lightning.training.samples import Samples
 from rlhf_lightning.training.sft import SFT
 
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter)
+CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
 
 
 class Parser(LightningArgumentParser):

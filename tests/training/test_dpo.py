@@ -542,3 +542,13 @@ def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_loaded(
     ):
         trainer().fit(module, datamodule)
     assert module.policy is module._frozen is None
+
+
+def test_a_schedule_that_does_not_step_with_the_optimizer_stops_the_run(build_dpo, trainer):
+    class Skipping(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                pl_module.lr_schedulers().step()
+
+    with pytest.raises(TrainingError, match=r"step 3: the learning-rate schedule has gone 4 steps, not 3"):
+        trained(build_dpo, trainer, callbacks=[Skipping()])

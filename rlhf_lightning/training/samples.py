@@ -1,0 +1,96 @@
+"""What a policy answers to a few fixed prompts, before and during its training."""
+
+from __future__ import annotations
+
+import html
+import logging
+
+import numpy as np
+import torch
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.generation import greedy_replies
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Callback):
+    """Writes the policy's replies to fixed validation prompts to TensorBoard, as the text `samples`.
+
+    Greedy replies, beside those of the policy that the run began with; a reply that did not come to its end is marked.
+    Nothing is drawn at random, so the run is the same with and without it.
+
+    Args:
+        every_n_steps: Optimizer steps between two tables; there is one at the start and one at the end.
+        prompts: How many, spread over the validation pairs.
+        max_new_tokens: Longest reply.
+    """
+
+    def __init__(
+        self, every_n_steps: PositiveInt = 200, prompts: PositiveInt = 4, max_new_tokens: PositiveInt = 128
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self._first: list[str] = []
+        self._step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that has no policy. Raises `ConfigurationError`."""
+        if not hasattr(pl_module, "policy"):
+            raise ConfigurationError(f"Samples: a {type(pl_module).__name__} has no policy that could answer")
+
+    def state_dict(self) -> dict[str, list[str]]:
+        return {"first": self._first}
+
+    def load_state_dict(self, state_dict: dict[str, list[str]]) -> None:
+        self._first = state_dict["first"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or not trainer.is_global_zero or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        pairs, chat_format = trainer.datamodule.pairs["val"], trainer.datamodule.chat_format
+        positions = np.linspace(0, len(pairs) - 1, min(self.prompts, len(pairs))).astype(int)
+        prompts = [torch.from_numpy(pairs.segments(i)[0].astype(np.int64)).to(pl_module.device) for i in positions]
+        with trainer.precision_plugin.forward_context():
+            replies = greedy_replies(
+                pl_module.policy,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                terminator_id=chat_format.terminator_id,
+                pad_id=chat_format.pad_id,
+            )
+        decode = chat_format.tokenizer.decode
+        now = [
+            decode(reply) if reply[-1] == chat_format.terminator_id else f"{decode(reply)} [not ended]"
+            for reply in replies
+        ]
+        self._first = self._first or now
+        columns = zip([decode(prompt) for prompt in prompts], self._first, now, strict=True)
+        rows = ["| prompt | at the start | now |", "|---|---|---|"]
+        rows += [f"| {' | '.join(map(_cell, row))} |" for row in columns]
+        for board in boards:
+            board.experiment.add_text("samples", "\n".join(rows), trainer.global_step)
+
+
+def _cell(text: str) -> str:
+    """A text that stays within its cell of a Markdown table, and is text there, whatever it holds."""
+    escaped = html.escape(text).replace("\\", "\\\\")
+    for mark in "|*_`[]#~":
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped.replace("\n", "<br>")
