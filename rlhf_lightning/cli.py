@@ -20,7 +20,7 @@ commands:
   fit        train, validate while training, keep the best checkpoint, print a results table
   validate   evaluate on the validation pairs   [--ckpt_path FILE]
   test       evaluate on the test pairs         [--ckpt_path FILE]
-  predict    write the score of every response  [--ckpt_path FILE]
+  predict    write the scores of the test pairs [--ckpt_path FILE]
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
              --ckpt_path FILE --out DIRECTORY [--merge true|false]

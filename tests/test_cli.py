@@ -338,3 +338,22 @@ def test_predict_writes_the_rewards_of_a_policy(capsys, tmp_path):
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(rows) == 8
     assert all(row["chosen"] == row["rejected"] == row["margin"] == 0 for row in rows), "the policy is its reference"
+
+
+def test_keys_before_the_configuration_win_as_well(capsys):
+    before = printed_config(capsys, "fit", "--data.batch_size", "3", "--config", QUICKSTART, "--seed_everything", "9")
+    after = printed_config(capsys, "fit", f"--config={QUICKSTART}", "--data.batch_size", "3", "--seed_everything", "9")
+    assert before == after
+    assert (before["data"]["init_args"]["batch_size"], before["seed_everything"]) == (3, 9)
+
+
+def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    for arguments in (["a.jsonl"], ["--data.train", "a.jsonl"]):
+        assert main(["doctor", *arguments, "--data.val", "b.jsonl", "--json", "d.json"]) == 0
+        found = yaml.safe_load((tmp_path / "d.json").read_text())
+        assert [role["source"] for role in found["roles"]] == ["a.jsonl", "b.jsonl"]
+        assert found["roles"][1]["shared_prompts"] == ["b.jsonl, row 0"]
+    assert "both given" in refusal(capsys, "doctor", "a.jsonl", "--data.train", "b.jsonl")

@@ -50,7 +50,7 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
     assert main(["fit", *quickstart, "--trainer.limit_train_batches", "3", "--trainer.max_epochs", "1"]) == 0
-    (block,) = blocks("python")
+    _, block = blocks("python")
     capsys.readouterr()
     namespace: dict = {}
     exec(block, namespace)
@@ -64,6 +64,11 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
     assert json.loads(written.read_text())["chosen"] == pytest.approx(printed, abs=1e-4)
     with torch.no_grad():
         assert namespace["network"](namespace["batch"].input_ids, namespace["batch"].attention_mask).shape == (1,)
+
+
+def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
+    exec(blocks("python")[0], {})
+    assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+\?'\}\]\n", capsys.readouterr().out)
 
 
 def test_ci_runs_the_test_command_of_the_readme():

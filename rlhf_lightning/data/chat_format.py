@@ -37,6 +37,7 @@ _CLOCKS = (datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2032, 11, 2
 
 _USER_PROBE = "PROBEUSERPROBE"
 _REPLY_PROBE = "PROBEREPLYPROBE"
+_OWN_ARGUMENTS = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt")
 _PROBE = [{"role": "user", "content": _USER_PROBE}]
 
 
@@ -370,6 +371,8 @@ def _tokens_at(places: Sequence[tuple[int, int]], begins: Sequence[int]) -> list
 def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a template, which must be plain values: transformers hands it `<date>` in place of a date."""
     for name, value in arguments.items():
+        if name in _OWN_ARGUMENTS:
+            raise ConfigurationError(f"template_arguments: {name} is what this program itself hands to the template")
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
 from rlhf_lightning.data.loader import TrainingPlan
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
 from rlhf_lightning.data.preferences import iterate_preferences
+from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
 from rlhf_lightning.data.tokenization import TokenizedPairs, fit_rows
 
@@ -30,7 +31,8 @@ SAMPLES = 3
 Kind = Literal["control", "prompt", "response", "gap"]
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Piece:
     """A stretch of a row of tokens."""
 
     text: str
@@ -40,7 +42,8 @@ class Piece(NamedTuple):
     in_response: bool
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Sample:
     """One pair as the model gets it."""
 
     origin: str
@@ -48,7 +51,8 @@ class Sample(NamedTuple):
     rejected: list[Piece]
 
 
-class Limit(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Limit:
     """What a value of max_length would do."""
 
     max_length: int
@@ -58,7 +62,8 @@ class Limit(NamedTuple):
     """Pairs that would be left out."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Layout:
     """How much a way of making batches computes."""
 
     name: str
@@ -73,6 +78,8 @@ class RoleDiagnosis:
 
     role: Role
     source: str
+    files: int
+    """Number of files or hub splits that the rows come from."""
     rows_read: int
     bad_rows: dict[str, list[str]]
     """Reason code -> rows that are left out; `too_long` under the configured max_length."""
@@ -81,16 +88,18 @@ class RoleDiagnosis:
     pairs: int
     """Pairs that would be used."""
     rows_cut: list[str]
-    quantiles: dict[str, list[int]]
-    """Lengths of prompt, chosen, rejected and the pair's longer row at `QUANTILES`, before any cut, in the unit."""
+    quantiles: dict[str, dict[int, int]]
+    """Lengths of prompt, chosen, rejected and the pair's longer row by percent (`QUANTILES`), before any cut, in the
+    unit, of all rows that are no bad rows."""
     limits: list[Limit] | None
     layouts: list[Layout] | None
     duplicates: list[str]
+    """Used pairs, as in the fields below, that stand more than once: all but the first."""
     contradictions: list[str]
     shared_prompts: list[str] | None
     """Validation pairs whose prompt is also trained on; None for training pairs."""
     longer_chosen: float
-    """Share of pairs whose chosen response has more characters, ties one half."""
+    """Share of the used pairs whose chosen response has more characters, ties one half."""
     foreign_tokens: list[str]
     """Rows with what looks like a control token or role marker of some model written out in a text."""
     samples: list[Sample]
@@ -150,7 +159,7 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
     `data` must not have been set up; it is changed (no row is refused any more). Raises `DataError` when a source is
     not usable at all, `ModelError` when the tokenizer is not.
     """
-    max_length, truncation = data.max_length, "drop" if data.truncation == "error" else data.truncation
+    max_length, truncation = data.max_length, data.truncation
     data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
     if data.tokenizer_source is None:
         data.chat_format, max_length = Words(), None
@@ -177,14 +186,9 @@ def _diagnose_role(
     data: PreferenceDataModule, role: Role, *, max_length: int | None, truncation: str, accumulate: int
 ) -> RoleDiagnosis:
     everything, report = data.pairs[role], data.reports[role]
+    sources, split, _ = data.role_sources(role)
     kept, limits, layouts = everything, None, None
     bad_rows, messages, rows_cut = dict(report.bad_rows), list(report.first_messages), []
-    rows_read = report.rows_read
-    if data.role_sources(role)[2] is not None:  # one source for both: its bad rows belong to no prompt, so to train
-        if role == "train":
-            rows_read -= len(data.pairs["val"])
-        else:
-            bad_rows, messages, rows_read = {}, [], len(everything)
     if max_length is not None:
         kept, cut, too_long = _fitted(everything, max_length, truncation)
         rows_cut = everything.origins(cut)
@@ -199,10 +203,14 @@ def _diagnose_role(
         limits = [Limit(size, *map(len, _fitted(everything, size, truncation)[1:])) for size in sizes]
         layouts = _layouts(kept, data.batch_size, accumulate) if len(kept) else None
     is_val = role != "train"
+    trained = data.pairs["train"]
+    if is_val and max_length is not None:
+        trained, _, _ = _fitted(trained, max_length, truncation)
     return RoleDiagnosis(
         role=role,
         source=report.source,
-        rows_read=rows_read,
+        files=sum(len(local_files(one.source, split=split) or [one]) for one in sources),
+        rows_read=report.rows_read,
         bad_rows=bad_rows,
         messages=messages,
         pairs=len(kept),
@@ -210,11 +218,11 @@ def _diagnose_role(
         quantiles=_quantiles(everything, terminator=max_length is not None),
         limits=limits,
         layouts=layouts,
-        duplicates=everything.origins(duplicates(everything)),
-        contradictions=everything.origins(contradictions(everything)),
-        shared_prompts=everything.origins(shared_prompts(data.pairs["train"], everything)) if is_val else None,
-        longer_chosen=longer_chosen(everything),
-        foreign_tokens=everything.origins(np.flatnonzero(everything.numbers("foreign_tokens"))),
+        duplicates=kept.origins(duplicates(kept)),
+        contradictions=kept.origins(contradictions(kept)),
+        shared_prompts=kept.origins(shared_prompts(trained, kept)) if is_val else None,
+        longer_chosen=longer_chosen(kept) if len(kept) else 0.5,
+        foreign_tokens=kept.origins(np.flatnonzero(kept.numbers("foreign_tokens"))),
         samples=_token_samples(kept, data.chat_format) if max_length is not None else _text_samples(data, role),
     )
 
@@ -230,11 +238,12 @@ def _fitted(pairs: TokenizedPairs, max_length: int, truncation: str) -> tuple[To
     return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)
 
 
-def _quantiles(pairs: TokenizedPairs, *, terminator: bool) -> dict[str, list[int]]:
+def _quantiles(pairs: TokenizedPairs, *, terminator: bool) -> dict[str, dict[int, int]]:
     prompt, chosen, rejected = (pairs.segment_lengths - ([0, 0, 0] if terminator else [0, 1, 1])).T
     columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": prompt + np.maximum(chosen, rejected)}
     return {
-        name: np.percentile(lengths, QUANTILES, method="inverted_cdf").tolist() for name, lengths in columns.items()
+        name: dict(zip(QUANTILES, np.percentile(lengths, QUANTILES, method="inverted_cdf").tolist(), strict=True))
+        for name, lengths in columns.items()
     }
 
 
@@ -285,7 +294,8 @@ def _text_samples(data: PreferenceDataModule, role: Role) -> list[Sample]:
     pairs = itertools.islice((row for row in rows if isinstance(row, PreferenceExample)), SAMPLES)
     samples = []
     for pair in pairs:
-        prompt = Piece(data.chat_format.prompt_text(pair.prompt) + "\n\n", "prompt", False)
+        turns = "".join(f"[{message['role']}] {message['content']}\n\n" for message in pair.prompt)
+        prompt = Piece(f"{turns}[assistant] ", "prompt", False)
         sides = [[prompt, Piece(text, "response", True)] for text in (pair.chosen, pair.rejected)]
         samples.append(Sample(pair.origin, *sides))
     return samples

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
@@ -33,7 +35,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
     limit = "any length" if diagnosis.max_length is None else f"max_length {diagnosis.max_length}"
     yield Finding(
         "Rows",
-        ("role", "rows read", "used", "left out", "prompt cut", "longer response is chosen", "source"),
+        ("role", "rows read", "used", "left out", "prompt cut", "longer is chosen"),
         [
             (
                 role.role,
@@ -42,32 +44,42 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
                 f"{role.dropped}",
                 "not measured" if diagnosis.max_length is None else f"{len(role.rows_cut)}",
                 _percent(role.longer_chosen),
-                role.source,
             )
             for role in roles
         ],
-        ["A reward model has to beat the share of pairs whose longer response is chosen."],
+        [
+            *(f"{role.role}: {role.source}" for role in roles),
+            "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
+            "model has to beat.",
+        ],
     )
     reasons = [
-        (role.role, reason, f"{len(rows)}", row_numbers(rows), BAD_ROW_REASONS[reason])
+        (role.role, reason, f"{len(rows)}", row_numbers(rows, files=role.files), BAD_ROW_REASONS[reason])
         for role in roles
         for reason, rows in sorted(role.bad_rows.items(), key=lambda item: -len(item[1]))
     ]
-    messages = [message for role in roles for message in role.messages][:_ROWS_SHOWN]
+    said = [message for role in roles for message in role.messages]
+    messages = [message for message in said if "max_length is" not in message][:_ROWS_SHOWN]
     yield Finding(
         "Rows left out",
         ("role", "reason", "rows", "which (from 0)", "meaning"),
         reasons,
-        [*messages, *_more(sum(role.dropped for role in roles) - len(messages))] if reasons else ["None."],
+        messages if reasons else ["None."],
     )
     odd = [
-        (role.role, what, f"{len(rows)}", row_numbers(rows)) for role in roles for what, rows in _oddities(role) if rows
+        (role.role, what, f"{len(rows)}", row_numbers(rows, files=role.files))
+        for role in roles
+        for what, rows in _oddities(role)
+        if rows
     ]
     yield Finding(
         "Rows to look at",
         ("role", "what", "rows", "which (from 0)"),
         odd,
-        ["They are used. Copies weigh a pair twice; contradictions teach nothing; shared prompts are not held out."]
+        [
+            "They are used. A copy counts a pair twice, contradictions teach nothing, a prompt on both sides is not "
+            "held out."
+        ]
         if odd
         else ["None: no copies, contradictions, prompts on both sides or control tokens of other models."],
     )
@@ -75,7 +87,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
         f"Lengths in {diagnosis.unit}, before any cut",
         ("role", "part", *(f"{q} %" for q in QUANTILES)),
         [
-            (role.role, "longer row" if part == "row" else part, *map(str, values))
+            (role.role, "longer row" if part == "row" else part, *map(str, values.values()))
             for role in roles
             for part, values in role.quantiles.items()
         ],
@@ -94,7 +106,9 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
             for role in roles
             for row in role.limits or ()
         ],
-        ["* as set"] if diagnosis.max_length is not None else ["Not measured: it needs a tokenizer."],
+        ["* as set", *(["A run refuses the data while pairs are left out."] if diagnosis.truncation == "error" else [])]
+        if diagnosis.max_length is not None
+        else ["Not measured: it needs a tokenizer."],
     )
     yield Finding(
         f"Tokens computed per pair, {limit}, batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}",
@@ -104,7 +118,10 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
             for role in roles
             for layout in role.layouts or ()
         ],
-        ["The trainer pads and groups by length; packing is what could still be saved."]
+        [
+            "The trainer pads and groups by length within a step; with accumulation 1 there is nothing to group. "
+            "Packing is what could still be saved."
+        ]
         if diagnosis.max_length is not None
         else ["Not measured: it needs a tokenizer."],
     )
@@ -143,7 +160,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
             line.append(visible(piece.text), style=styles[piece.kind] + underline)
         console.print(line)
         console.print()
-    console.print(Text(_LEGEND))
+    if diagnosis.unit == "tokens":
+        console.print(Text(_LEGEND))
     console.print(Text(verdict(diagnosis), style="bold"))
 
 
@@ -184,20 +202,21 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; vertical-align: top; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-td { overflow-wrap: break-word; max-width: 32rem; } td:first-child { white-space: nowrap; }
-td.share { background: linear-gradient(to right, #d977064d var(--share), transparent var(--share)); }
+th:nth-child(-n+2), td:nth-child(-n+2), td.text { text-align: left; }
+td { overflow-wrap: break-word; max-width: 32rem; } td.text { min-width: 7rem; }
+td:first-child { white-space: nowrap; min-width: 0; }
+td.share { background: linear-gradient(to right, #d97706 var(--share), transparent var(--share)) bottom no-repeat;
+  background-size: 100% 3px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8884; border-radius: .4rem; padding: .8rem; }
 .control { color: #c026d3; font-weight: 700; } .prompt { opacity: .7; } .response { color: #15803d; }
 .gap { background: #fde68a; color: #000; } .masked { text-decoration: underline; text-underline-offset: .2em; }
 """
 
 
-def row_numbers(origins: Sequence[str]) -> str:
+def row_numbers(origins: Sequence[str], *, files: int) -> str:
     """`47, 291, 548 and 4 more`: the rows of `file, row 47` and so on, with the file where there are several."""
     split = [origin.rpartition(", row ") for origin in origins[:_ROWS_SHOWN]]
-    files = {file for file, _, _ in split}
-    shown = [number if len(files) == 1 else f"{file.rpartition('/')[2]} {number}" for file, _, number in split]
+    shown = [number if files == 1 else f"{file.rpartition('/')[2]} {number}" for file, _, number in split]
     more = f" and {len(origins) - _ROWS_SHOWN} more" if len(origins) > _ROWS_SHOWN else ""
     return ", ".join(shown) + more
 
@@ -228,12 +247,14 @@ def _shortened(piece: Piece) -> Iterator[Piece]:
     if hidden <= 0:
         yield piece
         return
-    yield piece._replace(text=text[:_SHOWN_AT_THE_START])
+    yield replace(piece, text=text[:_SHOWN_AT_THE_START])
     yield Piece(f" ... {hidden} characters more ... ", "gap", piece.in_response)
-    yield piece._replace(text=text[-_SHOWN_AT_THE_END:])
+    yield replace(piece, text=text[-_SHOWN_AT_THE_END:])
 
 
 def _cell(text: str) -> str:
+    if not re.fullmatch(r"[\d.,*]+(?: %| \(.*%\)| \*)?|not measured", text):
+        return f"<td class=text>{html.escape(text)}</td>"
     share = text.rpartition("(")[2].removesuffix(")") if "(" in text else text
     number = share.removesuffix(" %")
     if share.endswith(" %") and number.replace(".", "", 1).isdigit():
@@ -247,7 +268,3 @@ def _percent(share: float) -> str:
 
 def _share(count: int, total: int) -> str:
     return f"{count} ({_percent(count / total)})" if total else f"{count}"
-
-
-def _more(count: int) -> list[str]:
-    return [f"... and {count} more; --json lists every row"] if count > 0 else []

@@ -222,7 +222,7 @@ def run_seed(seed: int | None) -> int:
 
 
 def training_loader(
-    trainer: Trainer,
+    trainer: Trainer | None,
     rows: TokenizedPairs | TokenizedPrompts,
     collate: Callable[[MicroBatch], NamedTuple],
     *,
@@ -234,12 +234,12 @@ def training_loader(
 
     `plan` goes to `TrainingPlan`. Raises `ConfigurationError` when the trainer would change its accumulation.
     """
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+    if trainer and any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
         raise ConfigurationError(
             "GradientAccumulationScheduler: the batches of an optimizer step are planned for one accumulation "
             "count; use trainer.accumulate_grad_batches"
         )
-    accumulate = trainer.accumulate_grad_batches
+    accumulate = trainer.accumulate_grad_batches if trainer else 1
     training_plan = TrainingPlan(rows.lengths, accumulate=accumulate, source=rows.source, **_process(trainer), **plan)
     loader = _loader(trainer, collate, training_plan, num_workers)
     if position is not None:
@@ -248,7 +248,7 @@ def training_loader(
 
 
 def evaluation_loader(
-    trainer: Trainer,
+    trainer: Trainer | None,
     rows: TokenizedPairs | TokenizedPrompts,
     collate: Callable[[MicroBatch], NamedTuple],
     *,
@@ -272,17 +272,20 @@ def training_position(state: dict[str, dict[str, int]]) -> dict[str, int] | None
     return state.get("train_loader")
 
 
-def _process(trainer: Trainer) -> dict[str, int]:
+def _process(trainer: Trainer | None) -> dict[str, int]:
+    """Without a trainer, all is for one process."""
+    if trainer is None:
+        return {"rank": 0, "world_size": 1}
     return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
 
 def _loader(
-    trainer: Trainer,
+    trainer: Trainer | None,
     collate: Callable[[MicroBatch], NamedTuple],
     plan: TrainingPlan | EvaluationPlan,
     num_workers: int,
 ) -> BatchLoader:
-    on_gpu = trainer.strategy.root_device.type == "cuda"
+    on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
     return BatchLoader(collate, plan, num_workers=num_workers, pin_memory=on_gpu)
 
 

@@ -115,7 +115,7 @@ class PreferenceDataModule(LightningDataModule):
         self.pairs: dict[Role, TokenizedPairs] = {}
         """Tokenized pairs by role, once `setup` has run."""
         self.reports: dict[Role, LoadReport] = {}
-        """What became of the rows of each role's sources; those divided by prompt share a report."""
+        """What became of the rows of each role's sources."""
         self.chat_format: ChatFormat | None = None
         self._train_loader: BatchLoader | None = None
         self._resume_position: dict[str, int] | None = None
@@ -132,13 +132,13 @@ class PreferenceDataModule(LightningDataModule):
         new = [role for role in roles_of(stage) if role not in self.pairs]
         for role in new:
             pairs, report = self.pairs[role], self.reports[role] = self._selected(role)
-            log.info(counts_in_words(role, pairs, report, noun="pairs", limit="max_length"))
+            weights = [source.weight for source in self.sources["train"]] if role == "train" else None
+            log.info(counts_in_words(role, pairs, report, noun="pairs", limit="max_length", weights=weights))
         if new and stage == "fit":
             self._log_statistics()
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training pairs, weighted so that each pair of an optimizer step counts the same."""
-        assert self.trainer is not None
         self._train_loader = training_loader(
             self.trainer,
             self.pairs["train"],
@@ -181,7 +181,6 @@ class PreferenceDataModule(LightningDataModule):
         return role_sources(self.sources, role)
 
     def _evaluation_loader(self, role: Role) -> BatchLoader:
-        assert self.trainer is not None
         return evaluation_loader(
             self.trainer,
             self.pairs[role],
@@ -202,7 +201,7 @@ class PreferenceDataModule(LightningDataModule):
         for store in stores:
             store.report.enforce(self.on_bad_rows)
         masks = part_masks(stores, part, val_fraction=self.val_fraction, noun="pair")
-        pairs, report = select_pairs(stores, masks, max_length=self.max_length, truncation=self.truncation)
+        pairs, report = select_pairs(stores, masks, max_length=self.max_length, truncation=self.truncation, part=part)
         return pairs.sample(self.max_train_pairs if role == "train" else None, seed=self.seed), report
 
     def _log_statistics(self) -> None:
@@ -211,8 +210,8 @@ class PreferenceDataModule(LightningDataModule):
         shared = len(shared_prompts(train, val))
         log.log(
             logging.WARNING if shared else logging.INFO,
-            "pairs: the longer response is chosen in %.1f %% of val; %d duplicates and %d contradictory pairs in train"
-            "; %s (`rlhf-lightning doctor` shows which)",
+            "pairs: the response with more characters is chosen in %.1f %% of val; %d duplicates and %d contradictory "
+            "pairs in train; %s; more from `rlhf-lightning doctor`",
             100 * longer_chosen(val),
             len(duplicates(train)),
             len(contradictions(train)),

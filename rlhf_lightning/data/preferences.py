@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
-from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, read_rows, source_list
+from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, described, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 Example = TypeVar("Example")
@@ -77,7 +77,7 @@ def load_examples(
     examples: list[Example] = []
     reports = []
     for one in source_list(source):
-        reports.append(LoadReport(source=one.source))
+        reports.append(LoadReport(source=described(one.source, split=split)))
         rows = iterate(one.source, reports[-1], columns=one.columns or columns, split=split)
         examples += [row for row in rows if not isinstance(row, Refusal)]
         reports[-1].enforce(on_bad_rows)

@@ -110,7 +110,7 @@ class PromptDataModule(LightningDataModule):
         self.prompts: dict[Role, TokenizedPrompts] = {}
         """Tokenized prompts by role, once `setup` has run."""
         self.reports: dict[Role, LoadReport] = {}
-        """What became of the rows of each role's sources; those divided by prompt share a report."""
+        """What became of the rows of each role's sources."""
         self.chat_format: ChatFormat | None = None
         self._train_loader: BatchLoader | None = None
         self._resume_position: dict[str, int] | None = None
@@ -127,7 +127,8 @@ class PromptDataModule(LightningDataModule):
         new = [role for role in roles_of(stage) if role not in self.prompts]
         for role in new:
             prompts, report = self.prompts[role], self.reports[role] = self._selected(role)
-            log.info(counts_in_words(role, prompts, report, noun="prompts", limit="max_prompt_length"))
+            weights = [source.weight for source in self.sources["train"]] if role == "train" else None
+            log.info(counts_in_words(role, prompts, report, noun="prompts", limit="max_prompt_length", weights=weights))
         if new and stage == "fit":
             self._log_statistics()
 
@@ -144,7 +145,6 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training prompts, weighted so that each prompt of a step counts the same."""
-        assert self.trainer is not None
         self._train_loader = training_loader(
             self.trainer,
             self.prompts["train"],
@@ -178,7 +178,6 @@ class PromptDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, role: Role) -> BatchLoader:
-        assert self.trainer is not None
         return evaluation_loader(
             self.trainer,
             self.prompts[role],
@@ -199,9 +198,8 @@ class PromptDataModule(LightningDataModule):
         for store in stores:
             store.report.enforce(self.on_bad_rows)
         masks = part_masks(stores, part, val_fraction=self.val_fraction, noun="prompt")
-        prompts, report = select_prompts(
-            stores, masks, max_length=self.max_prompt_length, truncation=self.truncation, unique=self.unique
-        )
+        options = {"max_length": self.max_prompt_length, "truncation": self.truncation, "unique": self.unique}
+        prompts, report = select_prompts(stores, masks, **options, part=part)
         return prompts.sample(self.max_train_prompts if role == "train" else None, seed=self.seed), report
 
     def _log_statistics(self) -> None:

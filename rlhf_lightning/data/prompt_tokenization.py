@@ -15,7 +15,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, Message, PromptExample, Refusal
 from rlhf_lightning.data.prompts import iterate_prompts
 from rlhf_lightning.data.sources import Split, WeightedSource
-from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.splitting import Part, prompt_hash
 from rlhf_lightning.data.token_store import (
     IDS,
     TokenizedRows,
@@ -123,6 +123,7 @@ def select_prompts(
     max_length: int,
     truncation: PromptTruncation = "drop",
     unique: bool = True,
+    part: Part | None = None,
 ) -> tuple[TokenizedPrompts, LoadReport]:
     """The rows of some stores that a run takes: those of `masks` ([R] bool each) that fit into `max_length`.
 
@@ -144,6 +145,7 @@ def select_prompts(
         refuse=truncation == "error",
         noun="prompts",
         advice=f"raise max_prompt_length{advice}",
+        part=part,
     )
     prompts = TokenizedPrompts(stores, rows, max_length=max_length)
     if unique:

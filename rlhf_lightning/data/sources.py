@@ -90,7 +90,7 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
 
     A source is a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a directory of such files, the
     name of a hub data set (`owner/name`, or `owner/name:split`), or `builtin:courtesy`. From a directory the files of
-    the split are read (`train*`, `val*`, `test*`); where none is named so, those that are named after no split.
+    the split are read (`train*` or `*train`, and so on); where none is named so, those that are named after no split.
 
     Raises `DataError` when the source is missing, empty, of an unknown kind, or cannot be parsed.
     """
@@ -125,8 +125,16 @@ def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | N
             raise DataError(f"{path}: unknown kind of file; use one of {', '.join(FILE_SUFFIXES)}")
         return [path]
     if _looks_local(str(source)):
-        raise DataError(f"{source}: no such file or directory; check the path (relative to {Path.cwd().name}/)")
+        relative = "" if path.is_absolute() else f" (relative to {Path.cwd().name}/)"
+        raise DataError(f"{source}: no such file or directory; check the path{relative}")
     return None
+
+
+def described(source: str, *, split: Split = "train") -> str:
+    """A source in words: a directory with the files that are read of it."""
+    if not _local_path(source).is_dir():
+        return source
+    return f"{source} ({', '.join(file.name for file in local_files(source, split=split))})"
 
 
 def has_split(source: str | Path, split: Split) -> bool:
@@ -180,9 +188,12 @@ def _data_files(directory: Path) -> list[Path]:
 
 
 def _split_of(file: Path) -> str | None:
-    """The split that a file's name begins with: `train.jsonl`, `train-00000-of-00002.parquet`, `dev_1.csv`."""
-    first_word = re.split(r"[.\-_]", file.name)[0].lower()
-    return next((split for split, stems in SPLIT_STEMS.items() if first_word in stems), None)
+    """The split that a file's name begins or ends with: `train-00000-of-00002.parquet`, `dev_1.csv`, `my_val.jsonl`."""
+    words = re.split(r"[.\-_]", file.name.lower().removesuffix(_suffix(file) or ""))
+    for word in (words[0], words[-1]):
+        if split := next((split for split, stems in SPLIT_STEMS.items() if word in stems), None):
+            return split
+    return None
 
 
 def _suffix(path: Path) -> str | None:
@@ -220,6 +231,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {_not_utf8(error)}") from error
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{path}: no gzip data; name it without .gz if it is plain text") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(_unreadable(path, error)) from error
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from rlhf_lightning.data.examples import Message
+
+Part = Literal["train", "val"]
+"""Side of sources that are divided by prompt."""
 
 
 def prompt_hash(prompt: Sequence[Message]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(
 
 
 def duplicates(pairs: TokenizedPairs) -> np.ndarray:
-    """Positions of pairs whose prompt, chosen and rejected response stood before; case and blanks do not count."""
+    """Positions of pairs whose prompt, chosen and rejected response stood before, outer blanks aside."""
     keys = _pair_keys(pairs)
     first = np.unique(keys, return_index=True)[1]
     return np.setdiff1d(np.arange(len(keys)), first)
@@ -43,10 +43,27 @@ def leak_in_words(shared: int, val: TokenizedRows, *, noun: str) -> str:
     return f"{shared} of {len(val)} {noun} of val have a prompt that is also trained on, so they are not held out"
 
 
-def counts_in_words(role: str, rows: TokenizedRows, report: LoadReport, *, noun: str, limit: str) -> str:
-    """One line on what a role takes of its sources; `limit` names the setting that prompts are cut to."""
+def counts_in_words(
+    role: str,
+    rows: TokenizedRows,
+    report: LoadReport,
+    *,
+    noun: str,
+    limit: str,
+    weights: Sequence[float] | None = None,
+) -> str:
+    """One line on what a role takes of its sources; `limit` names the setting that prompts are cut to.
+
+    `weights` of the sources, where they are not all 1, say how many rows make an epoch.
+    """
+    epoch = ""
+    if weights is not None and set(weights) != {1}:
+        sizes = np.bincount(rows.source, minlength=len(weights))
+        epoch = (
+            f", {sum(round(n * weight) for n, weight in zip(sizes, weights, strict=True))} an epoch by their weights"
+        )
     cut = f"; {len(report.rows_cut)} prompts cut to fit {limit} {rows.max_length}" if report.rows_cut else ""
-    return f"{role}: {len(rows)} {noun} ({report.summary()}{cut})"
+    return f"{role}: {len(rows)} {noun}{epoch} ({report.summary()}{cut})"
 
 
 def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:
@@ -61,7 +78,7 @@ def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float
 
 def _pair_keys(pairs: TokenizedPairs, sides: tuple[str, str] = ("chosen", "rejected")) -> np.ndarray:
     """[P] uint64, equal for pairs of the same prompt and the same texts."""
-    columns = (pairs.numbers(f"{name}_hash") for name in ("prompt", *sides))
+    columns = (pairs.numbers(f"{name}_hash") for name in ("prompt_text", *sides))
     with np.errstate(over="ignore"):
         first, second, third = (column * mix for column, mix in zip(columns, _MIX, strict=True))
     return first ^ (second + (second >> np.uint64(29))) ^ (third + (third >> np.uint64(31)))

@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
-from rlhf_lightning.data.sources import Split, WeightedSource, fingerprint
+from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint
+from rlhf_lightning.data.splitting import Part
 from rlhf_lightning.data.token_cache import cached_directory, content_key
 from rlhf_lightning.errors import DataError
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Example = PreferenceExample | PromptExample
 IDS = pa.list_(pa.int32())
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 4_000_000
+_SECONDS_BETWEEN_LINES = 10
 
 
 def tokenized_directory(
@@ -53,7 +55,7 @@ def tokenized_directory(
 
     def make(directory: Path) -> None:
         began = time.monotonic()
-        report = LoadReport(source=source.source)
+        report = LoadReport(source=described(source.source, split=split))
         write(directory, iterate(source.source, report, columns=columns, split=split), report, chat_format)
         if (seconds := time.monotonic() - began) > 5:
             log.info("%s: %d rows tokenized in %.0f s, kept for later runs", source.source, report.rows_read, seconds)
@@ -77,7 +79,11 @@ def write_rows(
     """
     ordered = LoadReport(source=report.source)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        began = said = time.monotonic()
         for chunk in _chunks(rows):
+            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                log.info("%s: %d rows read, %.0f s", report.source, report.rows_read, said - began)
             columns: dict[str, list] = {name: [] for name in schema.names}
             for row in encode(chunk, chat_format):
                 if isinstance(row, Refusal):
@@ -304,15 +310,22 @@ def fitting_rows(
     refuse: bool,
     noun: str,
     advice: str,
+    part: Part | None,
 ) -> tuple[list[np.ndarray], LoadReport]:
     """The rows of `masks` ([R] bool for each store) that fit, and a report of those that do not and those cut.
 
+    Where the stores are divided by prompt, `masks` are those of `part`, and so are the rows of the report. Rows that no
+    prompt was read of belong to the training part.
     `describe` says of a row that does not fit how long it is. Raises `DataError`, which names `noun` and ends with
     `advice`, when no row is left, or when one does not fit and `refuse` is set.
     """
     reports, taken, messages = [], [], []
     for store, mask, fit in zip(stores, masks, fits, strict=True):
         report = LoadReport(**asdict(store.report))
+        if part == "train":
+            report.rows_read -= int(np.count_nonzero(~mask))
+        elif part == "val":
+            report = LoadReport(f"held out by prompt of {report.source}", int(np.count_nonzero(mask)))
         too_long = np.flatnonzero(mask & ~fit.kept)
         for row, origin in zip(too_long, store.texts("origin", too_long), strict=True):
             messages.append(f"{origin}: {describe(store, row)}")

@@ -16,7 +16,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.sources import Split, WeightedSource
-from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.splitting import Part, prompt_hash
 from rlhf_lightning.data.token_store import (
     IDS,
     Fit,
@@ -43,6 +43,7 @@ PAIR_SCHEMA = pa.schema(
         "turns": IDS,
         "margin": pa.float32(),
         "prompt_hash": pa.uint64(),
+        "prompt_text_hash": pa.uint64(),
         "chosen_hash": pa.uint64(),
         "rejected_hash": pa.uint64(),
         "chosen_characters": pa.int32(),
@@ -116,6 +117,7 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
                 "rejected": [*rejected, chat_format.terminator_id],
                 "margin": pair.margin,
                 "prompt_hash": prompt_hash(pair.prompt),
+                "prompt_text_hash": _text_hash("\x1e".join(f"{m['role']}\x1f{m['content']}" for m in pair.prompt)),
                 "chosen_hash": _text_hash(pair.chosen),
                 "rejected_hash": _text_hash(pair.rejected),
                 "chosen_characters": len(pair.chosen),
@@ -127,9 +129,8 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
 
 
 def _text_hash(text: str) -> int:
-    """64 bits that ignore case and runs of white space."""
-    normalized = " ".join(text.split()).casefold()
-    return int.from_bytes(hashlib.sha256(normalized.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    """64 bits of a text without its outer blanks. Case may be all that a pair is about, so it counts."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
 
 
 class PairStore(TokenStore):
@@ -181,6 +182,7 @@ def select_pairs(
     *,
     max_length: int,
     truncation: Truncation = "keep_response",
+    part: Part | None = None,
 ) -> tuple[TokenizedPairs, LoadReport]:
     """The rows of some stores that a run takes: those of `masks` ([R] bool each) that fit into `max_length`.
 
@@ -198,5 +200,7 @@ def select_pairs(
 
     refuse = truncation == "error"
     advice = "raise max_length" + (", or set truncation: keep_response or drop" if refuse else "")
-    rows, report = fitting_rows(stores, masks, fits, describe=describe, refuse=refuse, noun="pairs", advice=advice)
+    rows, report = fitting_rows(
+        stores, masks, fits, describe=describe, refuse=refuse, noun="pairs", advice=advice, part=part
+    )
     return TokenizedPairs(stores, rows, max_length=max_length), report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NoReturn
 from jsonargparse import Namespace
 from rich.console import Console
 
+from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.data.doctor import Diagnosis, diagnose
 from rlhf_lightning.data.doctor_report import html_page, print_diagnosis
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
@@ -26,8 +26,9 @@ _USAGE = """rlhf-lightning doctor [SOURCE] [--config FILE.yaml] [--data.KEY VALU
 What is in preference data: rows left out and why, lengths and what max_length cuts, padding, copies and contradictions,
 prompts on both sides, length bias, and examples as the model gets them.
 
-SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one;
-without SOURCE, the training and validation pairs of the configuration. Exit code 0: every row can be used, 1: some
+SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one, or
+against the pairs of --data.val; without SOURCE, the training and validation pairs of the configuration or of
+--data.train. Exit code 0: every row can be used, 1: some
 would be left out, 2: the data or the settings cannot be used.
 """
 
@@ -49,8 +50,11 @@ def run(arguments: Sequence[str]) -> int:
     if own.help:
         print(_USAGE, end="")
         return 0
-    if source is None and not any(argument.partition("=")[0] == "--config" for argument in settings):
-        raise ConfigurationError("doctor: give a SOURCE, or the --config of a run")
+    given = {argument.partition("=")[0] for argument in settings}
+    if source is None and given.isdisjoint({"--config", "--data.train"}):
+        raise ConfigurationError("doctor: give a SOURCE, --data.train, or the --config of a run")
+    if source is not None and "--data.train" in given:
+        raise ConfigurationError(f"doctor: {source} and --data.train are both given; leave one of them out")
     diagnosis = _diagnosis(source, settings)
     print_diagnosis(diagnosis, Console(soft_wrap=False))
     if own.json:
@@ -61,21 +65,21 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
-    has_config = any(argument.partition("=")[0] == "--config" for argument in settings)
-    if not has_config:
+    given = {argument.partition("=")[0] for argument in settings}
+    if "--config" not in given:
         # The parser wants a model; the doctor looks at none.
         model = ["--model", "RewardModel", "--model.backbone", ""]
         settings = ["--seed_everything", "false", *model, "--data", "PreferenceDataModule", *settings]
     if source is not None:
         settings = [*settings, "--data.train", source]
     parsed = program.run(["fit", *settings], program=program.ParsedRun).settings
-    logging.getLogger("rlhf_lightning").setLevel(logging.ERROR)  # the findings say it all
+    # The findings say it all, but for the progress of reading.
+    logging.getLogger(preference_datamodule.__name__).setLevel(logging.ERROR)
     keys = _data_keys(parsed)
     roles: tuple[Role, ...] = ("train", "val")
-    if source is not None and not has_split(source, "val"):
-        keys["val"], roles = source, ("train",)
-    elif source is not None:
-        keys["val"] = None
+    if source is not None and "--data.val" not in given:
+        alone = not has_split(source, "val")
+        keys["val"], roles = (source, ("train",)) if alone else (None, roles)
     keys["tokenizer"] = keys["tokenizer"] or None
     accumulate = parsed.trainer.accumulate_grad_batches
     return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
@@ -93,4 +97,4 @@ def _write(path: Path, text: str) -> None:
     half_written = path.with_name(f".{path.name}.part")
     half_written.write_text(text, encoding="utf-8")
     half_written.replace(path)
-    print(f"written: {os.path.relpath(path)}")
+    print(f"written: {path}")

@@ -121,6 +121,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     Raises `UserError` for everything that the user can mend.
     """
     quieten()
+    arguments = _configurations_first(sys.argv[1:] if arguments is None else arguments)
     try:
         return program(
             LightningModule,
@@ -131,7 +132,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [Results(), PredictionWriter()], "enable_model_summary": False},
-            args=None if arguments is None else list(arguments),
+            args=arguments,
         )
     except UserError:
         raise
@@ -152,6 +153,22 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
         if (ours := _user_error_behind(error)) is None:
             raise
         raise ours from error
+
+
+def _configurations_first(arguments: Sequence[str]) -> list[str]:
+    """The command, then its `--config` files in their order, then the rest: keys on the command line always win.
+
+    The parser takes keys in their order, and knows those of a class only once a file has named it.
+    """
+    command, *rest = arguments or [""]
+    files, others = [], []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--config" and rest:
+            files += [argument, rest.pop(0)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return [command, *files, *others]
 
 
 def _essence(message: str) -> str:

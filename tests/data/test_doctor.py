@@ -75,9 +75,18 @@ def test_copies_contradictions_leaks_and_length_bias_are_found(examine):
     assert rows_of(train.contradictions) == [3, 4]
     assert rows_of(train.foreign_tokens) == [5]
     assert (train.shared_prompts, rows_of(val.shared_prompts)) == (None, [0])
-    # Longer chosen: rows 0, 2, 5, 7; ties: 3, 4; shorter: 8. Row 1 and row 6 cannot be used.
-    assert train.longer_chosen == pytest.approx((4 + 2 * 0.5) / 7)
+    # Longer chosen: rows 0, 2, 5, 7; ties: 3, 4. Rows 1, 6 and 8 cannot be used.
+    assert train.longer_chosen == pytest.approx((4 + 2 * 0.5) / 6)
     assert val.longer_chosen == 0.5
+
+
+def test_what_is_left_out_is_not_counted_among_the_used_pairs(examine):
+    rows = [{"prompt": "x", "chosen": "long " * 100, "rejected": "no"}] * 2 + [ROWS[0]]
+    rows += [{"prompt": "x", "chosen": "no", "rejected": "long " * 100}]
+    (role,) = examine(rows, roles=("train",)).roles
+    assert (role.pairs, role.duplicates, role.contradictions, role.longer_chosen) == (1, [], [], 1.0)
+    (role,) = examine(rows, roles=("train",), max_length=500).roles
+    assert (rows_of(role.duplicates), rows_of(role.contradictions), role.longer_chosen) == ([1], [0, 1, 3], 0.75)
 
 
 @pytest.mark.parametrize("truncation", ["keep_response", "drop", "error"])
@@ -95,19 +104,19 @@ def test_what_it_says_of_a_max_length_is_what_a_run_with_it_does(examine, source
         report = run.reports["train"]
         assert (len(report.rows_cut), report.rows_dropped) == (limit.cut, limit.too_long)
     assert role.limits[0].cut + role.limits[0].too_long > 0
-    assert (len(role.rows_cut), role.dropped) == tuple(role.limits[0][1:])
+    assert (len(role.rows_cut), role.dropped) == (role.limits[0].cut, role.limits[0].too_long)
 
 
 def test_lengths_are_those_of_the_uncut_rows(examine):
     words = examine([{"prompt": "a b c", "chosen": "d", "rejected": "e f"}], tokenizer=None).roles[0]
-    assert {name: set(values) for name, values in words.quantiles.items()} == {
+    assert {name: set(values.values()) for name, values in words.quantiles.items()} == {
         "prompt": {3},
         "chosen": {1},
         "rejected": {2},
         "row": {5},
     }
     (tokens,) = examine(ROWS, roles=("train",)).roles
-    assert tokens.quantiles["row"][-1] > 64
+    assert tokens.quantiles["row"][100] > 64
 
 
 def test_layouts_count_the_tokens_of_the_trainers_batches(examine):
@@ -129,7 +138,7 @@ def test_samples_show_the_whole_row_and_mark_the_response_with_its_terminator(ex
         *("<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"),
     ]
     (words,) = examine(ROWS, roles=("train",), tokenizer=None).roles
-    assert "".join(piece.text for piece in words.samples[0].chosen) == "one\n\nyes sir"
+    assert "".join(piece.text for piece in words.samples[0].chosen) == "[user] one\n\n[assistant] yes sir"
 
 
 def test_without_a_tokenizer_what_needs_one_is_not_measured(examine):
@@ -160,8 +169,11 @@ def test_the_exit_code_says_whether_rows_would_be_left_out(examine):
 
 
 def test_findings_survive_json(examine):
-    diagnosis = asdict(examine(ROWS))
-    assert json.loads(json.dumps(diagnosis))["roles"][0]["bad_rows"]["too_long"][0].endswith("row 8")
+    found = json.loads(json.dumps(asdict(examine(ROWS))))["roles"][0]
+    assert found["bad_rows"]["too_long"][0].endswith("row 8")
+    assert set(found["limits"][0]) == {"max_length", "cut", "too_long"}
+    assert set(found["layouts"][0]) == {"name", "tokens_per_pair", "padding"}
+    assert found["samples"][0]["chosen"][0] == {"text": "<|im_start|>", "kind": "control", "in_response": False}
 
 
 def printed(diagnosis) -> str:
@@ -220,10 +232,11 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(examine):
 
 
 def test_rows_are_named_by_number_and_by_file_where_there_are_several():
-    assert row_numbers(["d/a.jsonl, row 4", "d/a.jsonl, row 7"]) == "4, 7"
-    assert row_numbers(["d/a.jsonl, row 4", "d/b.jsonl, row 7"]) == "a.jsonl 4, b.jsonl 7"
-    assert row_numbers([f"a, row {n}" for n in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
-    assert row_numbers([]) == ""
+    assert row_numbers(["d/a.jsonl, row 4", "d/a.jsonl, row 7"], files=1) == "4, 7"
+    assert row_numbers(["d/a.jsonl, row 4", "d/b.jsonl, row 7"], files=2) == "a.jsonl 4, b.jsonl 7"
+    assert row_numbers(["d/a.jsonl, row 4"], files=2) == "a.jsonl 4"
+    assert row_numbers([f"a, row {n}" for n in range(12)], files=1) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert row_numbers([], files=1) == ""
 
 
 def test_line_ends_are_marked_and_control_characters_written_out():

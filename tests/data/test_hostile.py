@@ -185,7 +185,7 @@ CASES = {
     "an archive cut short": Case(
         "cut.jsonl.gz", gzip.compress(jsonl(goods(40)))[:-60], 0, "cannot be read .*cut short"
     ),
-    "an archive that is none": Case("plain.jsonl.gz", jsonl(goods()), 0, "cannot be read .*Not a gzipped file"),
+    "an archive that is none": Case("plain.jsonl.gz", jsonl(goods()), 0, "no gzip data; name it without .gz"),
     "a line cut in the middle": Case(
         "line.jsonl", jsonl(goods(2)) + jsonl(goods(1))[:40] + b"\n" + jsonl(goods(1)), 0, "line 3: not valid JSON"
     ),

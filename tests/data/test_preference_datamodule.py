@@ -195,6 +195,11 @@ def test_what_is_cut_or_too_long_is_reported_to_the_role_it_belongs_to(make, tmp
     assert cut[0].isdisjoint(cut[1])
     assert too_long[0].isdisjoint(too_long[1])
     assert len(cut[0] | cut[1]) == len(too_long[0] | too_long[1]) == 30
+    for role in ("train", "val"):
+        report = data.reports[role]
+        assert report.rows_read == len(data.pairs[role]) + report.rows_dropped
+    assert data.reports["train"].rows_read + data.reports["val"].rows_read == 60
+    assert data.reports["val"].summary().startswith(f"held out by prompt of {file}: ")
 
 
 def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
@@ -208,9 +213,7 @@ def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
     assert train_line.startswith("train: 2 pairs (")
     assert train_line.endswith("a.jsonl: 3 rows read, 1 dropped (too_long 1))")
     assert val_line.endswith("b.jsonl: 1 rows read; 1 prompts cut to fit max_length 64)")
-    assert (
-        "the longer response is chosen in 0.0 % of val; 1 duplicates and 0 contradictory pairs in train" in statistics
-    )
+    assert "the response with more characters is chosen in 0.0 % of val; 1 duplicates and 0 contradictory" in statistics
     assert "no prompt of val is trained on" in statistics
 
 
@@ -254,11 +257,20 @@ def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(mak
     assert makes(train) == 1
 
 
-def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path):
+def test_without_a_trainer_the_batches_are_those_of_one_process(make, tmp_path):
+    data = make(write(tmp_path / "a.jsonl", *numbered("prompt", 9)), val=write(tmp_path / "b.jsonl", "v", "w"))
+    data.setup("fit")
+    attached = batches(data.train_dataloader()), batches(data.val_dataloader())
+    data.trainer = None
+    assert (batches(data.train_dataloader()), batches(data.val_dataloader())) == attached
+
+
+def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path, caplog):
     a, b, c = (write(tmp_path / f"{n}.jsonl", *numbered(n, k)) for n, k in (("a", 4), ("b", 3), ("c", 8)))
     mixture = [a, WeightedSource(b, weight=2), WeightedSource(c, weight=0.5)]
     data = make(mixture, val=write(tmp_path / "v.jsonl", "v"))
-    data.setup("fit")
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        data.setup("fit")
     loader, seen = data.train_dataloader(), []
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -269,6 +281,7 @@ def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path):
         seen.append({i for i in ids if i.startswith("c")})
         assert len(seen[-1]) == len([i for i in ids if i.startswith("c")]) == 4
     assert seen[0] != seen[1]
+    assert "train: 15 pairs, 14 an epoch by their weights (" in caplog.text
     with pytest.raises(ConfigurationError, match=r"data.val: a weight would count pairs more than once"):
         make(a, val=[WeightedSource(b, weight=2)])
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
-from rlhf_lightning.data.sources import fingerprint, has_split, read_rows
+from rlhf_lightning.data.sources import described, fingerprint, has_split, read_rows
 
 ROWS = [
     {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5\r\n6"},
@@ -98,7 +98,7 @@ BAD_FILES = {
     "null_line.jsonl": (b"null\n", "line 1: holds null, not an object"),
     "long_number.jsonl": (b'{"margin": ' + b"1" * 5000 + b"}\n", "line 1: not valid JSON"),
     "deep.jsonl": (b'{"prompt": ' + b"[" * 200_000 + b"\n", "line 1: not valid JSON"),
-    "not_gzip.jsonl.gz": (jsonl(), "cannot be read .*check the file"),
+    "not_gzip.jsonl.gz": (jsonl(), "no gzip data; name it without .gz"),
     "cut.jsonl.gz": (cut_gzip[:-20], "cannot be read .*may be cut short"),
     "broken.jsonl.gz": (bytes(broken_gzip), "cannot be read .*check the file"),
     "unclosed.json": (json.dumps(ROWS)[:-1].encode(), "not valid JSON"),
@@ -340,3 +340,19 @@ def test_the_fingerprint_of_a_hub_set_is_that_of_its_rows(monkeypatch):
 
     assert fingerprint_of("x", "y") == fingerprint_of("x", "y")
     assert fingerprint_of("x", "y") != fingerprint_of("x", "z")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "read"),
+    [
+        ("alpaca_train.csv alpaca_val.csv", "train", "alpaca_train.csv"),
+        ("alpaca_train.csv alpaca_val.csv", "val", "alpaca_val.csv"),
+        ("train-00000-of-00001.csv my.dev.csv", "val", "my.dev.csv"),
+        ("a.csv b.csv", "train", "a.csv, b.csv"),
+    ],
+)
+def test_a_file_s_split_is_the_first_or_the_last_word_of_its_name(tmp_path, names, split, read):
+    for name in names.split():
+        (tmp_path / name).write_text("prompt,chosen,rejected\na,b,c\n")
+    assert described(str(tmp_path), split=split) == f"{tmp_path} ({read})"
+    assert {row.example_id.partition(":")[0] for row in read_rows(tmp_path, split=split)} == set(read.split(", "))
