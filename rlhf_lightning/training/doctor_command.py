@@ -56,11 +56,14 @@ def run(arguments: Sequence[str]) -> int:
     if source is not None and "--data.train" in given:
         raise ConfigurationError(f"doctor: {source} and --data.train are both given; leave one of them out")
     diagnosis = _diagnosis(source, settings)
-    print_diagnosis(diagnosis, Console(soft_wrap=False))
+    # The files first: a reader of the tables, such as `head`, may stop listening.
     if own.json:
         _write(own.json, json.dumps(asdict(diagnosis), indent=2) + "\n")
     if own.html:
         _write(own.html, html_page(diagnosis))
+    print_diagnosis(diagnosis, Console(soft_wrap=False))
+    for path in filter(None, (own.json, own.html)):
+        print(f"written: {path}")
     return diagnosis.exit_code
 
 
@@ -97,4 +100,3 @@ def _write(path: Path, text: str) -> None:
     half_written = path.with_name(f".{path.name}.part")
     half_written.write_text(text, encoding="utf-8")
     half_written.replace(path)
-    print(f"written: {path}")
