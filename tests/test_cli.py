@@ -357,3 +357,60 @@ def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
         assert [role["source"] for role in found["roles"]] == ["a.jsonl", "b.jsonl"]
         assert found["roles"][1]["shared_prompts"] == ["b.jsonl, row 0"]
     assert "both given" in refusal(capsys, "doctor", "a.jsonl", "--data.train", "b.jsonl")
+
+
+def test_doctor_examines_a_source_alone(capsys, tmp_path):
+    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "some.jsonl").write_text(good + '{"prompt": "a", "chosen": "b"}\n')
+    assert main(["doctor", "good.jsonl"]) == 0
+    assert "All 1 rows can be used (no tokenizer)." in capsys.readouterr().out
+    assert main(["doctor", "some.jsonl", "--json", "out/d.json", "--html", "d.html"]) == 1
+    found = yaml.safe_load((tmp_path / "out" / "d.json").read_text())
+    assert found["roles"][0]["bad_rows"] == {"missing_key": ["some.jsonl, row 1"]}
+    assert "missing_key" in (tmp_path / "d.html").read_text()
+    (tmp_path / "none.jsonl").write_text("")
+    assert "none.jsonl: the file is empty" in refusal(capsys, "doctor", "none.jsonl")
+
+
+def test_doctor_examines_the_data_of_a_run_with_its_settings(capsys, tmp_path):
+    assert main(["doctor", "--config", QUICKSTART, "--json", "d.json"]) == 0
+    found = yaml.safe_load((tmp_path / "d.json").read_text())
+    assert [(role["role"], role["pairs"]) for role in found["roles"]] == [("train", 600), ("val", 200)]
+    assert (found["unit"], found["tokenizer"], found["max_length"], found["batch_size"]) == (
+        *("tokens", "builtin:tiny", 256, 8),
+    )
+    row = '{"q": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "own.jsonl").write_text(row)
+    assert main(["doctor", "own.jsonl", "--config", QUICKSTART, "--data.columns", "{prompt: q}"]) == 0
+    assert "builtin:tiny, chat template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a SOURCE, --data.train, or the --config of a run"),
+        (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["x.jsonl", "--data.batch_size", "-1"], "batch_size"),
+        (["x.jsonl", "--wrong"], "--wrong"),
+        (["x.jsonl", "--json"], "--json"),
+    ],
+)
+def test_doctor_refuses_in_one_line(capsys, arguments, message):
+    assert message in refusal(capsys, "doctor", *arguments)
+
+
+def test_the_parser_never_reads_the_data_file_itself(capsys, tmp_path):
+    # A type that a file could hold makes jsonargparse read the file in search of it.
+    for text in ("prompt,chosen,rejected\n", "[1, 2]", "{}", "- a\n- b\n"):
+        (tmp_path / "data.csv").write_text(text)
+        config = printed_config(capsys, "fit", "--config", QUICKSTART, "--data.train", "data.csv")
+        assert config["data"]["init_args"]["train"] == "data.csv"
+
+
+def test_a_mixture_round_trips(capsys):
+    mixture = ["a.jsonl", {"source": "b.jsonl", "weight": 0.5, "columns": {"prompt": "q"}}]
+    config = printed_config(capsys, "fit", "--config", QUICKSTART, "--data.train", str(mixture))
+    assert config["data"]["init_args"]["train"] == mixture
+    for wrong, message in (("{source: b, weight: -1}", "v>0"), ("{source: b, wait: 1}", "wait"), ("{}", "source")):
+        assert message in refusal(capsys, "fit", "--config", QUICKSTART, "--data.train", f"[a, {wrong}]")

@@ -70,7 +70,8 @@ def precomputed_logprobs(
     _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, str(trainer.precision))
     done: list[int] = []
     began = time.monotonic()
-    for positions, sums in computed(missing[trainer.global_rank :: trainer.world_size]):
+    # By position, since what is missing differs from process to process once one of them has begun to write.
+    for positions, sums in computed(missing[missing % trainer.world_size == trainer.global_rank]):
         values[positions] = sums
         done += positions
         if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost

@@ -87,6 +87,8 @@ def test_what_is_left_out_is_not_counted_among_the_used_pairs(examine):
     assert (role.pairs, role.duplicates, role.contradictions, role.longer_chosen) == (1, [], [], 1.0)
     (role,) = examine(rows, roles=("train",), max_length=500).roles
     assert (rows_of(role.duplicates), rows_of(role.contradictions), role.longer_chosen) == ([1], [0, 1, 3], 0.75)
+    _, val = examine(rows, val=[{"prompt": "x", "chosen": "a", "rejected": "b"}]).roles
+    assert val.shared_prompts == []  # the only training pairs of that prompt are left out
 
 
 @pytest.mark.parametrize("truncation", ["keep_response", "drop", "error"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_what_is_known_is_not_computed_again_whatever_the_order_or_the_learning_
 
 @pytest.mark.parametrize(
     "change",
-    ["max_length", "truncation", "template", "tokenizer", "data", "weights", "precision", "adapters"],
+    ["max_length", "truncation", "template", "tokenizer", "data", "weights", "precision"],
 )
 def test_whatever_could_change_a_log_prob_is_computed_again(run, change, tmp_path, tiny_qwen2, pairs):
     """No stale entry: each part of the key, alone."""
@@ -107,8 +108,6 @@ def test_whatever_could_change_a_log_prob_is_computed_again(run, change, tmp_pat
         model = {"backbone": str(make_tiny_model(tmp_path / "other", builtin_texts(), initializer_range=0.2, seed=1))}
     elif change == "precision":
         settings = {"precision": "bf16-mixed"}
-    elif change == "adapters":
-        model = LORA
     module, computed = run(data=data, model=model, **settings)
     used = sum(map(len, module._precomputed.values()))
     if everything is None:
@@ -210,3 +209,31 @@ def test_hashes_tell_pairs_and_weights_apart(tiny_qwen2):
     assert weights_hash(layer) != first
     assert weights_hash(layer, ignore=("weight",)) == weights_hash(layer, ignore=("weight",)) != weights_hash(layer)
     assert weights_hash(layer.bfloat16()) != weights_hash(layer.float())
+
+
+def test_adapters_of_any_kind_share_the_model_below_them(run):
+    assert run()[1] == TRAIN_PAIRS + VAL_PAIRS
+    assert run(model=LORA)[1] == 0
+    assert run(model={"lora": {"r": 2, "modules_to_save": ["norm"]}}, max_epochs=1)[1] == 0
+
+
+def test_processes_share_the_work_and_miss_what_they_cannot_see(build_dpo, trainer, tmp_path):
+    module, datamodule = build_dpo(model=LORA)
+    run = trainer()
+    run.validate(module, datamodule, verbose=False)
+
+    def share(rank, cache):
+        strategy = SimpleNamespace(batch_to_device=lambda batch: batch, barrier=lambda: None)
+        seen = {"global_rank": rank, "world_size": 2, "strategy": strategy, "precision": "32-true"}
+        process = SimpleNamespace(**seen, precision_plugin=run.precision_plugin, datamodule=datamodule)
+        own = SimpleNamespace(trainer=process)
+        return references.precomputed_logprobs(own, module._reference, "val", ("key",), cache_dir=str(cache))
+
+    with pytest.raises(TrainingError, match=r"of other processes are not seen here; give model.reference_cache"):
+        share(1, tmp_path / "a")
+    assert kept(tmp_path / "a") == VAL_PAIRS // 2  # the odd positions
+    values = share(0, tmp_path / "a")
+    assert kept(tmp_path / "a") == VAL_PAIRS
+    for batch in datamodule.val_dataloader():
+        expected = torch.stack(module.reference_logprobs(batch)[:2], dim=1)
+        torch.testing.assert_close(values[batch.index], expected, rtol=0, atol=1e-4)
