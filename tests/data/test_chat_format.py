@@ -380,6 +380,7 @@ def test_a_prompt_without_its_oldest_turns_is_the_prompt_of_the_rest_of_the_conv
     assert len(places) == 4
     for turn, place in enumerate(places):
         rest, _ = turns_of(chat_format, [*start, *LONG_TALK[2 * turn :]])
+        assert chat_format.tokenizer.decode(ids[place:]).lstrip().startswith(LONG_TALK[2 * turn]["content"])
         assert chat_format.tokenizer.decode(ids[: places[0]] + ids[place:]) == chat_format.tokenizer.decode(rest)
 
 
