@@ -19,31 +19,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def qwen2_half_billion(tmp_path_factory):
-    """Qwen2-0.5B's shape with random weights, and a tokenizer whose ids all fit."""
-    from transformers import AutoModel, AutoTokenizer, Qwen2Config
-
-    from rlhf_lightning.tiny import resolve_model
-
-    directory = tmp_path_factory.mktemp("qwen2")
-    AutoTokenizer.from_pretrained(resolve_model("builtin:tiny")).save_pretrained(directory)
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModel.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    return directory
-
-
 @torch.no_grad()
 def test_scores_on_the_gpu_are_those_of_the_cpu(tiny_qwen2):
     torch.manual_seed(0)

@@ -1,0 +1,33 @@
+"""Models of the true shapes with random weights, made once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+QWEN2_HALF_BILLION = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def qwen2_half_billion(tmp_path_factory):
+    """Qwen2-0.5B's shape as a causal language model, and a tokenizer whose ids all fit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    from rlhf_lightning.tiny import resolve_model
+
+    directory = tmp_path_factory.mktemp("qwen2")
+    AutoTokenizer.from_pretrained(resolve_model("builtin:tiny")).save_pretrained(directory)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**QWEN2_HALF_BILLION), dtype=torch.float32)
+    model.save_pretrained(directory)
+    return directory
