@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with `argv` (default: the process's arguments) and return its exit code.
 
     0: done. 1: `doctor` found rows that would be left out. 2: the user can mend it; one line on stderr says where,
-    what, why and what to do. Anything else that goes wrong is ours and ends in a traceback.
+    what, why and what to do, or `doctor` prints why nothing is left of the data. Anything else that goes wrong is ours
+    and ends in a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(exit_.code or 0)
     except UserError as error:
         return _refuse(str(error))
+    except OSError as error:  # a path that cannot be, a full disk
+        return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
     except KeyboardInterrupt:
         print("rlhf-lightning: interrupted", file=sys.stderr)
         return 130

@@ -343,8 +343,17 @@ def test_predict_writes_the_rewards_of_a_policy(capsys, tmp_path):
 def test_keys_before_the_configuration_win_as_well(capsys):
     before = printed_config(capsys, "fit", "--data.batch_size", "3", "--config", QUICKSTART, "--seed_everything", "9")
     after = printed_config(capsys, "fit", f"--config={QUICKSTART}", "--data.batch_size", "3", "--seed_everything", "9")
-    assert before == after
+    assert (
+        before
+        == after
+        == printed_config(capsys, "fit", "--seed_everything", "9", "--data.batch_size", "3", "-c", QUICKSTART)
+    )
     assert (before["data"]["init_args"]["batch_size"], before["seed_everything"]) == (3, 9)
+
+
+def test_doctor_takes_the_short_name_of_config_too(capsys):
+    assert main(["doctor", "-c", QUICKSTART]) == 0
+    assert "All 800 rows can be used (builtin:tiny, chat template)." in capsys.readouterr().out
 
 
 def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
@@ -394,6 +403,8 @@ def test_doctor_examines_the_data_of_a_run_with_its_settings(capsys, tmp_path):
         (["x.jsonl", "--data.batch_size", "-1"], "batch_size"),
         (["x.jsonl", "--wrong"], "--wrong"),
         (["x.jsonl", "--json"], "--json"),
+        (["x.jsonl", "--json", "."], ". is a directory; name a file"),
+        (["x.jsonl", "--html", "/dev/null/d.html"], "/dev/null"),
     ],
 )
 def test_doctor_refuses_in_one_line(capsys, arguments, message):

@@ -98,8 +98,8 @@ class RoleDiagnosis:
     contradictions: list[str]
     shared_prompts: list[str] | None
     """Validation pairs whose prompt is also trained on; None for training pairs."""
-    longer_chosen: float
-    """Share of the used pairs whose chosen response has more characters, ties one half."""
+    longer_chosen: float | None
+    """Share of the used pairs whose chosen response has more characters, ties one half; None where none is used."""
     foreign_tokens: list[str]
     """Rows with what looks like a control token or role marker of some model written out in a text."""
     samples: list[Sample]
@@ -124,7 +124,9 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """0: every row would be used. 1: some would be left out."""
+        """0: every row would be used. 1: some would be left out. 2: of a role nothing would be left."""
+        if not all(role.pairs for role in self.roles):
+            return 2
         return int(any(role.dropped for role in self.roles))
 
 
@@ -221,7 +223,7 @@ def _diagnose_role(
         duplicates=kept.origins(duplicates(kept)),
         contradictions=kept.origins(contradictions(kept)),
         shared_prompts=kept.origins(shared_prompts(trained, kept)) if is_val else None,
-        longer_chosen=longer_chosen(kept) if len(kept) else 0.5,
+        longer_chosen=longer_chosen(kept) if len(kept) else None,
         foreign_tokens=kept.origins(np.flatnonzero(kept.numbers("foreign_tokens"))),
         samples=_token_samples(kept, data.chat_format) if max_length is not None else _text_samples(data, role),
     )

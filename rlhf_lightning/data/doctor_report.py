@@ -43,7 +43,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
                 f"{role.pairs}",
                 f"{role.dropped}",
                 "not measured" if diagnosis.max_length is None else f"{len(role.rows_cut)}",
-                _percent(role.longer_chosen),
+                "not measured" if role.longer_chosen is None else _percent(role.longer_chosen),
             )
             for role in roles
         ],
@@ -81,7 +81,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
             "held out."
         ]
         if odd
-        else ["None: no copies, contradictions, prompts on both sides or control tokens of other models."],
+        else ["None: no copies, contradictions, prompts on both sides, cut prompts or control tokens of other models."],
     )
     yield Finding(
         f"Lengths in {diagnosis.unit}, before any cut",
@@ -133,6 +133,8 @@ def verdict(diagnosis: Diagnosis) -> str:
     settings = "no tokenizer" if diagnosis.tokenizer is None else f"{diagnosis.tokenizer}, {diagnosis.template}"
     if dropped == 0:
         return f"All {read} rows can be used ({settings})."
+    if empty := [role.role for role in diagnosis.roles if not role.pairs]:
+        return f"No row of {' and '.join(empty)} can be used ({settings})."
     return f"{dropped} of {read} rows would be left out, the others can be used ({settings})."
 
 
@@ -232,6 +234,7 @@ def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
     yield "contradicted by another pair", role.contradictions
     if role.shared_prompts is not None:
         yield "prompt is also trained on", role.shared_prompts
+    yield "prompt is cut to fit max_length", role.rows_cut
     yield "a text holds what looks like a control token or role marker", role.foreign_tokens
 
 

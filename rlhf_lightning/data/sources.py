@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import re
 import sys
 import zlib
@@ -44,6 +45,11 @@ class WeightedSource:
     source: str
     weight: PositiveFloat = 1.0
     columns: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `DataError` for a weight that is no positive number."""
+        if not (isinstance(self.weight, int | float) and 0 < self.weight < math.inf):
+            raise DataError(f"{self.source}: the weight {self.weight!r} is no positive number; 1 takes each row once")
 
 
 class SourceKeys(TypedDict, total=False):

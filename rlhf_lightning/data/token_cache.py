@@ -68,6 +68,7 @@ def writable_cache(cache_dir: str | Path | None = None) -> Path:
             return cache
     except OSError:
         pass
+    log.warning("%s: cannot be written to, so token ids are kept for this process alone", cache)
     return _temporary_cache()
 
 

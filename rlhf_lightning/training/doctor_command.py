@@ -28,8 +28,7 @@ prompts on both sides, length bias, and examples as the model gets them.
 
 SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one, or
 against the pairs of --data.val; without SOURCE, the training and validation pairs of the configuration or of
---data.train. Exit code 0: every row can be used, 1: some
-would be left out, 2: the data or the settings cannot be used.
+--data.train. Exit code 0: every row can be used, 1: some would be left out, 2: the data or the settings cannot be used.
 """
 
 
@@ -44,13 +43,13 @@ def run(arguments: Sequence[str]) -> int:
     source = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     parser = _Arguments(prog="rlhf-lightning doctor", usage=_USAGE, add_help=False, allow_abbrev=False)
     for name in ("--json", "--html"):
-        parser.add_argument(name, type=Path)
+        parser.add_argument(name, type=_free_file)
     parser.add_argument("-h", "--help", action="store_true")
     own, settings = parser.parse_known_args(arguments)
     if own.help:
         print(_USAGE, end="")
         return 0
-    given = {argument.partition("=")[0] for argument in settings}
+    given = _names(settings)
     if source is None and given.isdisjoint({"--config", "--data.train"}):
         raise ConfigurationError("doctor: give a SOURCE, --data.train, or the --config of a run")
     if source is not None and "--data.train" in given:
@@ -68,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
-    given = {argument.partition("=")[0] for argument in settings}
+    given = _names(settings)
     if "--config" not in given:
         # The parser wants a model; the doctor looks at none.
         model = ["--model", "RewardModel", "--model.backbone", ""]
@@ -88,6 +87,20 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
     return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
 
 
+def _names(settings: Sequence[str]) -> set[str]:
+    """The options that are given, without their values."""
+    return {"--config" if name == "-c" else name for name in (argument.partition("=")[0] for argument in settings)}
+
+
+def _free_file(name: str) -> Path:
+    """A path that a file can be written to, refused before the work where it cannot."""
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is a directory; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def _data_keys(parsed: Namespace) -> dict:
     name = parsed.data.class_path.rpartition(".")[2]
     if name != PreferenceDataModule.__name__:
@@ -96,7 +109,6 @@ def _data_keys(parsed: Namespace) -> dict:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     half_written = path.with_name(f".{path.name}.part")
     half_written.write_text(text, encoding="utf-8")
     half_written.replace(path)

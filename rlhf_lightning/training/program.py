@@ -164,10 +164,10 @@ def _configurations_first(arguments: Sequence[str]) -> list[str]:
     files, others = [], []
     while rest:
         argument = rest.pop(0)
-        if argument == "--config" and rest:
+        if argument in ("-c", "--config") and rest:
             files += [argument, rest.pop(0)]
         else:
-            (files if argument.startswith("--config=") else others).append(argument)
+            (files if argument.startswith(("-c=", "--config=")) else others).append(argument)
     return [command, *files, *others]
 
 

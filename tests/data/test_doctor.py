@@ -166,6 +166,10 @@ def test_the_exit_code_says_whether_rows_would_be_left_out(examine):
     assert examine(ROWS[:1]).exit_code == 0
     assert examine(ROWS[7:8]).exit_code == 0  # cut, but used
     assert examine(ROWS).exit_code == 1
+    nothing = examine(ROWS[8:], roles=("train",))
+    assert (nothing.exit_code, nothing.roles[0].longer_chosen) == (2, None)
+    assert verdict(nothing).startswith("No row of train can be used")
+    assert "not measured" in printed(nothing)
     with pytest.raises(DataError, match="none of its 1 rows can be used"):
         examine(ROWS[1:2])
 
@@ -187,7 +191,8 @@ def printed(diagnosis) -> str:
 def test_the_terminal_shows_every_number_that_the_findings_hold(examine):
     diagnosis = examine(ROWS)
     text = printed(diagnosis)
-    for words in ("empty_response", "special_tokens", "too_long", "copies of an earlier pair", "contradicted", "5 %"):
+    named = ("empty_response", "special_tokens", "too_long", "copies of an earlier pair", "contradicted", "5 %")
+    for words in (*named, "prompt is cut to fit max_length"):
         assert words in text
     assert "row 1: chosen has no text" in text
     assert verdict(diagnosis) in text

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
-from rlhf_lightning.data.sources import described, fingerprint, has_split, read_rows
+from rlhf_lightning.data.sources import WeightedSource, described, fingerprint, has_split, read_rows, source_list
 
 ROWS = [
     {"prompt": "Hi", "chosen": 'One, "two"\nthree; four', "rejected": "Nö\t5\r\n6"},
@@ -356,3 +356,13 @@ def test_a_file_s_split_is_the_first_or_the_last_word_of_its_name(tmp_path, name
         (tmp_path / name).write_text("prompt,chosen,rejected\na,b,c\n")
     assert described(str(tmp_path), split=split) == f"{tmp_path} ({read})"
     assert {row.example_id.partition(":")[0] for row in read_rows(tmp_path, split=split)} == set(read.split(", "))
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "2"])
+def test_a_weight_that_is_no_positive_number_is_refused_from_python_as_well(weight):
+    for one in (
+        lambda: WeightedSource("a.jsonl", weight),
+        lambda: source_list([{"source": "a.jsonl", "weight": weight}]),
+    ):
+        with pytest.raises(DataError, match=r"a.jsonl: the weight .* is no positive number"):
+            one()

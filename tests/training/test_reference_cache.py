@@ -237,3 +237,11 @@ def test_processes_share_the_work_and_miss_what_they_cannot_see(build_dpo, train
     for batch in datamodule.val_dataloader():
         expected = torch.stack(module.reference_logprobs(batch)[:2], dim=1)
         torch.testing.assert_close(values[batch.index], expected, rtol=0, atol=1e-4)
+
+
+def test_a_single_number_and_an_empty_tensor_are_hashed_too():
+    module = torch.nn.ParameterDict({"scale": torch.tensor(2.0), "none": torch.zeros(0, 3)})
+    first = weights_hash(module)
+    with torch.no_grad():
+        module["scale"].add_(1e-6)
+    assert weights_hash(module) != first
