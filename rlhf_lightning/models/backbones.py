@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models.packed_attention import PACKED, packed_hidden_states, register
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
+AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_attention", "packed"]
+"""`packed` lays the rows of a batch end to end, so that nothing is computed on padding; the others are those of
+transformers."""
 
 # Position embeddings of the RoBERTa family begin after the padding index.
 _POSITION_OFFSET_FAMILY = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
@@ -84,6 +87,8 @@ def load_weights(
     Raises `ModelError` when the weights cannot be loaded or some are missing.
     """
     check_attention(attn_implementation)
+    if attn_implementation == PACKED:
+        register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.
     report = logging.getLogger("transformers.modeling_utils")
     level = report.level
@@ -107,6 +112,8 @@ def load_weights(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
             f"{missing[0]}; they would stay random. Give the directory or name of a whole model"
         )
+    if attn_implementation == PACKED:
+        _check_packing(model.base_model, name_or_path)
     return model.train()
 
 
@@ -128,11 +135,13 @@ def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: 
     `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Positions are counted over the mask, so that
     padding on either side changes nothing.
     """
-    arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask.long()}
+    position_ids = None
     if "position_ids" in inspect.signature(backbone.forward).parameters:
-        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-        arguments["position_ids"] = position_ids + _position_offset(backbone.config)
-    return backbone(**arguments).last_hidden_state
+        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + _position_offset(backbone.config)
+    if backbone.config._attn_implementation == PACKED:
+        return packed_hidden_states(backbone, input_ids, attention_mask, position_ids)
+    arguments = {} if position_ids is None else {"position_ids": position_ids}
+    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments).last_hidden_state
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -149,6 +158,21 @@ def switch_dropout_off(config: PretrainedConfig) -> None:
     for name, value in list(vars(config).items()):
         if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+@torch.no_grad()
+def _check_packing(backbone: PreTrainedModel, name: str) -> None:
+    """Raise `ModelError` when a model's rows are not the same packed as alone, measured on a few tokens."""
+    ids = torch.arange(12, device=backbone.device).view(2, 6) % backbone.config.get_text_config().vocab_size
+    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3], device=ids.device)
+    packed = hidden_states(backbone, ids, mask)
+    for row, length in enumerate((6, 3)):
+        alone = hidden_states(backbone, ids[row : row + 1, :length], mask[row : row + 1, :length])[0]
+        if not (packed[row, :length] - alone).abs().max() <= 1e-5 * alone.abs().max():
+            raise ModelError(
+                f"{name}: the rows of a {backbone.config.model_type} model see each other when they are packed; use "
+                "attn_implementation: sdpa"
+            )
 
 
 def _position_offset(config: PretrainedConfig) -> int:

@@ -131,7 +131,7 @@ class DPO(LightningModule):
         optimizer: Any torch optimizer with its arguments.
         schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
-        attn_implementation: What transformers prefers when not given.
+        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: Run code that comes with the model.
     """

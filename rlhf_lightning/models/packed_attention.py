@@ -1,0 +1,168 @@
+"""Attention over rows that lie end to end, without padding between them: `attn_implementation: packed`.
+
+A padded batch of preference pairs is more than half padding, since the two responses of a pair, and pairs among each
+other, differ in length. Packed, every layer sees real tokens alone. R rows, T padded tokens, N tokens of all rows
+together, H hidden size, D size of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import ModelError
+
+PACKED = "packed"
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def register() -> None:
+    """Make `packed` known to transformers as an attention implementation."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        # Rows end to end have none; generation, which pads, has one.
+        return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, mask)
+
+
+def packed_hidden_states(
+    backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """Last hidden state of each token, [R, T, H], 0 at padding; the backbone sees one row of N tokens.
+
+    `input_ids`, `position_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens.
+    """
+    lengths = attention_mask.sum(dim=1)
+    ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids[attention_mask][None]}
+    flat = backbone(
+        input_ids=input_ids[attention_mask][None],
+        use_cache=False,
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=longest,
+        max_length_k=longest,
+        **arguments,
+    ).last_hidden_state[0]
+    return flat.new_zeros(*attention_mask.shape, flat.shape[-1]).masked_scatter(attention_mask[..., None], flat)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: each of the rows attends to itself alone.
+
+    `query` [1, heads, N, D]; `key` and `value` the same with as many heads or a divisor of it; `cu_seq_lens_q` [R + 1]
+    int32, where the rows begin, and N. Returns [1, N, heads, D]. Without `cu_seq_lens_q`, as when text is generated, it
+    is `sdpa`. Raises `ModelError` for kinds of attention that are not known here.
+    """
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        others |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if unknown or attention_mask is not None or dropout:
+        what = (unknown or ["a mask" if attention_mask is not None else "dropout"])[0]
+        raise ModelError(f"attn_implementation: packed cannot do {what} in {type(module).__name__}; use sdpa")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    settings = {"causal": causal, "window": sliding_window, "scale": scaling}
+    if query.is_cuda and query.dtype in _HALVES and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and _varlen():
+        return _in_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, **settings), None
+    return _row_by_row(query, key, value, cu_seq_lens_q, **settings), None
+
+
+def _varlen() -> bool:
+    """Whether this torch has attention over rows of different lengths, with windows."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A window of w tokens reaches w - 1 tokens back; -1 is all of them.
+    back = -1 if window is None else window - 1
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    return varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(back, 0 if causal else back),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )[None]
+
+
+def _row_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    lengths = ends.diff().tolist()
+    rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    made = []
+    for q, k, v in rows:
+        mask = _window_mask(q.shape[2], window, causal, q.device) if window and q.shape[2] > window else None
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        made.append(attended.transpose(1, 2))
+    return torch.cat(made, dim=1)
+
+
+def _window_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """[length, length] bool, True where a token (row) sees another (column)."""
+    position = torch.arange(length, device=device)
+    back = position[:, None] - position
+    return (back < window) & (back >= 0 if causal else back > -window)
