@@ -19,7 +19,7 @@ import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.directories import check_free
 from rlhf_lightning.models.probe import log_probs, probe_rows
-from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint
+from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
@@ -49,7 +49,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     Raises `ConfigurationError` for what is no checkpoint, or a directory that holds something else, and `ModelError`
     when the directory does not load or gives other outputs.
     """
-    stored = read_checkpoint(ckpt_path)
+    stored = read_checkpoint(ckpt_path, weights=False)
     check_free(directory)
     if stored.get(ORIGIN, {}).get("class") not in rlhf_lightning.__all__:
         raise ConfigurationError(
@@ -57,7 +57,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
             "again, or let ExportBest write the directory"
         )
     origin = stored[ORIGIN]
-    module = getattr(rlhf_lightning, origin["class"]).load_from_checkpoint(ckpt_path, map_location="cpu").eval()
+    module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
     expected, kind = _outputs(module)
     module.export(directory, merge=merge)
     _save_tokenizer(origin, directory, trust_remote_code=module.hparams.trust_remote_code)

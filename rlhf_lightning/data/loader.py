@@ -195,7 +195,7 @@ class BatchLoader:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there: the next pass over that epoch begins with the batch after the last one handed out."""
-        self._position = dict(state_dict)
+        self._position = {name: state_dict[name] for name in ("epoch", "batches")}
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -243,6 +243,7 @@ def training_loader(
     training_plan = TrainingPlan(rows.lengths, accumulate=accumulate, source=rows.source, **_process(trainer), **plan)
     loader = _loader(trainer, collate, training_plan, num_workers)
     if position is not None:
+        _check_layout(position, training_plan)
         loader.load_state_dict(position)
     return loader
 
@@ -264,12 +265,33 @@ def training_state(loader: BatchLoader | None) -> dict[str, dict[str, int]]:
 
     Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
     """
-    return {} if loader is None else {"train_loader": loader.state_dict()}
+    return {} if loader is None else {"train_loader": loader.state_dict() | _layout(loader.plan)}
 
 
 def training_position(state: dict[str, dict[str, int]]) -> dict[str, int] | None:
     """The position that `training_state` wrote, for `training_loader`."""
     return state.get("train_loader")
+
+
+def _layout(plan: TrainingPlan) -> dict[str, int]:
+    """What a position in a training plan counts in, under the names that the user gives it."""
+    layout = {
+        "processes": plan.world_size,
+        "data.batch_size": plan.batch_size,
+        "trainer.accumulate_grad_batches": plan.accumulate,
+        "rows in an epoch": plan.epoch_pairs,
+    }
+    return {name: int(number) for name, number in layout.items()}  # the parser's own kinds of int are not plain data
+
+
+def _check_layout(position: dict[str, int], plan: TrainingPlan) -> None:
+    """Raise `ConfigurationError` when a position was counted in batches of another size, number or make."""
+    for name, now in _layout(plan).items():
+        if (before := position.get(name, now)) != now:
+            raise ConfigurationError(
+                f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot go on where it was; "
+                "give the same, or export the checkpoint and begin a new run with that as model.backbone"
+            )
 
 
 def _process(trainer: Trainer | None) -> dict[str, int]:

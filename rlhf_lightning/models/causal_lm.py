@@ -111,6 +111,8 @@ class CausalLM(nn.Module):
         self.model = model
         self.temperature = temperature
         """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
+        self.base_fingerprint = _frozen_fingerprint(model)
+        """A hash of the weights that are not trained, as loaded: mixed precision may round them later."""
 
     @classmethod
     def from_pretrained(
@@ -189,15 +191,6 @@ class CausalLM(nn.Module):
         weight, bias = _output_layer(self.model)
         return linear_argmax(states.hidden, weight, bias=bias)
 
-    def frozen_fingerprint(self) -> str:
-        """A hash of the weights that are not trained: of their names, shapes, and both ends of each."""
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                flat = parameter.data.flatten()
-                digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
-        return digest.hexdigest()
-
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Inside, the model is the one that the adapters were put on. Raises `ModelError` when there are none."""
@@ -232,10 +225,20 @@ class FrozenCausalLM:
     def __init__(self, network: CausalLM) -> None:
         self.network = network.eval().requires_grad_(False)
 
+    def match(self, policy: CausalLM) -> None:
+        """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs.
+
+        Weights alone: rotary frequencies in half precision would spoil long rows.
+        """
+        like = next(policy.parameters())
+        self.network.to(like.device)
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.to(like.dtype)
+
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
-        """As `CausalLM.forward`, on the device of the rows."""
-        return self.network.to(input_ids.device)(input_ids, attention_mask, response_mask)
+        """As `CausalLM.forward`."""
+        return self.network(input_ids, attention_mask, response_mask)
 
 
 def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -258,6 +261,16 @@ def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         off = layer.disable_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
     return layer.weight, getattr(layer, "bias", None)
+
+
+def _frozen_fingerprint(model: nn.Module) -> str:
+    """A hash of the weights that are not trained: of their names, shapes, and both ends of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.data.flatten()
+            digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free
+from rlhf_lightning.training.checkpoints import read_checkpoint, restored_module
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Results(Callback):
 
     def of_checkpoint(self, path: Path) -> tuple[dict[str, float], int]:
         """The metrics that a checkpoint brings along, and its optimizer step."""
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = read_checkpoint(path, weights=False)
         return stored["callbacks"][self.state_key]["metrics"], stored["global_step"]
 
 
@@ -149,7 +150,7 @@ class ExportBest(Callback):
             log.warning("%s: nothing is exported, since no checkpoint was saved", self.directory)
         if not trainer.is_global_zero or best is None:
             return
-        best_module = type(pl_module).load_from_checkpoint(best, map_location="cpu")
+        best_module = restored_module(type(pl_module), best)
         best_module.export(self.directory, merge=self.merge)
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:

@@ -1,12 +1,23 @@
-"""Checkpoints: what one is, and what it says of its origin, so that it can be exported without its configuration."""
+"""Checkpoints: what one is, how it is written whole, and what it says of its origin, so that it can be exported
+without its configuration.
+
+A checkpoint of DeepSpeed is a directory: one file with the weights in half precision and all that Lightning stores, and
+one of each process with its part of the optimizer's states and float32 weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from rlhf_lightning.errors import ConfigurationError
@@ -14,20 +25,143 @@ from rlhf_lightning.errors import ConfigurationError
 ORIGIN = "rlhf_lightning"
 """Key of a checkpoint under which `store_origin` writes."""
 
+_SHARDS = "checkpoint"
+"""Subdirectory of a DeepSpeed checkpoint with its files."""
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of a run, its tensors mapped into memory. Raises `ConfigurationError` for anything else."""
-    if not os.path.exists(path):
-        raise ConfigurationError(f"ckpt_path: no checkpoint at {path}; give the file that fit named")
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is complete and on the disk.
+
+    Lightning's own writer collects it in memory, then in the directory for temporary files, which may be on another
+    disk, from where it is copied and may be cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises `ConfigurationError` when the disk is full or cannot be written; what was there before stays."""
+        path = Path(path)
+        half_written = part_of(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(half_written, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            half_written.replace(path)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """A checkpoint of DeepSpeed is put together, so that it can be tested without DeepSpeed's strategy."""
+        return read_checkpoint(path) if is_sharded(path) else super().load_checkpoint(path, *arguments, **named)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a checkpoint is written: when it cannot be, what is half written is removed, and the reason is said."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError of its own when the disk is full
+        remove(part_of(path))
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+        raise ConfigurationError(
+            f"{path}: the checkpoint could not be written ({reason}); earlier ones are untouched. Make room, or give "
+            "another trainer.default_root_dir, and go on with --ckpt_path last"
+        ) from error
+
+
+def part_of(path: Path) -> Path:
+    """Where a checkpoint is while it is written."""
+    return path.with_name(f".{path.name}.part")
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is a directory of DeepSpeed."""
+    return (Path(path) / _SHARDS).is_dir()
+
+
+def shard_files(path: str | Path) -> tuple[Path, list[Path]]:
+    """The file with weights and the trainer's states of a DeepSpeed checkpoint, and those of its processes."""
+    shards = Path(path) / _SHARDS
+    return shards / "mp_rank_00_model_states.pt", sorted(shards.glob("*zero_pp_rank_*_optim_states.pt"))
+
+
+def read_checkpoint(path: str | Path, *, weights: bool = True) -> dict[str, Any]:
+    """A checkpoint of a run, its tensors mapped into memory; of a DeepSpeed checkpoint, float32 weights put together.
+
+    Without `weights`, the `state_dict` of a DeepSpeed checkpoint holds names alone of half-precision weights. Raises
+    `ConfigurationError` for anything else.
+    """
+    if not os.path.exists(path):
+        raise ConfigurationError(f"ckpt_path: no checkpoint at {path}; give the one that fit named")
+    sharded = is_sharded(path)
+    try:
+        file = shard_files(path)[0] if sharded else path
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a directory, a text file, a file cut short: torch raises a type for each
         raise ConfigurationError(
-            f"ckpt_path: {path} cannot be read as a checkpoint; give the file that fit named"
+            f"ckpt_path: {path} cannot be read as a checkpoint; give the one that fit named"
         ) from error
+    if sharded and isinstance(stored, dict) and "module" in stored:
+        stored["state_dict"] = _float32_weights(path, stored) if weights else stored["module"]
     if not (isinstance(stored, dict) and "pytorch-lightning_version" in stored and "state_dict" in stored):
-        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of a run; give the file that fit named")
+        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of a run; give the one that fit named")
     return stored
+
+
+def fault_of(path: str | Path) -> str | None:
+    """What is wrong with the files of a checkpoint, read to their ends, or None when it is whole."""
+    try:
+        stored = read_checkpoint(path, weights=False)
+    except ConfigurationError:
+        return "cannot be read"
+    files = [Path(path)]
+    if is_sharded(path):
+        model_states, shards = shard_files(path)
+        if len(shards) != stored["dp_world_size"]:
+            return f"has {len(shards)} of the {stored['dp_world_size']} files of its processes"
+        files = [model_states, *shards]
+    for file in files:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                broken = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            return str(error)
+        if broken is not None:
+            return f"{file.name} is damaged at {broken}"
+    return None
+
+
+def restored_module(kind: type[LightningModule], path: str | Path) -> LightningModule:
+    """The module of a checkpoint, file or DeepSpeed directory, float32, on the CPU."""
+    if not is_sharded(path):
+        return kind.load_from_checkpoint(path, map_location="cpu")
+    from lightning.pytorch.core.saving import _load_state  # what load_from_checkpoint does with a file it has read
+
+    return _load_state(kind, read_checkpoint(path))
+
+
+def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The optimizer's float32 copies of the weights, of all processes together. Raises `ConfigurationError`."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it looked for a GPU
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ConfigurationError(
+            f"ckpt_path: {path} is a checkpoint of DeepSpeed, which is not installed; pip install 'rlhf-lightning[gpu]'"
+        ) from error
+    without_frozen = stored["frozen_param_shapes"] is None
+    # It tells what it does.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(
+            str(path), tag=_SHARDS, exclude_frozen_parameters=without_frozen
+        )
 
 
 def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -46,28 +180,36 @@ def store_adapters_alone(module: LightningModule, checkpoint: dict[str, Any]) ->
     if module.policy.has_adapters:
         trained = _trained(module)
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
-        checkpoint[ORIGIN]["base"] = module.policy.frozen_fingerprint()
+        checkpoint[ORIGIN]["base"] = module.policy.base_fingerprint
 
 
 def complete_adapters(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Put the module's own weights below the adapters of a checkpoint. Raises `ConfigurationError` for others."""
     if not module.policy.has_adapters:
         return
-    if set(checkpoint["state_dict"]) != _trained(module):
-        raise ConfigurationError(
-            "ckpt_path: the checkpoint holds other weights than the adapters of model.lora; give the model.lora of its "
-            "run"
-        )
-    if checkpoint[ORIGIN]["base"] != module.policy.frozen_fingerprint():
+    if "state_dict" in checkpoint:  # DeepSpeed loads weights by itself, and keeps them back
+        check_adapters(module, checkpoint["state_dict"].keys())
+    if checkpoint[ORIGIN]["base"] != module.policy.base_fingerprint:
         raise ConfigurationError(
             "ckpt_path: the checkpoint's adapters belong to other weights than those of "
             f"{module.hparams.backbone}; give the model.backbone of its run, as it was then"
         )
+    if "state_dict" not in checkpoint:
+        return
     # Not the whole state_dict: 4-bit layers write entries that they cannot read.
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names = parameters.keys() | dict(module.named_buffers(remove_duplicate=False)).keys()
     own = {name: weights for name, weights in module.state_dict().items() if name in names}
     checkpoint["state_dict"] = own | checkpoint["state_dict"]
+
+
+def check_adapters(module: LightningModule, names: Set[str]) -> None:
+    """Raise `ConfigurationError` when the weights of a checkpoint are others than a module's adapters."""
+    if names != _trained(module):
+        raise ConfigurationError(
+            "ckpt_path: the checkpoint holds other weights than the adapters of model.lora; give the model.lora of its "
+            "run"
+        )
 
 
 def _trained(module: LightningModule) -> set[str]:

@@ -260,6 +260,7 @@ class DPO(LightningModule):
 
     def _reference(self, *rows: Tensor) -> ResponseLogprobs:
         if self.reference_source != ADAPTER:
+            self._frozen.match(self.policy)
             return self._frozen(*rows)
         with self.policy.adapters_off():
             return self.policy(*rows)
@@ -268,6 +269,8 @@ class DPO(LightningModule):
         """Get the reference's log-probs of all pairs, then let go of it."""
         if not self.precomputed or self.reference_source is None:
             return
+        if self._frozen is not None:
+            self._frozen.match(self.policy)
         network = self.policy if self.reference_source == ADAPTER else self._frozen.network
         config = network.config.to_dict() | {"_name_or_path": None}  # a copy elsewhere is the same model
         key = (

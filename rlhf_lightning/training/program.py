@@ -26,16 +26,20 @@ from rlhf_lightning.training.callbacks import (
     best_checkpoint,
     print_results,
 )
-from rlhf_lightning.training.checkpoints import read_checkpoint
+from rlhf_lightning.training.checkpoints import WholeFileIO, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
+from rlhf_lightning.training.resume import LAST, ProcessStates, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 from rlhf_lightning.training.sft import SFT
+from rlhf_lightning.training.step_watch import StepWatch
+from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
 CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
+register()
 
 
 class Parser(LightningArgumentParser):
@@ -58,13 +62,24 @@ class Program(LightningCLI):
             parser.set_defaults(verbose=False)  # Lightning's own table would stand above ours
         return parser
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        return super().instantiate_trainer(
+            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()], **kwargs
+        )
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         data = config.get("data", {}).get("init_args", {})
         model = config.get("model", {}).get("init_args", {})
+        config.trainer.strategy, line = corrected(config.trainer.strategy)
+        if line:
+            log.warning("%s", line)
+        if config.get("ckpt_path") == LAST:
+            resolve_last(config)
         ckpt_path = config.get("ckpt_path")
-        if ckpt_path not in (None, "best", "last", "hpc"):
-            read_checkpoint(ckpt_path)
+        if ckpt_path not in (None, "best", "hpc"):
+            read_checkpoint(ckpt_path, weights=False)
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
@@ -86,6 +101,7 @@ class Program(LightningCLI):
         """Read the data and hold it against the model before anything is written or loaded."""
         _refuse_wrong_numbers(self.trainer)
         _check_monitors(self.trainer, self.model)
+        _check_checkpoint(self.subcommand, self.config[self.subcommand].get("ckpt_path"), self.trainer)
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
@@ -131,7 +147,10 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             auto_configure_optimizers=False,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [Results(), PredictionWriter()], "enable_model_summary": False},
+            trainer_defaults={
+                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch()],
+                "enable_model_summary": False,
+            },
             args=arguments,
         )
     except UserError:
@@ -205,12 +224,25 @@ def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
             raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
 
 
+def _check_checkpoint(subcommand: str, ckpt_path: str | None, trainer: Trainer) -> None:
+    """Refuse a checkpoint that the strategy cannot go on from, before any work. Raises `ConfigurationError`."""
+    if ckpt_path in (None, "best", "hpc"):
+        return
+    if isinstance(trainer.strategy, ZeroStrategy):
+        trainer.strategy.check_checkpoint(ckpt_path, fitting=subcommand == "fit")
+    elif subcommand == "fit" and is_sharded(ckpt_path):
+        raise ConfigurationError(
+            f"ckpt_path: {ckpt_path} is a checkpoint of DeepSpeed; set trainer.strategy to zero2, or export it and "
+            "begin a new run with that as model.backbone"
+        )
+
+
 def _refuse_wrong_numbers(trainer: Trainer) -> None:
     """Refuse settings of the Trainer that run, but not as asked. Raises `ConfigurationError`."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, ZeroStrategy):
         raise ConfigurationError(
             "trainer.strategy: Lightning's stock DeepSpeed strategy divides the gradients by accumulate_grad_batches "
-            "twice and rounds the margins of a batch to half precision; use auto or ddp"
+            "twice and rounds the margins of a batch to half precision; use zero2"
         )
     if trainer.precision in ("16-true", "bf16-true"):
         half = trainer.precision.removesuffix("-true")
@@ -249,6 +281,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     # Our batches carry the position of each pair.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    # DeepSpeed's optimizer steps out of the sight of torch's schedules; `check_schedule` looks after them.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     # A deprecation inside Lightning 2.6 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

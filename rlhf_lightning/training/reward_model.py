@@ -28,7 +28,7 @@ from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin
-from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
 
@@ -147,6 +147,7 @@ class RewardModel(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         chosen, rejected = self(batch)
         losses = self.losses(batch, chosen, rejected)
+        check_finite(self, batch, losses)
         _update(self.train_metrics, losses.detach(), chosen.detach(), rejected.detach())
         return batch.weight * losses.mean()
 
