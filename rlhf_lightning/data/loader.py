@@ -197,6 +197,11 @@ class BatchLoader:
         """Go on from there: the next pass over that epoch begins with the batch after the last one handed out."""
         self._position = {name: state_dict[name] for name in ("epoch", "batches")}
 
+    def go_on_at(self, position: dict[str, int]) -> None:
+        """The same for a position that says what it counts in. Raises `ConfigurationError` when that is another."""
+        _check_layout(position, self.plan)
+        self.load_state_dict(position)
+
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -243,8 +248,7 @@ def training_loader(
     training_plan = TrainingPlan(rows.lengths, accumulate=accumulate, source=rows.source, **_process(trainer), **plan)
     loader = _loader(trainer, collate, training_plan, num_workers)
     if position is not None:
-        _check_layout(position, training_plan)
-        loader.load_state_dict(position)
+        loader.go_on_at(position)
     return loader
 
 

@@ -159,6 +159,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
         self._resume_position = training_position(state_dict)
+        if self._train_loader is not None and self._resume_position is not None:
+            self._train_loader.go_on_at(self._resume_position)  # some strategies load checkpoints after the data
 
     def batches(self, role: Role, positions: np.ndarray) -> Iterator[PreferenceBatch]:
         """Some of the pairs of a role once, the longest first, outside of any loader."""

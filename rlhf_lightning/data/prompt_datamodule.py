@@ -167,6 +167,8 @@ class PromptDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
         self._resume_position = training_position(state_dict)
+        if self._train_loader is not None and self._resume_position is not None:
+            self._train_loader.go_on_at(self._resume_position)  # some strategies load checkpoints after the data
 
     def val_dataloader(self) -> BatchLoader:
         return self._evaluation_loader("val")

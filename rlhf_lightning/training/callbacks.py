@@ -64,6 +64,8 @@ class Results(Callback):
             return
         self.metrics = _metrics(trainer, "val/")
         if trainer.state.fn == TrainerFn.FITTING:
+            for logger in trainer.loggers:
+                logger.log_metrics({f"val/{k}": v for k, v in self.metrics.items()}, step=trainer.global_step)
             numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in self._rows())
             log.info("validation at step %d: %s", trainer.global_step, numbers)
 

@@ -332,6 +332,10 @@ class DPO(LightningModule):
         check_schedule(self)
         seconds = time.perf_counter() - self._batch_began
         self.throughput.update(batch.attention_mask.sum(), seconds)
+        self.log_numbers()
+
+    def log_numbers(self) -> None:
+        """Log the training numbers, if it is time to."""
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
         logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
         if logged and self.reference_source is not None:

@@ -7,10 +7,12 @@ import sys
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.training.callbacks import Results
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,18 @@ def update_metrics(metrics: nn.ModuleDict, values: dict[str, Tensor | tuple[Tens
 
 def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, shown: tuple[str, ...]) -> None:
     """Log the metrics of a whole split as `stage/name`, some of them `shown` in the progress bar."""
+    # Lightning's own step of a validation is one behind, or more; `Results` gives the loggers the right one.
+    trainer = module.trainer
+    ours = trainer.state.fn == TrainerFn.FITTING and any(isinstance(each, Results) for each in trainer.callbacks)
     for name, metric in metrics.items():
-        module.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name in shown)
+        module.log(
+            f"{stage}/{name}",
+            metric,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=name in shown,
+            logger=False if ours else None,
+        )
 
 
 def log_training_means(
@@ -47,7 +59,7 @@ def log_training_means(
         return None
     module.logged_step = step
     values = {f"train/{name}": metric.compute().item() for name, metric in metrics.items()}
-    if throughput is not None:
+    if throughput is not None and throughput.update_called:
         values["train/tokens_per_second"] = throughput.compute().item()
         values |= _peak_memory(module.device)
         throughput.reset()

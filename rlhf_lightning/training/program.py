@@ -283,6 +283,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # DeepSpeed's optimizer steps out of the sight of torch's schedules; `check_schedule` looks after them.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    # A deprecation inside Lightning 2.6 under torch 2.13.
+    # Deprecations inside Lightning 2.6 and DeepSpeed 0.19 under torch 2.13.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.* is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

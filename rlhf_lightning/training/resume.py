@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import random
 import re
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 
 from rlhf_lightning.errors import ConfigurationError
@@ -27,27 +30,50 @@ _KEY = "processes"
 
 class ProcessStates(Callback):
     """Keeps in each checkpoint what each process holds beside weights and optimizer: the states of its random-number
-    generators, and the numbers that have gone into the next line of the training log."""
+    generators, and the numbers that have gone into the next line of the training log.
+
+    A checkpoint inside an accumulation, as a validation there may write, has no gradients in it. It is written as of
+    the beginning of the accumulation, so that the run which goes on from it makes those batches again.
+    """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._gone_on_from: Path | None = None
+        self._step_began: dict[str, Any] = {}
+        self._validated_at = 0
+        self._batches_made = (0, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validated_at": self._validated_at}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._validated_at = state_dict["validated_at"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step_began = _states(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = {"random": _random_states(), "metrics": _training_states(pl_module)}
-        own["logged_step"] = getattr(pl_module, "logged_step", 0)
+        open_batches = _batches_of_open_step(trainer)
+        own = self._step_began if open_batches else _states(pl_module)
         states = [own]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, own)
         checkpoint[_KEY] = states
+        if open_batches:
+            _rewind(trainer, checkpoint, open_batches)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get(_KEY)
         if states is not None and len(states) == trainer.world_size:
             self._loaded = states[trainer.global_rank]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self._batches_made = (progress["total"]["ready"], progress["current"]["ready"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As late as can be, so that nothing is drawn in between."""
+        self._replace_older(trainer)
         if self._loaded is None:
             return
         for name, states in self._loaded["metrics"].items():
@@ -58,15 +84,79 @@ class ProcessStates(Callback):
         pl_module.logged_step = self._loaded["logged_step"]
         _set_random_states(self._loaded["random"])
         self._loaded = None
+        if log_numbers := getattr(pl_module, "log_numbers", None):  # the checkpoint was written before they were
+            log_numbers()
+        total, current = self._batches_made
+        if total != self._validated_at and current and current % trainer.val_check_batch == 0:
+            _validate(trainer)  # the checkpoint was written after a batch, before the validation after it
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._validated_at = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning keeps the checkpoint that a run went on from; where there is a newer or better, it is removed."""
+        path = self._gone_on_from
+        if path is None or (writer := _writer(trainer, path)) is None:
+            return
+        kept = {writer.best_model_path, writer.last_model_path, *writer.best_k_models}
+        if path.resolve() not in {Path(each).resolve() for each in kept if each}:
+            trainer.strategy.remove_checkpoint(path)
+
+    def _replace_older(self, trainer: Trainer) -> None:
+        """A checkpoint of the newest alone names, in its own record, the one before it."""
+        self._gone_on_from = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        writer = None if self._gone_on_from is None else _writer(trainer, self._gone_on_from)
+        if writer is None or writer.monitor is not None:
+            return
+        older, writer.best_model_path = writer.best_model_path, str(self._gone_on_from)
+        if older and older != writer.best_model_path and Path(older).exists():
+            trainer.strategy.remove_checkpoint(older)
 
 
-def _training_states(module: LightningModule) -> dict[str, dict[str, torch.Tensor]]:
-    """States of this process's metrics that outlive a training step: all but those of whole splits."""
-    return {
-        name: {state: value.detach().cpu() for state, value in metric.metric_state.items()}
+def _states(module: LightningModule) -> dict[str, Any]:
+    """What a process holds in memory alone. Metrics of whole splits begin anew with each validation."""
+    metrics = {
+        name: {state: value.detach().cpu().clone() for state, value in metric.metric_state.items()}
         for name, metric in module.named_modules()
         if isinstance(metric, Metric) and not name.startswith(("val_", "test_")) and metric.update_called
     }
+    return {"random": _random_states(), "metrics": metrics, "logged_step": getattr(module, "logged_step", 0)}
+
+
+def _validate(trainer: Trainer) -> None:
+    """A validation as the training loop makes it between batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+def _batches_of_open_step(trainer: Trainer) -> int:
+    """Batches since the last optimizer step, the current one included."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else progress.current.ready % trainer.accumulate_grad_batches
+
+
+def _rewind(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> None:
+    """Take batches back in all that a checkpoint counts."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update(dict.fromkeys(counts, counts["ready"] - batches))
+    data = trainer.datamodule
+    if data is not None and "train_loader" in checkpoint.get(type(data).__qualname__, {}):
+        checkpoint[type(data).__qualname__]["train_loader"]["batches"] -= batches
+
+
+def _writer(trainer: Trainer, path: Path) -> ModelCheckpoint | None:
+    """The callback that keeps one checkpoint, the best or the newest, and wrote this one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 1:
+            made = fnmatch.fnmatch(path.stem, re.sub(r"\{.*?\}", "*", callback.filename or "*"))
+            if made and path.parent.resolve() == Path(callback.dirpath or "").resolve():
+                return callback
+    return None
 
 
 def _random_states() -> dict[str, Any]:

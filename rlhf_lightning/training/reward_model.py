@@ -152,6 +152,10 @@ class RewardModel(LightningModule):
         return batch.weight * losses.mean()
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.log_numbers()
+
+    def log_numbers(self) -> None:
+        """Log the training numbers, if it is time to."""
         log_training_means(self, self.train_metrics, shown={"loss": "loss", "accuracy": "accuracy"})
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:

@@ -119,6 +119,10 @@ class SFT(LightningModule):
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         seconds = time.perf_counter() - self._batch_began
         self.throughput.update(batch.attention_mask[: batch.pairs].sum(), seconds)
+        self.log_numbers()
+
+    def log_numbers(self) -> None:
+        """Log the training numbers, if it is time to."""
         log_training_means(self, self.train_metrics, shown={"loss": "loss"}, throughput=self.throughput)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:

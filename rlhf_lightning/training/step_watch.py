@@ -80,6 +80,6 @@ def _is_due(trainer: Trainer, step: int) -> bool:
 def _loss_scale(trainer: Trainer) -> float:
     """What losses are multiplied by before the backward pass; 1 without scaling."""
     if isinstance(trainer.strategy, ZeroStrategy):
-        return float(trainer.strategy.deepspeed_engine.loss_scale() or 1)
+        return float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -16,26 +18,28 @@ from tests.training.conftest import weights
 
 pytest.importorskip("deepspeed")
 register()
+# One process group stays open for the whole session; then Lightning warns of plain trainers too.
+pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log:UserWarning")
 
 HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 # 7 batches in an epoch: the last optimizer step has 1 of 3.
 SETTINGS = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs": 2}
 
 
-@pytest.fixture(params=["build", "build_dpo"])
-def make(request):
-    """A reward model or a DPO module, and data of 14 pairs: 11 and 3 of them again, 7 batches of 2."""
-    builder = request.getfixturevalue(request.param)
-    return lambda **model: builder(model=model, data={"train": mixture(request.getfixturevalue("pairs"))})
-
-
-def mixture(directory):
-    return [{"source": str(directory / "train.jsonl"), "weight": 14 / 11}]
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_its_own():
+    """DeepSpeed leaves the address of its process group to every process begun later."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 @pytest.fixture
 def with_val(pairs):
-    return {"train": mixture(pairs), "val": str(pairs / "val.jsonl")}
+    """14 training pairs: 11, and 3 of them again. 7 batches of 2."""
+    source = {"source": str(pairs / "train.jsonl"), "weight": 14 / 11}
+    return {"train": [source], "val": str(pairs / "val.jsonl")}
 
 
 class Norms(pl.Callback):

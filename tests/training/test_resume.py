@@ -1,0 +1,267 @@
+"""A run killed at any moment and started again with `--ckpt_path last` ends as if it had not been killed."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard_files
+from tests.test_configs import ROOT
+
+LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
+# Dropout: without the states of the random numbers, the rest of the run would be another one.
+MODELS = {"RewardModel": {"dropout": 0.2}, "DPO": LORA, "SFT": LORA}
+ZERO = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed", "--trainer.devices", "2"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_qwen2, pairs):
+    """Write the configuration of a run of 9 optimizer steps: 18 batches in three epochs, validations between."""
+
+    def write(kind: str) -> str:
+        path = tmp_path_factory.mktemp("config") / f"{kind}.yaml"
+        plain_names = {"auto_insert_metric_name": False, "enable_version_counter": False}
+        best = {"monitor": "val/loss", "mode": "min", "filename": "best-{step}"} | plain_names
+        last = {"filename": "last-{step}", "every_n_train_steps": 3} | plain_names
+        trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "accumulate_grad_batches": 2}
+        trainer |= {"val_check_interval": 0.5, "log_every_n_steps": 3, "num_sanity_val_steps": 0}
+        trainer |= {"enable_progress_bar": False, "gradient_clip_val": 1.0}
+        trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "run"}}
+        trainer["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": each} for each in (best, last)]
+        model = {
+            "backbone": str(tiny_qwen2),
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        }
+        data = {"train": str(pairs), "batch_size": 2}
+        run = {
+            "seed_everything": 7,
+            "trainer": trainer,
+            "model": {"class_path": kind, "init_args": model | MODELS[kind]},
+        }
+        run["data"] = {"class_path": "PreferenceDataModule", "init_args": data}
+        path.write_text(yaml.safe_dump(run))
+        return str(path)
+
+    return write
+
+
+def child(directory: Path, arguments: list[str]) -> None:
+    """In a process of its own: the program, its output in files."""
+    os.setsid()
+    os.chdir(directory)
+    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    from rlhf_lightning.cli import main
+
+    code = main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def run(directory: Path, *arguments: str, processes: int = 1) -> tuple[int, str]:
+    """Exit code (negative: the signal) and stderr of the program."""
+    directory.mkdir(exist_ok=True)
+    if processes == 1:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rlhf_lightning.training.program", "tests.training.killer", "peft"])
+        process = context.Process(target=child, args=(directory, list(arguments)))
+        process.start()
+        process.join(timeout=200)
+        return process.exitcode, (directory / "err.txt").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_lightning.cli", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    return done.returncode, done.stderr
+
+
+def killer(moment: str, count: int) -> list[str]:
+    callback = ["--trainer.callbacks+=tests.training.killer.Killer", "--trainer.callbacks.moment", moment]
+    return [*callback, "--trainer.callbacks.count", str(count)]
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    return sorted((directory / "runs" / "run" / "version_0" / "checkpoints").glob("*.ckpt"))
+
+
+def last_checkpoint(directory: Path) -> Path:
+    return max(checkpoints(directory), key=lambda path: read_checkpoint(path, weights=False)["global_step"])
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of all trained weights, in float32, and of the optimizer's states."""
+    total = hashlib.sha256()
+    stored = read_checkpoint(path)
+    for name, tensor in sorted(stored["state_dict"].items()):
+        total.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    for states in stored.get("optimizer_states", []):
+        for number, state in sorted(states["state"].items()):
+            total.update(f"{number}".encode() + state["exp_avg_sq"].numpy().tobytes())
+    return total.hexdigest()
+
+
+def curve(directory: Path, name: str) -> dict[int, float]:
+    """A logged number by step; steps that were made twice have been logged twice, with one value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (version,) = (directory / "runs" / "run").iterdir()
+    values: dict[int, set[float]] = {}
+    for file in version.glob("events*"):
+        events = EventAccumulator(str(file)).Reload()
+        for event in events.Scalars(name) if name in events.Tags()["scalars"] else []:
+            values.setdefault(event.step, set()).add(event.value)
+    assert all(len(found) == 1 for found in values.values()), values
+    return {step: found.pop() for step, found in sorted(values.items())}
+
+
+def check_same(killed: Path, unbroken: Path) -> None:
+    assert digest(last_checkpoint(killed)) == digest(last_checkpoint(unbroken))
+    assert [path.name for path in checkpoints(killed)] == [path.name for path in checkpoints(unbroken)]
+    for name in ("train/loss", "train/lr", "train/grad_norm", "val/loss"):
+        assert curve(killed, name) == curve(unbroken, name), name
+    assert not list(last_checkpoint(killed).parent.glob(".*part")), "nothing half written is left"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, config):
+    """Directories of runs that were not killed."""
+    made: dict[tuple, tuple[str, Path]] = {}
+
+    def get(kind: str, *arguments: str, processes: int = 1) -> tuple[str, Path]:
+        if (kind, arguments) not in made:
+            file, directory = config(kind), tmp_path_factory.mktemp("unbroken")
+            code, error = run(directory, "fit", "--config", file, *arguments, processes=processes)
+            assert code == 0, error[-3000:]
+            made[kind, arguments] = file, directory
+        return made[kind, arguments]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "count"),
+    [
+        ("RewardModel", "batch", 10),  # between the two batches of a step
+        ("RewardModel", "batch", 13),  # at the beginning of an epoch
+        ("RewardModel", "validation", 7),
+        ("RewardModel", "checkpoint", 2),
+        ("RewardModel", "checkpoint", 4),
+        ("DPO", "batch", 8),
+        ("DPO", "checkpoint", 3),
+        ("SFT", "batch", 15),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kind, moment, count):
+    file, whole = unbroken(kind)
+    code, error = run(tmp_path / "run", "fit", "--config", file, *killer(moment, count))
+    assert code == -signal.SIGKILL, error[-3000:]
+    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0, error[-3000:]
+    assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d\.ckpt \(step \d\)", error)
+    check_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("moment", "count"), [("batch", 9), ("validation", 7), ("checkpoint", 3)])
+def test_a_killed_run_of_two_processes_under_zero_2_in_16_mixed_goes_on(tmp_path, unbroken, moment, count):
+    pytest.importorskip("deepspeed")
+    file, whole = unbroken("RewardModel", *ZERO, processes=2)
+    code, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *killer(moment, count), processes=2)
+    assert code == -signal.SIGKILL, error[-3000:]
+    code, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
+    assert code == 0, error[-3000:]
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unbroken):
+    file, whole = unbroken("RewardModel")
+    code, error = run(tmp_path / "run", "fit", "--config", file, *killer("batch", 14))
+    newest, *_ = sorted(checkpoints(tmp_path / "run"), key=lambda path: -path.stat().st_mtime)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(content)
+    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0, error[-3000:]
+    assert re.search(rf"{newest.name}: is not whole \(.* is damaged at .*\); looking for the one before it", error)
+    assert re.search(r"going on from (\S+)", error)[1] != str(newest)
+    assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
+
+
+def test_without_a_checkpoint_last_begins_at_step_0_and_says_so(tmp_path, unbroken):
+    file, whole = unbroken("RewardModel")
+    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0
+    assert "no checkpoint of this run yet; beginning at step 0" in error
+    check_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.batch_size", "1"], "its run had data.batch_size 2, this one has 1"),
+        (["--trainer.accumulate_grad_batches", "1"], "its run had trainer.accumulate_grad_batches 2, this one has 1"),
+        (["--data.max_train_pairs", "10"], "its run had rows in an epoch 11, this one has 10"),
+        (["--model.hidden_size", "7"], "weights are those of another model"),
+        (["--trainer.strategy", "zero2"], "is no checkpoint of DeepSpeed"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, unbroken, arguments, message):
+    file, whole = unbroken("RewardModel")
+    path = str(last_checkpoint(whole))
+    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", path, *arguments)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_sharded_checkpoints_test_export_and_refuse_without_deepspeed_s_strategy(tmp_path, unbroken):
+    pytest.importorskip("deepspeed")
+    file, whole = unbroken("RewardModel", *ZERO, processes=2)
+    path = last_checkpoint(whole)
+    assert (fault_of(path), len(shard_files(path)[1])) == (None, 2)
+    code, error = run(tmp_path / "a", "test", "--config", file, "--ckpt_path", str(path))
+    assert code == 0, error[-3000:]
+    code, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "model")
+    assert code == 0, error[-3000:]
+    assert "largest difference" in (tmp_path / "a" / "out.txt").read_text()
+    (tmp_path / "a" / "other").mkdir()
+    (tmp_path / "a" / "other" / "thesis.txt").write_text("mine")
+    code, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "other")
+    assert (code, (tmp_path / "a" / "other" / "thesis.txt").read_text()) == (2, "mine")
+    code, error = run(tmp_path / "a", "fit", "--config", file, "--ckpt_path", str(path))
+    assert (code, "set trainer.strategy to zero2" in error) == (2, True)
+    one = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed"]
+    code, error = run(tmp_path / "a", "fit", "--config", file, *one, "--ckpt_path", str(path))
+    assert (code, "is of a run of 2 processes, this one has 1" in error) == (2, True)
+
+
+def test_two_processes_under_zero_2_train_the_weights_of_one(tmp_path, config):
+    """32-true, so that only the order of sums differs; the last step of an epoch has 3 pairs for two processes."""
+    pytest.importorskip("deepspeed")
+    file, plain = config("RewardModel"), ["--model.dropout", "0", "--trainer.logger.name", "run"]
+    plain += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.05"]
+    plain += ["--trainer.val_check_interval", "1.0"]
+    two = ["--trainer.strategy", "zero2", "--trainer.devices", "2", "--data.batch_size", "1"]
+    assert run(tmp_path / "one", "fit", "--config", file, *plain)[0] == 0
+    code, error = run(tmp_path / "two", "fit", "--config", file, *plain, *two, processes=2)
+    assert code == 0, error[-3000:]
+    one, both = (read_checkpoint(last_checkpoint(tmp_path / name)) for name in ("one", "two"))
+    assert one["global_step"] == both["global_step"] == 9
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], tensor, rtol=0, atol=2e-6, msg=name)
+    for name in ("train/loss", "val/loss", "train/grad_norm"):
+        assert curve(tmp_path / "two", name) == pytest.approx(curve(tmp_path / "one", name), abs=1e-4), name
