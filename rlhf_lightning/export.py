@@ -17,13 +17,17 @@ from torch import Tensor
 
 import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.directories import check_free
+from rlhf_lightning.models.directories import check_free, check_other, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
-from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module
+from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module, search_no_gpu
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
 
+_HOW_TO_USE = {
+    "policy": "Ask it with the chat template of the tokenizer beside it, as in training. Adapters alone need peft.",
+    "reward": "Plain `AutoModelForSequenceClassification` would load it with a random head; use the class above.",
+}
 _UNITS = {"policy": "nats", "reward": "units of score"}
 
 
@@ -35,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
     parser.error = _refuse  # one line, without the usage
     given = parser.parse_args(arguments)
+    search_no_gpu()
     difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
     print(f"model:       {given.out}")
     print(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")
@@ -56,22 +61,25 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
             f"ckpt_path: {ckpt_path} does not say which class made it, as checkpoints of this version do; train "
             "again, or let ExportBest write the directory"
         )
-    origin = stored[ORIGIN]
+    origin, settings = stored[ORIGIN], stored["hyper_parameters"]
+    check_other(directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
+    if not merge and not settings.get("lora"):
+        raise ConfigurationError(f"--merge false: the checkpoint {ckpt_path} has no adapters; leave it out")
     module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
     expected, kind = _outputs(module)
-    module.export(directory, merge=merge)
-    _save_tokenizer(origin, directory, trust_remote_code=module.hparams.trust_remote_code)
     options = ["trust"] if module.hparams.trust_remote_code else []
     options += ["4bit"] if module.hparams.get("quantization") else []
-    reloaded = _reloaded_outputs(Path(directory), *options)
-    difference = (reloaded - expected).abs().max().item()
-    if not difference < _LARGEST_DIFFERENCE:
-        raise ModelError(
-            f"{directory}: loaded again, its outputs differ by {difference:.2g} {_UNITS[kind]} from the trainer's, "
-            f"more than {_LARGEST_DIFFERENCE}; do not use it, and export with --merge false if it has adapters"
-        )
-    card = _model_card(Path(directory), stored, kind, difference, merged=merge)
-    (Path(directory) / "README.md").write_text(card, encoding="utf-8")
+    with replaced_model(directory) as made:  # what is there stays until the new one is proved
+        module.export(made, merge=merge)
+        _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)
+        difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
+        if not difference < _LARGEST_DIFFERENCE:
+            raise ModelError(
+                f"{directory}: loaded again, its outputs differ by {difference:.2g} {_UNITS[kind]} from the trainer's, "
+                f"more than {_LARGEST_DIFFERENCE}; nothing was written. Export with --merge false if it has adapters"
+            )
+        card = _model_card(made, Path(directory).resolve().name, stored, kind, difference, merged=merge)
+        (made / "README.md").write_text(card, encoding="utf-8")
     return difference, _UNITS[kind]
 
 
@@ -93,7 +101,7 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelError(f"{directory}: was written, but does not load in a fresh process ({reason[:300]})")
+            raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
         return load_file(file)["outputs"]
 
 
@@ -111,7 +119,9 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
         tokenizer.save_pretrained(directory)
 
 
-def _model_card(directory: Path, stored: dict[str, Any], kind: str, difference: float, *, merged: bool) -> str:
+def _model_card(
+    directory: Path, name: str, stored: dict[str, Any], kind: str, difference: float, *, merged: bool
+) -> str:
     """README.md of the directory: what it is, the settings, what was measured, and the proof."""
     settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
     measured = next((v["metrics"] for k, v in stored["callbacks"].items() if k.startswith("Results")), {})
@@ -126,7 +136,7 @@ base_model: {settings["backbone"]}
 library_name: {origin}
 ---
 
-# {directory.resolve().name}
+# {name}
 
 {stored[ORIGIN]["class"]} of rlhf_lightning {rlhf_lightning.__version__}, from {settings["backbone"]}, optimizer step \
 {stored["global_step"]}; {what}, safetensors, float32.
@@ -134,8 +144,9 @@ library_name: {origin}
 ```python
 from {origin} import {loader}
 
-model = {loader}.from_pretrained("{directory.name}")
+model = {loader}.from_pretrained("{name}")
 ```
+{_HOW_TO_USE[kind]}
 
 Settings: `{json.dumps(settings, default=str, sort_keys=True)}`
 

@@ -25,7 +25,7 @@ def test_reward_model_is_the_mission_s_run():
     assert model["backbone"] == "Qwen/Qwen2-0.5B"
     assert model["optimizer"]["init_args"]["lr"] == 2e-5
     assert (data["batch_size"], trainer["accumulate_grad_batches"], trainer["max_epochs"]) == (8, 8, 5)
-    callbacks = {callback["class_path"]: callback["init_args"] for callback in trainer["callbacks"]}
+    callbacks = {callback["class_path"]: callback["init_args"] for callback in reversed(trainer["callbacks"])}
     for name in ("ModelCheckpoint", "EarlyStopping"):
         assert callbacks[name]["monitor"] == "val/auroc"
         assert callbacks[name]["mode"] == "max"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
+import shutil
 
 import pytest
 import torch
@@ -106,9 +108,10 @@ def test_a_template_of_the_run_is_exported_with_the_model(checkpoint, tmp_path, 
     (tmp_path / "mine.jinja").write_text(template)
     path = checkpoint("build_dpo", data={"chat_template": str(tmp_path / "mine.jinja")})
     (tmp_path / "mine.jinja").unlink()
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: torch.zeros(1))
-    with pytest.raises(ModelError, match="loaded again"):  # the tokenizer is written before the proof, which costs time
-        export_checkpoint(path, tmp_path / "exported")
+    own = DPO.load_from_checkpoint(path).policy
+    outputs = probe.log_probs(own.model, own.config.vocab_size)  # the fresh process costs time
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs)
+    export_checkpoint(path, tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == template
 
 
@@ -122,12 +125,47 @@ def test_a_directory_that_does_not_give_the_trainers_outputs_is_called_so(checkp
     monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs + 0.01)
     with pytest.raises(ModelError, match=r"its outputs differ by 0\.01 nats from the trainer's"):
         export_checkpoint(path, tmp_path / "exported")
-    assert not (tmp_path / "exported" / "README.md").exists()
+    assert not (tmp_path / "exported").exists()
+
+
+def test_what_was_exported_before_stays_until_the_new_one_is_proved(checkpoint, tmp_path, monkeypatch):
+    path, out = checkpoint("build_dpo"), tmp_path / "exported"
+    export_checkpoint(path, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: torch.zeros(1))
+    with pytest.raises(ModelError, match="nothing was written"):
+        export_checkpoint(path, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
+
+
+@pytest.mark.parametrize("key", ["backbone", "reference"])
+def test_no_model_is_written_over_one_that_its_run_needs(checkpoint, build_dpo, trainer, tmp_path, tiny_qwen2, key):  # noqa: F811
+    needed = shutil.copytree(tiny_qwen2, tmp_path / "needed")
+    (needed / "rlhf_lightning.json").write_text("{}")  # even one that this program wrote
+    path = checkpoint("build_dpo", model={key: str(needed)})
+    with pytest.raises(ConfigurationError, match=rf"needed: is model\.{key} of this run"):
+        export_checkpoint(path, needed)
+    module, datamodule = build_dpo(model={key: str(needed)})
+    with pytest.raises(ConfigurationError, match=rf"needed: is model\.{key} of this run"):
+        trainer(callbacks=[ExportBest(str(needed))]).fit(module, datamodule)
+    assert filecmp.cmp(needed / "model.safetensors", tiny_qwen2 / "model.safetensors", shallow=False)
+
+
+def test_a_model_that_this_program_did_not_write_is_not_replaced(checkpoint, tmp_path, tiny_llama):
+    theirs = shutil.copytree(tiny_llama, tmp_path / "theirs")
+    with pytest.raises(ConfigurationError, match="holds a model that this program did not write"):
+        export_checkpoint(checkpoint("build_dpo"), theirs)
+    assert filecmp.cmp(theirs / "model.safetensors", tiny_llama / "model.safetensors", shallow=False)
+
+
+def test_adapters_are_asked_for_only_where_there_are_some(checkpoint, tmp_path):
+    with pytest.raises(ConfigurationError, match="has no adapters"):
+        export_checkpoint(checkpoint("build_dpo"), tmp_path / "exported", merge=False)
 
 
 def test_a_directory_that_does_not_load_is_called_so(checkpoint, tmp_path, monkeypatch):
     def broken(self, directory, **settings):
-        directory.mkdir()
         (directory / "config.json").write_text("{}")
 
     path = checkpoint("build_dpo")

@@ -38,6 +38,8 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     path = resolve_model(name_or_path)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"
+        if (Path(path) / "adapter_config.json").is_file():
+            what = "LoRA adapters alone; export their checkpoint with --merge true"
         raise ModelError(f"{name_or_path}: {what}; give a Hugging Face model directory or the name of a hub model")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

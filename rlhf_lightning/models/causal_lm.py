@@ -111,7 +111,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.temperature = temperature
         """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
-        self.base_fingerprint = _frozen_fingerprint(model)
+        self.base_fingerprint = _fingerprint(model, trained=False)
         """A hash of the weights that are not trained, as loaded: mixed precision may round them later."""
 
     @classmethod
@@ -224,6 +224,8 @@ class FrozenCausalLM:
 
     def __init__(self, network: CausalLM) -> None:
         self.network = network.eval().requires_grad_(False)
+        self.fingerprint = _fingerprint(network.model, trained=True)
+        """A hash of its weights, as loaded."""
 
     def match(self, policy: CausalLM) -> None:
         """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs.
@@ -263,11 +265,11 @@ def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     return layer.weight, getattr(layer, "bias", None)
 
 
-def _frozen_fingerprint(model: nn.Module) -> str:
-    """A hash of the weights that are not trained: of their names, shapes, and both ends of each."""
+def _fingerprint(model: nn.Module, *, trained: bool) -> str:
+    """A hash of weights: of their names, shapes, and both ends of each. Of those alone that are frozen, or of all."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if trained or not parameter.requires_grad:
             flat = parameter.data.flatten()
             digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
     return digest.hexdigest()
@@ -314,6 +316,10 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
     names = [name for name, _ in model.named_modules()]
     absent = [key for key in lora.modules_to_save or [] if not any(name.split(".")[-1] == key for name in names)]
     layers = sorted({name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
+    given = [] if isinstance(lora.targets, str) else lora.targets  # peft takes one text for a regular expression
+    unknown = [key for key in given if not any(f".{name}".endswith(f".{key}") for name in names)]
+    if unknown:
+        raise ModelError(f"model.lora.targets: {unknown[0]} matches no layer of this model; use some of {layers}")
     if absent:
         raise ModelError(f"model.lora.modules_to_save: {absent[0]} is no layer of this model, which has {layers}")
     settings = LoraConfig(

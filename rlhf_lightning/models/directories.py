@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from pathlib import Path
 from rlhf_lightning.errors import ConfigurationError
 
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+_MARK = "rlhf_lightning.json"
+"""Stands in a directory that this package wrote, and so may replace."""
 
 
 def check_free(directory: str | Path) -> bool:
-    """Refuse a directory that holds anything but a model, which may be replaced. Raises `ConfigurationError`.
+    """Refuse a directory that holds anything but a model that this package wrote. Raises `ConfigurationError`.
 
     Makes the directories above it, so that an impossible path fails now. Returns whether a model is there.
     """
@@ -27,7 +30,25 @@ def check_free(directory: str | Path) -> bool:
     is_model = any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
     if any(directory.iterdir()) and not is_model:
         raise ConfigurationError(f"{directory}: holds files that are no model; give an empty or new directory")
+    if is_model and not (directory / _MARK).is_file():
+        raise ConfigurationError(
+            f"{directory}: holds a model that this program did not write, and it will not be replaced; give another "
+            "directory, or remove it"
+        )
     return is_model
+
+
+def check_other(directory: str | Path, **models: str | None) -> None:
+    """Refuse to write a model over one that it needs: `models` by the names of their keys.
+
+    Raises `ConfigurationError`.
+    """
+    for key, name in models.items():
+        if name and Path(name).expanduser().resolve() == Path(directory).expanduser().resolve():
+            raise ConfigurationError(
+                f"{directory}: is model.{key} of this run, without which its checkpoints are worth nothing; give "
+                "another directory to export to"
+            )
 
 
 @contextmanager
@@ -40,9 +61,18 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as made:
         yield Path(made)
+        (Path(made) / _MARK).write_text('{"written_by": "rlhf_lightning"}\n')
+        for file in Path(made).iterdir():  # safetensors are written for the user alone
+            file.chmod(0o666 & ~_umask())
         directory.mkdir(exist_ok=True)
         # An older model may have had other files: shards, or adapters, for which transformers looks first.
         for stale in [*directory.glob("*.safetensors*"), *(directory / name for name in _MODEL_FILES)]:
             stale.unlink(missing_ok=True)
         for file in sorted(Path(made).iterdir(), key=lambda file: file.name in _MODEL_FILES):
             shutil.move(file, directory / file.name)  # the configuration last: it makes the directory a model
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.directories import check_free
+from rlhf_lightning.models.directories import check_free, check_other
 from rlhf_lightning.training.checkpoints import read_checkpoint, restored_module
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,8 @@ class ExportBest(Callback):
             raise ConfigurationError(
                 "ExportBest.merge: merging adapters into 4-bit weights would round them to 4 bits too; set merge: false"
             )
+        settings = pl_module.hparams
+        check_other(self.directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
         if stage == "fit" and check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
 
@@ -210,6 +212,12 @@ def best_checkpoint(trainer: Trainer) -> Path | None:
     callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
     path = (callback.best_model_path or callback.last_model_path) if callback else ""
     return Path(path) if path and os.path.exists(path) else None
+
+
+def any_checkpoint(trainer: Trainer) -> bool:
+    """Whether the run has saved one from which it could go on."""
+    paths = [p for c in trainer.checkpoint_callbacks for p in (c.best_model_path, getattr(c, "last_model_path", ""))]
+    return any(path and os.path.exists(path) for path in paths)
 
 
 def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:

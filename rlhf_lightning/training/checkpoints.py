@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import zipfile
@@ -21,6 +22,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from rlhf_lightning.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 ORIGIN = "rlhf_lightning"
 """Key of a checkpoint under which `store_origin` writes."""
@@ -148,8 +151,7 @@ def restored_module(kind: type[LightningModule], path: str | Path) -> LightningM
 
 def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The optimizer's float32 copies of the weights, of all processes together. Raises `ConfigurationError`."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it looked for a GPU
+    search_no_gpu()
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
@@ -162,6 +164,12 @@ def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torc
         return get_fp32_state_dict_from_zero_checkpoint(
             str(path), tag=_SHARDS, exclude_frozen_parameters=without_frozen
         )
+
+
+def search_no_gpu() -> None:
+    """Keep DeepSpeed, which transformers imports where it is installed, from telling that it found no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -181,6 +189,25 @@ def store_adapters_alone(module: LightningModule, checkpoint: dict[str, Any]) ->
         trained = _trained(module)
         checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
         checkpoint[ORIGIN]["base"] = module.policy.base_fingerprint
+
+
+def check_class(path: str | Path, module: LightningModule) -> None:
+    """Raise `ConfigurationError` when a checkpoint is of another class of module."""
+    made, now = read_checkpoint(path, weights=False).get(ORIGIN, {}).get("class"), type(module).__name__
+    if made not in (None, now):
+        raise ConfigurationError(
+            f"ckpt_path: {path} is of a run of {made}, and this is {now}; to begin from its model, export it and give "
+            "the directory as model.backbone"
+        )
+
+
+def warn_of_other_settings(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Say which settings of the model differ from those of the checkpoint's run."""
+    before, now = checkpoint.get("hyper_parameters", {}), module.hparams
+    names = [name for name in before.keys() & now.keys() if not name.startswith("_") and before[name] != now[name]]
+    if names:
+        changes = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in sorted(names))
+        log.warning("ckpt_path: its run had other settings: %s", changes)
 
 
 def complete_adapters(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def adapters_moved(policy: CausalLM) -> bool:
     return any(bool(parameter.any()) for name, parameter in policy.named_parameters() if "lora_B" in name)
 
 
-def warn_of_falling_chosen(chosen: float, rejected: float) -> bool:
+def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool = False) -> bool:
     """Warn when both responses became less likely than under the reference. Returns whether it did.
 
     `chosen` and `rejected` are mean summed log-ratios policy - reference, in nats. A preference loss sees only their
@@ -113,9 +113,10 @@ def warn_of_falling_chosen(chosen: float, rejected: float) -> bool:
     if not (chosen < _FALLEN and rejected < 0):
         return False
     log.warning(
-        "the chosen responses became less likely together with the rejected ones, by %.1f and %.1f nats a response: "
-        "the policy moves to answers outside of the data; add model.sft_weight (0.2 to 1), or use model.loss_type dpop",
+        "warning: the chosen responses became less likely together with the rejected ones, by %.1f and %.1f nats a "
+        "response since the last look: the policy moves to answers outside of the data; %s, or use loss_type dpop",
         -chosen,
         -rejected,
+        "raise model.sft_weight" if sft_weight else "add model.sft_weight (0.2 to 1)",
     )
     return True

@@ -41,7 +41,13 @@ from rlhf_lightning.models.causal_lm import (
     load_causal_config,
 )
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import complete_adapters, store_adapters_alone, store_origin
+from rlhf_lightning.training.checkpoints import (
+    ORIGIN,
+    complete_adapters,
+    store_adapters_alone,
+    store_origin,
+    warn_of_other_settings,
+)
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
@@ -63,6 +69,7 @@ from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
     check_reference_tokenizer,
+    check_same_reference,
     choose_reference,
     precomputed_logprobs,
     split_precomputed,
@@ -87,6 +94,10 @@ LossType = Literal[
     "dpop",
     "r_dpo",
 ]
+
+
+_PAIRS_BEFORE_ALARM = 64
+"""Of so many pairs at least are the mean log-ratios that are looked at: a few steps may go up and down."""
 
 
 class PairLogprobs(NamedTuple):
@@ -180,6 +191,7 @@ class DPO(LightningModule):
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.policy: CausalLM | None = None
         self._frozen: FrozenCausalLM | None = None
+        self._reference_fingerprint: str | None = None
         self._precomputed: dict[str, Tensor] = {}
         self.train_metrics = self._metrics()
         self.throughput = TokensPerSecond()
@@ -202,6 +214,7 @@ class DPO(LightningModule):
                 trust_remote_code=settings.trust_remote_code,
             )
             self._frozen = FrozenCausalLM(network)
+            self._reference_fingerprint = self._frozen.fingerprint
 
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
@@ -338,9 +351,11 @@ class DPO(LightningModule):
         """Log the training numbers, if it is time to."""
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
         logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
-        if logged and self.reference_source is not None:
+        enough = self.log_ratios["chosen"].weight * self.trainer.world_size >= _PAIRS_BEFORE_ALARM
+        if logged and enough and self.reference_source is not None:
             means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
-            self._warned = self._warned or warn_of_falling_chosen(**means)
+            has_sft = self.hparams.sft_weight > 0
+            self._warned = self._warned or warn_of_falling_chosen(**means, sft_weight=has_sft)
             for metric in self.log_ratios.values():
                 metric.reset()
 
@@ -355,9 +370,12 @@ class DPO(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
+        checkpoint[ORIGIN]["reference"] = self._reference_fingerprint
         store_adapters_alone(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        warn_of_other_settings(self, checkpoint)
+        check_same_reference(checkpoint[ORIGIN].get("reference"), self._reference_fingerprint, self.reference_source)
         complete_adapters(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:

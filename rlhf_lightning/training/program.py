@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -23,12 +24,12 @@ from rlhf_lightning.training.callbacks import (
     ExportBest,
     PredictionWriter,
     Results,
-    best_checkpoint,
+    any_checkpoint,
     print_results,
 )
-from rlhf_lightning.training.checkpoints import WholeFileIO, is_sharded, read_checkpoint
+from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, is_sharded, read_checkpoint, search_no_gpu
 from rlhf_lightning.training.dpo import DPO
-from rlhf_lightning.training.resume import LAST, ProcessStates, resolve_last
+from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 from rlhf_lightning.training.sft import SFT
@@ -80,6 +81,8 @@ class Program(LightningCLI):
         ckpt_path = config.get("ckpt_path")
         if ckpt_path not in (None, "best", "hpc"):
             read_checkpoint(ckpt_path, weights=False)
+            if self.subcommand == "fit":
+                go_on_beside(config, Path(ckpt_path))
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
@@ -92,22 +95,38 @@ class Program(LightningCLI):
             super()._run_subcommand(subcommand)
         except SystemExit:  # Lightning's way out of Ctrl-C
             if self.trainer.interrupted:
-                best = best_checkpoint(self.trainer)
-                kept = f"; go on with --ckpt_path {best}" if best else "; no checkpoint was saved yet"
-                print(f"rlhf-lightning: interrupted at step {self.trainer.global_step}{kept}", file=sys.stderr)
+                kept = "go on with --ckpt_path last" if any_checkpoint(self.trainer) else "no checkpoint was saved yet"
+                print(f"rlhf-lightning: interrupted at step {self.trainer.global_step}; {kept}", file=sys.stderr)
+                raise SystemExit(143 if self.trainer.received_sigterm else 130) from None
             raise
 
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
         _refuse_wrong_numbers(self.trainer)
         _check_monitors(self.trainer, self.model)
-        _check_checkpoint(self.subcommand, self.config[self.subcommand].get("ckpt_path"), self.trainer)
+        self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
         trained = not isinstance(self.model, RewardModel) or is_reward_network(self.model.backbone_config)
-        if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None and not trained:
-            log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
+        if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None:
+            if not trained:
+                log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
+            else:
+                log.info("no ckpt_path: this is %s as it was loaded", self.model.hparams.backbone)
+
+    def _check_checkpoint(self, ckpt_path: str | None) -> None:
+        """Refuse a checkpoint that this run cannot use, before any work. Raises `ConfigurationError`."""
+        if ckpt_path in (None, "best", "hpc"):
+            return
+        check_class(ckpt_path, self.model)
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            self.trainer.strategy.check_checkpoint(ckpt_path, fitting=self.subcommand == "fit")
+        elif self.subcommand == "fit" and is_sharded(ckpt_path):
+            raise ConfigurationError(
+                f"ckpt_path: {ckpt_path} is a checkpoint of DeepSpeed; set trainer.strategy to zero2, or export it and "
+                "begin a new run with that as model.backbone"
+            )
 
     before_validate = before_test = before_predict = before_fit
 
@@ -224,19 +243,6 @@ def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
             raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
 
 
-def _check_checkpoint(subcommand: str, ckpt_path: str | None, trainer: Trainer) -> None:
-    """Refuse a checkpoint that the strategy cannot go on from, before any work. Raises `ConfigurationError`."""
-    if ckpt_path in (None, "best", "hpc"):
-        return
-    if isinstance(trainer.strategy, ZeroStrategy):
-        trainer.strategy.check_checkpoint(ckpt_path, fitting=subcommand == "fit")
-    elif subcommand == "fit" and is_sharded(ckpt_path):
-        raise ConfigurationError(
-            f"ckpt_path: {ckpt_path} is a checkpoint of DeepSpeed; set trainer.strategy to zero2, or export it and "
-            "begin a new run with that as model.backbone"
-        )
-
-
 def _refuse_wrong_numbers(trainer: Trainer) -> None:
     """Refuse settings of the Trainer that run, but not as asked. Raises `ConfigurationError`."""
     if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, ZeroStrategy):
@@ -265,6 +271,7 @@ def quieten() -> None:
 
     import transformers
 
+    search_no_gpu()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):

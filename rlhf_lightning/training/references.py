@@ -121,6 +121,10 @@ def choose_reference(
             "model.reference: adapter is the policy without its adapters, and there are none; give model.lora, or "
             "reference: frozen"
         )
+    if quantization is not None and not adapters:
+        raise ConfigurationError(
+            f"model.quantization: {quantization} weights cannot be trained; give model.lora as well"
+        )
     if chosen == FROZEN and quantization is not None:
         raise ConfigurationError(
             f"model.reference: frozen would be a copy without the policy's {quantization} quantization, so another "
@@ -138,6 +142,15 @@ def check_reference_config(reference: str, its: PretrainedConfig, backbone: str,
                 f"model.reference: {reference} has {what} {other}, but {backbone} has {mine}; their log-probs cannot "
                 "be compared. Give a model of the same architecture and tokenizer"
             )
+
+
+def check_same_reference(before: str | None, now: str | None, name: str | None) -> None:
+    """Raise `ConfigurationError` when the reference has other weights than that of a checkpoint's run."""
+    if before is not None and now is not None and before != now:
+        raise ConfigurationError(
+            f"ckpt_path: the reference of its run had other weights than {name} has now, so its losses and rewards "
+            "would mean nothing; give model.backbone and model.reference as they were then"
+        )
 
 
 def check_reference_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> None:

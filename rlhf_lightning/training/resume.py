@@ -202,7 +202,6 @@ def resolve_last(config: Namespace) -> None:
             continue
         log.info("going on from %s (step %d)", path, step)
         config.ckpt_path = str(path)
-        _go_on_in(config, path)
         return
     log.warning("ckpt_path: last: no checkpoint of this run yet; beginning at step 0")
 
@@ -236,7 +235,7 @@ def _log_directory(config: Namespace) -> Path | None:
     return Path(arguments["save_dir"]) / (arguments.get("name") or "")
 
 
-def _go_on_in(config: Namespace, checkpoint: Path) -> None:
+def go_on_beside(config: Namespace, checkpoint: Path) -> None:
     """Let the logger write on in the directory of a checkpoint, so that it is one curve, and one best checkpoint."""
     match = re.fullmatch(r"version_(\d+)", checkpoint.parent.parent.name)
     parent = _log_directory(config)

@@ -27,7 +27,7 @@ from rlhf_lightning.metrics import (
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import store_origin
+from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
@@ -169,6 +169,9 @@ class RewardModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        warn_of_other_settings(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:
         """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""

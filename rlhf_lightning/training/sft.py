@@ -20,7 +20,12 @@ from rlhf_lightning.metrics import PairCount, Perplexity, TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, ResponseLogprobs, load_causal_config
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import complete_adapters, store_adapters_alone, store_origin
+from rlhf_lightning.training.checkpoints import (
+    complete_adapters,
+    store_adapters_alone,
+    store_origin,
+    warn_of_other_settings,
+)
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
@@ -141,6 +146,7 @@ class SFT(LightningModule):
         store_adapters_alone(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        warn_of_other_settings(self, checkpoint)
         complete_adapters(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:

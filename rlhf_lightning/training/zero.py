@@ -9,7 +9,6 @@ checkpoints that mix with what lay in their directory before; no CPU.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from rlhf_lightning.training.checkpoints import (
     part_of,
     read_checkpoint,
     remove,
+    search_no_gpu,
     writing,
 )
 
@@ -64,8 +64,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def __init__(self, **arguments: Any) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError(f"trainer.strategy: {_GPU_EXTRA}")
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it looked for a GPU
+        search_no_gpu()
         super().__init__(**arguments)
         zero = self.config.get("zero_optimization", {})
         if zero.get("stage", 0) not in (1, 2):

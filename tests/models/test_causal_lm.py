@@ -311,7 +311,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_qwen2):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("targets", ["nothing_of_this_name", ["nothing", "neither"]])
+@pytest.mark.parametrize("targets", ["nothing_of_this_name", ["nothing", "neither"], ["q_proj", "nothing"]])
 def test_targets_that_match_nothing_are_refused(tiny_qwen2, targets):
     with pytest.raises(ModelError, match=r"model\.lora\.targets: .*noth.* matches no layer.*q_proj") as error:
         CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(targets=targets))

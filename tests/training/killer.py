@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import Callback
 
-Moment = Literal["batch", "validation", "checkpoint"]
+Moment = Literal["batch", "validation", "checkpoint", "SIGTERM", "SIGINT"]
 
 
 def kill() -> None:
@@ -19,7 +19,10 @@ def kill() -> None:
 
 
 class Killer(Callback):
-    """Kills at the `count`th training batch, validation batch, or file of a checkpoint, half of which is written."""
+    """Kills at the `count`th training batch, validation batch, or file of a checkpoint, half of which is written.
+
+    `SIGTERM` and `SIGINT` are sent at a training batch.
+    """
 
     def __init__(self, moment: Moment, count: int) -> None:
         self.moment, self.left = moment, count
@@ -28,13 +31,16 @@ class Killer(Callback):
 
     def on_train_batch_start(self, *_) -> None:
         self._at("batch")
+        for name in ("SIGTERM", "SIGINT"):
+            if self.moment == name and self._at(name):
+                os.kill(os.getpid(), getattr(signal, name))
 
     def on_validation_batch_start(self, *_) -> None:
         self._at("validation")
 
     def _at(self, moment: Moment) -> bool:
         self.left -= moment == self.moment
-        if moment == self.moment and self.left == 0 and moment != "checkpoint":
+        if moment == self.moment in ("batch", "validation") and self.left == 0:
             kill()
         return self.left == 0
 

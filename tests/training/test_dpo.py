@@ -391,6 +391,18 @@ def test_a_loaded_checkpoint_gives_the_same_numbers(build_dpo, trainer, tmp_path
     assert loaded.lora == module.lora == (Lora(r=4, alpha=8.0) if model else None)
 
 
+def test_a_checkpoint_knows_its_reference_and_refuses_another(build_dpo, trainer, tmp_path, tiny_qwen2, caplog):
+    save = ModelCheckpoint(tmp_path, filename="last")
+    trained(build_dpo, trainer, callbacks=[save], enable_checkpointing=True)
+    other = make_tiny_model(tmp_path / "other", builtin_texts(), initializer_range=0.2, seed=1)
+    for model in ({"backbone": str(other)}, {"reference": str(other)}):
+        with pytest.raises(ConfigurationError, match=r"the reference of its run had other weights than .*other"):
+            trainer().test(*build_dpo(model=model), ckpt_path=save.best_model_path)
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        trainer().test(*build_dpo(model={"beta": 0.5}), ckpt_path=save.best_model_path)
+    assert "its run had other settings: beta 0.1 -> 0.5" in caplog.text
+
+
 def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_other_weights_below(
     build_dpo, trainer, tmp_path, tiny_qwen2
 ):
@@ -465,8 +477,11 @@ def test_a_warm_up_that_begins_at_0_is_no_reason_to_stop(build_dpo, trainer):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(build_dpo, trainer, caplog, loss_type):
+def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(
+    build_dpo, trainer, caplog, monkeypatch, loss_type
+):
     """In nats of a whole response, also where the loss counts per token."""
+    monkeypatch.setattr("rlhf_lightning.training.dpo._PAIRS_BEFORE_ALARM", 4)
 
     class Worse(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -480,8 +495,19 @@ def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(bu
     (record,) = (record for record in caplog.records if record.name.startswith("rlhf_lightning"))
     assert "became less likely together" in record.message
     assert min(map(float, re.findall(r"[\d.]+(?= (?:and|nats))", record.message))) > 20
-    assert "sft_weight" in record.message
+    assert "add model.sft_weight" in record.message
     assert "dpop" in record.message
+
+
+@pytest.mark.parametrize(("pairs_seen", "warned"), [(11, True), (12, False)])
+def test_a_few_pairs_are_no_reason_for_the_alarm(build_dpo, trainer, caplog, monkeypatch, pairs_seen, warned):
+    """11 pairs, then 11 more of them, in two epochs: the numbers are looked at when there are enough, not before."""
+    monkeypatch.setattr("rlhf_lightning.training.dpo._PAIRS_BEFORE_ALARM", pairs_seen)
+    monkeypatch.setattr("rlhf_lightning.training.checks._FALLEN", 1e9)
+    monkeypatch.setattr("rlhf_lightning.training.dpo.warn_of_falling_chosen", lambda **means: seen.append(means))
+    seen: list[dict] = []
+    trained(build_dpo, trainer, limit_val_batches=0, log_every_n_steps=1)
+    assert bool(seen) is warned
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

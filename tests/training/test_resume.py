@@ -201,6 +201,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does(tmp_path, unbroken, name, code):
+    file, whole = unbroken("RewardModel")
+    ended, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, 9))
+    assert ended == code, error[-3000:]
+    assert re.search(r"interrupted at step \d; go on with --ckpt_path last", error)
+    ended, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert ended == 0, error[-3000:]
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_of_another_class_is_refused(tmp_path, unbroken, config):
+    path = str(last_checkpoint(unbroken("SFT")[1]))
+    for command in ("fit", "test"):
+        code, error = run(tmp_path / "run", command, "--config", config("DPO"), "--ckpt_path", path)
+        assert (code, "is of a run of SFT, and this is DPO; to begin from its model, export it" in error) == (2, True)
+
+
 def test_without_a_checkpoint_last_begins_at_step_0_and_says_so(tmp_path, unbroken):
     file, whole = unbroken("RewardModel")
     code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
