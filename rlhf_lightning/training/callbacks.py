@@ -143,9 +143,11 @@ class ExportBest(Callback):
             raise ConfigurationError(
                 "ExportBest.merge: merging adapters into 4-bit weights would round them to 4 bits too; set merge: false"
             )
+        if stage != "fit":
+            return
         settings = pl_module.hparams
         check_other(self.directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
-        if stage == "fit" and check_free(self.directory):
+        if check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
