@@ -19,6 +19,7 @@ import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.directories import check_free, check_other, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
+from rlhf_lightning.training.callbacks import TABLE_ROWS
 from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module, search_no_gpu
 
 _LARGEST_DIFFERENCE = 1e-3
@@ -130,7 +131,9 @@ def _model_card(
     what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"
     if settings.get("lora") and merged:
         what += ", LoRA adapters merged"
-    numbers = "\n".join(f"| `{name}` | {value:.6g} |" for name, value in sorted(measured.items()))
+    words = {name: f" ({TABLE_ROWS[name]})" if name in TABLE_ROWS else "" for name in measured}
+    numbers = "\n".join(f"| `{name}`{words[name]} | {value:.6g} |" for name, value in sorted(measured.items()))
+    training = {k: v for k, v in stored[ORIGIN].get("training", {}).items() if v is not None}
     return f"""---
 base_model: {settings["backbone"]}
 library_name: {origin}
@@ -148,7 +151,9 @@ model = {loader}.from_pretrained("{name}")
 ```
 {_HOW_TO_USE[kind]}
 
-Settings: `{json.dumps(settings, default=str, sort_keys=True)}`
+Settings of the model: `{json.dumps(settings, default=str, sort_keys=True)}`
+
+Training: `{json.dumps(training, default=str, sort_keys=True)}`
 
 Loaded again in a fresh process, the largest difference to the trainer's own outputs on a probe of \
 {int(probe_rows(1)[1].sum())} tokens is {difference:.3g} {_UNITS[kind]}.

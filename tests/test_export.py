@@ -66,7 +66,10 @@ def test_exported_log_probs_are_those_of_the_trainer(build_dpo, trainer, checkpo
     assert (response_sums(exported, batches) - response_sums(start.policy, batches)).abs().max() > 0.1
     card = (out / "README.md").read_text()
     assert f"on a probe of 24 tokens is {difference:.3g} nats" in card.replace("\\\n", "")
-    assert "| `rewards/accuracies` |" in card
+    assert "| `rewards/accuracies` (reward accuracy) |" in card
+    assert "| `kl` (log-ratio (k1)) |" in card
+    assert '"pairs": 11' in card
+    assert '"lr": ' in card
     assert re.search(r"\| `pairs` \| 7 \|", card)
     assert (
         AutoTokenizer.from_pretrained(out).chat_template

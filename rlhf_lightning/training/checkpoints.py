@@ -173,13 +173,28 @@ def search_no_gpu() -> None:
 
 
 def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint which class made it, and the tokenizer and chat template of its data."""
-    data = module.trainer.datamodule
+    """Write into a checkpoint which class made it, from which data and how, and the data's tokenizer and template."""
+    trainer, data = module.trainer, module.trainer.datamodule
     chat_format = getattr(data, "chat_format", None)
+    training = {"processes": trainer.world_size, "precision": str(trainer.precision)}
+    training |= {
+        "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+    }
+    if trainer.optimizers:
+        group = trainer.optimizers[0].param_groups[0]
+        training |= {
+            "optimizer": type(trainer.optimizers[0]).__name__,
+            "lr": float(group.get("initial_lr", group["lr"])),
+        }
+    if data is not None and "train" in getattr(data, "pairs", {}):
+        sources = [str(source.source) for source in data.sources["train"]]
+        training |= {"data": sources, "pairs": len(data.pairs["train"]), "batch_size": int(data.batch_size)}
     checkpoint[ORIGIN] = {
         "class": type(module).__name__,
         "tokenizer": getattr(data, "tokenizer_source", None),
         "chat_template": getattr(chat_format, "template", None),
+        "training": training,
     }
 
 

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.functional.losses import (
     AVERAGE_LOGPROB_LOSSES,
@@ -71,6 +71,7 @@ from rlhf_lightning.training.references import (
     check_reference_tokenizer,
     check_same_reference,
     choose_reference,
+    named_like_a_kind,
     precomputed_logprobs,
     split_precomputed,
 )
@@ -187,7 +188,15 @@ class DPO(LightningModule):
             quantization=quantization,
         )
         if self.reference_source not in (None, ADAPTER, backbone):
-            config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+            try:
+                config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+            except ModelError as error:
+                if not named_like_a_kind(self.reference_source):
+                    raise
+                raise ConfigurationError(
+                    f"model.reference: {self.reference_source} is neither frozen, adapter or precomputed nor a model "
+                    f"({error})"
+                ) from error
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.policy: CausalLM | None = None
         self._frozen: FrozenCausalLM | None = None
@@ -240,12 +249,12 @@ class DPO(LightningModule):
     def on_fit_start(self) -> None:
         log_parameters(self.policy, self.hparams.backbone)
         self._precompute("train", "val")
-        log.info(
-            "loss: %s, beta %g; reference: %s",
-            self.hparams.loss_type,
-            self.hparams.beta,
-            self.reference_source or "none",
-        )
+        settings = self.loss_settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
+        numbers = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+        source = self.reference_source
+        how = "none" if source is None else "the policy without its adapters" if source == ADAPTER else source
+        how += ", precomputed" if self.precomputed and source is not None else ""
+        log.info("loss: %s, %s; reference: %s", self.hparams.loss_type, numbers, how)
 
     def configure_optimizers(self):
         return optimizer_and_schedule(

@@ -144,6 +144,11 @@ def check_reference_config(reference: str, its: PretrainedConfig, backbone: str,
             )
 
 
+def named_like_a_kind(reference: str) -> bool:
+    """Whether a reference is no path, and so may be one of the kinds, misspelt."""
+    return "/" not in reference and ":" not in reference and not Path(reference).exists()
+
+
 def check_same_reference(before: str | None, now: str | None, name: str | None) -> None:
     """Raise `ConfigurationError` when the reference has other weights than that of a checkpoint's run."""
     if before is not None and now is not None and before != now:

@@ -549,6 +549,11 @@ def test_a_reference_that_is_no_model_is_refused_at_once(build_dpo, directory):
         build_dpo(model={"reference": directory})
 
 
+def test_a_misspelt_kind_of_reference_is_refused_with_the_kinds(build_dpo):
+    with pytest.raises(ConfigurationError, match="froezen is neither frozen, adapter or precomputed nor a model"):
+        build_dpo(model={"reference": "froezen"})
+
+
 def test_a_reference_of_another_architecture_is_refused(build_dpo, tiny_llama):
     with pytest.raises(ConfigurationError, match=r"has model_type llama, but .* has qwen2"):
         build_dpo(model={"reference": str(tiny_llama)})
