@@ -28,11 +28,13 @@ SETTINGS = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs"
 
 @pytest.fixture(autouse=True, scope="module")
 def environment_of_its_own():
-    """DeepSpeed leaves the address of its process group to every process begun later."""
+    """DeepSpeed leaves the address of its process group to every process begun later; and a seed that another test
+    left would be set again by distributed strategies alone."""
     before = dict(os.environ)
+    os.environ.pop("PL_GLOBAL_SEED", None)
     yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
