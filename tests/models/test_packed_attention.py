@@ -128,3 +128,14 @@ def test_a_packed_model_generates_what_a_padded_one_does(tiny_qwen2):
         replies = greedy_replies(policy, prompts, max_new_tokens=8, terminator_id=1, pad_id=0)
         texts.append([reply.tolist() for reply in replies])
     assert texts[0] == texts[1] != [[]]
+
+
+def test_a_packed_model_sees_no_padding_in_a_plain_call_with_a_mask(tiny_qwen2):
+    """As in the generation of a padded batch, which hands a mask instead of the places of the rows."""
+    ids, mask, _ = padded(rows(), left=2)
+    logits = []
+    for attention in ("sdpa", "packed"):
+        policy = CausalLM.from_pretrained(str(tiny_qwen2), attn_implementation=attention).eval()
+        with torch.no_grad():
+            logits.append(policy.model(input_ids=ids, attention_mask=mask.long()).logits[mask])
+    torch.testing.assert_close(*logits)
