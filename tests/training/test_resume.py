@@ -174,6 +174,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kin
     code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
     assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d\.ckpt \(step \d\)", error)
+    assert "not whole" not in error, "a checkpoint is in its place when it is complete"
     check_same(tmp_path / "run", whole)
 
 
