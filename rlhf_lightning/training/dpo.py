@@ -205,6 +205,7 @@ class DPO(LightningModule):
         self.train_metrics = self._metrics()
         self.throughput = TokensPerSecond()
         self.log_ratios = nn.ModuleDict({"chosen": MeanMetric(), "rejected": MeanMetric()})
+        self.log_ratio_pairs = PairCount()
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
         self.logged_step = 0
@@ -341,6 +342,7 @@ class DPO(LightningModule):
         if reference is not None:
             self.log_ratios["chosen"].update(policy.chosen.detach() - reference.chosen)
             self.log_ratios["rejected"].update(policy.rejected.detach() - reference.rejected)
+            self.log_ratio_pairs.update(policy.chosen, policy.rejected)
         return batch.weight * losses.mean()
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -360,12 +362,13 @@ class DPO(LightningModule):
         """Log the training numbers, if it is time to."""
         shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
         logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
-        enough = self.log_ratios["chosen"].weight * self.trainer.world_size >= _PAIRS_BEFORE_ALARM
-        if logged and enough and self.reference_source is not None:
+        if logged is None or self.reference_source is None:
+            return
+        if self.log_ratio_pairs.compute() >= _PAIRS_BEFORE_ALARM:  # of all processes: they must agree
             means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
             has_sft = self.hparams.sft_weight > 0
             self._warned = self._warned or warn_of_falling_chosen(**means, sft_weight=has_sft)
-            for metric in self.log_ratios.values():
+            for metric in (*self.log_ratios.values(), self.log_ratio_pairs):
                 metric.reset()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:

@@ -57,6 +57,9 @@ class Parser(LightningArgumentParser):
 class Program(LightningCLI):
     """`LightningCLI` with the package's own callbacks, and the tokenizer taken from the model where none is named."""
 
+    _replace = False
+    """Whether the run goes on from its last checkpoint, found by the program."""
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
@@ -78,6 +81,7 @@ class Program(LightningCLI):
             log.warning("%s", line)
         if config.get("ckpt_path") == LAST:
             resolve_last(config)
+            self._replace = True
         ckpt_path = config.get("ckpt_path")
         if ckpt_path not in (None, "best", "hpc"):
             read_checkpoint(ckpt_path, weights=False)
@@ -105,6 +109,9 @@ class Program(LightningCLI):
         _refuse_wrong_numbers(self.trainer)
         _check_monitors(self.trainer, self.model)
         self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ProcessStates):
+                callback.replace = self._replace
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)

@@ -34,14 +34,19 @@ class ProcessStates(Callback):
 
     A checkpoint inside an accumulation, as a validation there may write, has no gradients in it. It is written as of
     the beginning of the accumulation, so that the run which goes on from it makes those batches again.
+
+    Args:
+        replace: Remove the checkpoint that a run went on from once a newer or better one takes its place. Not for one
+            that the user named.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, replace: bool = False) -> None:
+        self.replace = replace
         self._loaded: dict[str, Any] | None = None
         self._gone_on_from: Path | None = None
         self._step_began: dict[str, Any] = {}
         self._validated_at = 0
-        self._batches_made = (0, 0)
+        self._batches_made, self._epoch = (0, 0), 0
 
     def state_dict(self) -> dict[str, int]:
         return {"validated_at": self._validated_at}
@@ -69,7 +74,10 @@ class ProcessStates(Callback):
         if states is not None and len(states) == trainer.world_size:
             self._loaded = states[trainer.global_rank]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        self._batches_made = (progress["total"]["ready"], progress["current"]["ready"])
+        self._batches_made, self._epoch = (
+            (progress["total"]["ready"], progress["current"]["ready"]),
+            checkpoint["epoch"],
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As late as can be, so that nothing is drawn in between."""
@@ -86,9 +94,15 @@ class ProcessStates(Callback):
         self._loaded = None
         if log_numbers := getattr(pl_module, "log_numbers", None):  # the checkpoint was written before they were
             log_numbers()
-        total, current = self._batches_made
-        if total != self._validated_at and current and current % trainer.val_check_batch == 0:
-            _validate(trainer)  # the checkpoint was written after a batch, before the validation after it
+        if self._missed_validation(trainer):
+            _validate(trainer)
+
+    def _missed_validation(self, trainer: Trainer) -> bool:
+        """Whether the checkpoint was written after a batch and before the validation that is due after it."""
+        (total, current), every = self._batches_made, trainer.check_val_every_n_epoch
+        made, epoch_counts = (total, True) if every is None else (current, (self._epoch + 1) % every == 0)
+        due = trainer.enable_validation and epoch_counts and made > 0 and made % trainer.val_check_batch == 0
+        return due and total != self._validated_at
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -105,7 +119,7 @@ class ProcessStates(Callback):
 
     def _replace_older(self, trainer: Trainer) -> None:
         """A checkpoint of the newest alone names, in its own record, the one before it."""
-        self._gone_on_from = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+        self._gone_on_from = Path(trainer.ckpt_path) if trainer.ckpt_path is not None and self.replace else None
         writer = None if self._gone_on_from is None else _writer(trainer, self._gone_on_from)
         if writer is None or writer.monitor is not None:
             return
@@ -239,5 +253,5 @@ def go_on_beside(config: Namespace, checkpoint: Path) -> None:
     """Let the logger write on in the directory of a checkpoint, so that it is one curve, and one best checkpoint."""
     match = re.fullmatch(r"version_(\d+)", checkpoint.parent.parent.name)
     parent = _log_directory(config)
-    if match and parent is not None and checkpoint.parent.parent.parent == parent:
+    if match and parent is not None and checkpoint.parent.parent.parent.resolve() == parent.resolve():
         config.trainer.logger.init_args["version"] = int(match[1])

@@ -214,6 +214,27 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does(tmp_path, unbrok
     check_same(tmp_path / "run", whole)
 
 
+def test_a_checkpoint_that_the_user_named_is_kept(tmp_path, unbroken):
+    file, whole = unbroken("RewardModel")
+    run(tmp_path / "run", "fit", "--config", file, *killer("batch", 14))
+    named = last_checkpoint(tmp_path / "run")
+    before = digest(named)
+    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", str(named))
+    assert code == 0, error[-3000:]
+    assert digest(named) == before
+    assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
+
+
+def test_no_validation_is_made_that_was_not_due(tmp_path, unbroken):
+    """The checkpoint at the end of the first epoch, with a validation after every second one."""
+    every = ["--trainer.check_val_every_n_epoch", "2", "--trainer.val_check_interval", "1.0"]
+    file, whole = unbroken("RewardModel", *every)
+    run(tmp_path / "run", "fit", "--config", file, *every, *killer("batch", 8))
+    code, error = run(tmp_path / "run", "fit", "--config", file, *every, "--ckpt_path", "last")
+    assert code == 0, error[-3000:]
+    check_same(tmp_path / "run", whole)
+
+
 def test_a_checkpoint_of_another_class_is_refused(tmp_path, unbroken, config):
     path = str(last_checkpoint(unbroken("SFT")[1]))
     for command in ("fit", "test"):
