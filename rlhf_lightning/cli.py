@@ -10,7 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "doctor", "export")
+COMMANDS = (*TRAINER_COMMANDS, "doctor", "plan", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -22,6 +22,7 @@ commands:
   test       evaluate on the test pairs         [--ckpt_path FILE]
   predict    write the scores of the test pairs [--ckpt_path FILE]
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
+  plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
              --ckpt_path FILE --out DIRECTORY [--merge true|false]
 
@@ -33,6 +34,7 @@ examples:
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
   rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
   rlhf-lightning doctor --config configs/reward_model.yaml
+  rlhf-lightning plan --config configs/dpo.yaml --config configs/hardware/zero2.yaml --gpu 4xA10
   rlhf-lightning export --ckpt_path CHECKPOINT --out models/policy
 
 options:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_export(arguments[1:])
         if command == "doctor":
             return _run_doctor(arguments[1:])
+        if command == "plan":
+            return _run_plan(arguments[1:])
         _run_trainer(None if argv is None else arguments)
     except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
         return int(exit_.code or 0)
@@ -105,6 +109,14 @@ def _run_doctor(arguments: list[str]) -> int:
     """Say what is in preference data; 0: every row can be used, 1: some would be left out."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from rlhf_lightning.training.doctor_command import run
+
+    return run(arguments)
+
+
+def _run_plan(arguments: list[str]) -> int:
+    """Say whether a run fits; 0: it does, 1: it does not, or only just."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.training.plan_command import run
 
     return run(arguments)
 

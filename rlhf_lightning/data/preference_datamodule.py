@@ -169,6 +169,12 @@ class PreferenceDataModule(LightningDataModule):
             part = MicroBatch(order[start : start + self.eval_batch_size], 1.0)
             yield collate_pairs(part, pairs, pad_id=self.chat_format.pad_id)
 
+    def longest_batch(self) -> PreferenceBatch:
+        """The training pairs with the longest rows, as many as a batch has."""
+        pairs = self.pairs["train"]
+        order = np.argsort(-pairs.lengths, kind="stable")[: self.batch_size]
+        return self._collate("train")(MicroBatch(order, 1.0))
+
     def val_dataloader(self) -> BatchLoader:
         return self._evaluation_loader("val")
 

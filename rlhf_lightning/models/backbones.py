@@ -71,7 +71,7 @@ def load_backbone(
         config,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
-        **_no_pooler(config),
+        **no_pooler(config),
     )
 
 
@@ -181,7 +181,7 @@ def _position_offset(config: PretrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in _POSITION_OFFSET_FAMILY else 0
 
 
-def _no_pooler(config: PretrainedConfig) -> dict[str, bool]:
+def no_pooler(config: PretrainedConfig) -> dict[str, bool]:
     """BERT's pooler reads the first token and would be left without a gradient, which DDP refuses."""
     from transformers import AutoModel
 

@@ -147,18 +147,18 @@ class CausalLM(nn.Module):
         )
         temperature = _measured_temperature(model, name_or_path)
         if lora is not None:
-            model = _with_adapters(model, lora)
+            model = with_adapters(model, lora)
         if gradient_checkpointing:
-            _inner(model).activation_checkpointing_enable()
+            inner_model(model).activation_checkpointing_enable()
         return cls(model.train(), temperature=temperature)
 
     @property
     def config(self) -> PretrainedConfig:
-        return _inner(self.model).config
+        return inner_model(self.model).config
 
     @property
     def has_adapters(self) -> bool:
-        return _inner(self.model) is not self.model
+        return inner_model(self.model) is not self.model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
         """Log-probabilities of the response tokens of R rows; arguments as `states`."""
@@ -176,19 +176,19 @@ class CausalLM(nn.Module):
         # The first token of a row has no token before it that could predict it.
         mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
         check_not_empty(mask.sum(dim=1))
-        hidden = hidden_states(_inner(self.model).base_model, input_ids, attention_mask)
+        hidden = hidden_states(inner_model(self.model).base_model, input_ids, attention_mask)
         return ResponseStates(hidden[:, :-1][mask[:, 1:]], input_ids[mask], mask)
 
     def logprobs(self, states: ResponseStates) -> ResponseLogprobs:
         """Log-probabilities of the tokens that `states` lead to, float32, in nats."""
-        weight, bias = _output_layer(self.model)
+        weight, bias = output_layer(self.model)
         flat = linear_logprobs(states.hidden, weight, states.targets, bias=bias, temperature=self.temperature)
         zeros = torch.zeros(states.mask.shape, dtype=flat.dtype, device=flat.device)
         return ResponseLogprobs(zeros.masked_scatter(states.mask, flat), states.mask)
 
     def most_likely(self, states: ResponseStates) -> Tensor:
         """The most likely token at each of the N positions, [N] int64."""
-        weight, bias = _output_layer(self.model)
+        weight, bias = output_layer(self.model)
         return linear_argmax(states.hidden, weight, bias=bias)
 
     @contextlib.contextmanager
@@ -208,7 +208,7 @@ class CausalLM(nn.Module):
         """
         model = self.model
         if self.has_adapters and merge:
-            if getattr(_inner(model), "is_quantized", False):
+            if getattr(inner_model(model), "is_quantized", False):
                 raise ModelError(
                     "adapters on 4-bit weights: merging would round them to 4 bits as well; export with merge: false"
                 )
@@ -233,9 +233,9 @@ class FrozenCausalLM:
         Weights alone: rotary frequencies in half precision would spoil long rows.
         """
         like = next(policy.parameters())
+        for parameter in self.network.parameters():  # one by one and converted first: never twice on the device
+            parameter.data = parameter.data.to(like.dtype).to(like.device)
         self.network.to(like.device)
-        for parameter in self.network.parameters():
-            parameter.data = parameter.data.to(like.dtype)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
@@ -251,14 +251,14 @@ def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) ->
     return config
 
 
-def _inner(model: nn.Module) -> PreTrainedModel:
+def inner_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside of peft's wrapping, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def _output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [V, H] and bias [V] of the layer that makes logits, as trained by now or, with adapters off, as loaded."""
-    layer = _inner(model).get_output_embeddings()
+    layer = inner_model(model).get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # trained whole beside adapters
         off = layer.disable_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
@@ -306,7 +306,7 @@ def _measured_temperature(model: PreTrainedModel, name: str) -> float:
     return 1.0 if abs(scale - 1) < _PROBE_TOLERANCE else 1 / scale
 
 
-def _with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
+def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
     """The model wrapped by peft, of which the adapters alone can be trained. Raises `ModelError`."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -342,8 +342,8 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
                 f"use all-linear, or some of {layers}"
             ) from error
     ends = {
-        "output layer": _inner(wrapped).get_output_embeddings(),
-        "embeddings": _inner(wrapped).get_input_embeddings(),
+        "output layer": inner_model(wrapped).get_output_embeddings(),
+        "embeddings": inner_model(wrapped).get_input_embeddings(),
     }
     for what, layer in ends.items():
         if isinstance(layer, BaseTunerLayer) and (tied or what == "output layer"):

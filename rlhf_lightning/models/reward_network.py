@@ -1,4 +1,4 @@
-"""A reward model's network: a transformer backbone and a small MLP that reads one number off its last token.
+"""A reward model's network: a transformer backbone and a small MLP that reads one number off its hidden states.
 
 R rows, T tokens, H hidden size.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.functional.reductions import last_token_index
+from rlhf_lightning.functional.reductions import last_token_index, masked_mean
 from rlhf_lightning.models.backbones import (
     AttentionImplementation,
     hidden_states,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
+Pooling = Literal["last", "mean"]
+"""Which hidden state the head reads: that of the last true token, or the mean over all true tokens."""
 _HEAD_KEY = "reward_head"
 """Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
 
@@ -67,10 +69,11 @@ class RewardHead(nn.Sequential):
 
 
 class RewardNetwork(nn.Module):
-    """Scores whole rows: `backbone -> hidden state of the last true token -> score`.
+    """Scores whole rows: `backbone -> one hidden state of the row -> score`.
 
-    Any `AutoModel` decoder or encoder. The last token is found by the mask, so left, right or any padding, and a pad id
-    equal to the EOS id, give the same score.
+    Any `AutoModel` decoder or encoder. The hidden state is that of the last true token, or with `pooling="mean"` the
+    float32 mean over the true tokens, which is how sentence encoders are pretrained. Tokens are found by the mask, so
+    left, right or any padding, and a pad id equal to the EOS id, give the same score.
     """
 
     def __init__(
@@ -80,9 +83,11 @@ class RewardNetwork(nn.Module):
         hidden_size: int | None = None,
         activation: Activation = "relu",
         dropout: float = 0.0,
+        pooling: Pooling = "last",
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pooling = pooling
         self.score = RewardHead(
             backbone.config.hidden_size, hidden_size=hidden_size, activation=activation, dropout=dropout
         )
@@ -95,6 +100,7 @@ class RewardNetwork(nn.Module):
         hidden_size: int | None = None,
         activation: Activation = "relu",
         dropout: float = 0.0,
+        pooling: Pooling = "last",
         attn_implementation: AttentionImplementation | None = None,
         trust_remote_code: bool = False,
     ) -> RewardNetwork:
@@ -102,7 +108,7 @@ class RewardNetwork(nn.Module):
         backbone = load_backbone(
             name_or_path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-        return cls(backbone, hidden_size=hidden_size, activation=activation, dropout=dropout)
+        return cls(backbone, hidden_size=hidden_size, activation=activation, dropout=dropout, pooling=pooling)
 
     @classmethod
     def from_pretrained(
@@ -143,6 +149,8 @@ class RewardNetwork(nn.Module):
         mask is empty.
         """
         hidden = hidden_states(self.backbone, input_ids, attention_mask)
+        if self.pooling == "mean":
+            return self.score(masked_mean(hidden, attention_mask.bool()[..., None].expand_as(hidden), dim=1))
         rows = torch.arange(len(hidden), device=hidden.device)
         return self.score(hidden[rows, last_token_index(attention_mask.bool())])
 
@@ -159,7 +167,7 @@ class RewardNetwork(nn.Module):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
             config["num_labels"] = 1
-            config[_HEAD_KEY] = self.score.settings
+            config[_HEAD_KEY] = self.score.settings | {"pooling": self.pooling}
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return Path(directory).expanduser()
 

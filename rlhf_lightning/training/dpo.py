@@ -345,6 +345,10 @@ class DPO(LightningModule):
             self.log_ratio_pairs.update(policy.chosen, policy.rejected)
         return batch.weight * losses.mean()
 
+    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+        """The mean loss of a batch of training pairs, of which nothing is logged."""
+        return self.losses(self(batch), self.reference_logprobs(batch, "train")).mean()
+
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()
 

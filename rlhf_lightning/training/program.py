@@ -29,11 +29,13 @@ from rlhf_lightning.training.callbacks import (
 )
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, is_sharded, read_checkpoint, search_no_gpu
 from rlhf_lightning.training.dpo import DPO
+from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 from rlhf_lightning.training.sft import SFT
 from rlhf_lightning.training.step_watch import StepWatch
+from rlhf_lightning.training.trial import TrialStep
 from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,10 @@ class Program(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--force", action="store_true", help="Run also what cannot fit into memory, as counted beforehand."
+            )
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)  # Lightning's own table would stand above ours
         return parser
@@ -115,6 +121,8 @@ class Program(LightningCLI):
         self.datamodule.setup(self.subcommand)
         if check := getattr(self.model, "check_data", None):
             check(self.datamodule)
+        if self.subcommand == "fit" and not self.config.fit.force:
+            refuse_what_cannot_fit(self.model, self.datamodule, self.config.fit.trainer, self.trainer.callbacks)
         trained = not isinstance(self.model, RewardModel) or is_reward_network(self.model.backbone_config)
         if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None:
             if not trained:
@@ -174,7 +182,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch()],
+                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch(), TrialStep()],
                 "enable_model_summary": False,
             },
             args=arguments,

@@ -25,7 +25,7 @@ from rlhf_lightning.metrics import (
     PooledAUROC,
 )
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config
-from rlhf_lightning.models.reward_network import Activation, RewardNetwork, is_reward_network
+from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
@@ -44,6 +44,8 @@ class RewardModel(LightningModule):
         hidden_size: Width of the head's hidden layer; the backbone's hidden size when not given.
         activation: Of the head's hidden layer.
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
+        pooling: The hidden state that the head reads: of the `last` token, or the `mean` over all tokens, which suits
+            sentence encoders. Of a saved reward network, its own is kept.
         label_smoothing: Probability with which a label is taken to be wrong.
         centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
             different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
@@ -63,6 +65,7 @@ class RewardModel(LightningModule):
         hidden_size: PositiveInt | None = None,
         activation: Activation = "relu",
         dropout: Fraction = 0.0,
+        pooling: Pooling = "last",
         label_smoothing: Smoothing = 0.0,
         centering: NonNegativeFloat = 0.0,
         use_margin: bool = False,
@@ -115,6 +118,7 @@ class RewardModel(LightningModule):
                 hidden_size=settings.hidden_size,
                 activation=settings.activation,
                 dropout=settings.dropout,
+                pooling=settings.pooling,
                 **loading,
             )
         if settings.gradient_checkpointing:
@@ -150,6 +154,10 @@ class RewardModel(LightningModule):
         check_finite(self, batch, losses)
         _update(self.train_metrics, losses.detach(), chosen.detach(), rejected.detach())
         return batch.weight * losses.mean()
+
+    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+        """The mean loss of a batch, of which nothing is logged."""
+        return self.losses(batch, *self(batch)).mean()
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self.log_numbers()

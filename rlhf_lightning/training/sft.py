@@ -118,6 +118,10 @@ class SFT(LightningModule):
         update_metrics(self.train_metrics, {"loss": losses.detach(), "lengths/chosen": responses.lengths.float()})
         return batch.weight * losses.mean()
 
+    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+        """The mean loss of a batch, of which nothing is logged."""
+        return -self(batch).averages.mean()
+
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()
 

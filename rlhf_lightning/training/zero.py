@@ -95,6 +95,12 @@ class ZeroStrategy(DeepSpeedStrategy):
             plugin = ZeroPrecision(plugin.precision)
         DeepSpeedStrategy.precision_plugin.fset(self, plugin)
 
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Weights are loaded on the host, in float32: on the device they are halves from the beginning."""
+        with self.precision_plugin.tensor_init_context():
+            yield
+
     # ---- CPU processes
 
     def setup_environment(self) -> None:
