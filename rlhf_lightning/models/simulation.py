@@ -48,7 +48,8 @@ class Shape:
     trust_remote_code: bool = False
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True)
+class Weights:
     """Numbers of parameters, tied ones counted once."""
 
     total: int
@@ -104,7 +105,7 @@ def head_bytes(positions: int, hidden: int, vocabulary: int, *, operand: int, ca
     `operand` bytes of the numbers that are multiplied; `cast` where the weight is kept in more than those.
     """
     chunk = min(positions, _HEAD_CHUNK) * vocabulary * 4
-    logits = 3 * chunk if positions > _HEAD_CHUNK else 2 * chunk + chunk * operand // 4
+    logits = 3 * chunk if positions > _HEAD_CHUNK else 2 * chunk + (chunk // 2 if operand == 2 else 0)
     weight = hidden * vocabulary * (operand if cast else 0)
     gradients = 2 * hidden * vocabulary * 4 if trained else 0
     return logits + weight + gradients + positions * hidden * operand

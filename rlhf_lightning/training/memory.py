@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.models.simulation import Kind, Pass, Shape, Weights, cache_bytes, count_weights, simulate
@@ -95,7 +95,8 @@ class Footprint:
         return max(self.host.values(), default=0.0)
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """A run near another one."""
 
     keys: dict[str, str]
@@ -160,22 +161,19 @@ class Estimator:
             "evaluation batch": inference.peak,
             "generation cache": cache,
         }
+        # DeepSpeed has let go of the gradients by the time its optimizer steps; DDP's buckets stay.
+        unstepped = 0 if run.zero else gradients + buckets
         phases = {
             "training batch": always + stay + buckets + passes,
-            "optimizer step": always
-            + step
-            + (0 if run.zero else gradients + (buckets if run.strategy == "ddp" else 0)),
+            "optimizer step": always + unstepped + step,
             "validation": always + inference.peak,
         }
         if run.sample_tokens:
             phases["samples"] = always + cache
         if run.reference == "precomputed":
             phases["reference pass"] = always + copy + inference.peak
-        checkpoint = (
-            number * (trained if shape.lora else weights.total) + (run.optimizer_bytes + (master > 0) * 4) * trained
-        )
-        if run.offload:
-            checkpoint += 4 * trained
+        stored = trained if shape.lora else weights.total
+        checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * trained
         return Footprint(weights, device, phases, on_host, checkpoint, 4 * weights.total)
 
     def other_checkpointing(self, run: Run) -> float:
@@ -248,14 +246,25 @@ def _changes(run: Run) -> Iterator[_Change]:
     if not run.offload and not run.on_cpu and not run.quantized:
         keys = {"trainer.strategy": "zero2_offload", "trainer.precision": "16-mixed"}
         yield _Change(keys, lambda run: replace(run, strategy="zero2", half=True, offload=True))
-    if run.shape.policy and run.shape.lora is None:
-        keys = {"model.lora.r": "16"} | ({} if run.reference == "none" else {"model.reference": "adapter"})
+    if not run.shape.policy:
+        return
+    adapters = {} if run.shape.lora else {"model.lora.r": "16"}
+    adapters |= {"model.reference": "adapter"} if run.reference in ("copy", "precomputed") else {}
+    if adapters:
+        yield _Change(adapters, _on_adapters)
+    if not run.quantized and not run.on_cpu:
+        keys = adapters | {"model.quantization": "4bit", "trainer.strategy": "auto", "trainer.precision": "16-mixed"}
+        yield _Change(keys, _on_four_bits)
 
-        def adapters(run: Run) -> Run:
-            reference = "none" if run.reference == "none" else "adapter"
-            return replace(run, shape=replace(run.shape, lora=Lora()), reference=reference)
 
-        yield _Change(keys, adapters)
+def _on_adapters(run: Run) -> Run:
+    reference = "adapter" if run.reference in ("copy", "precomputed") else run.reference
+    return replace(run, shape=replace(run.shape, lora=run.shape.lora or Lora()), reference=reference)
+
+
+def _on_four_bits(run: Run) -> Run:
+    strategy = "ddp" if run.processes > 1 else "single"
+    return replace(_on_adapters(run), quantized=True, strategy=strategy, offload=False, half=True)
 
 
 def _smaller_batches(rows: int, accumulate: int) -> Callable[[Run], Run]:

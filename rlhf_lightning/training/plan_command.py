@@ -22,7 +22,7 @@ from rlhf_lightning.training import program
 from rlhf_lightning.training.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
 from rlhf_lightning.training.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
 
-_USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu [N x]NAME] [--json FILE]
+_USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu NAME] [--json FILE]
 
 Will the run of these settings fit, before anything is loaded or written: bytes on each device and on the host, by what
 takes them and when; checkpoints on the disk; tokens and optimizer steps; and where it does not fit, the nearest
@@ -176,15 +176,15 @@ def _steps(data: Any, described: Run, trainer: Any) -> Steps:
 def _print(made: Plan, console: Console) -> None:
     run, machine, footprint = made.run, made.machine, made.footprint
     weights = footprint.weights
-    processes = f"{machine.devices} x {machine.name}" + (
-        f", {machine.machines} machines" if machine.machines > 1 else ""
-    )
+    processes = f"{machine.devices} x {machine.name}"
+    if machine.machines > 1:
+        processes += f" in each of {machine.machines} machines"
     where = "process" if run.on_cpu else "device"
-    console.print(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
-    console.print(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
+    print(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
+    print(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
     batch = f"{run.shape.rows} rows of {run.shape.tokens} tokens"
     known = "the longest of the training pairs" if made.steps else f"max_length; {made.unread}"
-    console.print(f"batch:       {batch} ({known})", highlight=False)
+    print(f"batch:       {batch} ({known})")
     table = Table(title=f"memory of each {where}", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
@@ -197,20 +197,20 @@ def _print(made: Plan, console: Console) -> None:
     context = "Python and torch" if run.on_cpu else "CUDA context and workspaces"
     table.add_row(f"{context} (assumed)", gb(CONTEXT))
     console.print(table)
+    processes_in_words = "" if machine.devices == 1 else f", for {machine.devices} processes"
     for name, size in footprint.host.items():
-        console.print(f"host:        {gb(size)} {name}, for {machine.devices} processes", highlight=False)
+        print(f"host:        {gb(size)} {name}{processes_in_words}")
     free = "" if made.disk_free is None else f"; {gb(made.disk_free)} free"
-    console.print(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
+    print(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
     if made.steps:
         s = made.steps
         count = "without an end" if s.steps is None else f"{s.steps:,} optimizer steps"
-        console.print(
+        print(
             f"steps:       {s.pairs:,} pairs, {s.per_step} a step, {count}; "
-            f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average",
-            highlight=False,
+            f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average"
         )
     for line in verdict_lines(made):
-        console.print(line, highlight=False)
+        print(line)
 
 
 def verdict_lines(made: Plan) -> list[str]:

@@ -153,7 +153,7 @@ def refuse_what_cannot_fit(
         machine = machine_of(settings)
         run = run_of(module, data, settings, callbacks, machine)
         estimator = Estimator(module.backbone_config)
-        if machine.on_cpu and _rough(module, run) < 0.25 * machine.device_memory:
+        if machine.on_cpu and _rough(module, run) + CONTEXT < 0.25 * machine.device_memory:
             return
         verdict = judge(estimator.footprint(run), machine)
         if verdict.fits:

@@ -1,0 +1,279 @@
+"""Whether a run fits: the arithmetic of the copies, the advice, the refusal, and the overlays that promise to fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from transformers import LlamaConfig
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.causal_lm import Lora
+from rlhf_lightning.models.simulation import Shape
+from rlhf_lightning.training import planning
+from rlhf_lightning.training.memory import GPUS, Estimator, Run, optimizer_bytes
+from rlhf_lightning.training.plan_command import plan
+from rlhf_lightning.training.planning import Machine, judge, machine_of
+from tests.test_configs import LLAMA, ROOT
+
+LLAMA_3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+WEIGHTS = 8_030_261_248
+GPU_OF = {"a100": "A100-80GB", "4xa10": "4xA10", "h200": "H200"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """The shape of Llama-3-8B, without weights: all that a plan needs."""
+    directory = tmp_path_factory.mktemp("llama")
+    LlamaConfig(**LLAMA_3_8B, architectures=["LlamaForCausalLM"]).save_pretrained(directory)
+    return directory
+
+
+def run(**settings) -> Run:
+    shape = {"policy": True, "rows": 2, "tokens": 64} | settings.pop("shape", {})
+    plain = {
+        "eval_rows": 2,
+        "reference": "none",
+        "strategy": "zero2",
+        "offload": False,
+        "half": True,
+        "processes": 1,
+        "processes_per_machine": 1,
+        "accumulate": 4,
+        "rows_per_pair": 2,
+        "on_cpu": False,
+        "sample_tokens": 0,
+        "optimizer_bytes": 8.0,
+        "optimizer_temporary": 4.0,
+    }
+    return Run(shape=Shape(**shape), **plain | settings)
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return Estimator(LlamaConfig(**LLAMA_3_8B | {"num_hidden_layers": 2}))
+
+
+@pytest.fixture(scope="module")
+def weights(estimator):
+    return estimator.footprint(run()).weights.total
+
+
+def without_passes(footprint, phase: str) -> float:
+    return footprint.phases[phase] - (footprint.device["evaluation batch"] if phase == "validation" else 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "resident", "at_the_step"),
+    [  # bytes per weight: weights, float32 copies, two moments; with float32 gradients and what the step makes
+        ({}, 2 + 4 + 8, 14 + 8),
+        ({"processes": 4}, 2 + 12 / 4, 5 + 8 / 4),
+        ({"strategy": "zero1", "processes": 4}, 2 + 12 / 4, 5 + 8 / 4),
+        ({"offload": True}, 2, 2),
+        ({"strategy": "single", "half": False}, 4 + 8, 12 + 4 + 4),
+        ({"strategy": "ddp", "half": False, "processes": 2}, 4 + 8, 12 + 4 + 4 + 4),
+        ({"reference": "copy"}, 2 + 4 + 8 + 2, 16 + 8),
+    ],
+    ids=["zero2", "zero2 on 4", "zero1 on 4", "offload", "plain", "ddp", "with a reference"],
+)
+def test_the_copies_of_the_weights_are_the_arithmetic_of_the_strategy(
+    estimator, weights, settings, resident, at_the_step
+):
+    footprint = estimator.footprint(run(**settings))
+    assert without_passes(footprint, "validation") == pytest.approx(resident * weights, rel=1e-6)
+    assert footprint.phases["optimizer step"] == pytest.approx(at_the_step * weights, rel=1e-6)
+
+
+def test_gradients_are_divided_by_stage_2_alone(estimator, weights):
+    gradients = [
+        estimator.footprint(run(strategy=name, processes=4)).device["gradients"] for name in ("zero1", "zero2")
+    ]
+    assert gradients == [2 * weights, 2 * weights / 4]
+
+
+def test_adapters_leave_the_gradients_and_states_of_adapters(estimator, weights):
+    footprint = estimator.footprint(run(shape={"lora": Lora(r=8)}, reference="adapter"))
+    trained = footprint.weights.trained
+    assert trained < weights / 100
+    assert footprint.device["optimizer states"] == 8 * trained
+    assert footprint.device["gradients"] == 2 * trained
+    assert footprint.device["reference model"] == 0
+    assert footprint.checkpoint == (2 + 8 + 4) * trained
+
+
+def test_the_host_holds_what_is_offloaded_and_what_is_loaded(estimator, weights):
+    footprint = estimator.footprint(run(offload=True, processes=4, processes_per_machine=4))
+    assert footprint.host["optimizer, float32 weights and gradients"] == pytest.approx(18 * weights)
+    assert footprint.host["loading, float32"] == 4 * weights * 4
+
+
+def test_a_reference_that_runs_beside_the_policy_is_in_the_peak(estimator):
+    alone, beside = (estimator.footprint(run(reference=name)) for name in ("none", "copy"))
+    copy = beside.device["reference model"]
+    assert beside.phases["training batch"] >= alone.phases["training batch"] + copy
+    before = estimator.footprint(run(reference="precomputed"))
+    assert before.phases["training batch"] == alone.phases["training batch"]
+    assert before.phases["reference pass"] > before.phases["validation"] + 0.9 * copy
+
+
+@pytest.mark.parametrize(
+    ("factory", "foreach", "expected"),
+    [
+        (lambda params: torch.optim.SGD(params, lr=0.1), True, (0, 0)),
+        (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), False, (4, 0)),
+        (lambda params: torch.optim.AdamW(params), True, (8, 4)),
+        (lambda params: torch.optim.AdamW(params), False, (8, 0)),
+        (lambda params: torch.optim.AdamW(params, fused=True), True, (8, 0)),
+        (lambda params: torch.optim.AdamW(params, amsgrad=True), True, (12, 4)),
+    ],
+)
+def test_an_optimizer_s_bytes_are_measured(factory, foreach, expected):
+    assert optimizer_bytes(factory, foreach=foreach) == expected
+
+
+def test_the_advice_fits_and_none_of_its_changes_can_be_left_out(estimator):
+    big = run(shape={"rows": 16, "tokens": 2048}, strategy="single", half=False, reference="copy", accumulate=1)
+    limit = estimator.footprint(run(shape={"lora": Lora(), "rows": 2, "tokens": 2048}, reference="adapter")).peak * 1.2
+    found = estimator.nearest(big, lambda footprint: footprint.peak <= limit)
+    assert found.footprint.peak <= limit < estimator.footprint(big).peak
+    assert "model.quantization" not in found.keys, "mildest first"
+    mild = estimator.nearest(big, lambda footprint: footprint.peak < estimator.footprint(big).peak)
+    assert mild.keys == {"model.gradient_checkpointing": "true"}
+    assert estimator.nearest(big, lambda footprint: False) is None
+
+
+def test_smaller_batches_keep_the_pairs_of_an_optimizer_step(estimator):
+    big = run(shape={"rows": 12, "tokens": 1024, "lora": Lora(), "gradient_checkpointing": True}, accumulate=5)
+    small = estimator.footprint(replace(big, shape=replace(big.shape, rows=4))).peak
+    found = estimator.nearest(big, lambda footprint: footprint.peak <= small)
+    assert found.keys == {"data.batch_size": "2", "trainer.accumulate_grad_batches": "15"}
+
+
+def trainer_settings(**given) -> Namespace:
+    plain = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    return Namespace(**plain | {"accumulate_grad_batches": 1} | given)
+
+
+def test_machines_have_names_numbers_and_sizes():
+    four = machine_of(trainer_settings(num_nodes=2), gpu="4xA10")
+    assert (four.devices, four.machines, four.device_memory) == (4, 2, GPUS["A10"] * 2**30)
+    assert machine_of(trainer_settings(devices=3), gpu="48GB").devices == 3
+    assert machine_of(trainer_settings(), gpu="48GB").device_memory == 48e9
+    two = machine_of(trainer_settings(accelerator="cpu", devices=2))
+    assert two.on_cpu and two.device_memory == two.host_memory / 2
+
+
+@pytest.mark.parametrize("name", ["A11", "GB", "-3GB", "nanGB", "0xA10", ""])
+def test_an_unknown_gpu_is_refused_with_those_that_are_known(name):
+    with pytest.raises(ConfigurationError, match="--gpu"):
+        machine_of(trainer_settings(), gpu=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_gpu_that_is_not_here_must_be_named():
+    with pytest.raises(ConfigurationError, match="--gpu"):
+        machine_of(trainer_settings(accelerator="gpu"))
+
+
+def test_what_fits_only_into_the_reserve_is_tight(estimator):
+    footprint = estimator.footprint(run())
+    needed = footprint.peak + planning.CONTEXT
+
+    def verdict(memory: float):
+        return judge(footprint, Machine("x", 1, 1, memory, float("inf"), on_cpu=False))
+
+    assert [(v.fits, v.tight) for v in map(verdict, (needed * 1.1, needed * 1.01, needed * 0.99))] == [
+        (True, False),
+        (True, True),
+        (False, False),
+    ]
+
+
+@pytest.mark.parametrize("path", LLAMA, ids=lambda path: path.stem)
+def test_an_overlay_for_llama_fits_with_the_numbers_of_its_header(path, llama):
+    arguments = ["--config", str(ROOT / "configs" / "dpo.yaml"), "--config", str(path), "--model.backbone", str(llama)]
+    made = plan(arguments, gpu=GPU_OF[path.stem.split("_")[0]], read_data=False)
+    assert made.verdict.fits and not made.verdict.tight
+    peak, host = re.search(r"peak of the device: (\S+) GB +host: (\S+) GB", path.read_text()).groups()
+    assert f"{made.footprint.peak / 1e9:.1f}" == peak
+    assert f"{made.footprint.host_peak / 1e9:.3g}" == f"{float(host):.3g}"
+    assert made.run.accumulate * made.run.processes * made.run.shape.rows // 2 == 64, "pairs of an optimizer step"
+
+
+@pytest.mark.parametrize("gpu", ["A100-80GB", "H200", "4xA10"])
+def test_all_weights_of_llama_in_16_mixed_do_not_fit(gpu, llama):
+    machine = machine_of(trainer_settings(), gpu=gpu)
+    config = LlamaConfig.from_pretrained(llama)
+    processes = {"processes": machine.devices, "processes_per_machine": machine.devices}
+    footprint = Estimator(config).footprint(run(shape={"gradient_checkpointing": True}, **processes))
+    assert footprint.weights.total == WEIGHTS
+    assert not judge(footprint, machine).fits
+
+
+def plan_of(capsys, *arguments) -> tuple[int, str]:
+    code = main(["plan", *arguments])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"))
+
+
+def test_the_quickstart_fits_and_its_steps_are_counted(capsys, tmp_path):
+    code, printed = plan_of(capsys, *QUICKSTART, "--json", str(tmp_path / "plan.json"))
+    assert code == 0
+    assert "verdict:     fits" in printed
+    assert "600 pairs, 8 a step, 375 optimizer steps" in printed
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert numbers["steps"]["steps"] == 375
+    assert numbers["footprint"]["weights"]["total"] == 140_801
+
+
+def test_a_run_that_does_not_fit_is_told_what_would(capsys, tmp_path):
+    shallow = LLAMA_3_8B | {"num_hidden_layers": 3}
+    LlamaConfig(**shallow, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    dpo = ("--config", str(ROOT / "configs" / "dpo.yaml"), "--model.backbone", str(tmp_path), "--no_data")
+    code, printed = plan_of(capsys, *dpo, "--gpu", "24GB")
+    assert code == 1
+    assert "does not fit" in printed and "it fits with --trainer.strategy zero2_offload" in printed
+    code, printed = plan_of(capsys, *dpo, "--gpu", "2GB")
+    assert code == 1
+    assert "cannot" in printed
+
+
+def test_data_that_cannot_be_read_is_said_and_rows_count_as_max_length(capsys):
+    code, printed = plan_of(capsys, *QUICKSTART, "--data.train", "nowhere.jsonl")
+    assert code == 0
+    assert "16 rows of 256 tokens (max_length; nowhere.jsonl" in printed
+    assert "steps:" not in printed
+
+
+@pytest.mark.parametrize("arguments", [(), ("--gpu",), (*QUICKSTART, "--gpu", "A11"), (*QUICKSTART, "--nonsense", "1")])
+def test_what_plan_cannot_use_is_one_line_and_code_2(capsys, arguments):
+    code, printed = plan_of(capsys, *arguments)
+    assert code == 2
+    assert printed.startswith("rlhf-lightning: error:") and printed.count("\n") == 1
+
+
+def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "host_memory", lambda: planning.CONTEXT + 5e6)
+    short = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.callbacks", "[]")
+    assert main(["fit", *QUICKSTART, *short]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot fit" in line and "--data.batch_size" in line and "--force" in line
+    assert not (tmp_path / "runs").exists(), "nothing was written"
+    assert main(["fit", *QUICKSTART, *short, "--force"]) == 0
