@@ -31,3 +31,22 @@ def qwen2_half_billion(tmp_path_factory):
     model = AutoModelForCausalLM.from_config(Qwen2Config(**QWEN2_HALF_BILLION), dtype=torch.float32)
     model.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def llama_8b(tmp_path_factory):
+    """Llama-3-8B's shape in bfloat16, written layer by layer: 16 GB on the disk; and a tokenizer whose ids all fit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    from rlhf_lightning.tiny import resolve_model
+    from tests.training.test_planning import LLAMA_3_8B
+
+    directory = tmp_path_factory.mktemp("llama")
+    AutoTokenizer.from_pretrained(resolve_model("builtin:tiny")).save_pretrained(directory)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B), dtype=torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="4GB")
+    del model
+    torch.cuda.empty_cache()
+    return directory

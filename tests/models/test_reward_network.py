@@ -14,10 +14,19 @@ from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork
 VOCAB = 200
 
 
-@pytest.fixture(params=["tiny_qwen2", "tiny_llama", "tiny_bert"])
+MODELS = ["tiny_qwen2", "tiny_llama", "tiny_bert"]
+
+
+@pytest.fixture(params=MODELS)
 def network(request):
     torch.manual_seed(0)
     return RewardNetwork.from_backbone(str(request.getfixturevalue(request.param))).eval()
+
+
+@pytest.fixture(params=MODELS)
+def averaging(request):
+    torch.manual_seed(0)
+    return RewardNetwork.from_backbone(str(request.getfixturevalue(request.param)), pooling="mean").eval()
 
 
 def rows(lengths=(5, 9, 1, 7)):
@@ -48,6 +57,22 @@ def test_padding_on_any_side_and_of_any_id_changes_no_score(network, left, right
     """Id 2 is the EOS token (or SEP), 7 an ordinary one: the mask alone says what is padding."""
     scores = network(*padded(rows(), left=left, right=right, pad_id=pad_id))
     torch.testing.assert_close(scores, one_by_one(network, rows()), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("left", "right"), [(0, 6), (4, 0), (3, 5)])
+def test_a_mean_is_over_the_tokens_of_the_row_alone(averaging, left, right):
+    scores = averaging(*padded(rows(), left=left, right=right, pad_id=7))
+    for sequence, score in zip(rows(), scores, strict=True):
+        hidden = averaging.backbone(sequence[None]).last_hidden_state[0].double().mean(dim=0)
+        torch.testing.assert_close(score, averaging.score(hidden), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_how_a_network_pools_is_saved_with_it(averaging, tmp_path):
+    loaded = RewardNetwork.from_pretrained(averaging.save_pretrained(tmp_path / "saved"))
+    assert loaded.pooling == "mean"
+    assert torch.equal(loaded(*padded(rows())), averaging(*padded(rows())))
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""The planned memory against the measured, on one CUDA device: python -m pytest -m gpu tests/gpu/test_plan.py -s"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.training.plan_command import plan
+from tests.test_configs import ROOT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CONFIGS = ROOT / "configs"
+ZERO2 = CONFIGS / "hardware" / "zero2.yaml"
+OFFLOAD = CONFIGS / "hardware" / "zero2_offload.yaml"
+PLAIN = CONFIGS / "hardware" / "gpu_16_mixed.yaml"
+LORA = CONFIGS / "llama3_8b" / "h200_lora.yaml"
+
+
+def measure(arguments: list[str], capsys) -> float:
+    """Planned over measured peak of a run of 3 optimizer steps; prints both, and the tokens per second."""
+    planned = plan(arguments).footprint
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert main(["fit", *arguments]) == 0
+    measured = torch.cuda.max_memory_allocated()
+    with capsys.disabled():
+        phase = max(planned.phases, key=planned.phases.__getitem__)
+        print(f"\nplanned {planned.peak / 1e9:.2f} GB ({phase}), measured {measured / 1e9:.2f} GB")
+    return planned.peak / measured
+
+
+def arguments_of(config: str, overlay, model, *more: str) -> list[str]:
+    arguments = ["--config", str(CONFIGS / f"{config}.yaml"), "--config", str(overlay), "--trainer.devices", "1"]
+    arguments += ["--model.backbone", str(model), "--data.train", "builtin:courtesy", "--trainer.max_steps", "3"]
+    arguments += ["--trainer.limit_val_batches", "2", "--trainer.accumulate_grad_batches", "2"]
+    return [*arguments, "--trainer.callbacks", "[]", "--trainer.logger", "false", *more]
+
+
+@pytest.mark.parametrize("overlay", [ZERO2, OFFLOAD, PLAIN], ids=lambda path: path.stem)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("config", ["reward_model", "dpo"])
+def test_half_a_billion_weights_take_what_was_planned(
+    capsys, tmp_path, monkeypatch, qwen2_half_billion, config, overlay, checkpointing
+):
+    monkeypatch.chdir(tmp_path)
+    more = ["--model.gradient_checkpointing", checkpointing, "--data.batch_size", "32"]
+    ratio = measure(arguments_of(config, overlay, qwen2_half_billion, *more), capsys)
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+def test_adapters_on_eight_billion_weights_take_what_was_planned(capsys, tmp_path, monkeypatch, llama_8b, attention):
+    monkeypatch.chdir(tmp_path)
+    more = ["--model.attn_implementation", attention, "--data.batch_size", "16"]
+    ratio = measure(arguments_of("dpo", LORA, llama_8b, *more), capsys)
+    # Packed rows are fewer tokens than the longest row times their number, which is what the plan takes.
+    assert ratio == pytest.approx(1, abs=0.1) if attention == "sdpa" else ratio > 0.9
