@@ -173,7 +173,8 @@ def test_machines_have_names_numbers_and_sizes():
     assert machine_of(trainer_settings(devices=3), gpu="48GB").devices == 3
     assert machine_of(trainer_settings(), gpu="48GB").device_memory == 48e9
     two = machine_of(trainer_settings(accelerator="cpu", devices=2))
-    assert two.on_cpu and two.device_memory == two.host_memory / 2
+    assert two.on_cpu
+    assert two.device_memory == two.host_memory / 2
 
 
 @pytest.mark.parametrize("name", ["A11", "GB", "-3GB", "nanGB", "0xA10", ""])
@@ -206,7 +207,8 @@ def test_what_fits_only_into_the_reserve_is_tight(estimator):
 def test_an_overlay_for_llama_fits_with_the_numbers_of_its_header(path, llama):
     arguments = ["--config", str(ROOT / "configs" / "dpo.yaml"), "--config", str(path), "--model.backbone", str(llama)]
     made = plan(arguments, gpu=GPU_OF[path.stem.split("_")[0]], read_data=False)
-    assert made.verdict.fits and not made.verdict.tight
+    assert made.verdict.fits
+    assert not made.verdict.tight
     peak, host = re.search(r"peak of the device: (\S+) GB +host: (\S+) GB", path.read_text()).groups()
     assert f"{made.footprint.peak / 1e9:.1f}" == peak
     assert f"{made.footprint.host_peak / 1e9:.3g}" == f"{float(host):.3g}"
@@ -248,7 +250,8 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys, tmp_path):
     dpo = ("--config", str(ROOT / "configs" / "dpo.yaml"), "--model.backbone", str(tmp_path), "--no_data")
     code, printed = plan_of(capsys, *dpo, "--gpu", "24GB")
     assert code == 1
-    assert "does not fit" in printed and "it fits with --trainer.strategy zero2_offload" in printed
+    assert "does not fit" in printed
+    assert "it fits with --trainer.strategy zero2_offload" in printed
     code, printed = plan_of(capsys, *dpo, "--gpu", "2GB")
     assert code == 1
     assert "cannot" in printed
@@ -265,7 +268,8 @@ def test_data_that_cannot_be_read_is_said_and_rows_count_as_max_length(capsys):
 def test_what_plan_cannot_use_is_one_line_and_code_2(capsys, arguments):
     code, printed = plan_of(capsys, *arguments)
     assert code == 2
-    assert printed.startswith("rlhf-lightning: error:") and printed.count("\n") == 1
+    assert printed.startswith("rlhf-lightning: error:")
+    assert printed.count("\n") == 1
 
 
 def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys, tmp_path, monkeypatch):
@@ -274,6 +278,8 @@ def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys,
     short = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.callbacks", "[]")
     assert main(["fit", *QUICKSTART, *short]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "cannot fit" in line and "--data.batch_size" in line and "--force" in line
+    assert "cannot fit" in line
+    assert "--data.batch_size" in line
+    assert "--force" in line
     assert not (tmp_path / "runs").exists(), "nothing was written"
     assert main(["fit", *QUICKSTART, *short, "--force"]) == 0

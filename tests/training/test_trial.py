@@ -45,8 +45,9 @@ def test_the_trial_walks_the_whole_graph_over_the_longest_rows(request, trainer,
             super().on_train_start(trainer, pl_module)
             assert all(parameter.grad is None for parameter in pl_module.parameters())
 
-    module, fitter = trained(request, builder, trainer, Watched(on_cpu=True))
-    assert len(seen) == 1 and seen[0] > 0
+    _module, fitter = trained(request, builder, trainer, Watched(on_cpu=True))
+    assert len(seen) == 1
+    assert seen[0] > 0
     lengths = fitter.datamodule.pairs["train"].lengths
     assert fitter.datamodule.longest_batch().input_ids.shape[1] == lengths.max()
 
