@@ -5,11 +5,22 @@ side and the mask may have gaps. Results are 0 outside the mask, and nothing out
 influence.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.reductions import last_token_index
+from rlhf_lightning.functional.reductions import last_token_index, masked_mean
 from rlhf_lightning.functional.shapes import as_mask, at_least_float32, check_fraction, check_layout, check_not_negative
+
+AdvantageName = Literal["gae", "grpo", "rloo", "reinforce++"]
+"""How rewards become advantages: with a value model (`gae`), or against other responses to the same prompt (`grpo`,
+`rloo`), or against the whole rollout (`reinforce++`)."""
+
+WITH_VALUES = frozenset({"gae"})
+WITH_GROUPS = frozenset({"grpo", "rloo"})
+WHITENED = frozenset({"gae", "reinforce++"})
+"""Those that are whitened over the whole rollout afterwards."""
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -50,3 +61,57 @@ def generalized_advantages(
         next_advantage = torch.where(mask[:, t], advantage, next_advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
     return advantages, torch.where(mask, advantages + values, 0)
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Discounted sum of each token's reward and those after it in its row, [B, T], float32.
+
+    The advantages of REINFORCE++ before they are whitened over the whole rollout (Hu 2025, arXiv 2501.03262).
+    ValueError: as `generalized_advantages`.
+    """
+    return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, gae_lambda=1.0)[0]
+
+
+def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, group_size: int) -> Tensor:
+    """RLOO: a response's summed reward minus the mean of the others to its prompt, on each of its tokens, [B, T].
+
+    Rows i * group_size up to (i + 1) * group_size - 1 answer prompt i. float32.
+    ValueError: shapes, float mask, group_size below 2 or no divisor of B.
+    Ahmadian et al. 2024 (arXiv 2402.14740), section 2.3; Kool et al. 2019.
+    """
+    totals = _group_totals(rewards, mask, group_size)
+    others = (totals.sum(dim=1, keepdim=True) - totals) / (group_size - 1)
+    return torch.where(as_mask(mask), (totals - others).view(-1, 1), 0)
+
+
+def group_normalized_advantages(rewards: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
+    """GRPO: a response's summed reward, in standard deviations of its prompt's group, on each of its tokens, [B, T].
+
+    (R - mean) / (std + epsilon) with the sample standard deviation; a group of equal rewards gets 0. Rows as in
+    `leave_one_out_advantages`. float32. ValueError: the same.
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision).
+    """
+    totals = _group_totals(rewards, mask, group_size)
+    centered = totals - totals.mean(dim=1, keepdim=True)
+    normalized = centered / (totals.std(dim=1, keepdim=True) + epsilon)
+    return torch.where(as_mask(mask), normalized.view(-1, 1), 0)
+
+
+def _group_totals(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Summed rewards of the responses, [prompts, group_size]."""
+    check_layout(rewards=(rewards, "B T"), mask=(mask, "B T"))
+    if group_size < 2 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"group_size is {group_size} for {rewards.shape[0]} responses; it must be 2 or more and divide their number"
+        )
+    return torch.where(as_mask(mask), at_least_float32(rewards), 0).sum(dim=1).view(-1, group_size)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - E[(returns - values)^2] / Var[returns] over the mask, []: 1 is perfect, 0 as good as their mean; float32.
+
+    NaN where the returns do not vary. ValueError: shapes, float mask, an empty mask.
+    """
+    values, returns = at_least_float32(values), at_least_float32(returns)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    return 1 - masked_mean((returns - values).square(), mask) / variance

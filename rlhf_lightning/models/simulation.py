@@ -162,7 +162,7 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
                     parameter.register_post_accumulate_grad_hook(_forget)
         size = (1, shape.rows * shape.tokens) if shape.packed else (shape.rows, shape.tokens)
         ids, mask = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16) if shape.autocast else nullcontext()
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if shape.autocast else nullcontext()
         live = _Live([*weights, ids, mask])
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:

@@ -1,0 +1,67 @@
+"""The value of a state: what reward is to come, read off the hidden state before each response token.
+
+R rows, T tokens, N response tokens of all rows together, H hidden size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
+from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network
+
+
+class ValueNetwork(nn.Module):
+    """A transformer of its own with a head: a trainable copy of a reward network, or a language model's backbone.
+
+    A head that is new begins at 0 everywhere, as is usual for a value model that begins as a policy.
+    """
+
+    def __init__(self, network: RewardNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> ValueNetwork:
+        """Of a saved reward network, with its head, or of any model with a new head. Raises `ModelError`."""
+        options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        if is_reward_network(load_config(name_or_path, trust_remote_code=trust_remote_code)):
+            network = RewardNetwork.from_pretrained(name_or_path, **options).train()
+            for layer in network.score.modules():
+                if isinstance(layer, nn.Dropout):
+                    layer.p = 0.0
+        else:
+            network = RewardNetwork.from_backbone(name_or_path, **options)
+            zero_last_layer(network.score)
+        if gradient_checkpointing:
+            network.backbone.activation_checkpointing_enable()
+        return cls(network)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Tensor:
+        """Values [N], float32, of the states before the response tokens, row by row.
+
+        `input_ids` [R, T] int64; `attention_mask`, `response_mask` [R, T] bool, as `CausalLM.states` takes them.
+        """
+        mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
+        hidden = hidden_states(self.network.backbone, input_ids, attention_mask)
+        return self.network.score(hidden[:, :-1][mask[:, 1:]])
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """As `RewardNetwork.save_pretrained`, from which a later run can begin."""
+        return self.network.save_pretrained(directory)
+
+
+def zero_last_layer(head: RewardHead) -> None:
+    """Let a head begin with the value 0 for every state."""
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
