@@ -9,19 +9,21 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "DPO": "rlhf_lightning.training.dpo",
+    "PPO": "rlhf_lightning.training.ppo",
     "SFT": "rlhf_lightning.training.sft",
     "RewardModel": "rlhf_lightning.training.reward_model",
     "RewardNetwork": "rlhf_lightning.models.reward_network",
     "PreferenceDataModule": "rlhf_lightning.data.preference_datamodule",
     "PromptDataModule": "rlhf_lightning.data.prompt_datamodule",
 }
-__all__ = ["DPO", "SFT", "PreferenceDataModule", "PromptDataModule", "RewardModel", "RewardNetwork"]
+__all__ = ["DPO", "PPO", "SFT", "PreferenceDataModule", "PromptDataModule", "RewardModel", "RewardNetwork"]
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
     from rlhf_lightning.data.prompt_datamodule import PromptDataModule
     from rlhf_lightning.models.reward_network import RewardNetwork
     from rlhf_lightning.training.dpo import DPO
+    from rlhf_lightning.training.ppo import PPO
     from rlhf_lightning.training.reward_model import RewardModel
     from rlhf_lightning.training.sft import SFT
 

@@ -79,6 +79,23 @@ class PairCount(_PairMetric):
         return self.pairs
 
 
+class ResponseCount(Metric):
+    """Number of responses, int64, beside which their means are reported."""
+
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("responses", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor) -> None:
+        check_layout(scores=(scores, "B"))
+        self.responses = self.responses + scores.numel()
+
+    def compute(self) -> Tensor:
+        return self.responses
+
+
 class PairwiseAccuracy(_PairMetric):
     """Share of the pairs whose chosen response has the higher reward, a tie counted one half.
 

@@ -68,7 +68,9 @@ class TransformersEngine:
             for start in range(0, len(order), self.batch_size):
                 part = order[start : start + self.batch_size]
                 drawing = _Drawing([seeds[i] for i in part], temperature) if temperature > 0 else None
-                for i, reply in zip(part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True):
+                for i, reply in zip(
+                    part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True
+                ):
                     found[i] = reply
         return found
 

@@ -27,11 +27,14 @@ TABLE_ROWS = {
     "auroc": "pooled AUROC",
     "margin_auroc": "margin AUROC",
     "calibration_error": "calibration error",
+    "reward": "reward",
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
     "kl": "log-ratio (k1)",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
+    "response_length": "tokens of a reply",
+    "missing_eos": "replies not ended",
 }
 """Rows of the results table: metric and its name in words. A run has those that its module measures."""
 
@@ -117,10 +120,11 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    table.add_column("pairs", justify="right")
+    noun = "pairs" if "pairs" in metrics else "replies"
+    table.add_column(noun, justify="right")
     for name, words in TABLE_ROWS.items():
         if name in metrics:
-            table.add_row(words, f"{metrics[name]:.4f}", f"{metrics['pairs']:.0f}")
+            table.add_row(words, f"{metrics[name]:.4f}", f"{metrics[noun]:.0f}")
     Console(soft_wrap=True).print(table)
 
 

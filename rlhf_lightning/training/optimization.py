@@ -32,19 +32,29 @@ def check_optimizer(optimizer: OptimizerCallable) -> None:
 
 
 def optimizer_and_schedule(
-    module: LightningModule, optimizer: OptimizerCallable, *, schedule: Schedule, warmup_ratio: float
+    module: LightningModule,
+    optimizer: OptimizerCallable,
+    *,
+    schedule: Schedule,
+    warmup_ratio: float,
+    groups: list[dict[str, Any]] | None = None,
+    steps_per_batch: int = 1,
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: an optimizer of the trainable parameters, and its schedule per step.
 
-    The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError` when the
-    number of steps is not known beforehand.
+    `groups` are torch's parameter groups, where there is more than one; `steps_per_batch` optimizer steps are made of
+    each batch. The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError`
+    when the number of steps is not known beforehand.
     """
     from transformers import get_scheduler
 
     total_steps = module.trainer.estimated_stepping_batches
     if math.isinf(total_steps):
         raise ConfigurationError("trainer: set max_epochs or max_steps; the schedule needs an end")
-    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    total_steps *= steps_per_batch
+    if module.trainer.max_steps != -1:
+        total_steps = min(total_steps, module.trainer.max_steps)
+    built = optimizer(groups or [parameter for parameter in module.parameters() if parameter.requires_grad])
     scheduler = get_scheduler(
         _TRANSFORMERS_NAMES[schedule],
         built,

@@ -147,7 +147,7 @@ def refuse_what_cannot_fit(
 
     What cannot be counted is let pass with a line in the log, and so is at once what is small beside a CPU's memory.
     """
-    if not hasattr(module, "backbone_config"):
+    if not hasattr(module, "trial_loss"):
         return
     try:
         machine = machine_of(settings)

@@ -30,6 +30,7 @@ from rlhf_lightning.training.callbacks import (
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, is_sharded, read_checkpoint, search_no_gpu
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
+from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
@@ -41,7 +42,7 @@ from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, DPO, SFT, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
+CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
 register()
 
 

@@ -22,7 +22,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.reductions import last_token_index
 from rlhf_lightning.models.backbones import hidden_states, load_config, max_positions, reason_of
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
-from rlhf_lightning.tiny import resolve_model
+from rlhf_lightning.tiny import TINY, resolve_model
 
 RewardFunction = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float]]
 """Takes B conversations, each a list of {role, content}, and the B responses as text; gives B floats."""
@@ -34,9 +34,9 @@ def reward_source(given: str, *, batch_size: int, trust_remote_code: bool = Fals
     Raises `ConfigurationError` or `ModelError` when it names nothing of the kind.
     """
     module, colon, function = given.partition(":")
-    if colon and function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
-        if given != "builtin:tiny":
-            return FunctionReward(_imported(module, function, given), given)
+    names = colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    if names and given != TINY:
+        return FunctionReward(_imported(module, function, given), given)
     return ModelReward(given, batch_size=batch_size, trust_remote_code=trust_remote_code)
 
 
@@ -148,7 +148,9 @@ class ModelReward(RewardSource):
 def check_scores(scores: Tensor, example_ids: Sequence[str], name: str) -> None:
     """Stop before a NaN or infinite score, [B], becomes a gradient. Raises `TrainingError` naming the prompts."""
     wrong = [
-        (example, score) for example, score in zip(example_ids, scores.tolist(), strict=True) if not math.isfinite(score)
+        (example, score)
+        for example, score in zip(example_ids, scores.tolist(), strict=True)
+        if not math.isfinite(score)
     ]
     if wrong:
         named = ", ".join(f"{example} ({score})" for example, score in wrong[:5])

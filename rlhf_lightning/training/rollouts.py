@@ -5,6 +5,7 @@ B replies, R of them in a forward pass, T tokens of the longest row, S tokens of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ def whitened_over_all(x: Tensor, mask: Tensor, sum_over_all) -> Tensor:
     `sum_over_all` adds up a tensor over the processes.
     """
     count = sum_over_all(mask.sum().double())
-    mean = sum_over_all((masked_mean(x, mask).double() * mask.sum())) / count
+    mean = sum_over_all(masked_mean(x, mask).double() * mask.sum()) / count
     centered = torch.where(mask, x - mean.to(x.dtype), 0)
     variance = sum_over_all(centered.double().square().sum()) / count
     return centered * torch.rsqrt(variance + 1e-8).to(x.dtype)
@@ -134,4 +135,4 @@ def parts(order: Sequence[int], count: int) -> list[list[int]]:
     """`order` in `count` parts of sizes that differ by one at most; some are empty when there are too few."""
     size, more = divmod(len(order), count)
     bounds = [i * size + min(i, more) for i in range(count + 1)]
-    return [list(order[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(order[begin:end]) for begin, end in itertools.pairwise(bounds)]

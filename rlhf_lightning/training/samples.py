@@ -83,12 +83,12 @@ class Samples(Callback):
         self._first = self._first or now
         columns = zip([decode(prompt) for prompt in prompts], self._first, now, strict=True)
         rows = ["| prompt | at the start | now |", "|---|---|---|"]
-        rows += [f"| {' | '.join(map(_cell, row))} |" for row in columns]
+        rows += [f"| {' | '.join(map(cell, row))} |" for row in columns]
         for board in boards:
             board.experiment.add_text("samples", "\n".join(rows), trainer.global_step)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """A text that stays within its cell of a Markdown table, and is text there, whatever it holds."""
     escaped = html.escape(text).replace("\\", "\\\\")
     for mark in "|*_`[]#~":

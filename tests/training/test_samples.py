@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.generation import greedy_replies
-from rlhf_lightning.training.samples import Samples, _cell
+from rlhf_lightning.training.samples import Samples, cell
 
 
 def tables(logger) -> dict[int, list[list[str]]]:
@@ -101,4 +101,4 @@ def test_a_module_without_a_policy_is_refused(build, trainer):
 
 
 def test_a_cell_holds_any_text():
-    assert _cell("<b>|a|*x*\nb</b>") == "&lt;b&gt;\\|a\\|\\*x\\*<br>b&lt;/b&gt;"
+    assert cell("<b>|a|*x*\nb</b>") == "&lt;b&gt;\\|a\\|\\*x\\*<br>b&lt;/b&gt;"

@@ -59,7 +59,7 @@ def test_too_little_memory_is_one_line_with_what_to_do(build, trainer, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "trial_loss", exhausted)
-    with pytest.raises(ConfigurationError, match="longest rows .* smaller data.batch_size .*gradient_checkpointing"):
+    with pytest.raises(ConfigurationError, match=r"longest rows .* smaller data.batch_size .*gradient_checkpointing"):
         trainer(callbacks=[TrialStep(on_cpu=True)]).fit(module, data)
 
 

@@ -1,0 +1,788 @@
+"""Proximal policy optimization: a policy that answers prompts, is scored, and learns from its own answers.
+
+B replies of a process, S tokens of the longest reply, R replies of a forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.data.roles import Role
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
+from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
+from rlhf_lightning.functional.returns import (
+    WHITENED,
+    WITH_GROUPS,
+    WITH_VALUES,
+    AdvantageName,
+    explained_variance,
+    generalized_advantages,
+    group_normalized_advantages,
+    leave_one_out_advantages,
+    returns_to_go,
+    shaped_rewards,
+)
+from rlhf_lightning.metrics import ResponseCount
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config, max_positions
+from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
+from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
+from rlhf_lightning.models.value_network import ValueNetwork, zero_last_layer
+from rlhf_lightning.training.checkpoints import (
+    ORIGIN,
+    complete_adapters,
+    store_adapters_alone,
+    store_origin,
+    warn_of_other_settings,
+)
+from rlhf_lightning.training.checks import check_schedule, start_tolerance
+from rlhf_lightning.training.logs import log_parameters, log_split, update_metrics
+from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.references import (
+    ADAPTER,
+    check_reference_config,
+    check_reference_tokenizer,
+    check_same_reference,
+    choose_reference,
+)
+from rlhf_lightning.training.rewards import ModelReward, RewardSource, check_scores, reward_source
+from rlhf_lightning.training.rollouts import (
+    Experience,
+    Moments,
+    Replies,
+    laid_out,
+    padded_rows,
+    parts,
+    reply_mask,
+    whitened_over_all,
+)
+
+log = logging.getLogger(__name__)
+
+SHARED = "shared"
+"""The `value_model` that is a head on the policy's own hidden states."""
+
+
+class PPO(LightningModule):
+    """PPO: a causal language model tuned on the rewards of its own replies, held near a reference.
+
+    Each batch of prompts is a rollout: replies are drawn, scored and turned into advantages, and the policy and the
+    value model learn from them in `epochs` passes of `minibatches` optimizer steps.
+
+    Args:
+        backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
+        reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
+            label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
+            floats.
+        advantage: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other replies to the
+            same prompt, or `reinforce++`, against the whole rollout.
+        value_model: Directory or hub name of what the value model begins as; `shared` is a head on the policy's hidden
+            states. When not given, the reward model if it has the policy's tokenizer, else the policy's backbone.
+        value_coef: Weight of the value loss.
+        value_lr: Learning rate of the value model, whose parameters are a group of their own.
+        samples_per_prompt: Replies drawn to each prompt.
+        max_new_tokens: Longest reply.
+        temperature: Of the drawing, and so of all log-probs.
+        generation_batch_size: Replies drawn or scored at a time; changes no result.
+        epochs: Passes over a rollout.
+        minibatches: Optimizer steps in each pass; each process's replies are divided at random.
+        micro_batch_size: Replies in one forward and backward pass; changes no result.
+        clip_range: Of the ratio of probabilities.
+        value_clip_range: How far a value may move, in units of reward.
+        gamma: Discount per token.
+        gae_lambda: Of the generalized advantages.
+        whiten_advantages: Give them mean 0 and variance 1 over the rollout of all processes; for `gae`.
+        kl_coef: Weight of the KL from the reference in the reward, per nat.
+        kl_target: Nats per reply that the coefficient is steered to; it stays as it is when not given.
+        kl_horizon: Replies over which the steering works.
+        kl_stop: Approximate KL from the policy that drew the rollout, in nats per token, at 1.5 times of which its
+            remaining passes are left out; none when not given.
+        missing_eos_penalty: Taken off the score of a reply that did not end in `max_new_tokens` tokens.
+        normalize_scores: Divide scores by the standard deviation of all so far, after taking off their mean.
+        score_clip: Largest size of a score, after that.
+        max_grad_norm: Gradients are clipped to it; 0 leaves them.
+        reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
+            of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
+            given.
+        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
+        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
+        optimizer: Any torch optimizer with its arguments; their learning rate is the policy's.
+        schedule: Learning rate after the warm-up.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
+        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: Run code that comes with the models.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        reward_model: str,
+        advantage: AdvantageName = "gae",
+        value_model: str | None = None,
+        value_coef: NonNegativeFloat = 0.1,
+        value_lr: PositiveFloat = 1e-5,
+        samples_per_prompt: PositiveInt = 1,
+        max_new_tokens: PositiveInt = 128,
+        temperature: PositiveFloat = 1.0,
+        generation_batch_size: PositiveInt = 64,
+        epochs: PositiveInt = 4,
+        minibatches: PositiveInt = 1,
+        micro_batch_size: PositiveInt = 8,
+        clip_range: PositiveFloat = 0.2,
+        value_clip_range: PositiveFloat = 0.2,
+        gamma: ClosedUnitInterval = 1.0,
+        gae_lambda: ClosedUnitInterval = 0.95,
+        whiten_advantages: bool = True,
+        kl_coef: NonNegativeFloat = 0.05,
+        kl_target: PositiveFloat | None = None,
+        kl_horizon: PositiveFloat = 10000.0,
+        kl_stop: PositiveFloat | None = None,
+        missing_eos_penalty: NonNegativeFloat = 1.0,
+        normalize_scores: bool = False,
+        score_clip: PositiveFloat | None = None,
+        max_grad_norm: NonNegativeFloat = 1.0,
+        reference: str | None = None,
+        lora: Lora | None = None,
+        quantization: Quantization | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
+        schedule: Schedule = "linear",
+        warmup_ratio: Fraction = 0.0,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        lora = asdict(lora) if isinstance(lora, Lora) else lora  # a checkpoint holds plain values
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.automatic_optimization = False
+        check_optimizer(optimizer)
+        check_attention(attn_implementation)
+        self.optimizer_factory = optimizer
+        self.lora = None if lora is None else Lora(**lora)
+        self._check_settings()
+        self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
+        self.reference_source = choose_reference(
+            reference, backbone, "ppo", adapters=lora is not None, quantization=quantization
+        )
+        if self.reference_source not in (ADAPTER, backbone):
+            config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+            check_reference_config(self.reference_source, config, backbone, self.backbone_config)
+        self.rewards: RewardSource | None = None
+        self.engine: RolloutEngine = TransformersEngine(generation_batch_size)
+        self.kl_control = AdaptiveKLController(kl_coef or 1.0, kl_target or 1.0, kl_horizon)
+        self.moments = Moments()
+        self.rollouts = 0
+        self.policy: CausalLM | None = None
+        self.value: ValueNetwork | RewardHead | None = None
+        self._frozen: FrozenCausalLM | None = None
+        self._reference_fingerprint: str | None = None
+        self._checked_start = False
+        self.val_metrics = _evaluation_metrics()
+        self.test_metrics = _evaluation_metrics()
+
+    def _check_settings(self) -> None:
+        settings = self.hparams
+        if settings.advantage in WITH_GROUPS and settings.samples_per_prompt < 2:
+            raise ConfigurationError(
+                f"model.advantage: {settings.advantage} compares replies to one prompt; set "
+                "model.samples_per_prompt to 2 or more"
+            )
+        if settings.value_model is not None and settings.advantage not in WITH_VALUES:
+            raise ConfigurationError(f"model.value_model: {settings.advantage} has no value model; leave the key out")
+        if self.lora is not None and self.lora.dropout > 0:
+            raise ConfigurationError(
+                "model.lora.dropout: above 0 the log-probs of a reply are random numbers, and PPO's ratios of them "
+                "mean nothing; set it to 0"
+            )
+
+    # ---- models
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)
+        settings = self.hparams
+        if self.rewards is None:
+            self.rewards = reward_source(
+                settings.reward_model,
+                batch_size=settings.generation_batch_size,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        if settings.advantage in WITH_VALUES and settings.value_model != SHARED:
+            settings.value_model = self._value_source()  # a checkpoint says what its value model was
+        if self.reference_source != ADAPTER and self._frozen is None:
+            network = CausalLM.from_pretrained(self.reference_source, **self._loading())
+            network.temperature *= self.hparams.temperature
+            self._frozen = FrozenCausalLM(network)
+            self._reference_fingerprint = self._frozen.fingerprint
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check that the data is prompts that fit the policy. Raises `ConfigurationError` when they do not."""
+        if data is None:
+            return
+        if not isinstance(data, PromptDataModule):
+            raise ConfigurationError(f"data: PPO learns from prompts; use PromptDataModule, not {type(data).__name__}")
+        config, new = self.backbone_config.get_text_config(), self.hparams.max_new_tokens
+        limit = max_positions(config)
+        if limit is not None and data.max_prompt_length + new > limit:
+            raise ConfigurationError(
+                f"data.max_prompt_length: {data.max_prompt_length} and model.max_new_tokens {new} are more than the "
+                f"{limit} positions of {self.hparams.backbone}; set max_prompt_length to {max(limit - new, 1)} or less"
+            )
+        if data.chat_format is None:
+            return
+        if len(data.chat_format.tokenizer) > config.vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer {data.tokenizer_source} has {len(data.chat_format.tokenizer)} tokens, but "
+                f"{self.hparams.backbone} knows {config.vocab_size}; give the tokenizer of this model"
+            )
+        if self.reference_source not in (ADAPTER, self.hparams.backbone):
+            check_reference_tokenizer(self.reference_source, data.chat_format.tokenizer)
+
+    def configure_model(self) -> None:
+        """Load policy and value model, once."""
+        if self.policy is not None:
+            return
+        settings = self.hparams
+        self.policy = CausalLM.from_pretrained(
+            settings.backbone,
+            lora=self.lora,
+            quantization=settings.quantization,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            **self._loading(),
+        )
+        self.policy.temperature *= settings.temperature
+        if settings.advantage not in WITH_VALUES:
+            return
+        if settings.value_model == SHARED:
+            self.value = RewardHead(self.backbone_config.get_text_config().hidden_size)
+            zero_last_layer(self.value)
+        else:
+            self.value = ValueNetwork.from_pretrained(
+                settings.value_model or settings.backbone,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                **self._loading(),
+            )
+
+    def _loading(self) -> dict[str, Any]:
+        settings = self.hparams
+        return {
+            "attn_implementation": settings.attn_implementation,
+            "trust_remote_code": settings.trust_remote_code,
+        }
+
+    def _value_source(self) -> str:
+        """What the value model begins as. Raises `ConfigurationError` for a model of other token ids."""
+        given, backbone = self.hparams.value_model, self.hparams.backbone
+        size = self.backbone_config.get_text_config().vocab_size
+        if given is not None:
+            config = load_config(given, trust_remote_code=self.hparams.trust_remote_code)
+            if config.get_text_config().vocab_size != size:
+                raise ConfigurationError(
+                    f"model.value_model: {given} knows {config.get_text_config().vocab_size} token ids, and the policy "
+                    f"{size}; give a model of the policy's tokenizer"
+                )
+            return given
+        if not isinstance(self.rewards, ModelReward):
+            return backbone
+        config = load_config(self.rewards.name, trust_remote_code=self.hparams.trust_remote_code)
+        chat_format = getattr(self.trainer.datamodule, "chat_format", None)
+        same = chat_format is not None and (
+            self.rewards.chat_format.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab()
+        )
+        decoder = hasattr(self.rewards.model, "backbone") and config.model_type == self.backbone_config.model_type
+        return self.rewards.name if same and decoder and is_reward_network(config) else backbone
+
+    def on_fit_start(self) -> None:
+        log_parameters(self.policy, self.hparams.backbone)
+        if isinstance(self.value, ValueNetwork):
+            log.info("value model: %s", self.value.network.backbone.config.name_or_path or "its own")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
+        self._move_frozen()
+        log.info("reward: %s; reference: %s", self.rewards.name, self.reference_source)
+
+    def _move_frozen(self) -> None:
+        half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+        self.rewards.to(self.device, half)
+        if self._frozen is not None:
+            self._frozen.match(self.policy)
+
+    on_validation_start = on_test_start = on_predict_start = _move_frozen
+
+    def configure_optimizers(self):
+        groups = [{"params": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}]
+        if self.value is not None:
+            groups.append({"params": list(self.value.parameters()), "lr": self.hparams.value_lr})
+        return optimizer_and_schedule(
+            self,
+            self.optimizer_factory,
+            schedule=self.hparams.schedule,
+            warmup_ratio=self.hparams.warmup_ratio,
+            groups=groups,
+            steps_per_batch=self.hparams.epochs * self.hparams.minibatches,
+        )
+
+    # ---- rollout
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        began = time.perf_counter()
+        self._show(phase="rollout")
+        experience, numbers = self._experience(batch)
+        drawn = time.perf_counter()
+        self._show(phase="update", reward=numbers["reward"], kl=numbers["kl"])
+        numbers |= self._update(experience)
+        if self.hparams.kl_target is not None:
+            replies = len(experience.replies.rows) * self.trainer.world_size
+            self.kl_control.update(numbers["kl"], replies)
+        self.rollouts += 1
+        numbers["seconds/rollout"] = drawn - began
+        numbers["seconds/update"] = time.perf_counter() - drawn
+        self._log(numbers)
+
+    def on_train_batch_end(self, outputs, batch: PromptBatch, batch_idx: int) -> None:
+        check_schedule(self)
+
+    @property
+    def kl_coef(self) -> float:
+        """The weight of the KL in the reward, as it is now."""
+        return self.kl_control.value if self.hparams.kl_coef > 0 else 0.0
+
+    @torch.no_grad()
+    def draw(
+        self, batch: PromptBatch, seeds: Callable[[int, int], int], *, samples: int, temperature: float
+    ) -> Replies:
+        """`samples` replies to each prompt, those to one prompt side by side.
+
+        `seeds` gives the seed of a reply from the position of its prompt and its number.
+        """
+        chat_format = self.trainer.datamodule.chat_format
+        positions = [index for index in batch.index.tolist() for _ in range(samples)]
+        prompts = [ids for ids in batch.input_ids for _ in range(samples)]
+        with self.trainer.precision_plugin.forward_context():
+            replies = self.engine.replies(
+                self.policy,
+                prompts,
+                [seeds(index, i % samples) for i, index in enumerate(positions)],
+                max_new_tokens=self.hparams.max_new_tokens,
+                temperature=temperature,
+                terminator_id=chat_format.terminator_id,
+                pad_id=chat_format.pad_id,
+            )
+        rows = [torch.cat([prompt, reply]) for prompt, reply in zip(prompts, replies, strict=True)]
+        ended = torch.tensor([bool(reply[-1] == chat_format.terminator_id) for reply in replies])
+        return Replies(rows, [len(prompt) for prompt in prompts], ended, positions)
+
+    @torch.no_grad()
+    def score(self, replies: Replies, role: Role) -> Tensor:
+        """Scores of replies as the reward source gives them, [B] float32. Raises `TrainingError` for NaN."""
+        data = self.trainer.datamodule
+        texts = [self._text(replies, i) for i in range(len(replies.rows))]
+        prompts = [data.messages(role, index) for index in replies.index]
+        with self.trainer.precision_plugin.forward_context():
+            scores = self.rewards(prompts, texts)
+        ids = data.example_ids(role)
+        check_scores(scores, [ids[index] for index in replies.index], self.rewards.name)
+        return scores.to(self.device)
+
+    def _text(self, replies: Replies, i: int) -> str:
+        """A reply as text, without control tokens and without the blank that the chat format puts before it."""
+        chat_format = self.trainer.datamodule.chat_format
+        ids = replies.rows[i][replies.prompt_lengths[i] :].tolist()
+        text = chat_format.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.removeprefix(chat_format.response_lead)
+
+    @torch.no_grad()
+    def token_numbers(self, replies: Replies, *, values: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mask, and log-probs of policy and reference and values of the tokens of B replies, [B, S] each."""
+        mask = reply_mask(replies.lengths).to(self.device)
+        made = [torch.zeros(mask.shape, device=self.device) for _ in range(3)]
+        order = sorted(range(len(replies.rows)), key=lambda i: len(replies.rows[i]))
+        size = self.hparams.generation_batch_size
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            own = mask[part]
+            with self.trainer.precision_plugin.forward_context():
+                rows = padded_rows(replies.taken(part), pad_id=self._pad_id, device=self.device)
+                logprobs, estimates = self._policy_and_values(rows, values=values)
+                reference = self._reference_logprobs(rows)
+            for target, flat in zip(made, (logprobs, reference, estimates), strict=True):
+                if flat is not None:
+                    target[part] = laid_out(flat.float(), own)
+        return mask, *made
+
+    def _policy_and_values(self, rows: Any, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and values of N reply tokens, [N] each, in one pass over R rows."""
+        states = self.policy.states(*rows)
+        logprobs = self.policy.logprobs(states)
+        flat = logprobs.tokens[logprobs.mask]
+        if self.value is None or not values:
+            return flat, None
+        return flat, self.value(*rows) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+
+    def _reference_logprobs(self, rows: Any) -> Tensor:
+        if self.reference_source != ADAPTER:
+            found = self._frozen(*rows)
+        else:
+            with self.policy.adapters_off():
+                found = self.policy(*rows)
+        return found.tokens[found.mask]
+
+    @torch.no_grad()
+    def _experience(self, batch: PromptBatch) -> tuple[Experience, dict[str, float]]:
+        """A rollout, and the numbers that say how it went, over all processes."""
+        settings, data = self.hparams, self.trainer.datamodule
+        seed, rollout = data.seed, self.rollouts
+        replies = self.draw(
+            batch,
+            lambda index, number: seed_of(seed, "rollout", rollout, index, number),
+            samples=settings.samples_per_prompt,
+            temperature=settings.temperature,
+        )
+        scores = self.score(replies, "train")
+        mask, logprobs, reference, values = self.token_numbers(replies)
+        kl = torch.where(mask, kl_estimate(logprobs, reference, estimator="k1"), 0)
+        shaped = self.shaped_scores(scores, replies.ended.to(self.device))
+        rewards = shaped_rewards(shaped, kl, mask, kl_coef=self.kl_coef)
+        advantages, returns = self._advantages(rewards, values, mask)
+        experience = Experience(replies, mask, logprobs, values, advantages, returns)
+        numbers = {
+            "reward": scores,
+            "kl": kl.sum(dim=1),
+            "sqrt_kl": None,
+            "kl_k3": torch.where(mask, kl_estimate(logprobs, reference, estimator="k3"), 0).sum(dim=1),
+            "reward_with_kl": rewards.sum(dim=1),
+            "response_length": replies.lengths.float().to(self.device),
+            "missing_eos": (~replies.ended).float().to(self.device),
+            "entropy": torch.where(mask, -logprobs, 0).sum(dim=1) / mask.sum(dim=1),
+        }
+        means = {name: self._mean(x) for name, x in numbers.items() if x is not None}
+        means["reward_std"] = math.sqrt(max(self._mean((scores - means["reward"]).square()), 0.0))
+        means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
+        means["kl_coef"] = self.kl_coef
+        if self.value is not None:
+            means["explained_variance"] = self._explained(values, returns, mask)
+        self._samples(replies, scores, kl.sum(dim=1))
+        return experience, means
+
+    def shaped_scores(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """Scores [B] with the penalty for missing ends, then normalized and clipped where the settings say so."""
+        settings = self.hparams
+        scores = scores - settings.missing_eos_penalty * (~ended).float()
+        if settings.normalize_scores:
+            count = self._sum(torch.tensor(float(len(scores)), device=self.device)).item()
+            mean = self._sum(scores.double().sum()).item() / count
+            squares = self._sum((scores.double() - mean).square().sum()).item()
+            self.moments.update(count, mean, squares)
+            scores = (scores - self.moments.mean) / self.moments.std
+        return scores if settings.score_clip is None else scores.clamp(-settings.score_clip, settings.score_clip)
+
+    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.hparams
+        if settings.advantage == "gae":
+            advantages, returns = generalized_advantages(
+                rewards, values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+            )
+        else:
+            group = {"group_size": settings.samples_per_prompt}
+            advantages = {
+                "grpo": lambda: group_normalized_advantages(rewards, mask, **group),
+                "rloo": lambda: leave_one_out_advantages(rewards, mask, **group),
+                "reinforce++": lambda: returns_to_go(rewards, mask, gamma=settings.gamma),
+            }[settings.advantage]()
+            returns = torch.zeros_like(advantages)
+        if settings.advantage in WHITENED and (settings.whiten_advantages or settings.advantage != "gae"):
+            advantages = whitened_over_all(advantages, mask, self._sum)
+        return advantages, returns
+
+    # ---- update
+
+    def _update(self, experience: Experience) -> dict[str, float]:
+        """All passes over a rollout, one optimizer step per minibatch; means over their tokens."""
+        settings, data = self.hparams, self.trainer.datamodule
+        count = len(experience.replies.rows)
+        minibatches = min(settings.minibatches, self._least(count))
+        totals: dict[str, float] = {}
+        stopped = False
+        steps = 0
+        for epoch in range(settings.epochs):
+            generator = torch.Generator().manual_seed(
+                seed_of(data.seed, "order", self.rollouts, epoch, self.global_rank)
+            )
+            order = torch.randperm(count, generator=generator).tolist()
+            approximate = []
+            for part in parts(order, minibatches):
+                numbers = self._step(experience, part)
+                approximate.append(numbers["approx_kl"])
+                steps += 1
+                for name, value in numbers.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            if settings.kl_stop is not None and sum(approximate) / len(approximate) > 1.5 * settings.kl_stop:
+                stopped = epoch + 1 < settings.epochs
+                break
+        means = {name: value / steps for name, value in totals.items()}
+        return means | {"steps": float(steps), "stopped_early": float(stopped)}
+
+    def _step(self, experience: Experience, part: Sequence[int]) -> dict[str, float]:
+        """One optimizer step on a minibatch of all processes: the mean over its tokens, however it is divided."""
+        settings = self.hparams
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        tokens = self._sum(experience.mask[part].sum())
+        # As many passes in each process: some strategies exchange gradients in each.
+        count = self._most(math.ceil(len(part) / settings.micro_batch_size))
+        ordered = sorted(part, key=lambda i: len(experience.replies.rows[i]))
+        sums = torch.zeros(len(_STEP_NUMBERS), dtype=torch.float64, device=self.device)
+        pieces = parts(ordered, count)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self._no_exchange():
+                loss, own = self._losses(experience, piece or ordered[:1], counts=bool(piece))
+                # Strategies take the mean over processes.
+                self.manual_backward(loss * (self.trainer.world_size / tokens))
+            sums += own
+        means = dict(zip(_STEP_NUMBERS, (self._sum(sums) / tokens).tolist(), strict=True))
+        self._check_start(means)
+        optimizer.step()
+        self.lr_schedulers().step()
+        return means
+
+    def _no_exchange(self) -> AbstractContextManager:
+        """Inside, gradients are added up in each process."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # one process has none
+        return block()
+
+    def _losses(self, experience: Experience, piece: Sequence[int], *, counts: bool) -> tuple[Tensor, Tensor]:
+        """The summed loss of some replies, and sums of what is logged. Both 0 where the replies do not count."""
+        settings = self.hparams
+        replies = experience.replies.taken(piece)
+        rows = padded_rows(replies, pad_id=self._pad_id, device=self.device)
+        width = int(replies.lengths.max())
+        mask, old, old_values, advantages, returns = (
+            tensor[piece, :width]
+            for tensor in (
+                experience.mask,
+                experience.logprobs,
+                experience.values,
+                experience.advantages,
+                experience.returns,
+            )
+        )
+        with self.trainer.precision_plugin.forward_context():
+            logprobs, values = self._policy_and_values(rows)
+        logprobs = laid_out(logprobs.float(), mask)
+        policy_losses = ppo_policy_loss(logprobs, old, advantages, clip_range=settings.clip_range)
+        value_losses = torch.zeros_like(policy_losses)
+        if values is not None:
+            value_losses = ppo_value_loss(
+                laid_out(values.float(), mask), old_values, returns, clip_range=settings.value_clip_range
+            )
+        weight = float(counts)
+        loss = weight * torch.where(mask, policy_losses + settings.value_coef * value_losses, 0).sum()
+        with torch.no_grad():
+            ratio = (logprobs - old).clamp(-20, 20).exp()
+            logged = {
+                "policy_loss": policy_losses,
+                "value_loss": value_losses,
+                "approx_kl": kl_estimate(old, logprobs, estimator="k3"),
+                "clip_fraction": ((ratio - 1).abs() > settings.clip_range).float(),
+                "ratio": ratio,
+                "moved": (logprobs - old).abs(),
+            }
+            sums = torch.stack([torch.where(mask, logged[name], 0).double().sum() for name in _STEP_NUMBERS])
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"step {self.trainer.global_step}: the loss of a minibatch is {loss.item()}; the weights were not "
+                "changed by it. Lower the learning rate or raise model.kl_coef"
+            )
+        return loss, weight * sums
+
+    def _check_start(self, numbers: dict[str, float]) -> None:
+        """Before the first step of all, the policy is the one that drew the rollout. Raises `TrainingError`."""
+        if self._checked_start:
+            return
+        self._checked_start = True
+        tolerance = start_tolerance(str(self.trainer.precision))
+        if numbers["moved"] > tolerance or numbers["clip_fraction"] > tolerance or numbers["approx_kl"] > tolerance:
+            raise TrainingError(
+                f"step {self.trainer.global_step}: before the first update the policy gives its own replies other "
+                f"probabilities than when they were drawn (mean ratio {numbers['ratio']:.5f}, mean change "
+                f"{numbers['moved']:.2g} nats a token, clipped {numbers['clip_fraction']:.1%}): something random "
+                "(dropout) is in it, or its attention sees padding; try another model.attn_implementation"
+            )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.hparams.max_grad_norm > 0 and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.clip_gradients(optimizer, gradient_clip_val=self.hparams.max_grad_norm, gradient_clip_algorithm="norm")
+
+    # ---- evaluation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test", self.test_metrics)
+
+    def _evaluation_step(self, batch: PromptBatch, stage: Role, metrics: nn.ModuleDict) -> None:
+        """One reply to each prompt, drawn as in training, always with the same seeds."""
+        seed = self.trainer.datamodule.seed
+        replies = self.draw(
+            batch,
+            lambda index, number: seed_of(seed, "evaluation", index, number),
+            samples=1,
+            temperature=self.hparams.temperature,
+        )
+        scores = self.score(replies, stage)
+        mask, logprobs, reference, _ = self.token_numbers(replies, values=False)
+        values = {
+            "reward": scores,
+            "kl": torch.where(mask, kl_estimate(logprobs, reference, estimator="k1"), 0).sum(dim=1),
+            "response_length": replies.lengths.float().to(self.device),
+            "missing_eos": (~replies.ended).float().to(self.device),
+        }
+        update_metrics(metrics, values, scores)
+        log_split(self, stage, metrics, shown=("reward", "kl"))
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        store_origin(self, checkpoint)
+        checkpoint[ORIGIN]["reference"] = self._reference_fingerprint
+        checkpoint["ppo"] = {
+            "kl_coef": self.kl_control.state_dict(),
+            "moments": self.moments.state_dict(),
+            "rollouts": self.rollouts,
+        }
+        store_adapters_alone(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        warn_of_other_settings(self, checkpoint)
+        check_same_reference(checkpoint[ORIGIN].get("reference"), self._reference_fingerprint, self.reference_source)
+        state = checkpoint["ppo"]
+        self.kl_control.load_state_dict(state["kl_coef"])
+        self.moments.load_state_dict(state["moments"])
+        self.rollouts = state["rollouts"]
+        complete_adapters(self, checkpoint)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the policy as `CausalLM.save_pretrained` does."""
+        self.policy.save_pretrained(directory, merge=merge)
+
+    # ---- numbers over all processes
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return x if self.trainer.world_size == 1 else self.trainer.strategy.reduce(x.clone(), reduce_op="sum")
+
+    def _mean(self, x: Tensor) -> float:
+        """Mean over the replies of all processes."""
+        sums = torch.stack([x.double().sum(), torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)])
+        total, count = self._sum(sums).tolist()
+        return total / count
+
+    def _extreme(self, number: int, which: Callable) -> int:
+        if self.trainer.world_size == 1:
+            return number
+        gathered = self.all_gather(torch.tensor(number, device=self.device))
+        return int(which(gathered.tolist()))
+
+    def _least(self, number: int) -> int:
+        return self._extreme(number, min)
+
+    def _most(self, number: int) -> int:
+        return self._extreme(number, max)
+
+    def _explained(self, values: Tensor, returns: Tensor, mask: Tensor) -> float:
+        if self.trainer.world_size == 1:
+            return explained_variance(values, returns, mask).item()
+        count = self._sum(mask.sum().double())
+        mean = self._sum(torch.where(mask, returns, 0).double().sum()) / count
+        variance = self._sum(torch.where(mask, (returns - mean).square(), 0).double().sum())
+        error = self._sum(torch.where(mask, (returns - values).square(), 0).double().sum())
+        return (1 - error / variance).item()
+
+    # ---- what is seen of it
+
+    @property
+    def _pad_id(self) -> int:
+        return self.trainer.datamodule.chat_format.pad_id
+
+    def _show(self, **numbers: Any) -> None:
+        """In the progress bar, at once."""
+        self.trainer.progress_bar_metrics.update(numbers)
+        bar = self.trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar) and bar.is_enabled:
+            bar._update_metrics(self.trainer, self)
+        elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            bar.train_progress_bar.set_postfix(bar.get_metrics(self.trainer, self))
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        trainer = self.trainer
+        values = {f"train/{name}": value for name, value in numbers.items() if name != "moved"}
+        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if self.device.type == "cuda":
+            values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        for logger in self.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        if not sys.stderr.isatty():
+            log.info(
+                "rollout %d (step %d): reward %.4f, KL %.3f, length %.1f, clipped %.3f",
+                *(self.rollouts, trainer.global_step, numbers["reward"], numbers["kl"]),
+                *(numbers["response_length"], numbers["clip_fraction"]),
+            )
+
+    def _samples(self, replies: Replies, scores: Tensor, kl: Tensor) -> None:
+        """A few replies with their rewards, as the text `replies`, every `log_every_n_steps` rollouts."""
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        from rlhf_lightning.training.samples import cell
+
+        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        every = self.trainer.log_every_n_steps
+        if not boards or not self.trainer.is_global_zero or not every or self.rollouts % every:
+            return
+        decode = self.trainer.datamodule.chat_format.tokenizer.decode
+        lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
+        for i in range(min(4, len(replies.rows))):
+            prompt = decode(replies.rows[i][: replies.prompt_lengths[i]].tolist())
+            reply = decode(replies.rows[i][replies.prompt_lengths[i] :].tolist())
+            reply += "" if replies.ended[i] else " [not ended]"
+            lines.append(f"| {cell(prompt)} | {cell(reply)} | {scores[i]:.3f} | {kl[i]:.2f} |")
+        for board in boards:
+            board.experiment.add_text("replies", "\n".join(lines), self.trainer.global_step)
+
+
+_STEP_NUMBERS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "moved")
+"""Means over the tokens of a minibatch."""
+
+
+def _evaluation_metrics() -> nn.ModuleDict:
+    """Metrics of a whole split; each is defined in the README under its logged name."""
+    metrics: dict[str, Metric] = {
+        "reward": MeanMetric(),
+        "kl": MeanMetric(),
+        "response_length": MeanMetric(),
+        "missing_eos": MeanMetric(),
+        "replies": ResponseCount(),
+    }
+    return nn.ModuleDict(metrics)
