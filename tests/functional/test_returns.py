@@ -6,6 +6,12 @@ import pytest
 import torch
 
 from rlhf_lightning.functional import generalized_advantages, shaped_rewards
+from rlhf_lightning.functional.returns import (
+    explained_variance,
+    group_normalized_advantages,
+    leave_one_out_advantages,
+    returns_to_go,
+)
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 IDENTICAL = {"rtol": 0, "atol": 0}
@@ -262,3 +268,54 @@ def test_a_float_mask_is_refused():
 def test_a_discount_outside_zero_and_one_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, but it must lie between 0 and 1"):
         generalized_advantages(random(6, 6), random(6, 6), MASK, **{name: value})
+
+
+def _two_groups():
+    rewards = torch.tensor(
+        [[0.0, 1.0, 9.0], [3.0, 9.0, 9.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=False
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    return rewards, mask
+
+
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
+    """Totals 1 and 3, then 1 and 1."""
+    advantages = leave_one_out_advantages(*_two_groups(), group_size=2)
+    expected = [[-2, -2, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0]]
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_group_normalized_advantages_are_standard_deviations_of_the_group():
+    advantages = group_normalized_advantages(*_two_groups(), group_size=2, epsilon=0.0)[:2]
+    half = 0.5**0.5
+    torch.testing.assert_close(advantages, torch.tensor([[-half, -half, 0], [half, 0, 0]], dtype=torch.float64))
+    equal = group_normalized_advantages(*_two_groups(), group_size=2)[2:]
+    assert equal.abs().max() == 0
+
+
+@pytest.mark.parametrize("function", [leave_one_out_advantages, group_normalized_advantages])
+def test_advantages_of_a_group_do_not_change_with_what_all_get_and_sum_to_0(function):
+    rewards, mask = torch.randn(6, 4, dtype=torch.float64), torch.ones(6, 4, dtype=torch.bool)
+    advantages = function(rewards, mask, group_size=3)
+    torch.testing.assert_close(advantages, function(rewards + 5, mask, group_size=3))
+    assert advantages[:, 0].view(2, 3).sum(dim=1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("function", [leave_one_out_advantages, group_normalized_advantages])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_group_that_does_not_come_out_even_is_refused(function, size):
+    with pytest.raises(ValueError, match="group_size"):
+        function(*_two_groups(), group_size=size)
+
+
+def test_returns_to_go_are_sums_from_a_token_on():
+    rewards, mask = _two_groups()
+    expected = torch.tensor([[1.0, 1.0, 0], [3.0, 0, 0], [1.0, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(returns_to_go(rewards, mask), expected)
+
+
+def test_explained_variance_is_1_for_the_returns_0_for_their_mean_and_below_for_worse():
+    returns, mask = torch.tensor([[1.0, 2.0, 99.0], [4.0, 5.0, 99.0]]), torch.tensor([[True, True, False]] * 2)
+    assert explained_variance(returns, returns, mask) == 1
+    assert explained_variance(torch.full_like(returns, 3.0), returns, mask) == 0
+    assert explained_variance(-returns, returns, mask) < -1

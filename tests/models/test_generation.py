@@ -1,0 +1,76 @@
+"""Drawn replies: from the right distribution, the same in any company, and by nobody else's settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.generation import TransformersEngine, greedy_replies, seed_of
+
+END, PAD = 2, 0
+PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 11], [7], [8, 8, 6, 20, 31], [12, 13])]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_qwen2):
+    return CausalLM.from_pretrained(str(tiny_qwen2))
+
+
+def drawn(policy, prompts, seeds, *, batch_size=64, temperature=1.0, new=6, terminator=END):
+    engine = TransformersEngine(batch_size)
+    options = {"max_new_tokens": new, "temperature": temperature, "terminator_id": terminator, "pad_id": PAD}
+    return [reply.tolist() for reply in engine.replies(policy, prompts, seeds, **options)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_reply_does_not_depend_on_its_batch(policy, temperature):
+    seeds = [seed_of("a", i) for i in range(4)]
+    together = drawn(policy, PROMPTS, seeds, temperature=temperature)
+    alone = [drawn(policy, [p], [s], temperature=temperature)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone == drawn(policy, PROMPTS, seeds, batch_size=3, temperature=temperature)
+    assert drawn(policy, PROMPTS, seeds[::-1], temperature=temperature) != together
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_are_drawn_from_the_softmax_at_the_temperature(policy, temperature):
+    count = 4000
+    replies = drawn(policy, [PROMPTS[0]] * count, list(range(count)), batch_size=500, temperature=temperature, new=1)
+    logits = policy.model(input_ids=PROMPTS[0][None]).logits[0, -1]
+    expected = torch.softmax(logits / temperature, dim=-1)
+    seen = torch.bincount(torch.tensor(replies).flatten(), minlength=len(expected)) / count
+    error = (expected * (1 - expected) / count).sqrt()
+    likely = expected > 0.005
+    assert likely.sum() >= 5
+    assert ((seen - expected)[likely].abs() < 4.5 * error[likely]).all()
+
+
+def test_a_reply_ends_with_the_first_terminator_or_is_as_long_as_it_may_be(policy):
+    first = drawn(policy, PROMPTS, [3] * 4, new=8)
+    terminator = first[0][2]
+    again = drawn(policy, PROMPTS, [3] * 4, new=8, terminator=terminator)
+    assert again[0] == first[0][: first[0].index(terminator) + 1]
+    assert all(terminator not in reply[:-1] for reply in again)
+    assert all(len(reply) == 8 or reply[-1] == terminator for reply in again)
+
+
+def test_settings_of_the_model_s_own_do_not_reach_the_drawing_and_stay_as_they_were(policy):
+    seeds = [1, 2, 3, 4]
+    before = drawn(policy, PROMPTS, seeds), [r.tolist() for r in greedy(policy)]
+    own = policy.model.generation_config
+    own.repetition_penalty, own.top_k, own.no_repeat_ngram_size = 30.0, 1, 1
+    try:
+        assert (drawn(policy, PROMPTS, seeds), [r.tolist() for r in greedy(policy)]) == before
+        assert policy.model.generation_config is own
+    finally:
+        own.repetition_penalty, own.top_k, own.no_repeat_ngram_size = 1.0, 50, 0
+    assert policy.training, "the mode is as it was"
+
+
+def greedy(policy):
+    return greedy_replies(policy, PROMPTS, max_new_tokens=6, terminator_id=END, pad_id=PAD)
+
+
+def test_temperature_0_takes_the_most_likely_token(policy):
+    assert drawn(policy, PROMPTS, [1, 2, 3, 4], temperature=0.0) == [reply.tolist() for reply in greedy(policy)]

@@ -1,0 +1,278 @@
+"""PPO as a whole: its steps, its numbers, its refusals, and that it goes on as if it had not been broken."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from rlhf_lightning import PPO, PromptDataModule
+from rlhf_lightning.cli import main
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.training.rewards import reward_source
+from tests.test_configs import ROOT
+
+HERE = "tests.training.test_ppo"
+
+
+def length(prompts, responses):
+    """A rule that looks at everything it is given."""
+    assert all(messages[-1]["role"] == "user" for messages in prompts)
+    return [len(response) / 10 for response in responses]
+
+
+def constant(prompts, responses):
+    return [1.5] * len(responses)
+
+
+def not_a_number(prompts, responses):
+    return [1.0, float("nan"), *([1.0] * (len(responses) - 2))]
+
+
+def too_few(prompts, responses):
+    return [1.0]
+
+
+def raising(prompts, responses):
+    raise KeyError("colour")
+
+
+@pytest.fixture
+def build_ppo(tiny_qwen2):
+    """Make a PPO module and its prompts; keyword arguments go to the module."""
+
+    def make(*, data=None, **settings):
+        torch.manual_seed(0)
+        optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)
+        plain = {"backbone": str(tiny_qwen2), "reward_model": f"{HERE}:length", "optimizer": optimizer}
+        module = PPO(**plain | {"schedule": "constant", "max_new_tokens": 6, "value_lr": 1e-3} | settings)
+        prompts = {"train": "builtin:courtesy", "tokenizer": str(tiny_qwen2), "batch_size": 6, "seed": 3}
+        return module, PromptDataModule(**prompts | {"max_train_prompts": 18} | (data or {}))
+
+    return make
+
+
+class Recorder(Callback):
+    """The numbers of each rollout, and the weights at the end."""
+
+    def __init__(self):
+        self.rows = []
+
+    def setup(self, trainer, pl_module, stage):
+        original = pl_module._log
+
+        def log(numbers):
+            self.rows.append(dict(numbers))
+            original(numbers)
+
+        pl_module._log = log
+
+    @property
+    def curve(self):
+        return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in self.rows]
+
+
+def fitted(trainer, made, **settings):
+    module, data = made
+    recorder = Recorder()
+    fitter = trainer(limit_val_batches=0, callbacks=[recorder], **settings)
+    fitter.fit(module, data)
+    return module, recorder, fitter
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"value_model": "shared"},
+        {"advantage": "grpo", "samples_per_prompt": 2},
+        {"advantage": "rloo", "samples_per_prompt": 3},
+        {"advantage": "reinforce++"},
+        {"lora": {"r": 4, "alpha": 8.0}},
+        {"attn_implementation": "packed"},
+        {"temperature": 0.7},
+    ],
+    ids=lambda given: "-".join(map(str, given.values())) or "plain",
+)
+def test_the_first_minibatch_finds_the_policy_that_drew_the_replies(build_ppo, trainer, settings):
+    """Ratio 1, nothing clipped, no KL: `_check_start` stops the run otherwise. Then the policy moves."""
+    _, recorder, fitter = fitted(trainer, build_ppo(epochs=1, **settings), max_epochs=1)
+    first = recorder.rows[0]
+    assert first["ratio"] == pytest.approx(1, abs=1e-4)
+    assert first["clip_fraction"] == 0
+    assert first["approx_kl"] < 1e-6
+    assert first["kl"] == pytest.approx(0, abs=1e-3), "the policy begins as its reference"
+    assert fitter.global_step == 3
+    assert recorder.rows[-1]["kl"] != first["kl"]
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 3), (4, 1), (1, 6)])
+def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, minibatches):
+    """A peer's `num_mini_batches` changed nothing (algorithms note, 3.4)."""
+    _, recorder, fitter = fitted(trainer, build_ppo(epochs=epochs, minibatches=minibatches))
+    assert [row["steps"] for row in recorder.rows] == [epochs * minibatches] * 3
+    assert fitter.global_step == 3 * epochs * minibatches
+
+
+@pytest.mark.parametrize("settings", [{}, {"value_model": "shared"}, {"attn_implementation": "packed"}])
+def test_how_a_minibatch_is_divided_and_drawn_changes_no_weight(build_ppo, trainer, settings):
+    sgd = functools.partial(torch.optim.SGD, lr=0.05)
+    whole, one, _ = fitted(trainer, build_ppo(micro_batch_size=6, optimizer=sgd, **settings))
+    split, other, _ = fitted(
+        trainer, build_ppo(micro_batch_size=1, generation_batch_size=2, optimizer=sgd, **settings)
+    )
+    torch.testing.assert_close(weights(whole), weights(split), rtol=0, atol=2e-6)
+    for row, twin in zip(one.curve, other.curve, strict=True):
+        assert row == pytest.approx(twin, abs=2e-4)
+
+
+def test_a_run_that_was_broken_goes_on_as_if_it_had_not_been(build_ppo, trainer, tmp_path):
+    settings = {"kl_target": 3.0, "kl_horizon": 100.0, "normalize_scores": True, "epochs": 2, "minibatches": 2}
+    whole, curve, _ = fitted(trainer, build_ppo(**settings), max_epochs=2)
+    broken, first, stopped = fitted(trainer, build_ppo(**settings), max_epochs=2, limit_train_batches=None, max_steps=8)
+    stopped.save_checkpoint(tmp_path / "broken.ckpt")
+    module, data = build_ppo(**settings)
+    recorder = Recorder()
+    fitter = trainer(limit_val_batches=0, callbacks=[recorder], max_epochs=2)
+    fitter.fit(module, data, ckpt_path=tmp_path / "broken.ckpt")
+    assert broken.rollouts == 2
+    assert len(first.rows) == 2
+    assert [*first.curve, *recorder.curve] == curve.curve
+    assert torch.equal(weights(module), weights(whole))
+    assert module.kl_coef == whole.kl_coef != 0.05
+
+
+def test_the_rule_is_learned(build_ppo, trainer):
+    """The reward of longer replies rises by far more than its noise."""
+    module, recorder, _ = fitted(
+        trainer, build_ppo(data={"batch_size": 18}, kl_coef=0.0, missing_eos_penalty=0.0), max_epochs=12
+    )
+    rewards = [row["reward"] for row in recorder.rows]
+    noise = recorder.rows[0]["reward_std"] / 18**0.5
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 3 * noise
+    assert recorder.rows[-1]["kl"] > 0
+    assert module.rollouts == 12
+
+
+def test_the_penalty_meets_replies_without_an_end_alone(build_ppo):
+    module, _ = build_ppo(missing_eos_penalty=2.0)
+    scores, ended = torch.tensor([1.0, 1.0]), torch.tensor([True, False])
+    assert module.shaped_scores(scores, ended).tolist() == [1.0, -1.0]
+
+
+def test_scores_are_normalized_by_moments_and_clipped_afterwards(build_ppo, trainer, monkeypatch):
+    module, _ = build_ppo(normalize_scores=True, score_clip=1.2, missing_eos_penalty=0.0)
+    monkeypatch.setattr(module, "_sum", lambda x: x)
+    ended = torch.ones(4, dtype=torch.bool)
+    first = module.shaped_scores(torch.tensor([0.0, 0.0, 2.0, 2.0]), ended)
+    assert first.tolist() == [-1, -1, 1, 1]
+    second = module.shaped_scores(torch.tensor([10.0, 10.0, 10.0, 10.0]), ended)
+    every = torch.tensor([0.0, 0, 2, 2, 10, 10, 10, 10])
+    assert module.moments.mean == pytest.approx(every.mean().item())
+    assert module.moments.std == pytest.approx(every.std(correction=0).item())
+    expected = min((10 - every.mean().item()) / every.std(correction=0).item(), 1.2)
+    assert second.tolist() == pytest.approx([expected] * 4)
+
+
+def test_passes_are_left_out_once_the_policy_has_gone_far(build_ppo, trainer):
+    _, recorder, _ = fitted(trainer, build_ppo(epochs=5, kl_stop=1e-7), max_epochs=1)
+    assert recorder.rows[0]["stopped_early"] == 1
+    assert recorder.rows[0]["steps"] < 5
+
+
+def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, trainer):
+    module, recorder, _ = fitted(trainer, build_ppo(kl_target=1e-3, kl_horizon=60.0), max_epochs=2)
+    assert module.kl_coef > 0.05
+    assert [row["kl_coef"] for row in recorder.rows] != [0.05] * len(recorder.rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("not_a_number", "not finite for the prompts .*nan"), ("too_few", "gave 1 scores for 6"), ("raising", "KeyError")],
+)
+def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, words):
+    module, data = build_ppo(reward_model=f"{HERE}:{name}")
+    with pytest.raises(TrainingError, match=words):
+        trainer(limit_val_batches=0).fit(module, data)
+    assert module.trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"advantage": "grpo"}, "samples_per_prompt"),
+        ({"advantage": "rloo", "samples_per_prompt": 2, "value_model": "shared"}, "has no value model"),
+        ({"lora": {"r": 4, "dropout": 0.1}}, "dropout"),
+        ({"reference": "adapter"}, "adapter"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(build_ppo, settings, words):
+    with pytest.raises(ConfigurationError, match=words):
+        build_ppo(**settings)
+
+
+def test_replies_that_do_not_fit_behind_the_prompts_are_refused(build_ppo, trainer):
+    module, data = build_ppo(max_new_tokens=100_000)
+    with pytest.raises(ConfigurationError, match="max_prompt_length"):
+        trainer().fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("no_such_module:f", "cannot be imported"), (f"{HERE}:HERE", "not a function"), ("nowhere/at/all", "no directory")],
+)
+def test_a_reward_source_that_is_none_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        reward_source(given, batch_size=4)
+
+
+def test_a_language_model_is_no_reward_model(tiny_qwen2):
+    with pytest.raises(ValueError, match="without a reward head"):
+        reward_source(str(tiny_qwen2), batch_size=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert"])
+def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(request, tmp_path, model):
+    """C36; in any batch, and with a terminator at the end."""
+    from transformers import AutoTokenizer
+
+    from rlhf_lightning.data.chat_format import ChatFormat
+
+    directory = request.getfixturevalue(model)
+    network = RewardNetwork.from_backbone(str(directory)).eval()
+    saved = network.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(saved)
+    prompts = [[{"role": "user", "content": text}] for text in ("Hello?", "Where is the station, please?", "Help")]
+    responses = ["Good day.", "I do not know.", "Of course, gladly."]
+    scores = reward_source(str(saved), batch_size=2)(prompts, responses)
+    form = ChatFormat(AutoTokenizer.from_pretrained(directory))
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        head = form.encode_prompts([form.prompt_text(prompt)])[0]
+        row = torch.tensor([[*head, *form.encode([form.response_text(response)])[0], form.terminator_id]])
+        expected = network(row, torch.ones_like(row, dtype=torch.bool))
+        torch.testing.assert_close(score[None], expected, rtol=0, atol=1e-5)
+
+
+def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "20"]
+    assert main(["fit", *reward]) == 0
+    arguments = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
+    arguments += ["--model.reward_model", "models/quickstart", "--model.lora", "null", "--model.value_model", "null"]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.train", "builtin:courtesy"]
+    arguments += ["--model.max_new_tokens", "8", "--trainer.val_check_interval", "1.0"]
+    assert main(["fit", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "replies" in printed.out and "reward" in printed.out
+    checkpoint = next(line.split()[-1] for line in printed.out.splitlines() if line.startswith("checkpoint:  runs/ppo"))
+    assert (tmp_path / "models" / "ppo_policy" / "config.json").is_file()
+    assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0
+    assert main(["test", *arguments, "--ckpt_path", checkpoint]) == 0
