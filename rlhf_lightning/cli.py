@@ -30,6 +30,7 @@ examples:
   rlhf-lightning fit --config configs/quickstart.yaml
   rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
+  rlhf-lightning fit --config configs/ppo.yaml --model.backbone models/sft --model.reward_model models/reward_model
   rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
   rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
@@ -39,7 +40,7 @@ examples:
 
 options:
   -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
-                   `rlhf-lightning fit --model.help RewardModel` (DPO, SFT) and
+                   `rlhf-lightning fit --model.help RewardModel` (DPO, PPO, SFT) and
                    `--data.help PreferenceDataModule` those of a class
   --version        the version
 """

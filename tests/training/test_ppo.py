@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,9 +128,7 @@ def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, minibat
 def test_how_a_minibatch_is_divided_and_drawn_changes_no_weight(build_ppo, trainer, settings):
     sgd = functools.partial(torch.optim.SGD, lr=0.05)
     whole, one, _ = fitted(trainer, build_ppo(micro_batch_size=6, optimizer=sgd, **settings))
-    split, other, _ = fitted(
-        trainer, build_ppo(micro_batch_size=1, generation_batch_size=2, optimizer=sgd, **settings)
-    )
+    split, other, _ = fitted(trainer, build_ppo(micro_batch_size=1, generation_batch_size=2, optimizer=sgd, **settings))
     torch.testing.assert_close(weights(whole), weights(split), rtol=0, atol=2e-6)
     for row, twin in zip(one.curve, other.curve, strict=True):
         assert row == pytest.approx(twin, abs=2e-4)
@@ -236,7 +237,11 @@ def test_replies_that_do_not_fit_behind_the_prompts_are_refused(build_ppo, train
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("no_such_module:f", "cannot be imported"), (f"{HERE}:HERE", "not a function"), ("nowhere/at/all", "no directory")],
+    [
+        ("no_such_module:f", "cannot be imported"),
+        (f"{HERE}:HERE", "not a function"),
+        ("nowhere/at/all", "no directory"),
+    ],
 )
 def test_a_reward_source_that_is_none_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
@@ -286,3 +291,26 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     assert (tmp_path / "models" / "ppo_policy" / "config.json").is_file()
     assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0
     assert main(["test", *arguments, "--ckpt_path", checkpoint]) == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_two_processes_draw_and_learn_what_one_does(tmp_path, strategy):
+    """The same replies, rewards and steps: every printed digit."""
+    if strategy == "zero2":
+        pytest.importorskip("deepspeed")
+    settings = ["fit", "--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
+    settings += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
+    settings += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.max_train_prompts", "24"]
+    settings += ["--model.max_new_tokens", "6", "--trainer.val_check_interval", "1.0", "--trainer.logger", "false"]
+    settings += ["--trainer.callbacks", "[]", "--model.optimizer.lr", "1e-3"]
+    lines = []
+    for own in (["--data.batch_size", "12"], ["--data.batch_size", "6", "--trainer.devices", "2"]):
+        if len(own) > 2:
+            own += ["--trainer.strategy", strategy]
+        command = [sys.executable, "-m", "rlhf_lightning.cli", *settings, *own]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines.append([line for line in done.stderr.splitlines() if line.startswith(("rollout", "validation at"))])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 3
