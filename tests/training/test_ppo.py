@@ -286,7 +286,8 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     arguments += ["--model.max_new_tokens", "8", "--trainer.val_check_interval", "1.0"]
     assert main(["fit", *arguments]) == 0
     printed = capsys.readouterr()
-    assert "replies" in printed.out and "reward" in printed.out
+    assert "replies" in printed.out
+    assert "reward" in printed.out
     checkpoint = next(line.split()[-1] for line in printed.out.splitlines() if line.startswith("checkpoint:  runs/ppo"))
     assert (tmp_path / "models" / "ppo_policy" / "config.json").is_file()
     assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0
