@@ -6,6 +6,7 @@ model takes seconds and no memory. R rows, T tokens, H hidden size, V vocabulary
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -93,10 +94,15 @@ def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
 
 def simulate(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
     """Run a pass over one batch for its memory. Raises `NotSimulated` for models that cannot be run so."""
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    level = torchs.level
+    torchs.setLevel(logging.CRITICAL)  # its page of frames; the reason is in the exception
     try:
         return _run(config, shape, kind)
     except Exception as error:  # an operation whose shape depends on contents may raise anything
         raise NotSimulated(reason_of(error)) from error
+    finally:
+        torchs.setLevel(level)
 
 
 def head_bytes(positions: int, hidden: int, vocabulary: int, *, operand: int, cast: bool, trained: bool) -> int:

@@ -116,6 +116,8 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
     """Work the plan of a run out, from the arguments that `fit` would get. Raises `UserError`."""
     planned = program.run(["fit", *settings], program=_Planned)
     trainer, module, data = planned.trainer_settings, planned.model, planned.datamodule
+    if not hasattr(module, "trial_loss"):
+        raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
     machine = machine_of(trainer, gpu=gpu)
     unread = _unread(data) if read_data else "--no_data"
     described = run_of(module, data, trainer, planned.callbacks, machine)
@@ -129,8 +131,8 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
             nearest = estimator.nearest(described, lambda other: _fits(judge(other, machine)))
     except NotSimulated as error:
         raise ConfigurationError(
-            f"plan: the passes of a {module.backbone_config.model_type} model depend on what is in its tensors "
-            f"({error}), so that they cannot be counted without it"
+            f"plan: a {module.backbone_config.model_type} model cannot be run on tensors without contents ({error}), "
+            "so that its memory cannot be counted beforehand; mixtures of experts are such"
         ) from error
     kept, _ = disk(footprint, planned.callbacks)
     free = free_disk(trainer.default_root_dir or ".") if gpu is None else None

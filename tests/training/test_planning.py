@@ -272,6 +272,21 @@ def test_what_plan_cannot_use_is_one_line_and_code_2(capsys, arguments):
     assert printed.count("\n") == 1
 
 
+def test_models_and_methods_that_are_not_counted_are_said_in_one_line(capsys, tmp_path):
+    from transformers import MixtralConfig
+
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 500}
+    MixtralConfig(**small, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    sft = ("--config", str(ROOT / "configs" / "sft.yaml"), "--model.backbone", str(tmp_path), "--no_data")
+    code, printed = plan_of(capsys, *sft, "--gpu", "A10")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert "mixtral" in printed
+    ppo = ("--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny", "--gpu", "A10")
+    code, printed = plan_of(capsys, *ppo, "--model.reward_model", "rules:short", "--no_data")
+    assert (code, printed.count("\n")) == (2, 1)
+    assert "not yet PPO" in printed
+
+
 def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(planning, "host_memory", lambda: planning.CONTEXT + 5e6)
