@@ -73,7 +73,7 @@ class Results(Callback):
             log.info("validation at step %d: %s", trainer.global_step, numbers)
 
     def _rows(self) -> list[tuple[str, str]]:
-        return _shown(self.metrics)
+        return table_rows(self.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = _metrics(trainer, "test/")
@@ -122,12 +122,12 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
     table.add_column("value", justify="right")
     noun = "pairs" if "pairs" in metrics else "replies"
     table.add_column(noun, justify="right")
-    for name, words in _shown(metrics):
+    for name, words in table_rows(metrics):
         table.add_row(words, f"{metrics[name]:.4f}", f"{metrics[noun]:.0f}")
     Console(soft_wrap=True).print(table)
 
 
-def _shown(metrics: dict[str, float]) -> list[tuple[str, str]]:
+def table_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Metrics of a table and their names in words; a reward model's mean reward says nothing by itself."""
     hidden = () if "replies" in metrics else ("reward",)
     return [(name, words) for name, words in TABLE_ROWS.items() if name in metrics and name not in hidden]

@@ -15,6 +15,7 @@ from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.cli import main
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.training.rewards import reward_source
 from tests.test_configs import ROOT
 
@@ -127,6 +128,7 @@ def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, minibat
 @pytest.mark.parametrize("settings", [{}, {"value_model": "shared"}, {"attn_implementation": "packed"}])
 def test_how_a_minibatch_is_divided_and_drawn_changes_no_weight(build_ppo, trainer, settings):
     sgd = functools.partial(torch.optim.SGD, lr=0.05)
+    settings = settings | {"max_grad_norm": 0.0}  # clipping would hide a wrong factor
     whole, one, _ = fitted(trainer, build_ppo(micro_batch_size=6, optimizer=sgd, **settings))
     split, other, _ = fitted(trainer, build_ppo(micro_batch_size=1, generation_batch_size=2, optimizer=sgd, **settings))
     torch.testing.assert_close(weights(whole), weights(split), rtol=0, atol=2e-6)
@@ -190,6 +192,56 @@ def test_scores_are_normalized_by_moments_and_clipped_afterwards(build_ppo, trai
     assert module.moments.std == pytest.approx(every.std(correction=0).item())
     expected = min((10 - every.mean().item()) / every.std(correction=0).item(), 1.2)
     assert second.tolist() == pytest.approx([expected] * 4)
+
+
+def test_the_reward_that_is_learned_from_is_the_score_less_penalty_and_kl(build_ppo, trainer):
+    _, recorder, _ = fitted(trainer, build_ppo(kl_coef=0.3, missing_eos_penalty=0.7))
+    assert abs(recorder.rows[-1]["kl"]) > 0.01
+    for row in recorder.rows:
+        assert row["kl_coef"] == 0.3
+        expected = row["reward"] - 0.7 * row["missing_eos"] - 0.3 * row["kl"]
+        assert row["reward_with_kl"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_advantages_are_whitened_over_the_rollout(build_ppo, trainer, whiten):
+    module, data = build_ppo(whiten_advantages=whiten)
+    seen = []
+    update = module._update
+    module._update = lambda experience: seen.append(experience) or update(experience)
+    trainer(limit_val_batches=0).fit(module, data)
+    for experience in seen:
+        taken = experience.advantages[experience.mask].double()
+        white = abs(taken.mean()) < 1e-5 and abs(taken.std(correction=0) - 1) < 1e-4
+        assert white == whiten
+        assert experience.advantages[~experience.mask].abs().sum() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["policy", "reward"])
+def test_a_value_is_read_off_the_state_before_its_token(tiny_qwen2, tmp_path, source):
+    directory = tiny_qwen2
+    if source == "reward":
+        directory = RewardNetwork.from_backbone(str(tiny_qwen2)).save_pretrained(tmp_path / "reward")
+    value = ValueNetwork.from_pretrained(str(directory))
+    torch.nn.init.normal_(value.network.score[-1].weight) if source == "policy" else None
+    ids, mask = (
+        torch.tensor([[5, 6, 7, 8, 9], [4, 9, 8, 0, 0]]),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool(),
+    )
+    response = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]).bool()
+    values = value(ids, mask, response)
+    before = [[5, 6], [5, 6, 7], [5, 6, 7, 8], [4], [4, 9]]
+    for found, prefix in zip(values, before, strict=True):
+        row = torch.tensor([prefix])
+        expected = value.network(row, torch.ones_like(row, dtype=torch.bool))
+        torch.testing.assert_close(found[None], expected, rtol=0, atol=1e-5)
+
+
+def test_a_value_model_that_begins_as_a_policy_begins_at_0(tiny_qwen2):
+    value = ValueNetwork.from_pretrained(str(tiny_qwen2))
+    ids = torch.tensor([[5, 6, 7]])
+    assert value(ids, torch.ones_like(ids).bool(), torch.tensor([[False, True, True]])).tolist() == [0, 0]
 
 
 def test_passes_are_left_out_once_the_policy_has_gone_far(build_ppo, trainer):
