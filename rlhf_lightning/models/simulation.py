@@ -120,6 +120,8 @@ def head_bytes(positions: int, hidden: int, vocabulary: int, *, operand: int, ca
 def cache_bytes(config: PretrainedConfig, tokens: int, *, size_of_number: int) -> int:
     """Bytes of keys and values of `tokens` tokens in every layer, for generation."""
     config = config.get_text_config()
+    if getattr(config, "num_attention_heads", None) is None:  # recurrent: a state of fixed size
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * tokens * size_of_number

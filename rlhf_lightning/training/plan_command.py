@@ -120,6 +120,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
         raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
     machine = machine_of(trainer, gpu=gpu)
     unread = _unread(data) if read_data else "--no_data"
+    module.check_data(data)
     described = run_of(module, data, trainer, planned.callbacks, machine)
     estimator = Estimator(module.backbone_config)
     try:
@@ -219,7 +220,9 @@ def verdict_lines(made: Plan) -> list[str]:
     """The verdict, and what to do."""
     verdict = made.verdict
     if verdict.fits and not verdict.tight:
-        lines = ["verdict:     fits"]
+        host = made.footprint.host_peak
+        given = f", given {gb(host)} of host memory" if host and math.isinf(made.machine.host_memory) else ""
+        lines = [f"verdict:     fits{given}"]
     else:
         head = "fits, only just" if verdict.fits else "cannot" if made.nearest is None else "does not fit"
         lines = [f"verdict:     {head}: {'; '.join(verdict.lines)}"]

@@ -75,11 +75,16 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
     """
     count, name = _parsed_gpu(gpu)
     given = settings.devices
-    devices = count or (given if isinstance(given, int) and given > 0 else None)
+    devices = given if isinstance(given, int) and given > 0 else None
     if devices is None and isinstance(given, list | tuple):
         devices = len(given)
     if devices is None and isinstance(given, str) and given.isdigit():
         devices = int(given)
+    if count is not None and devices not in (None, count):
+        raise ConfigurationError(
+            f"--gpu {gpu}: trainer.devices is {devices}; set it to {count}, or name {devices}x{name}"
+        )
+    devices = count or devices
     machines = settings.num_nodes
     if name is not None:
         return Machine(name, devices or 1, machines, _bytes_of(name), float("inf"), on_cpu=False)

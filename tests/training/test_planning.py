@@ -177,6 +177,17 @@ def test_machines_have_names_numbers_and_sizes():
     assert two.device_memory == two.host_memory / 2
 
 
+def test_a_number_of_gpus_that_the_settings_contradict_is_refused():
+    with pytest.raises(ConfigurationError, match=r"trainer.devices is 1; set it to 4"):
+        machine_of(trainer_settings(devices=1), gpu="4xA10")
+
+
+def test_rows_beyond_the_positions_of_the_model_are_refused(capsys):
+    code, printed = plan_of(capsys, *QUICKSTART, "--data.max_length", "1000000", "--gpu", "A10")
+    assert code == 2
+    assert "has positions for" in printed
+
+
 @pytest.mark.parametrize("name", ["A11", "GB", "-3GB", "nanGB", "0xA10", ""])
 def test_an_unknown_gpu_is_refused_with_those_that_are_known(name):
     with pytest.raises(ConfigurationError, match="--gpu"):
