@@ -48,3 +48,40 @@ def test_the_true_shape_trains_repeats_its_numbers_goes_on_and_is_exported(
     assert "largest difference" in capsys.readouterr().out
     assert main(["fit", *arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
     assert Path(checkpoint).parent == next(Path("runs/run").glob("version_*")) / "checkpoints", "one directory"
+
+
+def test_adapters_on_eight_billion_weights_train_repeat_their_numbers_go_on_and_are_exported(
+    capsys, tmp_path, monkeypatch, llama_8b
+):
+    """DPO with the overlay for one H200, short rows; prints seconds, tokens per second and the peak."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(ROOT / "configs" / "dpo.yaml")]
+    arguments += [
+        "--config",
+        str(ROOT / "configs" / "llama3_8b" / "h200_lora.yaml"),
+        "--data.train",
+        "builtin:courtesy",
+    ]
+    arguments += ["--model.backbone", str(llama_8b), "--data.max_length", "256", "--trainer.max_steps", "4"]
+    arguments += [
+        "--trainer.accumulate_grad_batches",
+        "2",
+        "--trainer.limit_val_batches",
+        "4",
+        "--trainer.callbacks",
+        "[]",
+    ]
+    arguments += ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "4"]
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    assert main(["fit", *arguments]) == 0
+    seconds, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30
+    with capsys.disabled():
+        print(f"\nLlama-3-8B shape, LoRA, zero2: {seconds:.0f} s, peak GPU memory {peak:.2f} GiB")
+    capsys.readouterr()
+    checkpoint = next(Path("runs").rglob("*.ckpt"))
+    assert is_sharded(checkpoint)
+    assert main(["test", *arguments, "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["fit", *arguments, "--trainer.max_steps", "6", "--ckpt_path", str(checkpoint)]) == 0
+    assert main(["export", "--ckpt_path", str(checkpoint), "--out", "exported", "--merge", "false"]) == 0
+    assert "largest difference" in capsys.readouterr().out
