@@ -57,8 +57,6 @@ class Weights:
     trained: int
     quantizable: int
     """Those of linear layers other than the output layer, which QLoRA holds in 4 bits."""
-    largest: int
-    """Of the largest single tensor that is trained."""
 
 
 class Pass(NamedTuple):
@@ -78,7 +76,7 @@ being on the way; forward alone."""
 
 
 class NotSimulated(Exception):
-    """A model whose passes depend on the contents of tensors."""
+    """A model that cannot be run on tensors without contents."""
 
 
 def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
@@ -89,7 +87,7 @@ def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
     linear = [layer for layer in inner_model(model).modules() if isinstance(layer, nn.Linear)]
     out = None if head is not None else inner_model(model).get_output_embeddings()
     frozen = [layer.weight.numel() for layer in linear if layer is not out and not layer.weight.requires_grad]
-    return Weights(sum(p.numel() for p in parameters), sum(trained), sum(frozen), max(trained))
+    return Weights(sum(p.numel() for p in parameters), sum(trained), sum(frozen))
 
 
 def simulate(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:

@@ -135,7 +135,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
             f"plan: a {module.backbone_config.model_type} model cannot be run on tensors without contents ({error}), "
             "so that its memory cannot be counted beforehand; mixtures of experts are such"
         ) from error
-    kept, _ = disk(footprint, planned.callbacks)
+    kept = disk(footprint, planned.callbacks)
     free = free_disk(trainer.default_root_dir or ".") if gpu is None else None
     steps = None if unread else _steps(data, described, trainer)
     return Plan(machine, described, footprint, verdict, other, nearest, kept, free, steps, unread)

@@ -201,14 +201,14 @@ def judge(footprint: Footprint, machine: Machine) -> Verdict:
     return Verdict(fits, tight, tuple(lines))
 
 
-def disk(footprint: Footprint, callbacks: Sequence[Any]) -> tuple[float, bool]:
-    """Bytes of checkpoints and exports that a run keeps at most, and whether their number is bounded.
+def disk(footprint: Footprint, callbacks: Sequence[Any]) -> float:
+    """Bytes of checkpoints and exports that a run keeps; of a ModelCheckpoint that keeps all, one checkpoint.
 
     A checkpoint is written beside its predecessor before that goes.
     """
     kept = [callback.save_top_k for callback in callbacks if isinstance(callback, ModelCheckpoint)] or [1]
     exports = sum(isinstance(callback, ExportBest) for callback in callbacks)
-    return (sum(map(abs, kept)) + 1) * footprint.checkpoint + exports * footprint.exported, min(kept) >= 0
+    return (sum(map(abs, kept)) + 1) * footprint.checkpoint + exports * footprint.exported
 
 
 def free_disk(directory: str | Path) -> float:
