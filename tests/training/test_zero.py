@@ -13,6 +13,7 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, restored_module, shard_files
 from rlhf_lightning.training.step_watch import StepWatch
+from rlhf_lightning.training.trial import TrialStep
 from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 from tests.training.conftest import weights
 
@@ -156,6 +157,17 @@ def test_every_one_of_several_backward_passes_counts(trainer):
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [{"lora": {"r": 4}}, {"gradient_checkpointing": True}], ids=["LoRA", "checkpointing"])
+def test_a_trial_over_the_longest_rows_leaves_no_gradient_behind(build_dpo, trainer, with_val, model):
+    ends = []
+    for callbacks in ([], [TrialStep(on_cpu=True)]):
+        module, datamodule = build_dpo(data=with_val, model=model)
+        run = trainer(strategy="zero2", precision="16-mixed", accumulate_grad_batches=2, callbacks=callbacks)
+        run.fit(module, datamodule=datamodule)
+        ends.append(weights(module))
+    assert torch.equal(*ends)
 
 
 def test_weights_that_float16_cannot_hold_stop_the_run(build, trainer, with_val):
