@@ -1,0 +1,361 @@
+"""Scores of responses: by a reward model, or by how much a policy prefers them to its reference.
+
+R rows (a prompt and one response each), T padded tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.examples import Message
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.functional.reductions import last_token_index
+from rlhf_lightning.models.backbones import hidden_states, load_config, max_positions, reason_of
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
+from rlhf_lightning.tiny import resolve_model
+
+ScorerKind = Literal["Seq. Classifier", "Custom Classifier", "DPO", "DPO Ref. Free"]
+"""RewardBench's names for what gave a score."""
+LengthNorm = Literal["sum", "average"]
+"""Log-probs of a whole response, or per token."""
+
+
+class Scored(NamedTuple):
+    """One response, scored; higher is better."""
+
+    score: float
+    """float32"""
+    tokens: int
+    """Of the response, terminator included."""
+    truncated: bool
+    """Whether the beginning of its prompt was cut off, or more."""
+
+
+class Scorer(Protocol):
+    """Scores responses to conversations."""
+
+    name: str
+    """As the user gave it."""
+    kind: str
+    """One of `ScorerKind`."""
+    fingerprint: str
+    """A hash of all that decides the scores: weights, format, longest row, dtype. Not the batch size or the device."""
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
+        """The score of each response to the prompt in the same place."""
+        ...
+
+
+class RewardScorer:
+    """A saved `RewardNetwork`, or an `AutoModelForSequenceClassification` with one label, with its own tokenizer.
+
+    Conversations and responses are written in the format of *its* tokenizer, response and terminator included, as in
+    the training of our reward models. A row that is too long loses the beginning of its prompt, after the template's
+    head, and never its response, unless that alone is too long: then its end is kept. The score is read at the last
+    true token, in float32, so that it is the same in any batch and with padding on either side.
+
+    Args:
+        name: Directory or hub name.
+        batch_size: Rows at a time.
+        max_length: Longest row in tokens; as many as the model has positions for when not given.
+        device: Where it computes.
+        dtype: Of the weights. Scores are float32 whatever it is: bfloat16 scores tie.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises `ModelError` for what is no reward model, and `ConfigurationError` for a `max_length` that it has no
+    positions for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        self.model: nn.Module
+        self.kind: ScorerKind
+        if is_reward_network(config):
+            self.kind = "Custom Classifier"
+            self.model = RewardNetwork.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        else:
+            self.kind = "Seq. Classifier"
+            self.model = _classifier(name, config, trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
+        self.chat_format = ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
+        parts = (weights_sample(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
+        self.fingerprint = _digest(self.kind, *parts)
+        self.to(torch.device(device), dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move it there, its weights in `dtype` where one is given."""
+        move(self.model, device, dtype)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
+        """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
+        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit)
+        return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
+
+    def _scores(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        if isinstance(self.model, RewardNetwork):
+            return self.model(ids, mask)
+        head = getattr(self.model, "score", None)
+        if head is None:  # an encoder's own pooling, which goes by the mask
+            return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
+        # A decoder's own pooling goes by the pad id, which may be the terminator's.
+        hidden = hidden_states(self.model.base_model, ids, mask)
+        last = hidden[torch.arange(len(ids), device=device), last_token_index(mask)]
+        if isinstance(head, nn.Linear):
+            return F.linear(last.float(), head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
+        return head(last)[:, 0]
+
+
+class ImplicitScorer:
+    """DPO's implicit reward: log pi(response | prompt) - log pi_ref(response | prompt), in nats, without beta.
+
+    The tokens that count are those of the response, after the generation prompt, and one terminator. (RewardBench's
+    own script counts the assistant's header too, and BOS and EOS twice where the template has them.) Rafailov et al.
+    2023 (arXiv 2305.18290), eq. 5; the prompt's partition function is the same for all its responses.
+
+    Args:
+        policy: Directory or hub name of a causal language model, whole or LoRA adapters alone.
+        reference: Another one of the same tokenizer; without it the score is the policy's own log-prob.
+        length_norm: `sum` over the response's tokens, or their `average`.
+        batch_size: Rows at a time.
+        max_length: Longest row in tokens; as many as the models have positions for when not given.
+        device: Where it computes.
+        dtype: Of the weights. Log-softmax and sums are float32 whatever it is.
+        trust_remote_code: Run code that comes with the models.
+
+    Raises `ModelError` for what is no language model or has another tokenizer than the policy, and
+    `ConfigurationError` for a `max_length` that one of them has no positions for.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str | None = None,
+        *,
+        length_norm: LengthNorm = "sum",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = policy
+        self.reference_name = reference
+        self.kind: ScorerKind = "DPO Ref. Free" if reference is None else "DPO"
+        self.length_norm = length_norm
+        self.batch_size = batch_size
+        tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+        self.chat_format = ChatFormat(tokenizer)
+        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        self.reference = None
+        if reference is not None:
+            _check_same_tokens(policy, tokenizer, reference, trust_remote_code=trust_remote_code)
+            self.reference = load_policy(reference, trust_remote_code=trust_remote_code)
+        self.models = [model for model in (self.policy, self.reference) if model is not None]
+        sizes = [model.config.get_text_config().vocab_size for model in self.models]
+        if min(sizes) < len(tokenizer):
+            raise ModelError(
+                f"{(policy, reference)[sizes.index(min(sizes))]}: knows {min(sizes)} token ids, and the tokenizer of "
+                f"{policy} has {len(tokenizer)}; give a model of the same tokenizer"
+            )
+        positions = [max_positions(model.config.get_text_config()) for model in self.models]
+        known = [limit for limit in positions if limit is not None]
+        self.limit = _limit(policy, max_length, min(known) if known else None)
+        parts = (*map(weights_sample, self.models), self.chat_format.fingerprint(), self.limit, str(dtype))
+        self.fingerprint = _digest(self.kind, length_norm, *parts)
+        for model in self.models:
+            move(model.eval().requires_grad_(False), torch.device(device), dtype)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
+        """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
+        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit)
+        return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
+
+    def _scores(self, *rows: Tensor) -> Tensor:
+        rows = tuple(tensor.to(next(self.policy.parameters()).device) for tensor in rows)
+        own, *others = (self._logprobs(model, rows) for model in self.models)
+        return own - others[0] if others else own
+
+    def _logprobs(self, model: CausalLM, rows: tuple[Tensor, ...]) -> Tensor:
+        responses = model(*rows)
+        return responses.averages if self.length_norm == "average" else responses.sums
+
+
+class EncodedRow(NamedTuple):
+    """The ids of a prompt and of one response, as they are scored."""
+
+    prompt: list[int]
+    response: list[int]
+    """Terminator included."""
+    truncated: bool
+    """Whether ids of the conversation were left out."""
+
+
+def encode_rows(
+    chat_format: ChatFormat, prompts: Sequence[Sequence[Message]], responses: Sequence[str], *, limit: int | None
+) -> list[EncodedRow]:
+    """Rows of at most `limit` tokens.
+
+    A prompt that is too long is cut as in training (see `ChatFormat.encode_turns`): its head stays, then come the
+    latest turns that fit. A response that alone is too long loses its beginning. Raises `DataError` when the chat
+    template does not take a conversation.
+    """
+    heads = chat_format.encode_turns([(messages, chat_format.prompt_text(messages)) for messages in prompts])
+    replies = chat_format.encode([chat_format.response_text(response) for response in responses])
+    rows = []
+    for (head, turns), reply in zip(heads, replies, strict=True):
+        tail = [*reply, chat_format.terminator_id]
+        if limit is None or len(head) + len(tail) <= limit:
+            rows.append(EncodedRow(head, tail, False))
+            continue
+        tail = tail[-(limit - 1) :]  # a token before it, so that its first one has a log-prob
+        room = limit - len(tail)
+        first, *later = turns
+        if room > first + chat_format.tail_length:
+            place = next((place for place in later if first + len(head) - place <= room), len(head) - (room - first))
+            head = head[:first] + head[place:]
+        else:
+            head = head[-room:]
+        rows.append(EncodedRow(head, tail, True))
+    return rows
+
+
+def padded(rows: Sequence[EncodedRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [R, T] int64, and the masks [R, T] bool of all tokens and of the response's."""
+    width = max(len(row.prompt) + len(row.response) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask, response_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
+    for place, row in enumerate(rows):
+        length = len(row.prompt) + len(row.response)
+        ids[place, :length] = torch.tensor([*row.prompt, *row.response])
+        mask[place, :length] = True
+        response_mask[place, len(row.prompt) : length] = True
+    return ids, mask, response_mask
+
+
+def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
+    """A causal language model, float32, by hub name or directory; also one that holds LoRA adapters alone.
+
+    Adapters are put on the model that their `adapter_config.json` names. Raises `ModelError`.
+    """
+    path = Path(resolve_model(name)).expanduser()
+    adapters = path / "adapter_config.json"
+    if not adapters.is_file() or (path / "config.json").is_file():
+        return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(f"{name}: LoRA adapters need the package peft; pip install peft") from error
+    base = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{name}: its adapter_config.json names no base model; export with --merge true")
+    try:
+        network = CausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+        wrapped = PeftModel.from_pretrained(network.model, str(path))
+    except (ModelError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
+    return CausalLM(wrapped, temperature=network.temperature)
+
+
+def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move a model, its weights alone in `dtype`: rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
+    model.to(device)
+
+
+def weights_sample(model: nn.Module) -> str:
+    """A hash of the weights of a model: of their names and shapes, and of 64 values spread over each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.flatten()
+        digest.update(f"{name} {list(parameter.shape)} {flat[:: max(1, len(flat) // 64)].tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _in_batches(
+    rows: Sequence[EncodedRow], score: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int, pad_id: int
+) -> list[Scored]:
+    """The rows in their order, scored in batches of like length."""
+    scores = torch.empty(len(rows), dtype=torch.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        scores[part] = score(*padded([rows[i] for i in part], pad_id)).float().cpu()
+    return [Scored(value, len(row.response), row.truncated) for value, row in zip(scores.tolist(), rows, strict=True)]
+
+
+def _limit(name: str, max_length: int | None, positions: int | None) -> int | None:
+    if max_length is not None and max_length < 2:
+        raise ConfigurationError(f"max_length: {max_length} leaves no room for a prompt and a response")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ConfigurationError(
+            f"max_length: {max_length} is more than the {positions} positions of {name}; leave it out, or lower it"
+        )
+    return positions if max_length is None else max_length
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_same_tokens(policy: str, tokenizer: Any, reference: str, *, trust_remote_code: bool) -> None:
+    """Raise `ModelError` when the reference's own tokenizer gives other ids than the policy's."""
+    path = Path(resolve_model(reference)).expanduser()
+    if path.is_dir() and not (path / "tokenizer_config.json").is_file():
+        return  # transformers would make up an empty tokenizer; the sizes are compared in any case
+    mine = tokenizer.get_vocab()
+    its = load_tokenizer(reference, trust_remote_code=trust_remote_code).get_vocab()
+    if different := sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token)):
+        raise ModelError(
+            f"{reference}: its tokenizer gives other ids than that of {policy} ({len(different)} tokens differ, the "
+            f"first {different[0]!r}); give a reference of the same tokenizer"
+        )
+
+
+def _classifier(name: str, config: Any, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    if not any("SequenceClassification" in each for each in config.architectures or []):
+        raise ModelError(
+            f"{name}: a {config.model_type} model without a reward head; give the directory of a trained reward model, "
+            "a sequence classifier with one label, or module:function"
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{name}: a classifier of {config.num_labels} labels, of which none is the reward; give one with a single "
+            "label, or call it from a module:function"
+        )
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            str(Path(resolve_model(name)).expanduser()) if Path(name).expanduser().exists() else name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise ModelError(f"{name}: its weights could not be loaded ({reason_of(error)})") from error
