@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -276,7 +277,9 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
         raise ModelError(f"{name}: its adapter_config.json names no base model; export with --merge true")
     try:
         network = CausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
-        wrapped = PeftModel.from_pretrained(network.model, str(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
+            wrapped = PeftModel.from_pretrained(network.model, str(path))
     except (ModelError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
     return CausalLM(wrapped, temperature=network.temperature)
