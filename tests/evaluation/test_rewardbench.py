@@ -1,0 +1,386 @@
+"""RewardBench's arithmetic against known answers, the definitions written again, and simulation."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation.estimates import Estimate, wilson
+from rlhf_lightning.evaluation.rewardbench import (
+    PRIOR_SETS,
+    SECTIONS,
+    SUBSETS,
+    SUBSETS_2,
+    best_of_score,
+    coin_flip,
+    is_right,
+    lite_allocation,
+    lite_key,
+    lite_standard_error,
+    lite_subset,
+    official_section_scores,
+    prior_sets_score,
+    prompt_as_text,
+    rewardbench2_scores,
+    section_estimates,
+    section_scores,
+    standard_error,
+    subset_estimates,
+    ties_score,
+    total_estimate,
+    total_score,
+)
+from tests.conftest import SHARED_DATA
+
+REWARDBENCH = SHARED_DATA / "rewardbench"
+OFFICIAL_PAIRS = {name: subset.pairs for name, subset in SUBSETS.items()}
+TOY_REWARDS = {
+    "length": lambda prompt, response: len(response),
+    "negative length": lambda prompt, response: -len(response),
+    "overlap": lambda prompt, response: len(set(response.lower().split()) & set(prompt.lower().split())),
+}
+
+
+def accuracies(value=0.5, **others):
+    return dict.fromkeys(SUBSETS, value) | others
+
+
+# ---- names and weights
+
+
+def test_the_benchmark_has_23_subsets_of_2985_pairs_in_four_sections():
+    assert len(SUBSETS) == 23
+    assert sum(OFFICIAL_PAIRS.values()) == 2985
+    sections = {name: sum(OFFICIAL_PAIRS[subset] for subset in subsets) for name, subsets in SECTIONS.items()}
+    assert sections == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1431}
+    assert {name for name, subset in SUBSETS.items() if subset.weight != subset.pairs} == {"math-prm"}
+    assert SUBSETS["math-prm"].weight == 6 * SUBSETS["hep-cpp"].weight == 984
+    assert sum(SUBSETS_2.values()) == 1865
+    assert sum(PRIOR_SETS.values()) == 25175
+
+
+@pytest.mark.skipif(not REWARDBENCH.is_dir(), reason="no directory ../shared/data beside the repository")
+@pytest.mark.parametrize("toy", TOY_REWARDS)
+def test_three_toy_rewards_get_their_known_scores_on_real_rows(toy):
+    import pyarrow.parquet
+
+    expected = json.loads((REWARDBENCH / "expected.json").read_text(encoding="utf-8"))
+    assert expected["example_counts"] == {name: subset.weight for name, subset in SUBSETS.items()}
+    assert {name: tuple(subsets) for name, subsets in expected["section_mapping"].items()} == SECTIONS
+    rows = pyarrow.parquet.read_table(REWARDBENCH / "filtered.parquet").to_pylist()
+    reward, right = TOY_REWARDS[toy], {}
+    for row in rows:
+        scores = [reward(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        right.setdefault(row["subset"], []).append(is_right(*scores))
+    subsets = {name: estimate.value for name, estimate in subset_estimates(right).items()}
+    counts = {name: len(pairs) for name, pairs in right.items()}
+    answer = next(answer for name, answer in expected["known_answers"].items() if name.partition(" (")[0] == toy)
+    assert subsets == pytest.approx(answer["per_subset"], abs=1e-6)
+    assert section_scores(subsets) == pytest.approx(answer["section_official_counts"], abs=1e-6)
+    assert section_scores(subsets, counts) == pytest.approx(answer["section_local_counts"], abs=1e-6)
+    assert total_score(section_scores(subsets)) == pytest.approx(answer["score_official_counts"], abs=1e-6)
+    everything = list(itertools.chain(*right.values()))
+    assert sum(everything) / len(everything) == pytest.approx(answer["micro_accuracy"], abs=1e-6)
+
+
+def test_maths_counts_as_much_as_the_six_languages_of_code():
+    subsets = dict.fromkeys(SECTIONS["Reasoning"], 0.0) | {"math-prm": 1.0}
+    assert section_scores(subsets) == {"Reasoning": pytest.approx(0.5, abs=1e-12)}
+    assert section_scores(subsets, OFFICIAL_PAIRS)["Reasoning"] == pytest.approx(447 / 1431, abs=1e-12)
+
+
+def test_weights_are_over_the_subsets_present():
+    subsets = {"alpacaeval-easy": 1.0, "mt-bench-med": 0.0}
+    assert section_scores(subsets) == {"Chat": pytest.approx(100 / 140, abs=1e-12)}
+
+
+def test_a_section_that_was_not_measured_is_no_score_and_officially_0():
+    subsets = {name: 1.0 for name in SUBSETS if name not in SECTIONS["Safety"]}
+    assert "Safety" not in section_scores(subsets)
+    assert total_score(section_scores(subsets)) is None
+    assert official_section_scores(subsets)["Safety"] == 0.0
+    assert total_score(official_section_scores(subsets)) == pytest.approx(0.75, abs=1e-12)
+
+
+def test_a_tie_is_wrong():
+    assert [is_right(1.0, 1.0), is_right(1.5, 1.0), is_right(1.0, 1.5)] == [False, True, False]
+
+
+def test_the_prior_sets_count_half_of_a_section():
+    sections = {"Chat": 1.0, "Chat Hard": 0.5, "Safety": 0.25, "Reasoning": 0.75}
+    assert total_score(sections) == pytest.approx(0.625, abs=1e-12)
+    assert total_score(sections, 0.1) == pytest.approx((2 * 2.5 + 0.1) / 9, abs=1e-12)
+    assert prior_sets_score({"shp": 0.5, "summarize": 0.7, "mtbench_human": 0.9}) == pytest.approx(0.6, abs=1e-12)
+    assert prior_sets_score({"mtbench_human": 0.9}) is None
+
+
+@pytest.mark.parametrize(
+    ("subsets", "counts", "words"),
+    [
+        ({"alpacaeval": 0.5}, None, "unknown subset 'alpacaeval'"),
+        ({"hep-go": 1.5}, None, "is 1.5, not in"),
+        ({"hep-go": math.nan}, None, "is nan, not in"),
+        ({"hep-go": 0.5}, {"hep-cpp": 1}, "count of hep-go is None"),
+        ({"hep-go": 0.5}, {"hep-go": 0}, "count of hep-go is 0"),
+    ],
+)
+def test_impossible_accuracies_and_counts_are_refused(subsets, counts, words):
+    with pytest.raises(DataError, match=words):
+        section_scores(subsets, counts)
+
+
+# ---- errors
+
+
+def drawn_subsets(generator, counts, probability):
+    """Estimates of each subset from binomial draws."""
+    return {name: wilson(int(generator.binomial(count, probability[name])), count) for name, count in counts.items()}
+
+
+def test_standard_errors_are_the_spread_of_simulated_benchmarks():
+    generator = np.random.default_rng(0)
+    probability = dict(zip(SUBSETS, generator.uniform(0.4, 0.95, 23), strict=True))
+    exact = {name: Estimate(probability[name], 0, 1, OFFICIAL_PAIRS[name], "exact") for name in SUBSETS}
+    runs = [drawn_subsets(generator, OFFICIAL_PAIRS, probability) for _ in range(2000)]
+    values = [{name: estimate.value for name, estimate in run.items()} for run in runs]
+    totals = np.std([total_score(section_scores(value)) for value in values])
+    assert standard_error(exact) == pytest.approx(totals, rel=0.06)
+    for section in SECTIONS:
+        spread = np.std([section_scores(value)[section] for value in values])
+        assert standard_error(exact, section=section) == pytest.approx(spread, rel=0.06)
+    covered = [
+        estimate.low <= total_score(section_scores(probability)) <= estimate.high
+        for estimate in map(total_estimate, runs)
+    ]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_estimates_hold_the_scores_and_their_pairs():
+    subsets = {name: wilson(count // 2, count) for name, count in OFFICIAL_PAIRS.items()}
+    sections = section_estimates(subsets)
+    scores = section_scores({name: estimate.value for name, estimate in subsets.items()})
+    assert {name: estimate.value for name, estimate in sections.items()} == pytest.approx(scores, abs=1e-12)
+    assert {name: estimate.n for name, estimate in sections.items()} == {
+        "Chat": 358,
+        "Chat Hard": 456,
+        "Safety": 740,
+        "Reasoning": 1431,
+    }
+    total = total_estimate(subsets)
+    assert (total.value, total.n) == (pytest.approx(total_score(scores), abs=1e-12), 2985)
+    # 0.9 points, at accuracies of one half 1.06
+    assert (total.high - total.low) / 2 / 1.96 == pytest.approx(0.0106, abs=1e-4)
+    assert total_estimate({"hep-go": wilson(1, 2)}) is None
+
+
+def test_a_coin_gets_one_half_everywhere():
+    coin = coin_flip(OFFICIAL_PAIRS)
+    assert {estimate.value for estimate in coin.values()} == {0.5}
+    assert total_estimate(coin).value == pytest.approx(0.5, abs=1e-12)
+    assert coin["mt-bench-easy"].low < 0.35 < 0.65 < coin["mt-bench-easy"].high
+
+
+# ---- Lite
+
+
+def rows_of(counts, seed=0):
+    """Rows of distinct texts, shuffled."""
+    rows = [
+        {"subset": name, "prompt": f"{name} {i}", "chosen": f"good {i}", "rejected": f"bad {i}", "id": i}
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def test_lite_takes_of_each_subset_the_first_rows_by_hash_whatever_their_order_and_ids():
+    rows = rows_of(OFFICIAL_PAIRS)
+    taken = lite_subset(rows)
+    assert len(taken) == 400
+    allocation = lite_allocation(OFFICIAL_PAIRS)
+    for name in SUBSETS:
+
+        def key(row):
+            text = b"\x1f".join(
+                part.encode()
+                for part in ("rewardbench-lite-v1", row["subset"], row["prompt"], row["chosen"], row["rejected"])
+            )
+            return hashlib.sha256(text).digest()
+
+        own = sorted((row for row in rows if row["subset"] == name), key=key)[: allocation[name]]
+        assert sorted(row["prompt"] for row in own) == sorted(row["prompt"] for row in taken if row["subset"] == name)
+    again = [row | {"id": 0} for row in rows_of(OFFICIAL_PAIRS, seed=1)]
+    assert {row["prompt"] for row in lite_subset(again)} == {row["prompt"] for row in taken}
+    positions = [rows.index(row) for row in taken]
+    assert positions == sorted(positions)
+
+
+def test_the_key_of_a_row_is_that_of_sha256sum():
+    row = {"subset": "hep-go", "prompt": "p", "chosen": "c", "rejected": "r"}
+    # printf 'rewardbench-lite-v1\037hep-go\037p\037c\037r' | sha256sum
+    assert lite_key(row) == "16ff0e408ea6ec48b64620adfb38d98654ab76e9c8cdf4aeadf8e13179a63a7b"
+
+
+def test_a_prompt_has_one_text_however_it_is_written():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert prompt_as_text("a") == prompt_as_text(turns[:1]) == "a"
+    assert prompt_as_text(turns) == "user\x1fa\x1eassistant\x1fb\x1euser\x1fc"
+    assert prompt_as_text([{"role": "system", "content": "a"}]) != "a"
+
+
+def variance(allocation, counts):
+    """Of the total, at accuracies of one half, in floats."""
+    shares = {
+        name: SUBSETS[name].weight / sum(SUBSETS[other].weight for other in SECTIONS[SUBSETS[name].section]) / 4
+        for name in counts
+    }
+    return sum(shares[name] ** 2 / 4 / n for name, n in allocation.items())
+
+
+@pytest.mark.parametrize("size", [200, 400, 600])
+def test_no_row_could_be_moved_to_a_subset_where_it_would_tell_more(size):
+    allocation = lite_allocation(OFFICIAL_PAIRS, size)
+    assert sum(allocation.values()) == size
+    assert min(allocation.values()) >= 8
+    for giver, taker in itertools.permutations(SUBSETS, 2):
+        if allocation[giver] > 8 and allocation[taker] < OFFICIAL_PAIRS[taker]:
+            moved = allocation | {giver: allocation[giver] - 1, taker: allocation[taker] + 1}
+            assert variance(moved, OFFICIAL_PAIRS) >= variance(allocation, OFFICIAL_PAIRS) - 1e-15
+
+
+def test_lite_of_parts_takes_what_there_is():
+    counts = {"hep-go": 3, "alpacaeval-easy": 30, "donotanswer": 9}
+    assert lite_allocation(counts, 400) == counts
+    assert lite_allocation(counts, 30)["hep-go"] == 3
+    with pytest.raises(ConfigurationError, match="at least 19"):
+        lite_allocation(counts, 18)
+    with pytest.raises(DataError, match="unknown subset 'hep'"):
+        lite_subset([{"subset": "hep", "prompt": "", "chosen": "", "rejected": ""}])
+
+
+@pytest.mark.parametrize(
+    ("size", "points"), [(300, 2.4), (400, 2.0), (600, 1.5), (1000, 1.0), (1500, 0.6), (2985, 0.0)]
+)
+def test_the_error_of_lite_against_the_whole_is_as_published_in_its_definition(size, points):
+    subsets = {name: Estimate(0.75, 0, 1, n, "exact") for name, n in lite_allocation(OFFICIAL_PAIRS, size).items()}
+    assert 100 * lite_standard_error(subsets, OFFICIAL_PAIRS) == pytest.approx(points, abs=0.051)
+
+
+def test_the_error_of_lite_is_the_spread_of_random_draws_from_one_benchmark():
+    generator = np.random.default_rng(0)
+    whole = {name: generator.random(count) < 0.75 for name, count in OFFICIAL_PAIRS.items()}
+    allocation = lite_allocation(OFFICIAL_PAIRS)
+    totals, errors = [], []
+    for _ in range(1500):
+        subsets = {
+            name: wilson(int(generator.choice(whole[name], allocation[name], replace=False).sum()), allocation[name])
+            for name in SUBSETS
+        }
+        totals.append(total_score(section_scores({name: each.value for name, each in subsets.items()})))
+        errors.append(lite_standard_error(subsets, OFFICIAL_PAIRS))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(totals), rel=0.05)
+    assert np.mean(totals) == pytest.approx(
+        total_score(section_scores({name: right.mean() for name, right in whole.items()})), abs=0.002
+    )
+
+
+# ---- version 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([3, 1, 2, 0], 1), ([3, 3, 2, 0], 1 / 2), ([3, 3, 3, 3], 1 / 4), ([2, 3, 1, 0], 0), ([-1, -2, -3, -4], 1)],
+)
+def test_the_best_of_four_shares_its_point_among_equals(scores, expected):
+    assert best_of_score(scores) == expected
+
+
+def ties_from_the_definition(items, formula):
+    """The same, with arrays."""
+    stats = {}
+    for item in items:
+        scores = np.array(item["scores"], dtype=float)
+        correct, wrong = scores[: item["num_correct"]], scores[item["num_correct"] :]
+        stats[item["id"]] = np.ptp(correct), correct.min() - wrong.max()
+    gap = {form: np.array([s[1] for i, s in stats.items() if i.startswith(form)]) for form in ("ref", "tied")}
+    both = [i[5:] for i in stats if i.startswith("tied") and f"ref:{i[5:]}" in stats]
+    spread = np.array([stats[f"tied:{i}"][0] for i in both])
+    tied = np.array([stats[f"tied:{i}"][1] for i in both])
+    g = np.minimum(tied, [stats[f"ref:{i}"][1] for i in both])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        last = np.tanh(g / spread - 1)
+    last = last[spread > 0] if formula == "0.1.4" else np.nan_to_num(last, nan=0.0)
+    parts = (gap["tied"] > 0).mean(), (gap["ref"] > 0).mean(), (tied > spread).mean(), (g > spread).mean()
+    return np.dot((0.3, 0.3, 0.2, 0.2, 0.01), (*parts, last.mean() if len(last) else 0.0))
+
+
+def ties(generator, prompts=12):
+    """Prompts of both forms, some of whose correct scores are all the same, and one of a single form."""
+    items = [{"id": "ref:99", "subset": "Ties", "scores": [1.0, 2.0], "num_correct": 1}]
+    for number in range(prompts):
+        correct = generator.normal(1, 0.5, 3).round(1) if number % 3 else np.full(3, 1.0)
+        wrong = generator.normal(0, 1, 4).round(1)
+        items.append(
+            {"id": f"tied:{number}", "subset": "Ties", "scores": [*correct.tolist(), *wrong.tolist()], "num_correct": 3}
+        )
+        reference = generator.normal((1, 0, 0), 1).round(1).tolist()
+        items.append({"id": f"ref:{number}", "subset": "Ties", "scores": reference, "num_correct": 1})
+    return items
+
+
+@pytest.mark.parametrize("formula", ["0.1.4", "0.1.5"])
+def test_the_score_of_ties_is_its_formula_in_either_version(formula):
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        items = ties(generator)
+        assert ties_score(items, formula=formula) == pytest.approx(ties_from_the_definition(items, formula), abs=1e-12)
+
+
+def test_the_versions_differ_where_correct_responses_score_alike():
+    ref = {"id": "ref:1", "subset": "Ties", "scores": [1.0, 0.0], "num_correct": 1}
+    tied = {"id": "tied:1", "subset": "Ties", "scores": [1.0, 1.0, 0.0], "num_correct": 2}
+    assert ties_score([ref, tied], formula="0.1.4") == pytest.approx(1.0, abs=1e-12)
+    assert ties_score([ref, tied], formula="0.1.5") == pytest.approx(1.01, abs=1e-12)
+    worse = tied | {"scores": [1.0, 1.0, 2.0]}
+    assert ties_score([ref, worse], formula="0.1.5") == pytest.approx(0.3 - 0.01, abs=1e-12)
+    equal = tied | {"scores": [1.0, 1.0, 1.0]}
+    assert ties_score([ref, equal], formula="0.1.5") == pytest.approx(0.3, abs=1e-12)
+
+
+def test_version_2_is_the_mean_of_six_and_no_total_where_one_is_missing():
+    items = [
+        {"id": str(i), "subset": name, "scores": [1, 0, 0, 0] if i else [0, 1, 0, 0], "num_correct": 1}
+        for name in SUBSETS_2
+        if name != "Ties"
+        for i in range(4)
+    ]
+    assert rewardbench2_scores(items) == dict.fromkeys(list(SUBSETS_2)[:5], 0.75)
+    items += ties(np.random.default_rng(1))
+    scores = rewardbench2_scores(items)
+    tie = ties_score([item for item in items if item["subset"] == "Ties"])
+    assert scores["total"] == pytest.approx((5 * 0.75 + tie) / 6, abs=1e-12)
+    assert scores["Ties"] == tie
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"subset": "ties"}, "unknown subset 'ties'"),
+        ({"id": "7"}, "neither ref:<n> nor tied:<n>"),
+        ({"num_correct": 2}, "both correct and wrong"),
+        ({"id": "ref:1"}, "stands twice"),
+        ({"id": "tied:2"}, "no tie has both forms"),
+    ],
+)
+def test_items_of_another_form_are_refused(change, words):
+    ref = {"id": "ref:1", "subset": "Ties", "scores": [1.0, 0.0], "num_correct": 1}
+    with pytest.raises(DataError, match=words):
+        rewardbench2_scores([ref, ref | {"id": "tied:1"} | change])
