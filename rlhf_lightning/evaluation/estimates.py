@@ -103,3 +103,20 @@ def difference_estimate(
             f"difference_estimate: {after.shape} values after and {before.shape} before are not those of the same units"
         )
     return mean_estimate(after - before, resamples=resamples, seed=seed)
+
+
+def finite(where: str, name: str, values: np.ndarray | Sequence) -> np.ndarray:
+    """The values as a float64 array. UserError: one of them is NaN or infinite."""
+    array = np.asarray(values, dtype=np.float64)
+    wrong = int((~np.isfinite(array)).sum())
+    if wrong:
+        raise UserError(
+            f"{where}: {wrong} of {array.size} {name} are NaN or infinite, and leaving them out would change the "
+            "question; score in float32 (float16 ends at 65504), or look for divergence"
+        )
+    return array
+
+
+def ratio(top: float, bottom: float) -> float:
+    """top / bottom, NaN where bottom is 0: undefined for `bootstrap`."""
+    return float(top / bottom) if bottom else math.nan
