@@ -27,7 +27,7 @@ commands:
              --ckpt_path FILE --out DIRECTORY [--merge true|false]
 
 examples:
-  rlhf-lightning fit --config configs/quickstart.yaml
+  rlhf-lightning fit --config configs/quickstart/reward_model.yaml
   rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
   rlhf-lightning fit --config configs/ppo.yaml --model.backbone models/sft --model.reward_model models/reward_model

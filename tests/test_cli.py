@@ -15,7 +15,7 @@ from rlhf_lightning.cli import COMMANDS, main
 from rlhf_lightning.errors import ConfigurationError
 from tests.test_configs import CONFIGS, ROOT
 
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "configs" / "quickstart" / "reward_model.yaml")
 DPO = str(ROOT / "configs" / "dpo.yaml")
 SFT = str(ROOT / "configs" / "sft.yaml")
 TINY = ["--model.backbone", "builtin:tiny", "--data.train", "builtin:courtesy"]
@@ -108,7 +108,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", QUICKSTART, "--trainer.precision", "bf16-true"], ["rotary", "use bf16-mixed"]),
         (["fit", "--config", QUICKSTART, "--model.optimizer.lr", "-1"], ["model.optimizer", "-1"]),
         (["fit", "--config", QUICKSTART, "--trainer.logger.save_dir", "/proc/x"], ["/proc/x"]),
-        (["test", "--config", QUICKSTART, "--ckpt_path", QUICKSTART], ["quickstart.yaml", "cannot be read"]),
+        (["test", "--config", QUICKSTART, "--ckpt_path", QUICKSTART], ["reward_model.yaml", "cannot be read"]),
         (["test", "--config", QUICKSTART, "--ckpt_path", str(ROOT)], ["cannot be read as a checkpoint"]),
         (["test", "--config", QUICKSTART, "--ckpt_path", "absent.ckpt"], ["absent.ckpt", "no checkpoint"]),
     ],
@@ -276,7 +276,7 @@ def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
 def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):
     few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5"]
     assert main(["fit", "--config", QUICKSTART, *few]) == 0
-    (run,) = (tmp_path / "runs" / "quickstart").iterdir()
+    (run,) = (tmp_path / "runs" / "quickstart_reward_model").iterdir()
     assert logged_scalars(run) == documented_scalars("RewardModel")
 
 

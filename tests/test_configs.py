@@ -10,10 +10,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
+QUICKSTART = sorted((ROOT / "configs" / "quickstart").glob("*.yaml"))
 LLAMA = sorted((ROOT / "configs" / "llama3_8b").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS + OVERLAYS + LLAMA, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS + QUICKSTART + OVERLAYS + LLAMA, ids=lambda path: path.name)
 def test_header_gives_the_command_that_runs_the_file(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("rlhf-lightning fit --config" in line for line in header)

@@ -48,7 +48,7 @@ def test_every_command_parses(capsys, monkeypatch, command):
 def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeypatch):
     """The same conversation through `predict`, which makes its token ids in another way."""
     monkeypatch.chdir(tmp_path)
-    quickstart = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    quickstart = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
     assert main(["fit", *quickstart, "--trainer.limit_train_batches", "3", "--trainer.max_epochs", "1"]) == 0
     _, block = blocks("python")
     capsys.readouterr()
@@ -58,7 +58,8 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
     user, assistant = namespace["chat"]
     row = {"prompt": user["content"], "chosen": assistant["content"], "rejected": "No."}
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
-    arguments = ["--model.backbone", "models/quickstart", "--data.train", "one.jsonl", "--data.val", "one.jsonl"]
+    arguments = ["--model.backbone", "models/quickstart_reward_model"]
+    arguments += ["--data.train", "one.jsonl", "--data.val", "one.jsonl"]
     assert main(["predict", *quickstart, *arguments]) == 0
     (written,) = tmp_path.rglob("predictions.jsonl")
     assert json.loads(written.read_text())["chosen"] == pytest.approx(printed, abs=1e-4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.test_configs import ROOT
 
-QUICKSTART = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+QUICKSTART = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
 
 
 def run(directory: Path, *arguments: str, **environment: str) -> str:
@@ -42,7 +42,7 @@ def test_the_quickstart_learns_and_leaves_its_model(tmp_path):
     assert values["pooled AUROC"] > 0.65
     assert values["margin AUROC"] > 0.75
     assert values["loss"] < 0.62
-    assert (tmp_path / "models" / "quickstart" / "model.safetensors").is_file()
+    assert (tmp_path / "models" / "quickstart_reward_model" / "model.safetensors").is_file()
 
 
 def test_a_model_is_found_by_its_hub_name(tmp_path, tiny_qwen2):

@@ -29,7 +29,8 @@ SPLIT_STEMS: dict[str, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test",),
 }
-COURTESY = "builtin:courtesy"
+BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
+"""The sets that come with the package, and how their files' names begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class SourceKeys(TypedDict, total=False):
 
 
 Source = str | list[str | SourceKeys]
-"""A file, a directory, a hub data set or `builtin:courtesy`; or a list of them, some with a weight."""
+"""A file, a directory, a hub data set or a set of `BUILTIN`; or a list of them, some with a weight."""
 
 
 def source_list(source: Source | Path | Sequence[WeightedSource]) -> list[WeightedSource]:
@@ -95,7 +96,7 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
     """Yield the rows of a source, in order.
 
     A source is a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a directory of such files, the
-    name of a hub data set (`owner/name`, or `owner/name:split`), or `builtin:courtesy`. From a directory the files of
+    name of a hub data set (`owner/name`, or `owner/name:split`), or one of `BUILTIN`. From a directory the files of
     the split are read (`train*` or `*train`, and so on); where none is named so, those that are named after no split.
 
     Raises `DataError` when the source is missing, empty, of an unknown kind, or cannot be parsed.
@@ -115,8 +116,9 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
 
 def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | None:
     """The files a source stands for, or None when it is a hub name. Raises `DataError` when it is neither."""
-    if str(source) == COURTESY:
-        return [Path(__file__).parent / "courtesy" / f"{'train' if split == 'train' else 'val'}.jsonl"]
+    if str(source) in BUILTIN:
+        name = f"{BUILTIN[str(source)]}{'train' if split == 'train' else 'val'}.jsonl"
+        return [Path(__file__).parent / "courtesy" / name]
     path = _local_path(source)
     if path.is_dir():
         files = _split_files(path, split)
@@ -144,8 +146,8 @@ def described(source: str, *, split: Split = "train") -> str:
 
 
 def has_split(source: str | Path, split: Split) -> bool:
-    """Whether a directory, or the built-in set, brings files of its own for this split."""
-    if str(source) == COURTESY:
+    """Whether a directory, or a built-in set, brings files of its own for this split."""
+    if str(source) in BUILTIN:
         return split in ("train", "val")
     path = _local_path(source)
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))

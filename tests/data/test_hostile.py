@@ -459,7 +459,7 @@ def test_a_row_alone_is_refused_where_validation_pairs_must_be_divided_off(damag
 def test_the_program_ends_with_one_line_and_code_two(damaged, tmp_path, monkeypatch, capsys, name, policy):
     monkeypatch.chdir(tmp_path)
     path = damaged(name)
-    config = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml")]
+    config = ["fit", "--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
     assert main([*config, "--data.train", str(path), "--data.val", str(path), "--data.on_bad_rows", policy]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines

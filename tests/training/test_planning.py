@@ -242,7 +242,7 @@ def plan_of(capsys, *arguments) -> tuple[int, str]:
     return code, printed.out + printed.err
 
 
-QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.yaml"))
+QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml"))
 
 
 def test_the_quickstart_fits_and_its_steps_are_counted(capsys, tmp_path):

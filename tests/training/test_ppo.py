@@ -330,10 +330,11 @@ def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(reque
 
 def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reward = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_epochs", "1"]
+    reward = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml"), "--trainer.max_epochs", "1"]
     assert main(["fit", *reward]) == 0
     arguments = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
-    arguments += ["--model.reward_model", "models/quickstart", "--model.lora", "null", "--model.value_model", "null"]
+    arguments += ["--model.reward_model", "models/quickstart_reward_model"]
+    arguments += ["--model.lora", "null", "--model.value_model", "null"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.train", "builtin:courtesy"]
     arguments += ["--model.max_new_tokens", "8", "--trainer.val_check_interval", "1.0"]
     assert main(["fit", *arguments]) == 0

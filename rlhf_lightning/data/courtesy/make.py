@@ -1,11 +1,15 @@
 # ruff: noqa: E501
-"""Makes the built-in preference set `builtin:courtesy`. Run: python -m rlhf_lightning.data.courtesy.make
+"""Makes the built-in sets `builtin:courtesy` and `builtin:courtesy_answers`.
+
+Run: python -m rlhf_lightning.data.courtesy.make
 
 Written for this project, so free of other licences. A prompt asks how to do a household task. An answer has an opening
 and a closing (kind, plain or rude) and one to three steps (of this task, or of another one). Its utility is the sum of
 `UTILITY`; which of two answers is preferred is drawn with probability sigmoid(difference), the Bradley-Terry model. The
 labels are therefore noisy, as people's are, and the accuracy of somebody who knows the utilities (`oracle_accuracy`) is
-the ceiling for any reward model. Training and validation ask about different tasks.
+the ceiling for any reward model. Training and validation ask about different tasks. `courtesy_answers` is made in the
+same way, of all tasks: for SFT, so that a tiny model can speak of what it is asked later. Its validation pairs ask about
+the same tasks in other words.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import random
 from pathlib import Path
 
 UTILITY = {"kind": 2.0, "plain": 0.0, "rude": -3.0, "step": 1.0, "off_topic": -3.0}
-PAIRS = {"train": 600, "val": 200}
+PAIRS = {"train": 600, "val": 200, "answers_train": 1000, "answers_val": 100}
 SEED = 7
 
 FRAMES = [
@@ -75,10 +79,11 @@ def utility(features: dict) -> float:
 
 
 def make_rows(split: str) -> list[dict]:
-    """The rows of `train` or `val`, with the utilities of both answers."""
+    """The rows of a split, one of `PAIRS`, with the utilities of both answers."""
     random_source = random.Random(f"{SEED} {split}")
     names = list(TASKS)
-    tasks = names[:-VALIDATION_TASKS] if split == "train" else names[-VALIDATION_TASKS:]
+    tasks = {"train": names[:-VALIDATION_TASKS], "val": names[-VALIDATION_TASKS:]}.get(split, names)
+    frames = {"answers_train": FRAMES[:-1], "answers_val": FRAMES[-1:]}.get(split, FRAMES)
     rows = []
     while len(rows) < PAIRS[split]:
         task = random_source.choice(tasks)
@@ -91,12 +96,12 @@ def make_rows(split: str) -> list[dict]:
         (chosen, chosen_utility), (rejected, rejected_utility) = answers
         rows.append(
             {
-                "prompt": random_source.choice(FRAMES).format(task),
+                "prompt": random_source.choice(frames).format(task),
                 "chosen": chosen,
                 "rejected": rejected,
                 "chosen_utility": chosen_utility,
                 "rejected_utility": rejected_utility,
-                "id": f"courtesy-{split}-{len(rows)}",
+                "id": f"courtesy-{split.replace('_', '-')}-{len(rows)}",
             }
         )
     return rows

@@ -1,0 +1,51 @@
+"""The true utility of an answer to a question of the built-in sets: a reward by rule, and the judge of a learned one.
+
+Use it as `--model.reward_model rlhf_lightning.data.courtesy.rule:true_utility`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rlhf_lightning.data.courtesy.make import CLOSINGS, OPENINGS, TASKS, UTILITY
+from rlhf_lightning.data.examples import Message
+
+UNKNOWN_SENTENCE = -1.0
+"""Utility of a stretch of text that is no phrase or step of the set, or repeats one."""
+
+_STEPS = {step: task for task, steps in TASKS.items() for step in steps.split(" | ")}
+
+
+def true_utility(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
+    """Utility of each response, in logits of the Bradley-Terry model that labelled the built-in pairs.
+
+    An answer as the sets hold them has exactly the utility that it was made with. Of any other text, phrases count
+    where they stand at the beginning or the end, steps anywhere and once, and every other stretch `UNKNOWN_SENTENCE`.
+    Raises `ValueError` for a prompt that asks about none of the set's tasks.
+    """
+    return [_utility(prompt[-1]["content"], response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _utility(question: str, response: str) -> float:
+    task = next((task for task in TASKS if task in question), None)
+    if task is None:
+        raise ValueError(f"{question[:60]!r} asks about none of the built-in tasks")
+    rest = response.strip()
+    opening, rest = _taken(rest, OPENINGS, str.startswith, str.removeprefix)
+    closing, rest = _taken(rest, CLOSINGS, str.endswith, str.removesuffix)
+    steps = [step for step in _STEPS if step in rest]
+    unknown = re.split("|".join(map(re.escape, steps)), rest) if steps else [rest]
+    utility = UTILITY[opening] + UTILITY[closing] + UTILITY["step"] * min(len(steps), 3)
+    utility += UNKNOWN_SENTENCE * sum(bool(stretch.strip()) for stretch in unknown)
+    utility += UNKNOWN_SENTENCE * sum(rest.count(step) - 1 for step in steps)
+    return utility + (UTILITY["off_topic"] if any(_STEPS[step] != task for step in steps) else 0.0)
+
+
+def _taken(text: str, phrases: dict[str, list[str]], stands, without) -> tuple[str, str]:
+    """The tone of the phrase that stands at one end of a text, and the text without it."""
+    for tone, known in phrases.items():
+        for phrase in known:
+            if phrase and stands(text, phrase):
+                return tone, without(text, phrase).strip()
+    return "plain", text
