@@ -286,10 +286,14 @@ def _gain_in_sd(before: np.ndarray, after: np.ndarray, *, resamples: int, seed: 
     if not variance.any():
         return None, "all replies before to one prompt have the same reward; sample, instead of decoding greedily"
     gain = after.mean(axis=1) - before.mean(axis=1)
-    estimate = bootstrap(
-        lambda drawn: ratio(gain[drawn].mean(), math.sqrt(variance[drawn].mean())), gain, resamples=resamples, seed=seed
-    )
-    return estimate, ""
+
+    def in_sd(drawn: np.ndarray) -> float:
+        return ratio(gain[drawn].mean(), math.sqrt(variance[drawn].mean()))
+
+    try:
+        return bootstrap(in_sd, gain, resamples=resamples, seed=seed), ""
+    except UserError as error:  # so few prompts have a spread that some resamples have none
+        return None, str(error)
 
 
 def _together(what: str, shape: tuple[int, ...], **arrays: np.ndarray | None) -> list[np.ndarray]:
@@ -369,8 +373,8 @@ def best_of_n(
     """What choosing the best of n replies would bring, from K replies of one policy: rewards [P, K].
 
     `sizes` are the n, powers of two up to K if not given. `judge` [P, K] are rewards of another model for the same
-    replies: then `rewards` choose, and `judge` says what the choice is worth. KL = log n - (n - 1) / n, exact where
-    no two replies tie, else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+    replies: then `rewards` choose, and `judge` says what the choice is worth. KL = log n - (n - 1) / n is
+    exact where no reply comes twice nor ties, and else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
     """
     rewards = finite("best of n", "rewards", rewards)
     judged = rewards if judge is None else finite("best of n", "rewards of the judge", judge)
