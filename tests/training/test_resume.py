@@ -21,12 +21,18 @@ from tests.test_configs import ROOT
 LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
 # Dropout: without the states of the random numbers, the rest of the run would be another one.
 MODELS = {"RewardModel": {"dropout": 0.2}, "DPO": LORA, "SFT": LORA}
+MODELS["PPO"] = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 6, "epochs": 2, "minibatches": 2}
+MODELS["PPO"] |= {"kl_target": 3.0, "kl_horizon": 20.0, "normalize_scores": True}
+CURVES = {"PPO": ("train/reward", "train/kl", "train/kl_coef", "train/value_loss", "train/lr", "val/reward")}
 ZERO = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed", "--trainer.devices", "2"]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_qwen2, pairs):
-    """Write the configuration of a run of 9 optimizer steps: 18 batches in three epochs, validations between."""
+    """Write the configuration of a run of 9 optimizer steps: 18 batches in three epochs, validations between.
+
+    PPO makes four steps of each of the 18 batches.
+    """
 
     def write(kind: str) -> str:
         path = tmp_path_factory.mktemp("config") / f"{kind}.yaml"
@@ -49,6 +55,12 @@ def config(tmp_path_factory, tiny_qwen2, pairs):
             "model": {"class_path": kind, "init_args": model | MODELS[kind]},
         }
         run["data"] = {"class_path": "PreferenceDataModule", "init_args": data}
+        if kind == "PPO":
+            run["data"]["class_path"] = "PromptDataModule"
+            del trainer["accumulate_grad_batches"], trainer["gradient_clip_val"]
+            best |= {"monitor": "val/reward", "mode": "max"}
+            last["every_n_train_steps"] = 12
+            trainer["log_every_n_steps"] = 1
         path.write_text(yaml.safe_dump(run))
         return str(path)
 
@@ -130,10 +142,14 @@ def curve(directory: Path, name: str) -> dict[int, float]:
     return {step: found.pop() for step, found in sorted(values.items())}
 
 
-def check_same(killed: Path, unbroken: Path) -> None:
+LOGGED = ("train/loss", "train/lr", "train/grad_norm", "val/loss")
+
+
+def check_same(killed: Path, unbroken: Path, names: tuple[str, ...] = LOGGED) -> None:
     assert digest(last_checkpoint(killed)) == digest(last_checkpoint(unbroken))
     assert [path.name for path in checkpoints(killed)] == [path.name for path in checkpoints(unbroken)]
-    for name in ("train/loss", "train/lr", "train/grad_norm", "val/loss"):
+    for name in names:
+        assert curve(unbroken, name), name
         assert curve(killed, name) == curve(unbroken, name), name
     assert not list(last_checkpoint(killed).parent.glob(".*part")), "nothing half written is left"
 
@@ -165,6 +181,9 @@ def unbroken(tmp_path_factory, config):
         ("DPO", "batch", 8),
         ("DPO", "checkpoint", 3),
         ("SFT", "batch", 15),
+        ("PPO", "batch", 8),
+        ("PPO", "validation", 7),
+        ("PPO", "checkpoint", 4),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kind, moment, count):
@@ -173,9 +192,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kin
     assert code == -signal.SIGKILL, error[-3000:]
     code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
-    assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d\.ckpt \(step \d\)", error)
+    assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d+\.ckpt \(step \d+\)", error)
     assert "not whole" not in error, "a checkpoint is in its place when it is complete"
-    check_same(tmp_path / "run", whole)
+    check_same(tmp_path / "run", whole, CURVES.get(kind, LOGGED))
 
 
 @pytest.mark.parametrize(("moment", "count"), [("batch", 9), ("validation", 7), ("checkpoint", 3)])
