@@ -1,0 +1,146 @@
+"""What peers get wrong in PPO (the project's statements C27 to C37), tested in a run, from the drawn replies on.
+
+The same statements of pure functions: C27, C28, C31, C32 and C35 in tests/functional; C29 over processes, C30, C33 and
+C36 in test_ppo.py; C35 and C38 through a kill in test_resume.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from rlhf_lightning.training import rollouts
+from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
+
+
+class Ending:
+    """An engine whose every other reply ends early; a tiny model of random weights hardly ever ends one."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def replies(self, policy, prompts, seeds, *, terminator_id, **options):
+        drawn = self.engine.replies(policy, prompts, seeds, terminator_id=terminator_id, **options)
+        end = torch.tensor([terminator_id])
+        return [
+            reply if seed % 2 else torch.cat([reply[: seed % 7], end]) for reply, seed in zip(drawn, seeds, strict=True)
+        ]
+
+
+@pytest.fixture
+def rollout(build_ppo, trainer):  # noqa: F811
+    """Module, experience and scores of a run's second rollout, when policy, reference and values have moved apart."""
+
+    def make(**settings):
+        module, data = build_ppo(max_new_tokens=8, epochs=2, **settings)
+        module.engine = Ending(module.engine)
+        kept = []
+        update, score = module._update, module.score
+        scores = []
+        module._update = lambda experience: kept.append(experience) or update(experience)
+        module.score = lambda *given: scores.append(score(*given)) or scores[-1]
+        steps = []
+
+        def step(experience, part):
+            steps.append((experience, list(part)))
+            return original(experience, part)
+
+        original, module._step = module._step, step
+        trainer(limit_val_batches=0).fit(module, data)
+        return module, kept[1], scores[1], steps
+
+    return make
+
+
+def quadratic(rewards, values, gamma, gae_lambda):
+    """Advantages of one reply of L tokens, from the definition: sum over l of (gamma lambda)^l delta_(t+l)."""
+    length = len(rewards)
+    following = [*values[1:], 0.0]  # nothing comes after the last token
+    deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(length)]
+    return [sum((gamma * gae_lambda) ** (s - t) * deltas[s] for s in range(t, length)) for t in range(length)]
+
+
+def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
+    """From scores, log-probs and values, reply by reply: the score is paid once, on the last token, ended or not."""
+    module, experience, scores, _ = rollout(
+        whiten_advantages=False, gamma=0.97, gae_lambda=0.9, kl_coef=0.4, missing_eos_penalty=0.7
+    )
+    settings, replies = module.hparams, experience.replies
+    ended = [bool(row[-1] == module.trainer.datamodule.chat_format.terminator_id) for row in replies.rows]
+    assert ended == replies.ended.tolist()
+    assert 0 < sum(ended) < len(ended)
+    rows = rollouts.padded_rows(replies, pad_id=module._pad_id, device=module.device)
+    reference = rollouts.laid_out(module._reference_logprobs(rows).float(), experience.mask).double()
+    for i, length in enumerate(replies.lengths.tolist()):
+        logprobs, values = experience.logprobs[i, :length].double(), experience.values[i, :length].double()
+        rewards = (-settings.kl_coef * (logprobs - reference[i, :length])).tolist()
+        rewards[-1] += scores[i].item() - settings.missing_eos_penalty * (not ended[i])
+        expected = torch.tensor(quadratic(rewards, values.tolist(), 0.97, 0.9), dtype=torch.float64)
+        torch.testing.assert_close(experience.advantages[i, :length].double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(experience.returns[i, :length].double(), expected + values, rtol=0, atol=1e-5)
+        assert experience.advantages[i, length:].abs().sum() == 0
+    assert (experience.logprobs - reference)[experience.mask].abs().max() > 1e-3
+
+
+def test_c34_no_token_that_was_not_drawn_is_in_the_loss(rollout):
+    """A reply has one terminator, at its end, or is cut without one; what rows are padded with changes no loss."""
+    module, experience, _, _ = rollout(missing_eos_penalty=0.0)
+    terminator = module.trainer.datamodule.chat_format.terminator_id
+    for row, start, ended in zip(
+        experience.replies.rows, experience.replies.prompt_lengths, experience.replies.ended, strict=True
+    ):
+        reply = row[start:]
+        assert (reply == terminator).sum() == int(ended)
+        assert len(reply) <= 8
+        assert bool(ended) or len(reply) == 8
+    assert experience.mask.sum(dim=1).tolist() == experience.replies.lengths.tolist()
+    everything = list(range(len(experience.replies.rows)))
+    losses = []
+    for pad_id in (module._pad_id, terminator, 77):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(module), "_pad_id", pad_id)
+            losses.append(module._losses(experience, everything, counts=True)[0].item())
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("value_model", [None, "shared"])
+def test_c37_the_order_of_replies_changes_no_gradient(rollout, value_model):
+    module, experience, _, _ = rollout(value_model=value_model, max_grad_norm=0.0)
+
+    def gradient(pieces):
+        module.zero_grad()
+        for piece in pieces:
+            module._losses(experience, piece, counts=True)[0].backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double()
+
+    whole = gradient([[0, 1, 2, 3, 4, 5]])
+    assert whole.abs().max() > 1e-3
+    for pieces in ([[5, 3, 1, 0, 2, 4]], [[4, 0], [5], [3, 1, 2]], [[5], [4], [3], [2], [1], [0]]):
+        torch.testing.assert_close(gradient(pieces), whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+
+
+def test_each_pass_learns_from_each_reply_once_in_an_order_of_its_own(rollout):
+    _, experience, _, steps = rollout(minibatches=3)
+    second = [part for taken, part in steps if taken is experience]
+    passes = [[i for part in each for i in part] for each in (second[:3], second[3:])]
+    assert [sorted(each) for each in passes] == [list(range(6))] * 2
+    assert passes[0] != passes[1]
+
+
+def test_c33_the_moments_of_a_rollout_stand_still_while_it_is_learned_from(rollout):
+    module, experience, scores, _ = rollout(normalize_scores=True, minibatches=2)
+    before = module.moments.state_dict()
+    module._update(experience)
+    assert module.moments.state_dict() == before
+    assert before["count"] == 18
+    assert scores.std() > 0
+
+
+def test_c30_the_first_ratio_is_one_of_another_temperature_too(build_ppo, trainer):  # noqa: F811
+    sgd = functools.partial(torch.optim.SGD, lr=1e-12)
+    _, recorder, _ = fitted(trainer, build_ppo(temperature=1.7, epochs=3, optimizer=sgd, value_lr=1e-12))
+    for row in recorder.rows:
+        assert row["ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["clip_fraction"] == 0
