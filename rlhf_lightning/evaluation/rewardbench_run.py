@@ -22,6 +22,7 @@ from rlhf_lightning.data.preferences import BadRow, check_prompt, prompt_message
 from rlhf_lightning.data.sources import Row, read_rows
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, bootstrap, wilson
+from rlhf_lightning.evaluation.ledger import Ledger
 from rlhf_lightning.evaluation.rewardbench import (
     LITE_NAME,
     PRIOR_SETS,
@@ -334,27 +335,22 @@ def _messages(row: Row) -> list[Message]:
 def score_rows(scorer: Scorer, rows: Sequence[BenchmarkRow], scores_file: str | Path | None = None) -> list[RowScores]:
     """The scores of all responses, in the order of the rows.
 
-    With a file, scores are appended to it as they come, one row a line, under the scorer's fingerprint and the row's
-    key; those that are in it are not computed again, so that a run that was cut off goes on. A last line that was not
-    written to its end is dropped. Raises `DataError` for a file that holds something else, and `ModelError` for a
-    score that is not finite.
+    With a file, scores are appended to it as they come (see `Ledger`), under the scorer's fingerprint and the row's
+    key; those that are in it are not computed again. Raises `DataError` for a file that holds something else, and
+    `ModelError` for a score that is not finite.
     """
     keys = [row.key for row in rows]
-    known = {} if scores_file is None else _known_scores(Path(scores_file), scorer.fingerprint)
-    missing = [place for place, key in enumerate(keys) if key not in known]
-    if known and missing != list(range(len(rows))):
-        log.info("%s: %d of %d rows are scored already", scores_file, len(rows) - len(missing), len(rows))
+    ledger = Ledger(scores_file, scorer.fingerprint, ("scores", "tokens", "truncated"))
+    missing = list({key: place for place, key in enumerate(keys) if key not in ledger.known}.values())
+    if len(missing) < len(set(keys)):
+        log.info("%s: %d of %d rows are scored already", scores_file, len(set(keys)) - len(missing), len(set(keys)))
     # The longest first: what does not fit into memory fails at once.
     missing.sort(key=lambda place: -max(map(len, rows[place].responses)) - len(prompt_as_text(rows[place].prompt)))
     for start in range(0, len(missing), _ROWS_AT_A_TIME):
         part = missing[start : start + _ROWS_AT_A_TIME]
         scored = _score(scorer, [rows[place] for place in part])
-        known |= {keys[place]: entry for place, entry in zip(part, scored, strict=True)}
-        if scores_file is not None:
-            lines = [{"scorer": scorer.fingerprint, "row": keys[place], **known[keys[place]]} for place in part]
-            with Path(scores_file).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-    return [RowScores(row.id, row.subset, **known[key]) for row, key in zip(rows, keys, strict=True)]
+        ledger.add({keys[place]: entry for place, entry in zip(part, scored, strict=True)})
+    return [RowScores(row.id, row.subset, **ledger.known[key]) for row, key in zip(rows, keys, strict=True)]
 
 
 def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[dict[str, list]]:
@@ -371,32 +367,6 @@ def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[dict[str, list]
             )
         scores, tokens, truncated = (list(column) for column in zip(*own, strict=True))
         found.append({"scores": scores, "tokens": tokens, "truncated": truncated})
-    return found
-
-
-def _known_scores(file: Path, fingerprint: str) -> dict[str, dict[str, list]]:
-    """Scores of a scorer by row, of a file whose torn end is cut off first."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        log.info("%s: its last line was not written to its end and is dropped", file)
-    found = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            scorer, key = entry.pop("scorer"), entry.pop("row")
-            if scorer == fingerprint:
-                found[key] = {name: list(entry[name]) for name in ("scores", "tokens", "truncated")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{file}, line {number}: no line of scores; give another scores_file, or remove this one"
-            ) from error
-    if len(whole) < len(content):  # only a file that is one of ours
-        with file.open("r+b") as torn:
-            torn.truncate(len(whole))
     return found
 
 

@@ -182,7 +182,7 @@ def test_a_run_that_is_interrupted_goes_on_and_scores_nothing_twice(tmp_path):
     assert score_rows(third, rows, stored) == whole
 
 
-@pytest.mark.parametrize("torn", ['{"scorer": "length", "row": "12', "{", '{"a": 1}'])
+@pytest.mark.parametrize("torn", ['{"maker": "length", "key": "12', "{", '{"a": 1}'])
 def test_a_line_that_was_not_written_to_its_end_is_dropped(tmp_path, file, torn):
     rows = load_rewardbench(file)
     stored = tmp_path / "scores.jsonl"
@@ -206,7 +206,7 @@ from rlhf_lightning.evaluation.rewardbench_run import load_rewardbench, score_ro
 class Killed(LengthScorer):
     def __call__(self, prompts, responses):
         if self.scored:
-            open({str(tmp_path / "scores.jsonl")!r}, "a").write('{{"scorer": "length", "row": "')
+            open({str(tmp_path / "scores.jsonl")!r}, "a").write('{{"maker": "length", "key": "')
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(prompts, responses)
 score_rows(Killed(), load_rewardbench({str(path)!r}), {str(tmp_path / "scores.jsonl")!r})
@@ -243,10 +243,10 @@ def test_a_row_whose_text_changed_is_scored_anew(tmp_path, file):
 
 def test_scores_files_of_another_kind_are_refused_and_left_as_they_are(tmp_path, file):
     stored = tmp_path / "notes.jsonl"
-    stored.write_text('{"scorer": "length"}\nan unfinished')
-    with pytest.raises(DataError, match=r"notes.jsonl, line 1: no line of scores"):
+    stored.write_text('{"maker": "length"}\nan unfinished')
+    with pytest.raises(DataError, match=r"notes.jsonl, line 1: not written by"):
         score_rows(LengthScorer(), load_rewardbench(file), stored)
-    assert stored.read_text() == '{"scorer": "length"}\nan unfinished'
+    assert stored.read_text() == '{"maker": "length"}\nan unfinished'
 
 
 def test_a_score_that_is_not_finite_is_refused_with_its_row(file):
@@ -484,3 +484,30 @@ def test_files_that_would_say_something_else_are_refused(tmp_path, file):
     lite = run_rewardbench(LengthScorer(), rows, size=46)
     with pytest.raises(ConfigurationError, match="no official result"):
         write_official_files(tmp_path, lite, rows, model="us/length")
+
+
+def test_a_row_that_stands_twice_under_two_ids_is_scored_once_and_counts_twice(tmp_path):
+    rows = [make_rows(2)[1] | {"id": number} for number in range(3)]
+    scorer = LengthScorer()
+    result = run_rewardbench(scorer, load_rewardbench(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    assert (result.n_pairs, len(scorer.scored)) == (3, 2)
+
+
+def test_rows_come_from_the_split_of_a_hub_data_set(monkeypatch):
+    import datasets
+
+    rows = make_rows()
+    asked = []
+
+    def load_dataset(name, *, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_rewardbench()
+    assert asked == [("allenai/reward-bench", "filtered")]
+    assert [(row.id, *row.responses) for row in loaded] == [
+        (str(row["id"]), row["chosen"], row["rejected"]) for row in rows
+    ]
+    load_prior_set("anthropic_hhh")
+    assert asked[1] == ("allenai/pref-test-sets", "anthropic_hhh")
