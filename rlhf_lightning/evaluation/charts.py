@@ -288,6 +288,10 @@ class Box(NamedTuple):
     right: float
     bottom: float
 
+    def distance(self, x: float, y: float) -> float:
+        """From the point to the rectangle."""
+        return math.hypot(max(self.left - x, x - self.right, 0), max(self.top - y, y - self.bottom, 0))
+
     def touches(self, other: Box) -> bool:
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
@@ -420,9 +424,19 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _point_labels(block: Lines, frame: Frame, width: int) -> Iterator[str]:
-    """Labels where they touch nothing; of a series the last before the others. What has no room is left out."""
+    """Labels where they touch nothing and are nearest to their own point; the last of a series goes first.
+
+    What has no room is left out: the table of the numbers has it.
+    """
     size, taken = 11.0, list(_obstacles(block, frame))
-    for series in block.series:
+    markers = [
+        (frame.x(point.x), frame.y(value_of(point.y)))
+        for series in block.series
+        if len(series.points) <= MOST_LABELS
+        for point in series.points
+        if plotted(point)
+    ]
+    for index, series in enumerate(block.series):
         labelled = [point for point in series.points if point.label and plotted(point)]
         if len(labelled) > MOST_LABELS:
             labelled = [labelled[0], labelled[-1]]
@@ -442,10 +456,12 @@ def _point_labels(block: Lines, frame: Frame, width: int) -> Iterator[str]:
             ):
                 box = Box(left, height - 6, left + wide, height + 6)
                 inside = box.left >= frame.left and box.right <= width and box.top >= 0 and box.bottom <= frame.bottom
-                if inside and not any(box.touches(other) for other in taken):
+                nearest = min((box.distance(*place) for place in markers), default=math.inf)
+                belongs = box.distance(x, middle) <= nearest + 1e-9
+                if inside and belongs and not any(box.touches(other) for other in taken):
                     taken.append(box)
                     place = f'x="{_short(left + wide / 2)}" y="{_short(height + 4)}" text-anchor="middle"'
-                    yield f'<text class="point" {place}>{_escape(text)}</text>'
+                    yield f'<text class="point t{index}" {place}>{_escape(text)}</text>'
                     break
 
 
@@ -509,21 +525,20 @@ def _frame(
     low, high = min(x_values), max(x_values)
     if domain is None and high > low:
         domain = (low - 0.02 * (high - low), high + 0.02 * (high - low))
-    for ticks in range(width // 50, 1, -1):
+    for ticks in range(max(width // 80, 5), 1, -1):
         x_axis = axis(x_values, count=ticks, least=domain, round_out=False)
         x_labels = tick_labels(x_axis.ticks, x_spec)
         frame = Frame(left, top, width - 14.0, bottom, x_axis, y_axis)
         placed = [_x_label(frame, tick, label, width) for tick, label in zip(x_axis.ticks, x_labels, strict=True)]
-        if all(
-            a[0] + text_width(label) + 16 <= b[0] for (a, label), (b, _) in pairwise(zip(placed, x_labels, strict=True))
-        ):
+        ends = [start + text_width(label) for (start, _), label in zip(placed, x_labels, strict=True)]
+        if all(end + 16 <= start for end, (start, _) in zip(ends, placed[1:], strict=False)):
             break
     parts = []
     for tick, label in zip(y_axis.ticks, y_labels, strict=True):
         y = frame.y(tick)
         parts.append(_segment(frame.left, y, frame.right, y, "zero" if tick == 0 else "grid"))
         parts.append(f'<text x="{_short(left - 6)}" y="{_short(y + 4)}" text-anchor="end">{label}</text>')
-    for tick, label, (start, x) in zip(x_axis.ticks, x_labels, placed, strict=True):
+    for label, (start, x) in zip(x_labels, placed, strict=True):
         parts.append(_segment(x, frame.bottom, x, frame.bottom + 4, "tick"))
         middle = start + text_width(label) / 2
         parts.append(f'<text x="{_short(middle)}" y="{_short(bottom + 18)}" text-anchor="middle">{label}</text>')

@@ -10,6 +10,7 @@ by a format spec (`.3f`, `.1%`). A number that is not finite is printed as not m
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,6 +20,9 @@ from rlhf_lightning.evaluation.estimates import Estimate
 Quantity = Estimate | float | int | None
 Outcome = Literal["met with confidence", "met", "not met", "not measured"]
 Favourable = Literal["higher", "lower", "neither"]
+
+MOST_SERIES = 4
+"""In one chart: as many as there are colours, dashes and markers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Table:
 class Facts:
     """Names with one or several values: settings, versions, counts."""
 
-    rows: Sequence[tuple[str, str | int | float | None | Sequence[str]]]
+    rows: Sequence[tuple[str, str | int | float | Sequence[str] | None]]
     caption: str = ""
 
 
@@ -134,6 +138,9 @@ class Histogram:
     caption: str
     references: Sequence[Reference] = ()
 
+    def __post_init__(self) -> None:
+        _check_few(self.caption, self.series)
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -154,7 +161,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Series over common axes, with intervals. `diagonal` is the label of a line y = x, drawn where it is given.
+    """Up to four series over common axes. `diagonal` is the label of a line y = x, drawn where it is given.
 
     `domain` and `range` are the least that the axes show.
     """
@@ -169,6 +176,9 @@ class Lines:
     range: tuple[float, float] | None = None
     spec: str = ".3f"
     x_spec: str = "g"
+
+    def __post_init__(self) -> None:
+        _check_few(self.caption, self.series)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +232,7 @@ class Samples:
         if not 1 <= len(self.columns) <= 3:
             raise ValueError(f"{self.caption}: {len(self.columns)} columns of samples; one to three can be read")
         if wrong := [row for row in self.rows if len(row.texts) != len(self.columns)]:
-            raise ValueError(
-                f"{self.caption}: {wrong[0].title} has {len(wrong[0].texts)} texts, not {len(self.columns)}"
-            )
+            raise ValueError(f"{self.caption}: {wrong[0].title} has {len(wrong[0].texts)} of {len(self.columns)} texts")
 
 
 Block = Verdicts | Table | Facts | Note | Bars | Histogram | Lines | Changes | Samples
@@ -247,6 +255,22 @@ class Document:
     sections: Sequence[Section]
     subtitle: str = ""
     footer: str = ""
+
+
+def _check_few(caption: str, series: Sequence[Distribution] | Sequence[Series]) -> None:
+    if len(series) > MOST_SERIES:
+        raise ValueError(f"{caption}: {len(series)} series; more than {MOST_SERIES} cannot be told apart: divide them")
+
+
+def anchors(document: Document) -> list[str]:
+    """One id a section: its title in small letters and hyphens, as GitHub makes it; numbered where it is taken."""
+    found: list[str] = []
+    for index, section in enumerate(document.sections, 1):
+        words = re.sub(r"[^a-z0-9_\s-]", "", section.title.lower()).strip()
+        base = re.sub(r"\s", "-", words) or f"section-{index}"
+        free = (name for name in (base, *(f"{base}-{n}" for n in range(1, index + 1))) if name not in found)
+        found.append(next(free))
+    return found
 
 
 def value_of(quantity: Quantity) -> float | None:

@@ -137,7 +137,8 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[str | Quantity]]) 
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    place = 'class="scroll" tabindex="0" role="group" aria-label="Table"'
+    return f"<div {place}><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _cell(cell: str | Quantity, spec: str) -> str:

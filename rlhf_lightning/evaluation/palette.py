@@ -1,4 +1,4 @@
-"""Colours of the report's page, light and dark: blue and orange first, which every form of colour blindness tells apart.
+"""Colours of the page, light and dark: blue and orange first, which every form of colour blindness tells apart.
 
 Text against `page` and `panel` has a contrast of at least 4.5, marks of data against `page` of at least 3 (WCAG 2.2,
 1.4.3 and 1.4.11); the tests compute it.

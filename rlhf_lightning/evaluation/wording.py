@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 import unicodedata
 from typing import NamedTuple
@@ -26,7 +27,7 @@ def number(quantity: Quantity, spec: str = ".3f") -> str:
     value = value_of(quantity)
     if value is None:
         return NOT_MEASURED
-    if isinstance(quantity, int):
+    if isinstance(quantity, numbers.Integral):
         return _typeset(f"{quantity:,}")
     text = format(value, spec)
     if len(text) > 16 and "e" not in text:
@@ -42,9 +43,7 @@ def interval(quantity: Quantity, spec: str = ".3f") -> str:
 
 def count(quantity: Quantity, units: str) -> str:
     """`n = 300 prompts`, or nothing where n is not known."""
-    return (
-        f"n{HARD}={HARD}{_typeset(f'{quantity.n:,}')}{HARD}{units}".rstrip() if isinstance(quantity, Estimate) else ""
-    )
+    return f"n{HARD}={HARD}{number(quantity.n)}{HARD}{units}" if isinstance(quantity, Estimate) else ""
 
 
 def counts(change: Change, block: Changes) -> str:

@@ -35,11 +35,38 @@ from rlhf_lightning.evaluation.estimates import Estimate
 HOSTILE = (
     "</div></section><script>document.title='owned'</script><img src=http://example.invalid/x.png onerror=alert(1)>\n"
     "```\n# a heading\n[a link](http://example.invalid) <b>bold</b> & &amp; | a | table |\n"
-    "\x1b[31mred\x1b[0m \x00 \x07 bell, rtl override \u202egnp.exe\u202c, zero\u200bwidth, tag \U000e0041, lone \ud800\n"
+    "\x1b[31mred\x1b[0m \x00 \x07 bell, rtl \u202egnp.exe\u202c, zero\u200bwidth, tag \U000e0041, lone \ud800\n"
     "שלום, עולם! مرحبا بالعالم"
 )
 LONG_WORD = "W" * 3000
 BOOK = "\n\n".join(f"Paragraph {n}. The cat sat on the mat and looked at the reader for a while." for n in range(1200))
+
+
+SUBSETS = [
+    "small talk",
+    "puzzles with one solution",
+    "translation of idioms",
+    "summaries",
+    "letters to an office",
+    "questions of fact",
+    "recipes",
+    "travel",
+    "refusals that are due",
+    "refusals that are not due",
+    "medical advice",
+    "legal advice",
+    "stories",
+    "poems",
+    "lists",
+    "code in Python",
+    "code in C++",
+    "code in Rust",
+    "arithmetic",
+    "geometry",
+    "word problems",
+    "units",
+    "a subset whose name is so long that nobody would ever choose it but that may come from a file all the same",
+]
 
 
 def estimate(value: float, half: float, n: int = 300) -> Estimate:
@@ -48,12 +75,7 @@ def estimate(value: float, half: float, n: int = 300) -> Estimate:
 
 def document() -> Document:
     draw = np.random.default_rng(0)
-    names = (
-        "small talk|puzzles with one solution|translation of idioms|summaries|letters to an office|"
-        "questions of fact|recipes|travel|refusals that are due|refusals that are not due|medical advice|legal advice|"
-        "stories|poems|lists|code in Python|code in C++|code in Rust|arithmetic|geometry|word problems|units|"
-        "a subset whose name is so long that nobody would ever choose it but that may come from a file all the same"
-    ).split("|")
+    names = SUBSETS
     sizes = [7, 358, 40, 91, 120, 33, 26, 100, 154, 80, 21, 47, 99, 12, 64, 164, 164, 164, 447, 88, 35, 19, 100]
     rates = [0.97, 0.52, 0.61, 0.93, 0.74, 0.66, 0.81, 0.9, 0.55, 0.47, 0.7, 0.64, 0.88, 0.33, 0.79, 0.83, 0.8, 0.77]
     rates += [0.41, 0.58, 0.63, 0.5, 0.71]
@@ -79,7 +101,7 @@ def document() -> Document:
                 "Reward model",
                 [
                     Table(
-                        ["statistic", Column("validation", ".3f"), Column("test", ".3f"), Column("pairs", "d")],
+                        ["statistic", Column("validation", ".3f"), Column("test", ".3f"), "pairs"],
                         [
                             ["pairwise accuracy", estimate(0.81, 0.027), estimate(0.79, 0.03), 2000],
                             ["pooled AUROC", estimate(0.745, 0.031), None, 2000],
@@ -128,8 +150,8 @@ def document() -> Document:
                         x_spec=".0%",
                     ),
                 ],
-                "A reward model is judged on pairs that it was not trained on. Every number stands beside the units that "
-                "it is over.\n\nIntervals are 95 % intervals, by resampling whole pairs.",
+                "A reward model is judged on pairs that it was not trained on. Every number stands beside the "
+                "units that it is over.\n\nIntervals are 95 % intervals, by resampling whole pairs.",
             ),
             Section(
                 "Benchmark by subset",
