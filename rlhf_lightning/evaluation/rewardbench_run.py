@@ -25,6 +25,7 @@ from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, boots
 from rlhf_lightning.evaluation.ledger import Ledger
 from rlhf_lightning.evaluation.rewardbench import (
     LITE_NAME,
+    LITE_SIZE,
     PRIOR_SETS,
     SECTIONS,
     SUBSETS,
@@ -329,6 +330,11 @@ def _messages(row: Row) -> list[Message]:
     return messages
 
 
+def lite_rows(rows: Sequence[BenchmarkRow], size: int = LITE_SIZE) -> list[BenchmarkRow]:
+    """The rows of RewardBench-Lite, in their order (see `lite_subset`)."""
+    return [pair["row"] for pair in lite_subset([row.pair | {"row": row} for row in rows], size)]
+
+
 # ---- scores
 
 
@@ -387,7 +393,7 @@ def run_rewardbench(
     available = _counts(row.subset for row in rows)
     taken = list(rows)
     if size != "full":
-        taken = [pair["row"] for pair in lite_subset([row.pair | {"row": row} for row in rows], size)]
+        taken = lite_rows(rows, size)
     scored = score_rows(scorer, taken, scores_file)
     right = _right([(row.subset, *row.scores) for row in scored])
     subsets = subset_estimates(right)

@@ -95,10 +95,9 @@ def test_any_batch_size_gives_the_same_scores(make_scorer):
     assert [each[1:] for each in alone] == [each[1:] for each in together]
 
 
+@pytest.mark.parametrize("make_scorer", ["network", "classifier", "implicit", "reference_free"], indirect=True)
 def test_padding_on_the_left_gives_the_same_scores(make_scorer, monkeypatch):
     scorer = make_scorer(batch_size=8)
-    if scorer.kind == "Seq. Classifier" and getattr(scorer.model, "score", None) is None:
-        pytest.skip("an encoder counts its positions from the left, and scorers pad on the right")
     right = scorer(PROMPTS, RESPONSES)
     own = scoring.padded
 
