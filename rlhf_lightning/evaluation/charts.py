@@ -45,9 +45,16 @@ MOST_LABELS = 40
 
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 REFERENCE_DASHES = ("4 3", "1 3", "8 3", "8 3 1 3")
+NARROWEST_STRIP = 180
 FONT = 12.0
 
-_WIDTHS = {"ijl.,:;|!'()[]": 0.4, "frt/-\u2212 \u00a0\u202f": 0.45, "mwMW@%": 1.0, "ABCDEFGHKNOPQRSUVXYZ": 0.78}
+_WIDTHS = {
+    "ijl.,:;|!'()[]": 0.4,
+    "frt/- \u00a0\u202f": 0.45,
+    "ABCDEFGHKNOPQRSUVXYZ&#+=<>~\u2212": 0.85,
+    "mwMW@%": 1.0,
+}
+"""In em: of DejaVu Sans and rounded up, the widest font that a page without fonts of its own commonly gets."""
 _WIDTH_OF = {character: width for characters, width in _WIDTHS.items() for character in characters}
 
 
@@ -214,9 +221,9 @@ def change_strip(change: Change, block: Changes, scale: Axis) -> str:
 
 
 def axis_strip(scale: Axis, spec: str) -> str:
-    """The numbers below a column of strips."""
-    ticks = [tick for tick in scale.ticks if 0 <= scale.share(tick) <= 1]
-    parts = []
+    """The numbers below a column of strips, as many as have room at the least width."""
+    every = math.ceil(len(scale.ticks) * (max(map(text_width, tick_labels(scale.ticks, spec))) + 10) / NARROWEST_STRIP)
+    ticks, parts = scale.ticks[::every], []
     for tick, label in zip(ticks, tick_labels(ticks, spec), strict=True):
         place = scale.share(tick)
         anchor = "start" if place < 0.08 else "end" if place > 0.92 else "middle"
@@ -344,10 +351,8 @@ def lines(block: Lines, width: int) -> str:
     y_values += [line.value for line in block.references if drawable(line.value)]
     y_axis = axis(y_values, count=5, least=block.range)
     frame, parts = _frame(width, x_values, block.domain, y_axis, block.x_spec, block.spec)
-    if block.diagonal:
-        low, high = (max(frame.x_axis.low, y_axis.low), min(frame.x_axis.high, y_axis.high))
-        if low < high:
-            parts.append(_segment(frame.x(low), frame.y(low), frame.x(high), frame.y(high), "diagonal", "5 4"))
+    if block.diagonal and (ends := _diagonal(frame)):
+        parts.append(_segment(*ends, "diagonal", "5 4"))
     for index, line in enumerate(block.references):
         if drawable(line.value):
             y = frame.y(line.value)
@@ -359,6 +364,12 @@ def lines(block: Lines, width: int) -> str:
     described = [f"{series.name}: {_course(series, block)}" for series in block.series]
     subject = f"{block.y_label} against {block.x_label}. "
     return _plot(parts, width, frame.bottom + 26, block.caption, subject + "; ".join(described) + ".")
+
+
+def _diagonal(frame: Frame) -> tuple[float, float, float, float] | None:
+    """The ends of y = x where both axes show it."""
+    low, high = max(frame.x_axis.low, frame.y_axis.low), min(frame.x_axis.high, frame.y_axis.high)
+    return (frame.x(low), frame.y(low), frame.x(high), frame.y(high)) if low < high else None
 
 
 def plotted(point: Point) -> bool:
@@ -424,7 +435,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _point_labels(block: Lines, frame: Frame, width: int) -> Iterator[str]:
-    """Labels where they touch nothing and are nearest to their own point; the last of a series goes first.
+    """Labels where they touch nothing and are clearly nearest to their own point; the last of a series goes first.
 
     What has no room is left out: the table of the numbers has it.
     """
@@ -456,8 +467,8 @@ def _point_labels(block: Lines, frame: Frame, width: int) -> Iterator[str]:
             ):
                 box = Box(left, height - 6, left + wide, height + 6)
                 inside = box.left >= frame.left and box.right <= width and box.top >= 0 and box.bottom <= frame.bottom
-                nearest = min((box.distance(*place) for place in markers), default=math.inf)
-                belongs = box.distance(x, middle) <= nearest + 1e-9
+                others = (box.distance(*place) for place in markers if place != (x, middle))
+                belongs = 1.5 * box.distance(x, middle) <= min(others, default=math.inf)
                 if inside and belongs and not any(box.touches(other) for other in taken):
                     taken.append(box)
                     place = f'x="{_short(left + wide / 2)}" y="{_short(height + 4)}" text-anchor="middle"'
@@ -467,6 +478,8 @@ def _point_labels(block: Lines, frame: Frame, width: int) -> Iterator[str]:
 
 def _obstacles(block: Lines, frame: Frame) -> Iterator[Box]:
     """What no label may touch: markers, whiskers, and the lines, these as small boxes along them."""
+    if block.diagonal and (ends := _diagonal(frame)):
+        yield from _along(*ends)
     for line in block.references:
         if drawable(line.value):
             yield Box(frame.left, frame.y(line.value) - 1, frame.right, frame.y(line.value) + 1)
@@ -474,15 +487,19 @@ def _obstacles(block: Lines, frame: Frame) -> Iterator[Box]:
         for stretch in stretches(series.points):
             corners = [(frame.x(point.x), frame.y(value_of(point.y))) for point in thinned(stretch)]
             for (x1, y1), (x2, y2) in pairwise(corners):
-                pieces = 1 + int(max(abs(x2 - x1), abs(y2 - y1)) // 6)
-                for piece in range(pieces + 1):
-                    x, y = x1 + (x2 - x1) * piece / pieces, y1 + (y2 - y1) * piece / pieces
-                    yield Box(x - 2, y - 2, x + 2, y + 2)
+                yield from _along(x1, y1, x2, y2)
             if len(stretch) <= MOST_LABELS:
                 for point, (x, y) in zip(stretch, corners, strict=True):
                     ends = [frame.y(end) for end in _extent(point.y)]
                     yield Box(x - 5, y - 5, x + 5, y + 5)
                     yield Box(x - 2, min(ends), x + 2, max(ends))
+
+
+def _along(x1: float, y1: float, x2: float, y2: float) -> Iterator[Box]:
+    pieces = 1 + int(max(abs(x2 - x1), abs(y2 - y1)) // 6)
+    for piece in range(pieces + 1):
+        x, y = x1 + (x2 - x1) * piece / pieces, y1 + (y2 - y1) * piece / pieces
+        yield Box(x - 2, y - 2, x + 2, y + 2)
 
 
 def marker(index: int, x: float, y: float) -> str:

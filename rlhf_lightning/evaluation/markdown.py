@@ -31,12 +31,15 @@ from rlhf_lightning.evaluation.document import (
 )
 from rlhf_lightning.evaluation.tables import histogram_table, lines_table
 from rlhf_lightning.evaluation.wording import (
+    NO_INTERVAL,
+    NO_N,
     count,
     counts,
     difference,
     fact,
     interval,
     number,
+    paragraphs,
     reference_text,
     visible,
     with_interval,
@@ -84,8 +87,8 @@ def _(block: Verdicts) -> Iterator[str]:
             row.target,
             f"**{row.outcome}**",
             number(row.value, row.spec),
-            interval(row.value, row.spec) or "none",
-            count(row.value, row.units) or "none",
+            interval(row.value, row.spec) or NO_INTERVAL,
+            count(row.value, row.units) or NO_N,
             row.reason,
         ]
         for row in block.rows
@@ -138,8 +141,8 @@ def _(block: Bars) -> Iterator[str]:
             *([group.name] if named else []),
             bar.label,
             number(bar.value, block.spec),
-            interval(bar.value, block.spec) or "none",
-            count(bar.value, block.units) or "none",
+            interval(bar.value, block.spec) or NO_INTERVAL,
+            count(bar.value, block.units) or NO_N,
         ]
         for group in shown
         for bar in group.bars
@@ -158,7 +161,7 @@ def _(block: Changes) -> Iterator[str]:
             with_interval(row.before, block.spec),
             with_interval(row.after, block.spec),
             difference(row, block.spec),
-            counts(row, block) or "none",
+            counts(row, block) or NO_N,
         ]
         for row in block.rows
     ]
@@ -245,7 +248,7 @@ def _table(
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    return (_inline(paragraph.strip()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip())
+    return map(_inline, paragraphs(text))
 
 
 def _inline(text: str) -> str:

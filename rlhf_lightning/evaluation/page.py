@@ -38,6 +38,7 @@ from rlhf_lightning.evaluation.document import (
 from rlhf_lightning.evaluation.palette import DARK, LIGHT
 from rlhf_lightning.evaluation.tables import histogram_table, lines_table
 from rlhf_lightning.evaluation.wording import (
+    NO_INTERVAL,
     NOT_MEASURED,
     count,
     counts,
@@ -46,6 +47,7 @@ from rlhf_lightning.evaluation.wording import (
     fold,
     interval,
     number,
+    paragraphs,
     reference_text,
     visible,
 )
@@ -95,7 +97,7 @@ def _verdict(row: Verdict) -> str:
     figures = f"<strong>{number(row.value, row.spec)}</strong>"
     if value_of(row.value) is not None:
         ends = interval(row.value, row.spec)
-        figures += f"<small>{ends or 'no interval'}</small><small>{_text(count(row.value, row.units))}</small>"
+        figures += f"<small>{ends or NO_INTERVAL}</small><small>{_text(count(row.value, row.units))}</small>"
     return (
         f'<li class="{look}"><span class="badge">{_ICONS[row.outcome]}{row.outcome}</span>'
         f'<div class="target"><p>{_text(row.target)}</p><small>{_text(row.reason)}</small></div>'
@@ -307,9 +309,10 @@ def _sample_text(text: SampleText | None, column: str) -> str:
 
 def _foreign(text: str) -> str:
     """A text that somebody or something else wrote: its lines kept, its direction its own, folded where it is long."""
-    if not text.strip():
-        return '<p class="missing">(empty)</p>' if not text else '<p class="missing">(white space only)</p>'
-    beginning, rest = fold(visible(text), characters=SAMPLE_CHARACTERS, lines=SAMPLE_LINES)
+    shown_text = visible(text)
+    if not shown_text.strip():
+        return _nothing("(white space only)" if text else "(empty)")
+    beginning, rest = fold(shown_text, characters=SAMPLE_CHARACTERS, lines=SAMPLE_LINES)
     shown = f'<div class="foreign" dir="auto">{html.escape(beginning)}</div>'
     if rest:
         more = f"{number(len(rest))} more characters"
@@ -320,9 +323,7 @@ def _foreign(text: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(
-        f"<p>{_text(paragraph.strip())}</p>" for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()
-    )
+    return "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs(text))
 
 
 def _nothing(words: str) -> str:
@@ -337,7 +338,7 @@ def _style() -> str:
     text = resources.files("rlhf_lightning.evaluation").joinpath("page.css").read_text(encoding="utf-8")
     for name, colours in (("LIGHT", LIGHT), ("DARK", DARK)):
         text = text.replace(f"{name};", " ".join(f"--{key}: {colour};" for key, colour in colours.items()))
-    return re.sub(r"/\*.*?\*/\s*|\n\s*", "", text)
+    return re.sub(r"(/\*.*?\*/|\s)+", " ", text).strip()
 
 
 def _head(title: str) -> str:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from rlhf_lightning.evaluation.charts import bin_edges, bin_shares, tick_labels
 from rlhf_lightning.evaluation.document import Column, Histogram, Lines, Table
+from rlhf_lightning.evaluation.wording import NO_N
 
 MOST_ROWS = 60
 """Rows of a table of numbers; of a longer series, evenly spread points are listed, the first and last among them."""
@@ -42,7 +43,7 @@ def lines_table(block: Lines) -> Table:
                     series.name,
                     point.x,
                     point.y,
-                    *([getattr(point.y, "n", None)] if counted else []),
+                    *([getattr(point.y, "n", NO_N)] if counted else []),
                     *([point.label] if labelled else []),
                 ]
             )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rlhf_lightning.evaluation.document import Change, Changes, Quantity, Reference, interval_of, value_of
 from rlhf_lightning.evaluation.estimates import Estimate
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED, NO_INTERVAL, NO_N = "not measured", "no interval", "not given"
 MINUS, THIN, HARD = "\u2212", "\u202f", "\u00a0"
 """The minus sign, the thin space between thousands, and a space at which no line breaks."""
 
@@ -88,7 +88,7 @@ def reference_text(reference: Reference, spec: str) -> str:
 
 
 def _typeset(text: str) -> str:
-    if re.fullmatch(r"-0(\.0*)?%?", text):
+    if re.fullmatch(r"[+-]0(\.0*)?%?", text):
         text = text[1:]
     return text.replace("-", MINUS).replace(",", THIN).replace("%", f"{HARD}%")
 
@@ -115,6 +115,11 @@ def _visible(character: str) -> str:
     if category in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp") or character in _LOOKS_EMPTY:
         return f"⟨U+{code:04X}⟩"
     return character
+
+
+def paragraphs(text: str) -> list[str]:
+    """The visible text, divided at blank lines."""
+    return [part.strip() for part in re.split(r"\n\s*\n", visible(text)) if part.strip()]
 
 
 class Folded(NamedTuple):
