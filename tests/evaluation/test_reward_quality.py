@@ -157,6 +157,7 @@ def test_a_calibration_bin_holds_both_orders_of_the_pairs_whose_probability_fall
     assert [each.entries for each in bins] == [1, 3, 3, 1]
     assert bins[2].share == pytest.approx(2 / 3, abs=1e-12)
     assert bins[2].probability == pytest.approx((sigmoid(1) + sigmoid(1.02) + sigmoid(1.01)) / 3, abs=1e-12)
+    assert [each.entries for each in calibration_bins(np.array([0.0, 0.1]))] == [1, 3]  # 0.5 begins a bin
     for low, high in zip(bins, bins[::-1], strict=True):
         assert low.probability == pytest.approx(1 - high.probability, abs=1e-12)
         assert low.share == pytest.approx(1 - high.share, abs=1e-12)
@@ -219,6 +220,8 @@ def test_equal_margins_are_never_divided_between_quintiles():
     assert sum(each.accuracy.n for each in bins) == 15
     assert all(first.high < second.low for first, second in pairwise(bins))
     assert len(accuracy_by_margin(np.ones(10))) == 1
+    # The edges are 2, 4, 6 and 8: an edge belongs to the quintile that it ends.
+    assert [each.high for each in accuracy_by_margin(np.arange(11.0))] == [2, 4, 6, 8, 10]
 
 
 # Length, sources, scores.
