@@ -296,6 +296,14 @@ def test_the_fit_is_where_the_slope_of_the_penalised_likelihood_is_0(seed):
             assert cost - other == pytest.approx(0, abs=1e-7)
 
 
+def test_the_fit_arrives_from_far_away():
+    generator = np.random.default_rng(0)
+    length, wins = np.tanh(generator.normal(size=50)), generator.integers(0, 2, 50).astype(float)
+    near, far = (policy._fit_wins(wins, length, np.ones(50), start) for start in ((0.0, 0.0), (6.0, -4.0)))
+    assert far == pytest.approx(near, abs=1e-9)
+    assert abs(near[0]) < 1
+
+
 def test_the_interval_refits_on_each_resample_of_prompts():
     before, after, tokens_before, tokens_after = biased(0.02, prompts=25)
 
