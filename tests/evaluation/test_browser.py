@@ -28,6 +28,9 @@ MEASURE = """
   for (const svg of document.querySelectorAll('svg')) {
     const frame = svg.getBoundingClientRect();
     if (!shown(frame)) continue;
+    const place = svg.parentElement.getBoundingClientRect();
+    if (svg.classList.contains('strip') && (Math.abs(frame.top - place.top) > 1 || frame.width != place.width))
+      outside.push('a strip beside its row');
     for (const text of svg.querySelectorAll('text')) {
       const box = text.getBoundingClientRect();
       if (box.left < frame.left - .5 || box.right > frame.right + .5 || box.top < frame.top - .5 ||

@@ -122,6 +122,8 @@ def test_bins_are_equal_and_hold_every_value_once(distributions):
 
 def test_bins_do_not_widen_because_distributions_lie_apart():
     draw = np.random.default_rng(0)
+    narrow = charts.bin_edges([draw.normal(0, 1, 200), draw.normal(0, 2, 200)])
+    assert narrow[1] - narrow[0] <= 0.5
     left, right = draw.normal(0, 1, 100), draw.normal(9, 1, 100)
     alone, both = charts.bin_edges([left]), charts.bin_edges([left, right])
     assert both[1] - both[0] <= 1.5 * (alone[1] - alone[0])
@@ -199,6 +201,13 @@ def test_labels_of_points_touch_neither_each_other_nor_a_marker():
         for x, y, wide in [(float(node.get("x")), float(node.get("y")), charts.text_width(node.text, 11))]
     ]
     dots = [(float(node.get("cx")), float(node.get("cy"))) for node in svg.iter("circle")]
+    named = {node.find("title").text.split(", ")[1]: node for node in svg.iter("circle")}
+    for node in svg.iter("text"):
+        if "t0" in (node.get("class") or ""):
+            x, y, wide = float(node.get("x")), float(node.get("y")), charts.text_width(node.text, 11)
+            box = charts.Box(x - wide / 2, y - 10, x + wide / 2, y + 2)
+            away = {name: box.distance(float(dot.get("cx")), float(dot.get("cy"))) for name, dot in named.items()}
+            assert min(away, key=away.get) == node.text
     assert len(boxes) > 5
     assert len(dots) == 20
     for index, box in enumerate(boxes):
@@ -227,6 +236,25 @@ def test_a_bar_has_a_whisker_from_end_to_end_and_a_line_per_reference():
     assert [(node.get("x1"), node.get("x2")) for node in lines["whisker"]] == [("25%", "75%")]
     assert [node.get("x1") for node in lines["reference"]] == ["60%", "10%"]
     assert len({node.get("stroke-dasharray") for node in lines["reference"]}) == 2
+
+
+def test_bars_without_a_domain_begin_at_zero():
+    block = Bars([BarGroup("", [Bar("a", 30.0), Bar("b", 50.0)])], "pairs", "caption")
+    assert charts.bars_axis(block)[:2] == (0, 60)
+
+
+def test_long_numbers_on_an_axis_do_not_run_into_each_other():
+    points = [Point(1e6, 0.0), Point(1e6 + 1.5, 1.0)]
+    svg = parsed(charts.lines(Lines([Series("a", points)], "x", "y", "caption"), charts.NARROW))
+    lowest = max(float(node.get("y")) for node in svg.iter("text"))
+    labels = [node for node in svg.iter("text") if float(node.get("y")) == lowest]
+    half = [charts.text_width(node.text) / 2 for node in labels]
+    middle = [float(node.get("x")) for node in labels]
+    assert len(labels) > 1
+    assert all(b - a >= v + w for (a, v), (b, w) in pairwise(zip(middle, half, strict=True)))
+    numbers = texts(charts.axis_strip(charts.axis([1e6, 1e6 + 1]), "g"))
+    assert numbers
+    assert sum(map(charts.text_width, numbers)) <= charts.NARROWEST_STRIP
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])

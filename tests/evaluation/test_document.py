@@ -191,7 +191,8 @@ def test_both_formats_say_every_number_and_name(page, markdown):
 def test_the_same_document_gives_the_same_bytes_in_another_process(page, markdown):
     script = (
         "import hashlib; from tests.evaluation.demonstration import document;"
-        "from rlhf_lightning.evaluation.markdown import to_markdown; from rlhf_lightning.evaluation.page import to_html;"
+        "from rlhf_lightning.evaluation.markdown import to_markdown;"
+        "from rlhf_lightning.evaluation.page import to_html;"
         "print(*[hashlib.sha256(make(document()).encode()).hexdigest() for make in (to_html, to_markdown)])"
     )
     root = Path(__file__).resolve().parents[2]
@@ -231,6 +232,53 @@ def test_hostile_texts_stay_in_their_fences(markdown):
     headings = [int(token.tag[1]) for token in tokens if token.type == "heading_open"]
     samples = sum(len(b.rows) for s in document().sections for b in s.blocks if isinstance(b, Samples))
     assert Counter(headings) == {1: 1, 2: len(document().sections), 3: samples}
+
+
+MARKUP = [
+    *(
+        "<div",
+        "<!-- x",
+        "<?x",
+        "<b>x</b>",
+        "&amp; &#65; &",
+        "1. x",
+        "1) x",
+        "- x",
+        "+ x",
+        "* x",
+        "# x",
+        "> x",
+        "===",
+        "---",
+    ),
+    *(
+        "***",
+        "``x``",
+        "~~x~~",
+        "~~~",
+        "![x](y)",
+        "[x](y)",
+        "[x]: y",
+        "_x_ a_b",
+        "__x__",
+        "*x*",
+        "| x |",
+        "\\\\ \\*",
+        "$x$",
+    ),
+    *("http://x.invalid", "https://x.invalid", "www.x.invalid", "<http://x.invalid>", "x\n\n    x", "x\n===", "x  \nx"),
+]
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_markup_reads_as_itself_in_markdown(text):
+    tokens = parse(
+        to_markdown(Document("t", [Section("s", [Table(["name"], [[text]], ""), Facts([("n", text)])], text)]))
+    )
+    lines = [words(token.children) for token in tokens if token.type == "inline"]
+    expected = [re.sub(r"\s+", " ", part) for part in wording.paragraphs(text)]
+    assert lines == ["t", "s", *expected, "name", " ".join(expected), "n: " + " ".join(expected)]
+    assert not {"html_block", "hr", "code_block", "link_open", "image"} & {token.type for token in tokens}
 
 
 hostile = st.text(st.characters() | st.sampled_from("\\`*_{}[]()<>#+-.!|~$&:;=\"'/\n\t 0123aAhtpw&"), max_size=40)
