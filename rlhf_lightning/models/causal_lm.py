@@ -218,6 +218,38 @@ class CausalLM(nn.Module):
             (made / "README.md").unlink(missing_ok=True)  # peft's model card, a form to be filled in
         return Path(directory).expanduser()
 
+    def save_copy(self, directory: str | Path, *, dtype: torch.dtype) -> None:
+        """Write the policy as it is now in another dtype, adapters merged into the copy alone: this model stays.
+
+        Raises `ModelError` for 4-bit weights.
+        """
+        model = inner_model(self.model)
+        if getattr(model, "is_quantized", False):
+            raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out quantization")
+        weights = {name: weight.to(dtype) for name, weight in self._merged_weights().items()}
+        with replaced_model(directory) as made:
+            model.save_pretrained(made, state_dict=weights, max_shard_size="5GB")
+
+    @torch.no_grad()
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """All weights by the names of the model without adapters, with the adapters' part added, on the host."""
+        model = inner_model(self.model)
+        weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+        if not self.has_adapters:
+            return weights
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        merged: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+            if owner is None and ".original_module." not in name:
+                merged[name.replace(".modules_to_save.default.", ".")] = weight
+            elif owner is not None and ".base_layer." in name:
+                delta = 0
+                if name.endswith(".weight"):
+                    delta = layers[owner].get_delta_weight(layers[owner].active_adapters[0]).cpu().to(weight.dtype)
+                merged[name.replace(".base_layer.", ".")] = weight + delta
+        return merged
+
 
 class FrozenCausalLM:
     """A reference model outside of every module tree: no optimizer, no checkpoint and no `train()` reaches it."""

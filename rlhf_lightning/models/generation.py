@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,23 @@ from torch import Tensor
 from rlhf_lightning.models.causal_lm import CausalLM, inner_model
 
 
+class Reply(NamedTuple):
+    """A drawn reply of L tokens."""
+
+    ids: Tensor
+    """[L] int64, its terminator included."""
+    logprobs: Tensor | None = None
+    """[L] float32, in nats, as the engine says that it drew them, where that is not by the policy itself."""
+
+
 class RolloutEngine(Protocol):
     """What draws replies. An engine may be another program with its own copy of the weights."""
 
-    def replies(
+    def synchronize(self, policy: CausalLM) -> None:
+        """Take the policy's weights as they are now; called by one process, before replies are drawn with them."""
+        ...
+
+    def draw(
         self,
         policy: CausalLM,
         prompts: Sequence[Tensor],
@@ -29,7 +42,7 @@ class RolloutEngine(Protocol):
         temperature: float,
         terminator_id: int,
         pad_id: int,
-    ) -> list[Tensor]:
+    ) -> list[Reply]:
         """One reply to each prompt, on the prompt's device.
 
         Each is drawn from softmax(logits / temperature), without any filter, and ends with the terminator or has
@@ -48,6 +61,13 @@ class TransformersEngine:
     def __init__(self, batch_size: int = 64) -> None:
         self.batch_size = batch_size
 
+    def synchronize(self, policy: CausalLM) -> None:
+        """Nothing: the policy itself draws."""
+
+    def draw(self, policy: CausalLM, prompts: Sequence[Tensor], seeds: Sequence[int], **options) -> list[Reply]:
+        """As `RolloutEngine.draw`."""
+        return [Reply(ids) for ids in self.replies(policy, prompts, seeds, **options)]
+
     @torch.no_grad()
     def replies(
         self,
@@ -60,7 +80,7 @@ class TransformersEngine:
         terminator_id: int,
         pad_id: int,
     ) -> list[Tensor]:
-        """As `RolloutEngine.replies`."""
+        """The ids of `draw`, on the prompts' device."""
         found: list[Tensor | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         options = {"max_new_tokens": max_new_tokens, "terminator_id": terminator_id, "pad_id": pad_id}
@@ -78,7 +98,7 @@ class TransformersEngine:
 def greedy_replies(
     policy: CausalLM, prompts: Sequence[Tensor], *, max_new_tokens: int, terminator_id: int, pad_id: int
 ) -> list[Tensor]:
-    """The most likely continuation of each prompt, token by token; as `RolloutEngine.replies` with temperature 0."""
+    """The most likely continuation of each prompt, token by token; as `RolloutEngine.draw` with temperature 0."""
     engine = TransformersEngine(batch_size=1)  # a handful of them, and no padding that could matter
     return engine.replies(
         policy,

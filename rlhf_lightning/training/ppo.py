@@ -20,6 +20,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -48,6 +49,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quan
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
 from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
 from rlhf_lightning.models.value_network import ValueNetwork, zero_last_layer
+from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
     complete_adapters,
@@ -58,6 +60,7 @@ from rlhf_lightning.training.checkpoints import (
 from rlhf_lightning.training.checks import check_schedule, start_tolerance
 from rlhf_lightning.training.logs import log_parameters, log_split, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.pictures import Point, reward_against_kl
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
@@ -76,8 +79,12 @@ from rlhf_lightning.training.rollouts import (
     reply_mask,
     whitened_over_all,
 )
+from rlhf_lightning.training.samples import cell
 
 log = logging.getLogger(__name__)
+
+TRANSFORMERS = "transformers"
+"""The `engine` that is the policy itself."""
 
 SHARED = "shared"
 """The `value_model` that is a head on the policy's own hidden states."""
@@ -104,6 +111,9 @@ class PPO(LightningModule):
         max_new_tokens: Longest reply.
         temperature: Of the drawing, and so of all log-probs.
         generation_batch_size: Replies drawn or scored at a time; changes no result.
+        engine: What draws the replies: `transformers`, the policy itself; or the URL of a vLLM server, which is given
+            the weights before each rollout. Its log-probs are not learned from: the policy scores each reply again.
+        engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
         epochs: Passes over a rollout.
         minibatches: Optimizer steps in each pass; each process's replies are divided at random.
         micro_batch_size: Replies in one forward and backward pass; changes no result.
@@ -146,6 +156,8 @@ class PPO(LightningModule):
         max_new_tokens: PositiveInt = 128,
         temperature: PositiveFloat = 1.0,
         generation_batch_size: PositiveInt = 64,
+        engine: str = TRANSFORMERS,
+        engine_directory: str = "runs/vllm_weights",
         epochs: PositiveInt = 4,
         minibatches: PositiveInt = 1,
         micro_batch_size: PositiveInt = 8,
@@ -190,9 +202,12 @@ class PPO(LightningModule):
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.rewards: RewardSource | None = None
         self.engine: RolloutEngine = TransformersEngine(generation_batch_size)
+        if engine != TRANSFORMERS:
+            self.engine = VLLMEngine(engine, engine_directory)
         self.kl_control = AdaptiveKLController(kl_coef or 1.0, kl_target or 1.0, kl_horizon)
         self.moments = Moments()
         self.rollouts = 0
+        self.path: list[Point] = []
         self.policy: CausalLM | None = None
         self.value: ValueNetwork | RewardHead | None = None
         self._frozen: FrozenCausalLM | None = None
@@ -203,6 +218,11 @@ class PPO(LightningModule):
 
     def _check_settings(self) -> None:
         settings = self.hparams
+        if settings.engine != TRANSFORMERS and not settings.engine.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"model.engine: {settings.engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM "
+                "server"
+            )
         if settings.advantage in WITH_GROUPS and settings.samples_per_prompt < 2:
             raise ConfigurationError(
                 f"model.advantage: {settings.advantage} compares replies to one prompt; set "
@@ -328,7 +348,11 @@ class PPO(LightningModule):
         if self._frozen is not None:
             self._frozen.match(self.policy)
 
-    on_validation_start = on_test_start = on_predict_start = _move_frozen
+    def on_validation_start(self) -> None:
+        self._move_frozen()
+        self._synchronize()
+
+    on_test_start = on_validation_start
 
     def configure_optimizers(self):
         groups = [{"params": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}]
@@ -358,6 +382,7 @@ class PPO(LightningModule):
         self.rollouts += 1
         numbers["seconds/rollout"] = drawn - began
         numbers["seconds/update"] = time.perf_counter() - drawn
+        self.path.append(Point(self.trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
         self._log(numbers)
 
     def on_train_batch_end(self, outputs, batch: PromptBatch, batch_idx: int) -> None:
@@ -380,7 +405,7 @@ class PPO(LightningModule):
         positions = [index for index in batch.index.tolist() for _ in range(samples)]
         prompts = [ids for ids in batch.input_ids for _ in range(samples)]
         with self.trainer.precision_plugin.forward_context():
-            replies = self.engine.replies(
+            replies = self.engine.draw(
                 self.policy,
                 prompts,
                 [seeds(index, i % samples) for i, index in enumerate(positions)],
@@ -389,9 +414,22 @@ class PPO(LightningModule):
                 terminator_id=chat_format.terminator_id,
                 pad_id=chat_format.pad_id,
             )
-        rows = [torch.cat([prompt, reply]) for prompt, reply in zip(prompts, replies, strict=True)]
-        ended = torch.tensor([bool(reply[-1] == chat_format.terminator_id) for reply in replies])
-        return Replies(rows, [len(prompt) for prompt in prompts], ended, positions)
+        rows = [torch.cat([prompt, reply.ids]) for prompt, reply in zip(prompts, replies, strict=True)]
+        ended = torch.tensor([bool(reply.ids[-1] == chat_format.terminator_id) for reply in replies])
+        given = [reply.logprobs for reply in replies]
+        return Replies(
+            rows,
+            [len(prompt) for prompt in prompts],
+            ended,
+            positions,
+            given if all(x is not None for x in given) else None,
+        )
+
+    def _synchronize(self) -> None:
+        """Let the engine have the weights as they are now."""
+        if self.trainer.is_global_zero:
+            self.engine.synchronize(self.policy)
+        self.trainer.strategy.barrier()
 
     @torch.no_grad()
     def score(self, replies: Replies, role: Role) -> Tensor:
@@ -453,6 +491,7 @@ class PPO(LightningModule):
         """A rollout, and the numbers that say how it went, over all processes."""
         settings, data = self.hparams, self.trainer.datamodule
         seed, rollout = data.seed, self.rollouts
+        self._synchronize()
         replies = self.draw(
             batch,
             lambda index, number: seed_of(seed, "rollout", rollout, index, number),
@@ -480,6 +519,9 @@ class PPO(LightningModule):
         means["reward_std"] = math.sqrt(max(self._mean((scores - means["reward"]).square()), 0.0))
         means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
         means["kl_coef"] = self.kl_coef
+        if replies.drawn_logprobs is not None:
+            given = laid_out(torch.cat(replies.drawn_logprobs).to(self.device), mask)
+            means["engine_mismatch"] = self._mean((given - logprobs)[mask].abs())
         if self.value is not None:
             means["explained_variance"] = self._explained(values, returns, mask)
         self._samples(replies, scores, kl.sum(dim=1))
@@ -672,6 +714,7 @@ class PPO(LightningModule):
             "kl_coef": self.kl_control.state_dict(),
             "moments": self.moments.state_dict(),
             "rollouts": self.rollouts,
+            "path": [list(point) for point in self.path],
         }
         store_adapters_alone(self, checkpoint)
 
@@ -682,6 +725,7 @@ class PPO(LightningModule):
         self.kl_control.load_state_dict(state["kl_coef"])
         self.moments.load_state_dict(state["moments"])
         self.rollouts = state["rollouts"]
+        self.path = [Point(*point) for point in state["path"]]
         complete_adapters(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:
@@ -744,6 +788,9 @@ class PPO(LightningModule):
             values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         for logger in self.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+        for board in self._boards():
+            picture = reward_against_kl(self.path)
+            board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")
         if not sys.stderr.isatty():
             log.info(
                 "rollout %d (step %d): reward %.4f, KL %.3f, length %.1f, clipped %.3f",
@@ -751,24 +798,23 @@ class PPO(LightningModule):
                 *(numbers["response_length"], numbers["clip_fraction"]),
             )
 
-    def _samples(self, replies: Replies, scores: Tensor, kl: Tensor) -> None:
-        """A few replies with their rewards, as the text `replies`, every `log_every_n_steps` rollouts."""
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        from rlhf_lightning.training.samples import cell
-
-        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+    def _boards(self) -> list[TensorBoardLogger]:
+        """Where pictures and texts go, every `log_every_n_steps` rollouts; nowhere in between."""
         every = self.trainer.log_every_n_steps
-        if not boards or not self.trainer.is_global_zero or not every or self.rollouts % every:
-            return
+        if not self.trainer.is_global_zero or not every or self.rollouts % every:
+            return []
+        return [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+
+    def _samples(self, replies: Replies, scores: Tensor, kl: Tensor) -> None:
+        """A few replies with their rewards, as the text `replies`."""
         decode = self.trainer.datamodule.chat_format.tokenizer.decode
-        lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
-        for i in range(min(4, len(replies.rows))):
-            prompt = decode(replies.rows[i][: replies.prompt_lengths[i]].tolist())
-            reply = decode(replies.rows[i][replies.prompt_lengths[i] :].tolist())
-            reply += "" if replies.ended[i] else " [not ended]"
-            lines.append(f"| {cell(prompt)} | {cell(reply)} | {scores[i]:.3f} | {kl[i]:.2f} |")
-        for board in boards:
+        for board in self._boards():
+            lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
+            for i in range(min(4, len(replies.rows))):
+                prompt = decode(replies.rows[i][: replies.prompt_lengths[i]].tolist())
+                reply = decode(replies.rows[i][replies.prompt_lengths[i] :].tolist())
+                reply += "" if replies.ended[i] else " [not ended]"
+                lines.append(f"| {cell(prompt)} | {cell(reply)} | {scores[i]:.3f} | {kl[i]:.2f} |")
             board.experiment.add_text("replies", "\n".join(lines), self.trainer.global_step)
 
 

@@ -25,6 +25,8 @@ class Replies(NamedTuple):
     """[B] bool, True where the reply ended with the terminator."""
     index: list[int]
     """Position of each reply's prompt in its data set."""
+    drawn_logprobs: list[Tensor] | None = None
+    """Of each reply's tokens, as an engine gave them that is not the policy itself."""
 
     @property
     def lengths(self) -> Tensor:

@@ -17,6 +17,7 @@ from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.training.rewards import reward_source
+from tests.models.vllm_stand_in import StandIn
 from tests.test_configs import ROOT
 
 HERE = "tests.training.test_ppo"
@@ -172,6 +173,26 @@ def test_the_rule_is_learned(build_ppo, trainer):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 5 * noise
     assert recorder.rows[-1]["kl"] > 1
     assert module.rollouts == 22
+
+
+def test_a_server_draws_with_the_weights_of_each_rollout_and_its_logprobs_are_only_compared(
+    build_ppo, trainer, tmp_path
+):
+    """The start check holds, since the policy scores the replies again; what the server's rounding does is logged."""
+    server = StandIn()
+    made = build_ppo(engine=server.url, engine_directory=str(tmp_path / "weights"), temperature=0.8, epochs=1)
+    _, recorder, _ = fitted(trainer, made)
+    server.shutdown()
+    server.server_close()
+    routes = [route for route, _ in server.asked]
+    assert routes == [*["/collective_rpc", "/reset_prefix_cache"], *["/v1/completions"] * 6] * 3
+    assert all(1e-6 < row["engine_mismatch"] < 0.1 for row in recorder.rows)
+    assert recorder.rows[0]["ratio"] == pytest.approx(1, abs=0.01)
+
+
+def test_an_engine_that_is_none_is_refused(build_ppo):
+    with pytest.raises(ConfigurationError, match="is no engine; use transformers"):
+        build_ppo(engine="vllm")
 
 
 def test_the_penalty_meets_replies_without_an_end_alone(build_ppo):

@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 
+from rlhf_lightning.models.generation import Reply
 from rlhf_lightning.training import rollouts
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
 
@@ -21,12 +22,14 @@ class Ending:
     def __init__(self, engine):
         self.engine = engine
 
-    def replies(self, policy, prompts, seeds, *, terminator_id, **options):
-        drawn = self.engine.replies(policy, prompts, seeds, terminator_id=terminator_id, **options)
+    def synchronize(self, policy):
+        pass
+
+    def draw(self, policy, prompts, seeds, *, terminator_id, **options):
+        drawn = self.engine.draw(policy, prompts, seeds, terminator_id=terminator_id, **options)
         end = torch.tensor([terminator_id])
-        return [
-            reply if seed % 2 else torch.cat([reply[: seed % 7], end]) for reply, seed in zip(drawn, seeds, strict=True)
-        ]
+        cut = [torch.cat([reply.ids[: seed % 7], end]) for reply, seed in zip(drawn, seeds, strict=True)]
+        return [reply if seed % 2 else Reply(ids) for reply, ids, seed in zip(drawn, cut, seeds, strict=True)]
 
 
 @pytest.fixture
