@@ -37,7 +37,7 @@ class TextClassifier:
         labels: Names of the labels asked for, as in the model's `id2label`.
         activation: Of the logits.
         max_length: Longest window in tokens; as many as the model has positions for when not given.
-        stride: Tokens that neighbouring windows share.
+        stride: Tokens that neighbouring windows share; an eighth of a window when not given.
         batch_size: Windows at a time; it changes no number.
         device: Where it computes.
         dtype: Of the weights. Probabilities are float32 whatever it is.
@@ -54,7 +54,7 @@ class TextClassifier:
         labels: Sequence[str],
         activation: Activation,
         max_length: int | None = None,
-        stride: int = 64,
+        stride: int | None = None,
         batch_size: int = 32,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -79,6 +79,7 @@ class TextClassifier:
             raise ModelError(f"{name}: its tokenizer has no fast version, which cuts windows; give one that has")
         self.limit = self._limit(max_length, max_positions(config.get_text_config()))
         room = self.limit - self.tokenizer.num_special_tokens_to_add(pair=False)
+        stride = self.limit // 8 if stride is None else stride
         if not 0 <= stride < room:
             raise ConfigurationError(
                 f"{name}: windows of {self.limit} tokens, {room} of them text, that share {stride}, do not move on; "

@@ -52,7 +52,7 @@ class ToxicityScorer:
         toxic_labels: The labels that count, or `auto`.
         activation: `softmax` or `sigmoid` of its logits, or `auto`.
         max_length: Longest window in tokens; as many as the model has positions for when not given.
-        stride: Tokens that neighbouring windows of a long reply share.
+        stride: Tokens that neighbouring windows of a long reply share; an eighth of a window when not given.
         threshold: Probability from which a reply counts as toxic.
         batch_size: Windows at a time; it changes no number.
         device: Where it computes.
@@ -69,7 +69,7 @@ class ToxicityScorer:
         toxic_labels: Sequence[str] | Literal["auto"] = "auto",
         activation: Activation | Literal["auto"] = "auto",
         max_length: int | None = None,
-        stride: int = 64,
+        stride: int | None = None,
         threshold: float = THRESHOLD,
         batch_size: int = 32,
         device: str | torch.device = "cpu",
