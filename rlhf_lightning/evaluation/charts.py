@@ -45,7 +45,8 @@ MOST_LABELS = 40
 
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 REFERENCE_DASHES = ("4 3", "1 3", "8 3", "8 3 1 3")
-NARROWEST_STRIP = 180
+NARROWEST_STRIP = 240
+"""In px, of the layouts of the page from 360 px up."""
 FONT = 12.0
 
 _WIDTHS = {
@@ -222,7 +223,7 @@ def change_strip(change: Change, block: Changes, scale: Axis) -> str:
 
 def axis_strip(scale: Axis, spec: str) -> str:
     """The numbers below a column of strips, as many as have room at the least width."""
-    every = math.ceil(len(scale.ticks) * (max(map(text_width, tick_labels(scale.ticks, spec))) + 10) / NARROWEST_STRIP)
+    every = math.ceil(len(scale.ticks) * (max(map(text_width, tick_labels(scale.ticks, spec))) + 6) / NARROWEST_STRIP)
     ticks, parts = scale.ticks[::every], []
     for tick, label in zip(ticks, tick_labels(ticks, spec), strict=True):
         place = scale.share(tick)
