@@ -223,8 +223,10 @@ def change_strip(change: Change, block: Changes, scale: Axis) -> str:
 
 def axis_strip(scale: Axis, spec: str) -> str:
     """The numbers below a column of strips, as many as have room at the least width."""
-    every = math.ceil(len(scale.ticks) * (max(map(text_width, tick_labels(scale.ticks, spec))) + 6) / NARROWEST_STRIP)
-    ticks, parts = scale.ticks[::every], []
+    wide = 6 + max(map(text_width, tick_labels(scale.ticks, spec)))
+    fewer = (scale.ticks[::every] for every in range(1, len(scale.ticks) + 1))
+    ticks = next((ticks for ticks in fewer if len(ticks) * wide <= NARROWEST_STRIP + 6), scale.ticks[:1])
+    parts = []
     for tick, label in zip(ticks, tick_labels(ticks, spec), strict=True):
         place = scale.share(tick)
         anchor = "start" if place < 0.08 else "end" if place > 0.92 else "middle"
