@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_lightning.data.splitting import prompt_hash
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.estimates import wilson
 from rlhf_lightning.evaluation.refusal import (
     BUILTIN_DETECTOR,
+    RefusalClassifier,
     disagreements,
     is_refusal,
     load_refusal_prompts,
@@ -293,3 +295,66 @@ def test_disagreements_are_those_of_both_methods_at_random_and_at_most_so_many()
     assert set(some) <= set(found)
     assert some == disagreements(replies, detector, classifier, most=5)
     assert some != disagreements(replies, detector, classifier, most=5, seed=1)
+
+
+PAIRS = [("Hello?", "I shall not say"), ("Which way?", "to the left"), ("Pan?", "take the large one"), ("Why?", "no")]
+
+
+@pytest.fixture(scope="module")
+def make_classifier(tiny_bert, tmp_path_factory):
+    """A random classifier of pairs with labels of these names, loud enough to tell them apart."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    def make(labels, problem_type=None):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        settings = {"vocab_size": len(tokenizer), "initializer_range": 0.5, "problem_type": problem_type}
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(**sizes, **names, **settings, max_position_embeddings=64))
+        directory = tmp_path_factory.mktemp("classifier")
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return str(directory)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "found"),
+    [
+        (["compliance", "refusal"], None, "refusal"),
+        (["NORMAL", "REJECTION"], None, "REJECTION"),
+        (["Refused", "answered"], None, "Refused"),
+        (["harmful", "response_refusal", "rude"], "multi_label_classification", "response_refusal"),
+    ],
+    ids=str,
+)
+def test_a_classifier_reads_the_pair_and_its_refusal_label_is_found(make_classifier, labels, problem_type, found):
+    classifier = RefusalClassifier(make_classifier(labels, problem_type))
+    assert classifier.classifier.labels == [found]
+    assert str(classifier.method).endswith(f"{found}; agreement with people not measured here")
+    model, tokenizer = classifier.classifier.model, classifier.classifier.tokenizer
+    prompts, replies = zip(*PAIRS, strict=True)
+    answers = []
+    for names in (["input_ids", "attention_mask"], ["input_ids", "token_type_ids", "attention_mask"]):
+        tokenizer.model_input_names = names  # a BERT's own tokenizer names the types, so that it gets them
+        with torch.no_grad():
+            logits = [model(**tokenizer(*pair, return_tensors="pt")).logits[0] for pair in PAIRS]
+        every = torch.stack([row.sigmoid() if problem_type else row.softmax(-1) for row in logits])
+        expected = every[:, labels.index(found)]
+        assert classifier.classifier(replies, prompts=prompts) == pytest.approx(expected.tolist(), abs=1e-6)
+        assert classifier(prompts, replies) == (expected >= 0.5).tolist()
+        answers.append(expected)
+    assert (answers[0] - answers[1]).abs().max() > 0.01
+    assert classifier(["Hello?", "Hello?"], ["\ud800", "no"])[0] is None
+
+
+@pytest.mark.parametrize(
+    "labels", [["LABEL_0", "LABEL_1"], ["non-refusal", "answer"], ["refusal", "rejection"]], ids=str
+)
+def test_a_refusal_label_that_cannot_be_told_is_asked_for(make_classifier, labels):
+    name = make_classifier(labels)
+    with pytest.raises(ConfigurationError, match="name it with refusal_label"):
+        RefusalClassifier(name)
+    assert RefusalClassifier(name, refusal_label=labels[0]).classifier.labels == labels[:1]
