@@ -441,7 +441,7 @@ def total_difference(first: RewardBenchResult, second: RewardBenchResult) -> Est
         weights = sum(SUBSETS[name].weight for name in present)
         for name in present:
             pairs = zip(first.rows, second.rows, strict=True)
-            change = [(b.margin > 0) - (a.margin > 0) for a, b in pairs if a.subset == name]
+            change = [is_right(*b.scores) - is_right(*a.scores) for a, b in pairs if a.subset == name]
             variance += (SUBSETS[name].weight / weights / len(SECTIONS)) ** 2 * np.var(change) / len(change)
     value = second.table.total.value - first.table.total.value
     half = NORMAL_QUANTILE * math.sqrt(variance)

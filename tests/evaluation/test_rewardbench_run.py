@@ -333,7 +333,9 @@ def test_a_difference_is_paired_and_covers_as_it_says(file):
     rows = load_rewardbench(file)
     same = total_difference(*[run_rewardbench(LengthScorer(), rows)] * 2)
     assert (same.value, same.low, same.high, same.n) == (0, 0, 0, 46)
-    change = total_difference(run_rewardbench(LengthScorer(sign=-1), rows), run_rewardbench(LengthScorer(), rows))
+    tied = run_rewardbench(LengthScorer(sign=0), rows)
+    assert tied.n_ties == 46
+    change = total_difference(tied, run_rewardbench(LengthScorer(), rows))
     assert change.value == pytest.approx(0.5, abs=1e-12)
     # each subset: one pair of two gained, variance 1/4 over 2 pairs
     shares = [

@@ -221,9 +221,10 @@ def test_the_fingerprint_tells_what_decides_a_score_and_nothing_else(reward_netw
         ImplicitScorer(str(tiny_qwen2)),
         ImplicitScorer(str(reference)),
         ImplicitScorer(str(tiny_qwen2), str(reference)),
+        ImplicitScorer(str(tiny_qwen2), str(tiny_qwen2)),
         ImplicitScorer(str(tiny_qwen2), length_norm="average"),
     ]
-    assert len({each.fingerprint for each in policies}) == 4
+    assert len({each.fingerprint for each in policies}) == 5
 
 
 def test_kinds_are_those_of_rewardbench(make_scorer, request):
