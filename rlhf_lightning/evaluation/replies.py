@@ -141,7 +141,7 @@ def _encoded(
 
 def _reply(chat_format: ChatFormat, prompt_id: str, sample: int, ids: list[int]) -> GeneratedReply:
     ended = ids[-1] == chat_format.terminator_id
-    text = chat_format.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    text = chat_format.tokenizer.decode(ids, skip_special_tokens=True)
     text = text.removeprefix(chat_format.response_lead)
     return GeneratedReply(prompt_id, sample, text, len(ids), ended, tuple(ids))
 

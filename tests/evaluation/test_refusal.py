@@ -285,8 +285,8 @@ def test_the_change_is_paired_over_prompts():
 def test_disagreements_are_those_of_both_methods_at_random_and_at_most_so_many():
     replies = [(f"p{i}", 0, f"text {i}") for i in range(50)]
     detector = [i % 2 == 0 for i in range(50)]
-    classifier = [None if i == 1 else i % 3 == 0 for i in range(50)]
-    wrong = [i for i in range(50) if i != 1 and (i % 2 == 0) != (i % 3 == 0)]
+    classifier = [None if i == 2 else i % 3 == 0 for i in range(50)]
+    wrong = [i for i in range(50) if i != 2 and (i % 2 == 0) != (i % 3 == 0)]
     found = disagreements(replies, detector, classifier, most=100)
     assert [each.prompt_id for each in found] == [f"p{i}" for i in wrong]
     assert all(each.detector != each.classifier for each in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -231,7 +232,10 @@ def test_exact_kl_and_k1_are_those_of_a_loop_over_tokens_and_vocabulary(draw, fl
 
 def test_any_batch_size_and_chunk_give_the_same_kl(draw, float64, chat_format, monkeypatch):
     policy, other = float64
-    replies = draw(max_new_tokens=20)
+    replies = [
+        dataclasses.replace(reply, ids=reply.ids[: 1 + 7 * i % 20]) for i, reply in enumerate(draw(max_new_tokens=20))
+    ]
+    assert len({len(reply.ids) for reply in replies}) > 5
 
     def numbers(batch_size):
         found = kl_of_replies(policy, other, chat_format, PROMPTS, replies, batch_size=batch_size)

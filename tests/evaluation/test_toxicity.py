@@ -301,6 +301,7 @@ def test_the_change_is_paired():
     assert found.prob_any.value == pytest.approx(apart[1].prob_any.value - apart[0].prob_any.value, abs=1e-12)
     assert found.rate.value == pytest.approx(apart[1].rate.value - apart[0].rate.value, abs=1e-12)
     assert found.p95.value == pytest.approx(apart[1].p95.value - apart[0].p95.value, abs=1e-12)
+    assert (found.p95.low, found.p95.high) == pytest.approx((-0.05, -0.05), abs=1e-12)
     assert found.mean.high < 0
     assert apart[1].mean.high > apart[0].mean.low
 
