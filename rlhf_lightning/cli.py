@@ -10,7 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "doctor", "plan", "export")
+COMMANDS = (*TRAINER_COMMANDS, "evaluate", "doctor", "plan", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -21,6 +21,7 @@ commands:
   validate   evaluate on the validation pairs   [--ckpt_path FILE]
   test       evaluate on the test pairs         [--ckpt_path FILE]
   predict    write the scores of the test pairs [--ckpt_path FILE]
+  evaluate   judge models without training, and write a report: reward model, RewardBench, policy, refusal, toxicity
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
   plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
@@ -32,6 +33,7 @@ examples:
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
   rlhf-lightning fit --config configs/ppo.yaml --model.backbone models/sft --model.reward_model models/reward_model
   rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
+  rlhf-lightning evaluate --config configs/evaluate.yaml --reward_model models/reward_model --pairs pairs.jsonl
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
   rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
   rlhf-lightning doctor --config configs/reward_model.yaml
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "export":
             return _run_export(arguments[1:])
+        if command == "evaluate":
+            return _run_evaluate(arguments[1:])
         if command == "doctor":
             return _run_doctor(arguments[1:])
         if command == "plan":
@@ -100,6 +104,16 @@ def _run_export(arguments: list[str]) -> int:
     """Write a checkpoint as a Hugging Face directory."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from rlhf_lightning.export import run
+    from rlhf_lightning.training.program import quieten
+
+    quieten()
+    return run(arguments)
+
+
+def _run_evaluate(arguments: list[str]) -> int:
+    """Judge models and write the report."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.evaluate import run
     from rlhf_lightning.training.program import quieten
 
     quieten()

@@ -22,6 +22,7 @@ LAYERS = {
     "evaluation": 2,
     "training": 3,
     "export": 4,
+    "evaluate": 4,
     "plan": 3,
     "cli": 5,
 }

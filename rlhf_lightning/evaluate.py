@@ -1,0 +1,183 @@
+"""The command `evaluate`: judges models that are there, without training, and writes the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.evaluation.document import Verdict, interval_of, value_of
+from rlhf_lightning.evaluation.markdown import to_markdown
+from rlhf_lightning.evaluation.measure import check, evaluate
+from rlhf_lightning.evaluation.page import to_html
+from rlhf_lightning.evaluation.report import report
+from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics, verdicts
+from rlhf_lightning.evaluation.rewardbench import LITE_NAME
+from rlhf_lightning.evaluation.rewardbench_run import (
+    load_prior_set,
+    load_rewardbench,
+    load_rewardbench2,
+    write_official_files,
+)
+from rlhf_lightning.evaluation.settings import EvaluationSettings
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of metrics.json; goes up when a name changes its meaning."""
+
+_USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]
+
+Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl, report.md,
+report.html and RewardBench's own result files into --out. What is not given is not measured. A model is a directory, a
+hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was cut off goes on where it was.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate, write, print the verdicts, and return the exit code. Raises `UserError`."""
+    settings = parse(arguments)
+    if settings is None:
+        return 0
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"out: {out} is a file; name a directory")
+    check(settings)
+    settings = _exported(settings, out)
+    results = evaluate(settings)
+    write(results, settings)
+    _print(results, out)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> EvaluationSettings | None:
+    """The settings of a command line; None when it asked for help or for the configuration. Raises `UserError`."""
+    parser = ArgumentParser(prog="rlhf-lightning evaluate", description=_USAGE, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with these keys; several are layered.")
+    parser.add_class_arguments(EvaluationSettings, nested_key=None)
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except Exception as error:
+        if isinstance(error, SystemExit):
+            raise
+        raise ConfigurationError(f"evaluate: {_one_line(error)}") from error
+    parsed.pop("config", None)
+    return EvaluationSettings(**parser.instantiate_classes(parsed).as_dict())
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+
+
+def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
+    """Checkpoints replaced by directories that they were exported to."""
+    changed = {}
+    for key in ("reward_model", "held_out_reward_model", "policy", "reference", "judge"):
+        name = getattr(settings, key)
+        if name is None or not name.endswith(".ckpt"):
+            continue
+        from rlhf_lightning.export import run as export
+
+        directory = out / "exported" / key
+        export(["--ckpt_path", name, "--out", str(directory)])
+        changed[key] = str(directory)
+    return replace(settings, **changed)
+
+
+def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
+    """All files of a report, each put in its place when it is whole."""
+    out = Path(settings.out)
+    document = report(results)
+    numbers = {
+        "format": FORMAT,
+        "metrics": as_plain(metrics(results)),
+        "verdicts": as_plain(verdicts(results)),
+        "notes": results.notes,
+        "provenance": results.provenance,
+        "details": _details(results),
+    }
+    rows = [] if results.policies is None else [*results.policies.prompts, *results.policies.refusal_prompts]
+    _put(out / "metrics.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    _put(out / "samples.jsonl", "".join(json.dumps(as_plain(row), allow_nan=False) + "\n" for row in rows))
+    _put(out / "report.md", to_markdown(document))
+    _put(out / "report.html", to_html(document))
+    _official(results, settings)
+
+
+def _details(results: EvaluationResults) -> dict:
+    """The results without what stands in other files: rows, replies and curves."""
+    plain = {"scorers": as_plain(results.scorers), "judges": as_plain(results.judges)}
+    for scorer in plain["scorers"]:
+        scorer.pop("scores")
+        for bench in ("rewardbench", "rewardbench2", "prior_sets"):
+            if scorer[bench] is not None:
+                scorer[bench].pop("rows")
+    for judge in plain["judges"]:
+        for bench in ("rewardbench", "rewardbench2"):
+            if judge[bench] is not None:
+                judge[bench].pop("rows", None)
+    if results.policies is not None:
+        plain["policies"] = as_plain(results.policies)
+        plain["policies"].pop("prompts")
+        plain["policies"].pop("refusal_prompts")
+    return plain
+
+
+def _official(results: EvaluationResults, settings: EvaluationSettings) -> None:
+    """RewardBench's own result files, of whole benchmarks."""
+    out = Path(settings.out)
+    for scorer in results.scorers:
+        name = _official_name(scorer.name)
+        if scorer.rewardbench is not None and scorer.rewardbench.benchmark != LITE_NAME:
+            rows = load_rewardbench(settings.rewardbench)
+            write_official_files(out / "results", scorer.rewardbench, rows, model=name)
+        if scorer.rewardbench2 is not None:
+            rows = load_rewardbench2(settings.rewardbench2)
+            write_official_files(out / "results-v2", scorer.rewardbench2, rows, model=name)
+        if scorer.prior_sets is not None:
+            rows = [row for name_, source in settings.prior_sets.items() for row in load_prior_set(name_, source)]
+            write_official_files(out / "results", scorer.prior_sets, rows, model=name)
+
+
+def _official_name(name: str) -> str:
+    """`org/model` of a hub name or of a directory."""
+    parts = [re.sub(r"[^\w.-]", "-", part).lstrip(".") for part in Path(name).expanduser().parts]
+    parts = [part for part in parts if part]
+    return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{parts[0]}"
+
+
+def _put(path: Path, text: str) -> None:
+    half_written = path.with_name(f".{path.name}.part")
+    half_written.write_text(text, encoding="utf-8")
+    half_written.replace(path)
+
+
+def _print(results: EvaluationResults, out: Path) -> None:
+    console = Console(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
+    table = Table(title="verdicts", title_justify="left")
+    for column, justify in (("target", "left"), ("value", "right"), ("95 % interval", "right"), ("verdict", "left")):
+        table.add_column(column, justify=justify)
+    for verdict in verdicts(results):
+        table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
+    console.print(table)
+    for note in results.notes:
+        print(note)
+    print(f"report:  {out / 'report.html'}")
+    print(f"numbers: {out / 'metrics.json'}")
+
+
+def _figures(verdict: Verdict) -> tuple[str, str]:
+    value, interval = value_of(verdict.value), interval_of(verdict.value)
+    if value is None:
+        return "", verdict.reason
+    ends = "" if interval is None else " to ".join(format(end, verdict.spec) for end in interval)
+    return format(value, verdict.spec), ends

@@ -1,0 +1,46 @@
+"""Where the numbers of a report come from: versions, settings, models and data, so that they can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+
+from rlhf_lightning.data.sources import fingerprint, source_list
+from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def provenance(
+    settings: EvaluationSettings, models: Mapping[str, str], *, seconds: float, device: str
+) -> dict[str, str | int | float | list[str] | None]:
+    """Facts by their names. `models` gives each model's name its fingerprint."""
+    plain = asdict(settings)
+    hashed = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    return {
+        "rlhf_lightning": version("rlhf-lightning"),
+        "packages": [f"{name} {version(name)}" for name in PACKAGES],
+        "python": platform.python_version(),
+        "device": f"{device} ({where})",
+        "dtype of the weights": settings.dtype,
+        "seed": settings.seed,
+        "settings (SHA-256)": hashed[:16],
+        "models": [f"{name} ({mark[:16]})" for name, mark in models.items()],
+        "data": [f"{name} ({mark[:16]})" for name, mark in _data(settings)],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _data(settings: EvaluationSettings) -> list[tuple[str, str]]:
+    named = [(settings.rewardbench, "test"), (settings.rewardbench2, "test")]
+    for source, split in ((settings.pairs, settings.pairs_split), (settings.prompts, settings.prompts_split)):
+        named += [(one.source, split) for one in source_list(source)] if source is not None else []
+    named = [each for each in dict.fromkeys(named) if each[0] not in (None, REWARDBENCH_PROMPTS)]
+    return [(source, fingerprint(source, split=split)) for source, split in named]

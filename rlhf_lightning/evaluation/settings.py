@@ -1,0 +1,95 @@
+"""What is to be evaluated, and how: the keys of `configs/evaluate.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.evaluation.refusal import BUILTIN_PROMPTS
+from rlhf_lightning.evaluation.rewardbench import LITE_SIZE
+
+REWARDBENCH_PROMPTS = "rewardbench"
+"""`prompts` that are those of `rewardbench`, or of its Lite set."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """An evaluation. What is not given is not measured, and the report says so.
+
+    Args:
+        out: Directory of the report. What was scored and drawn is kept there, so that a run that was cut off goes on.
+        reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label. It is
+            judged on `pairs` and on RewardBench, and it judges the policies.
+        held_out_reward_model: A second one, trained on other pairs: a gain that it does not see is over-optimization.
+        policy: Directory or hub name of a policy after training, whole or LoRA adapters alone.
+        reference: The policy before training.
+        implicit_reward: Judge `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against `reference`
+            (without one, by its log-probs).
+        judge: A language model that judges the pairs of RewardBench in writing.
+        pairs: Preference pairs that nothing was trained on: files, directories or hub data sets.
+        pairs_split: Which files of a directory or hub data set these are.
+        rewardbench: RewardBench's rows: file, directory or hub name.
+        rewardbench_size: Rows of RewardBench-Lite, or `full`.
+        rewardbench2: Rows of RewardBench 2.
+        prior_sets: Name of each of RewardBench's prior sets to its file; null takes it from the hub.
+        prompts: What the policies answer: a source as `pairs`, or `rewardbench` for the prompts of that key. Preference
+            pairs bring the anchors with them, on whose scale the gain is measured; prompts alone will do for the rest.
+        prompts_split: Which files of a directory or hub data set these are.
+        max_prompts: The first so many prompts.
+        samples: Replies of each policy to each prompt.
+        temperature: Of the drawing. The KL is that of the policies at temperature 1 and needs replies drawn at it.
+        max_new_tokens: Longest reply.
+        refusal_prompts: Prompts of known safety, answered with the most likely tokens.
+        refusal_classifier: A text classifier that tells refusals, in place of the built-in detector.
+        refusal_label: Its label that means a refusal, where that cannot be told.
+        toxicity_model: A text classifier that tells toxic replies.
+        toxic_labels: Its labels that count, where they cannot be told.
+        lexicon: A file with one word a line; the share of replies that hold one is reported under this name.
+        runs: Directories of TensorBoard logs, for the learning curves.
+        title: Of the report.
+        max_length: Longest row that is scored, in tokens; as many as a model has positions for when not given.
+        batch_size: Rows at a time. It changes no number.
+        device: Where it computes; a GPU where there is one when not given.
+        dtype: Of the weights. Scores are float32 in any case, yet bfloat16 weights tie more pairs.
+        seed: Of drawn replies and resamples.
+        trust_remote_code: Run code that comes with models.
+    """
+
+    out: str = "reports/evaluation"
+    reward_model: str | None = None
+    held_out_reward_model: str | None = None
+    policy: str | None = None
+    reference: str | None = None
+    implicit_reward: bool = False
+    judge: str | None = None
+    pairs: Source | None = None
+    pairs_split: Literal["train", "val", "test"] = "val"
+    rewardbench: str | None = None
+    rewardbench_size: PositiveInt | Literal["full"] = LITE_SIZE
+    rewardbench2: str | None = None
+    prior_sets: dict[str, str | None] = field(default_factory=dict)
+    prompts: Source | None = None
+    prompts_split: Literal["train", "val", "test"] = "val"
+    max_prompts: PositiveInt | None = None
+    samples: PositiveInt = 4
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    refusal_prompts: str | None = BUILTIN_PROMPTS
+    refusal_classifier: str | None = None
+    refusal_label: str | None = None
+    toxicity_model: str | None = None
+    toxic_labels: list[str] | None = None
+    lexicon: str | None = None
+    runs: list[str] = field(default_factory=list)
+    title: str = "Evaluation"
+    max_length: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    device: str | None = None
+    dtype: Dtype = "float32"
+    seed: NonNegativeInt = 0
+    trust_remote_code: bool = False
