@@ -22,9 +22,9 @@ LAYERS = {
     "evaluation": 2,
     "training": 3,
     "export": 4,
-    "evaluate": 4,
+    "evaluate": 5,
     "plan": 3,
-    "cli": 5,
+    "cli": 6,
 }
 """Rooms and their layers. A room imports from lower layers and from itself; of layer 0, nothing heavy at import."""
 

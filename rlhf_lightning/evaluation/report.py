@@ -345,9 +345,10 @@ def _bend(points: Sequence[Point]) -> str:
         return ""
     if fit.peak_distance is None or fit.peak_distance > 3 * max(point.x for point in points):
         return "The fit d (alpha - beta log d) to the training path does not turn down within three times its length."
+    furthest = max(point.x for point in points)
     return (
-        f"The fit d (alpha - beta log d) to the training path turns down at sqrt(KL) = {fit.peak_distance:.2f}; the run "
-        f"went to {max(point.x for point in points):.2f}."
+        f"The fit d (alpha - beta log d) to the training path turns down at sqrt(KL) = {fit.peak_distance:.2f}; the "
+        f"run went to {furthest:.2f}."
     )
 
 
