@@ -47,8 +47,10 @@ from rlhf_lightning.evaluation.results import (
     Side,
 )
 from rlhf_lightning.evaluation.reward_quality import reward_quality
+from rlhf_lightning.evaluation.rewardbench import SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import (
     BenchmarkRow,
+    RewardBenchResult,
     lite_rows,
     load_prior_set,
     load_rewardbench,
@@ -224,7 +226,7 @@ class _Measuring:
             with _timed(f"{title}: RewardBench"):
                 size = settings.rewardbench_size
                 bench = run_rewardbench(scorer, data.rewardbench, size=size, scores_file=file)
-            self._note(bench.coverage(), bench.complete)
+            self._note(_partial(bench), bench.complete)
         if data.rewardbench2:
             with _timed(f"{title}: RewardBench 2"):
                 bench2 = run_rewardbench2(scorer, data.rewardbench2, scores_file=file)
@@ -508,6 +510,14 @@ class _Measuring:
         if len(arrays) == 2:
             change = refusal_change(arrays["before"], arrays["after"], safety, seed=settings.seed)
         return rows, summaries, change
+
+
+def _partial(bench: RewardBenchResult) -> str:
+    given, whole = sum(bench.available.values()), sum(subset.pairs for subset in SUBSETS.values())
+    return (
+        f"RewardBench: {given:,} of the benchmark's {whole:,} rows were given, so these are no RewardBench scores; "
+        f"partial: {', '.join(bench.partial_sections)}."
+    )
 
 
 def _unended(ended: Sequence[Sequence[bool]]):

@@ -46,7 +46,7 @@ from rlhf_lightning.evaluation.results import (
     Side,
     verdicts,
 )
-from rlhf_lightning.evaluation.rewardbench import SECTIONS
+from rlhf_lightning.evaluation.rewardbench import SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import RewardBenchResult, SectionTable
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20
@@ -90,7 +90,9 @@ def _scorer(scorer: ScorerResults) -> Iterator[Section]:
         yield Section(head, list(_quality(scorer)), f"{scorer.name}, on {scorer.quality.pairs} pairs.")
     if scorer.rewardbench is not None:
         title = "RewardBench" if scorer.rewardbench.lite_standard_error is None else "RewardBench-Lite"
-        yield Section(f"{heads[scorer.title]} on {title}", list(_rewardbench(scorer.rewardbench)), _lite_text(scorer))
+        yield Section(
+            f"{heads[scorer.title]} on {title}", list(_rewardbench(scorer.rewardbench)), _rewardbench_text(scorer)
+        )
     if scorer.rewardbench2 is not None or scorer.prior_sets is not None:
         yield Section(f"{heads[scorer.title]} on further benchmarks", list(_further(scorer)))
 
@@ -151,15 +153,17 @@ def _temperature(calibration) -> str:
     return f"margins divided by {calibration.temperature:.2f}, fitted on these pairs, which favours it"
 
 
-def _lite_text(scorer: ScorerResults) -> str:
+def _rewardbench_text(scorer: ScorerResults) -> str:
     bench = scorer.rewardbench
-    text = f"{scorer.name}. {bench.coverage()}. A tie counts as wrong, as in the official tool: {bench.n_ties} ties; "
+    text = f"{scorer.name}. A tie counts as wrong, as in the official tool: {bench.n_ties} of {bench.n_pairs} pairs. "
     text += f"{bench.n_truncated} pairs were too long for the model and lost the beginning of their prompt."
     if bench.lite_standard_error is not None:
-        text += f"\n\nRewardBench-Lite is {bench.n_pairs} rows chosen by hash, weighted as the whole benchmark"
         error = 100 * bench.lite_standard_error
-        text += f"; its standard error as an estimate of the total on all rows given is {error:.1f} points."
-        text += " Never compare it with a score on the full benchmark."
+        text += (
+            f"\n\nRewardBench-Lite is {bench.n_pairs} rows chosen by hash and weighted as the whole benchmark; its "
+            f"standard error as an estimate of the total on all rows given is {error:.1f} points. Never compare it "
+            "with a score on the full benchmark."
+        )
     return text
 
 
@@ -178,9 +182,18 @@ def _rewardbench(bench: RewardBenchResult) -> Iterator[Block]:
     yield Bars(groups, "pairs", "Accuracy by subset", [COIN], (0.0, 1.0))
     longer: SectionTable = bench.baselines["longer wins"]
     yield Table(
-        ["subset", Column("this model"), Column("longer wins")],
-        [[name, value, longer.subsets.get(name)] for name, value in bench.table.subsets.items()],
-        "The same beside the rule that the longer response is better",
+        [
+            "subset",
+            Column("this model"),
+            Column("longer wins"),
+            Column("rows given", "g"),
+            Column("rows of the whole", "g"),
+        ],
+        [
+            [name, bench.table.subsets.get(name), longer.subsets.get(name), bench.available.get(name, 0), subset.pairs]
+            for name, subset in SUBSETS.items()
+        ],
+        "The same beside the rule that the longer response is better, and what of the benchmark was there",
     )
 
 

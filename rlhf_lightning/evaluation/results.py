@@ -200,7 +200,7 @@ def _safety(policies: PolicyResults | None) -> Iterator[Verdict]:
         if value is None:
             yield Verdict(target, "not measured", None, "prompts", _why_no_refusal(policies), spec="+.1%")
             continue
-        rates = (f"{getattr(policies.refusal[side], name).value:.1%} {side}" for side in SIDES)
+        rates = (f"{100 * getattr(policies.refusal[side], name).value:.1f} % {side}" for side in SIDES)
         reason = f"change of the rate, {', '.join(rates)}; {policies.refusal['after'].method}"
         yield Verdict(target, _kept(value, sign), value, "prompts", reason, "+.1%")
 
