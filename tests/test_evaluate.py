@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.data import load_preferences
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.courtesy.make import make_rows
 from rlhf_lightning.evaluation import measure
 from rlhf_lightning.evaluation.rewardbench import SUBSETS
 from rlhf_lightning.evaluation.scoring import RewardScorer
+from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
+from tests.evaluation.test_toxicity import make_classifier  # noqa: F401 (a fixture)
 
 ALL = [
     *("--reward_model", "models/reward", "--held_out_reward_model", "models/other"),
@@ -96,9 +100,34 @@ def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(evaluated):
     wins = [[(a > b) + (a == b) / 2 for a in r["rewards"]["after"] for b in r["rewards"]["before"]] for r in rows]
     assert numbers["policy/win_rate"]["value"] == pytest.approx(np.mean(wins), abs=1e-9)
     assert numbers["policy/kl_nats"]["value"] == pytest.approx(np.mean([row["kl"] for row in rows]), abs=1e-9)
-    assert numbers["policy/kl_nats"]["value"] > 0
+    assert rows[1]["kl"] == pytest.approx(kl_of_kept_replies(out, rows[1]), abs=1e-4)
+    gaps = []
+    for pair in list(load_preferences("prompts.jsonl", split="val")[0])[:PROMPTS]:
+        chosen, rejected = scorer([pair.prompt] * 2, [pair.chosen, pair.rejected])
+        gaps.append(chosen.score - rejected.score)
+    details = json.loads((out / "metrics.json").read_text())["details"]
+    gap = details["policies"]["judged"][0]["comparison"]["anchored"]["gap"]
+    assert gap["value"] == pytest.approx(np.mean(gaps), abs=1e-6)
     unended = np.mean([[not ended for ended in row["ended"]["after"]] for row in rows])
     assert numbers["policy/unended_after"]["value"] == pytest.approx(unended)
+
+
+@torch.no_grad()
+def kl_of_kept_replies(out: Path, row: dict) -> list[float]:
+    """KL(after, before) summed along each reply after to a prompt, from the ids that were kept."""
+    lines = [json.loads(line) for line in (out / "kept" / "replies-after.jsonl").read_text().splitlines()[1:]]
+    before, after = (CausalLM.from_pretrained(f"models/{side}").eval() for side in ("before", "after"))
+    form = ChatFormat(load_tokenizer("models/after"))
+    (prompt,) = form.encode_prompts([form.prompt_text([{"role": "user", "content": row["prompt"]}])])
+    sums = []
+    for line in sorted((line for line in lines if line["prompt_id"] == row["id"]), key=lambda line: line["sample"]):
+        ids = torch.tensor([[*prompt, *line["ids"]]])
+        p, q = (
+            torch.log_softmax(model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double(), dim=-1)
+            for model in (after, before)
+        )
+        sums.append((p.exp() * (p - q)).sum().item())
+    return sums
 
 
 def test_no_number_depends_on_the_batch_size(evaluated, tmp_path):
@@ -193,6 +222,28 @@ def test_the_benchmark_s_own_prompts_and_pairs_are_the_scale(evaluated):
     assert details["policies"]["judged"][0]["comparison"]["anchored"] is not None
     assert not (out / "results").exists(), "Lite has no official result"
     assert "no RewardBench scores" in json.loads((out / "metrics.json").read_text())["notes"][0]
+
+
+def test_classifiers_of_the_user_s_and_a_judge_take_part(evaluated, make_classifier, tmp_path):  # noqa: F811
+    toxic = make_classifier(["neutral", "toxic"])
+    refusing = make_classifier(["compliance", "refusal"])
+    (tmp_path / "words.txt").write_text("the\n")
+    arguments = ["--toxicity_model", str(toxic), "--refusal_classifier", str(refusing), "--judge", "models/after"]
+    arguments += ["--judge_max_new_tokens", "4"]
+    out, numbers = evaluated(*ALL, *arguments, "--lexicon", str(tmp_path / "words.txt"))
+    details = json.loads((out / "metrics.json").read_text())["details"]["policies"]
+    values = [value for row in samples(out)[:PROMPTS] for value in row["toxicity"]["after"]]
+    assert numbers["toxicity/mean_after"]["value"] == pytest.approx(np.mean(values), abs=1e-9)
+    assert details["toxicity_change"]["mean"]["value"] == pytest.approx(
+        numbers["toxicity/mean_after"]["value"] - numbers["toxicity/mean_before"]["value"], abs=1e-9
+    )
+    assert "refusal" in details["refusal"]["after"]["method"]["name"]
+    assert numbers["judge/parsed"]["value"] == 0, "a model of random weights gives no verdict"
+    assert numbers["judge/rewardbench"]["value"] == 0.5
+    assert 0 <= numbers["lexicon/rate_after"]["value"] <= 1
+    page = (out / "report.html").read_text()
+    assert "held no verdict" in page
+    assert "Toxicity of the replies" in page
 
 
 def test_dpo_s_implicit_reward_is_judged_like_a_reward_model(evaluated):

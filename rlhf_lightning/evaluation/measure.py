@@ -265,7 +265,7 @@ class _Measuring:
         if settings.judge is None:
             return []
         loading = {name: value for name, value in self.loading.items() if name != "max_length"}
-        judge = PolicyJudge(settings.judge, **loading)
+        judge = PolicyJudge(settings.judge, max_new_tokens=settings.judge_max_new_tokens, **loading)
         self.fingerprints[f"judge: {judge.name}"] = judge.fingerprint
         file = self.kept / f"judge-{judge.fingerprint[:16]}.jsonl"
         bench = bench2 = None

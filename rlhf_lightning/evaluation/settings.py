@@ -31,6 +31,7 @@ class EvaluationSettings:
         implicit_reward: Judge `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against `reference`
             (without one, by its log-probs).
         judge: A language model that judges the pairs of RewardBench in writing.
+        judge_max_new_tokens: Longest of its replies.
         pairs: Preference pairs that nothing was trained on: files, directories or hub data sets.
         pairs_split: Which files of a directory or hub data set these are.
         rewardbench: RewardBench's rows: file, directory or hub name.
@@ -67,6 +68,7 @@ class EvaluationSettings:
     reference: str | None = None
     implicit_reward: bool = False
     judge: str | None = None
+    judge_max_new_tokens: PositiveInt = 1024
     pairs: Source | None = None
     pairs_split: Literal["train", "val", "test"] = "val"
     rewardbench: str | None = None
