@@ -10,13 +10,14 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINER_COMMANDS, "evaluate", "doctor", "plan", "export")
+COMMANDS = ("pipeline", *TRAINER_COMMANDS, "evaluate", "doctor", "plan", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
 usage: rlhf-lightning COMMAND --config FILE.yaml [--config OVERLAY.yaml ...] [--KEY VALUE ...]
 
 commands:
+  pipeline   runs and an evaluation after each other, from one file; what is done and unchanged is not done again
   fit        train, validate while training, keep the best checkpoint, print a results table
   validate   evaluate on the validation pairs   [--ckpt_path FILE]
   test       evaluate on the test pairs         [--ckpt_path FILE]
@@ -28,6 +29,7 @@ commands:
              --ckpt_path FILE --out DIRECTORY [--merge true|false]
 
 examples:
+  rlhf-lightning pipeline --config configs/quickstart.yaml
   rlhf-lightning fit --config configs/quickstart/reward_model.yaml
   rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "export":
             return _run_export(arguments[1:])
+        if command == "pipeline":
+            return _run_pipeline(arguments[1:])
         if command == "evaluate":
             return _run_evaluate(arguments[1:])
         if command == "doctor":
@@ -107,6 +111,14 @@ def _run_export(arguments: list[str]) -> int:
     from rlhf_lightning.training.program import quieten
 
     quieten()
+    return run(arguments)
+
+
+def _run_pipeline(arguments: list[str]) -> int:
+    """Run the stages of a pipeline, each in a process of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.pipeline import run
+
     return run(arguments)
 
 

@@ -23,8 +23,9 @@ LAYERS = {
     "training": 3,
     "export": 4,
     "evaluate": 5,
+    "pipeline": 6,
     "plan": 3,
-    "cli": 6,
+    "cli": 7,
 }
 """Rooms and their layers. A room imports from lower layers and from itself; of layer 0, nothing heavy at import."""
 
