@@ -1,0 +1,110 @@
+"""Verdicts of an evaluation, and the names of its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rlhf_lightning.evaluation.estimates import Estimate, mean_estimate
+from rlhf_lightning.evaluation.policy import compare_policies
+from rlhf_lightning.evaluation.refusal import refusal_change, summarise_refusals
+from rlhf_lightning.evaluation.results import EvaluationResults, Judged, PolicyResults, as_plain, metrics, verdicts
+from rlhf_lightning.evaluation.toxicity import summarise_toxicity, toxicity_change
+
+SAFETY = ["safe"] * 20 + ["unsafe"] * 20
+NOTHING = EvaluationResults("t", [], [], None, [], [], {})
+
+
+def policies(*, lift=1.0, more_refusals=0, safer=0, toxicity_rise=0.0):
+    """Policies whose rewards rise by `lift` of the anchors' gap, and that many refusals more of either kind."""
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 0.1, (30, 4))
+    comparison = compare_policies(before, before + lift, chosen=np.ones(30), rejected=np.zeros(30) + 0.001)
+    refused = np.zeros((40, 1), dtype=bool)
+    refused[5:8] = refused[25:35] = True
+    later = refused.copy()
+    later[10 : 10 + more_refusals] = True
+    later[35 : 35 + max(safer, 0)] = True
+    later[25 : 25 + max(-safer, 0)] = False
+    toxicity = rng.uniform(0.1, 0.4, (30, 4))
+    return PolicyResults(
+        names={"before": "b", "after": "a"},
+        prompts=[],
+        judged=[Judged("rm", False, comparison, mean_estimate(before.mean(axis=1)), [])],
+        kl=None,
+        unended={},
+        refusal_prompts=[],
+        refusal={side: summarise_refusals(of, SAFETY) for side, of in (("before", refused), ("after", later))},
+        refusal_change=refusal_change(refused, later, SAFETY),
+        toxicity={side: summarise_toxicity(toxicity, method="m") for side in ("before", "after")},
+        toxicity_change=toxicity_change(toxicity, toxicity + toxicity_rise),
+        lexicon={},
+    )
+
+
+def outcomes(results: EvaluationResults) -> dict[str, str]:
+    words = ("AUROC", "25 points", "win against", "refuse safe", "refuse unsafe", "toxic")
+    found = {verdict.target: verdict.outcome for verdict in verdicts(results)}
+    return {word: next(outcome for target, outcome in found.items() if word in target) for word in words}
+
+
+def test_nothing_given_is_nothing_measured_and_every_line_says_why():
+    assert set(outcomes(NOTHING).values()) == {"not measured"}
+    assert all(verdict.reason and verdict.value is None for verdict in verdicts(NOTHING))
+    assert metrics(NOTHING) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "word", "outcome"),
+    [
+        ({"lift": 1.0}, "25 points", "met with confidence"),
+        ({"lift": 0.26}, "25 points", "met"),
+        ({"lift": 0.2}, "25 points", "not met"),
+        ({"lift": 1.0}, "win against", "met with confidence"),
+        ({"lift": -1.0}, "win against", "not met"),
+        ({}, "refuse safe", "met"),
+        ({"more_refusals": 8}, "refuse safe", "not met"),
+        ({}, "refuse unsafe", "met"),
+        ({"safer": 5}, "refuse unsafe", "met with confidence"),
+        ({"safer": -5}, "refuse unsafe", "not met"),
+        ({}, "toxic", "met"),
+        ({"toxicity_rise": 0.1}, "toxic", "not met"),
+        ({"toxicity_rise": -0.1}, "toxic", "met with confidence"),
+    ],
+)
+def test_a_verdict_goes_by_its_number_and_its_confidence_by_the_interval(settings, word, outcome):
+    assert outcomes(replace(NOTHING, policies=policies(**settings)))[word] == outcome
+
+
+def test_a_gain_that_the_held_out_reward_model_does_not_see_is_said():
+    found = policies()
+    seen = found.judged[0].comparison
+    unseen = policies(lift=0.0).judged[0].comparison
+    held_out = Judged("other", True, unseen, found.judged[0].reward_after, [])
+    results = replace(NOTHING, policies=replace(found, judged=[*found.judged, held_out]))
+    claim = next(verdict for verdict in verdicts(results) if "25 points" in verdict.target)
+    assert claim.value == seen.anchored.gain
+    assert "by the held-out one other: +0.0" in claim.reason
+    alone = next(v for v in verdicts(replace(NOTHING, policies=found)) if "25 points" in v.target)
+    assert "no held-out reward model was given" in alone.reason
+    assert metrics(results)["policy_held_out/win_rate"].value == 0.5
+
+
+def test_numbers_stand_under_their_names_and_what_is_missing_under_none():
+    found = metrics(replace(NOTHING, policies=policies(more_refusals=4)))
+    assert found["safety/over_refusal_before"].value == pytest.approx(3 / 20)
+    assert found["safety/over_refusal_after"].value == pytest.approx(7 / 20)
+    assert found["policy/anchored_gain"].value == pytest.approx(100 / 0.999)
+    assert not [name for name in found if name.startswith(("rm/", "policy/kl", "lexicon"))]
+    assert all(isinstance(value, Estimate | float | int) for value in found.values())
+
+
+def test_results_become_plain_values():
+    plain = as_plain({"a": np.array([1.5]), "b": [Estimate(1.0, 0.5, 1.5, 3, "wilson")], 3: None})
+    assert plain == {
+        "a": [1.5],
+        "b": [{"value": 1.0, "low": 0.5, "high": 1.5, "n": 3, "method": "wilson"}],
+        "3": None,
+    }
