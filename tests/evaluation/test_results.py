@@ -14,6 +14,7 @@ from rlhf_lightning.evaluation.results import EvaluationResults, Judged, PolicyR
 from rlhf_lightning.evaluation.toxicity import summarise_toxicity, toxicity_change
 
 SAFETY = ["safe"] * 20 + ["unsafe"] * 20
+FEW = {"resamples": 200}
 NOTHING = EvaluationResults("t", [], [], None, [], [], {})
 
 
@@ -21,7 +22,8 @@ def policies(*, lift=1.0, more_refusals=0, safer=0, toxicity_rise=0.0):
     """Policies whose rewards rise by `lift` of the anchors' gap, and that many refusals more of either kind."""
     rng = np.random.default_rng(0)
     before = rng.normal(0, 0.1, (30, 4))
-    comparison = compare_policies(before, before + lift, chosen=np.ones(30), rejected=np.zeros(30) + 0.001)
+    after = before + lift + rng.normal(0, 0.1, (30, 1)) * (lift == 0.26)
+    comparison = compare_policies(before, after, chosen=np.ones(30), rejected=np.full(30, 0.001), **FEW)
     refused = np.zeros((40, 1), dtype=bool)
     refused[5:8] = refused[25:35] = True
     later = refused.copy()
@@ -37,9 +39,9 @@ def policies(*, lift=1.0, more_refusals=0, safer=0, toxicity_rise=0.0):
         unended={},
         refusal_prompts=[],
         refusal={side: summarise_refusals(of, SAFETY) for side, of in (("before", refused), ("after", later))},
-        refusal_change=refusal_change(refused, later, SAFETY),
-        toxicity={side: summarise_toxicity(toxicity, method="m") for side in ("before", "after")},
-        toxicity_change=toxicity_change(toxicity, toxicity + toxicity_rise),
+        refusal_change=refusal_change(refused, later, SAFETY, **FEW),
+        toxicity={side: summarise_toxicity(toxicity, method="m", **FEW) for side in ("before", "after")},
+        toxicity_change=toxicity_change(toxicity, toxicity + toxicity_rise, **FEW),
         lexicon={},
     )
 
