@@ -28,7 +28,7 @@ def commands() -> list[list[str]]:
 
 
 def test_there_are_commands_to_check():
-    assert {command[0] for command in commands()} == {"fit", "test", "predict", "doctor", "plan", "export"}
+    assert {command[0] for command in commands()} >= {"fit", "test", "predict", "evaluate", "doctor", "plan", "export"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -38,6 +38,11 @@ def test_every_command_parses(capsys, monkeypatch, command):
     if command[0] == "export":  # it has no configuration to print: only its arguments are parsed
         assert main([*command[:1], "--help"]) == 0
         assert {word for word in command if word.startswith("--")} <= {"--ckpt_path", "--out", "--merge"}
+        return
+    if command[0] == "evaluate":
+        from rlhf_lightning.evaluate import parse
+
+        assert parse(command[1:]) is not None
         return
     if command[0] not in TRAINER_COMMANDS:
         return
