@@ -31,7 +31,6 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning import __version__
@@ -558,6 +557,9 @@ def _run_stage(
     progress, code, missing = Progress(log), 1, []
     try:
         code, results = _watched(stage, log, record.began if goes_on else None, progress, board, context)
+    except (KeyboardInterrupt, _Terminated):
+        board.show(stage.name, "interrupted")
+        raise
     finally:
         record = replace(record, state="broken", seconds=time.time() - began, progress=progress.line)
         if code == 0:
@@ -572,10 +574,10 @@ def _run_stage(
     if record.state == "done":
         return 0
     board.close()
-    what = f"ended without writing {', '.join(missing)}" if code == 0 else f"failed ({_code_in_words(code)})"
+    what = f"ended without writing {missing[0]}" if missing else f"failed ({_code_in_words(code)})"
     print(
-        f"rlhf-lightning: error: stage {stage.name} {what}: {_complaint(log)}; its log is {log}, and the same command "
-        "goes on from here",
+        f"rlhf-lightning: error: stage {stage.name} {what}: {_complaint(log, missing)}; its log is {log}, and what is "
+        "done will not be run again",
         file=sys.stderr,
     )
     return 128 - code if code < 0 else code or 1
@@ -613,10 +615,11 @@ def _code_in_words(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _complaint(log: Path) -> str:
-    """The line of a log that says what went wrong."""
+def _complaint(log: Path, missing: Sequence[str]) -> str:
+    """The line of a log that says what went wrong, or why one of the directories was not written."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("rlhf-lightning: error: ")]
+    beginnings = tuple(f"{directory}: " for directory in missing) or ("rlhf-lightning: error: ",)
+    ours = [line for line in lines if line.startswith(beginnings)]
     return ([*lines, *ours] or ["it said nothing"])[-1].removeprefix("rlhf-lightning: error: ")[:500]
 
 
@@ -826,7 +829,7 @@ class Board:
     def close(self) -> None:
         """Leave the lines as they are."""
         if self.live:
-            self.live.update(self._table(), refresh=True)
+            self.live.update(self._lines(), refresh=True)
             self.live.stop()
 
     def show(self, name: str, state: str, text: str = "") -> None:
@@ -839,7 +842,7 @@ class Board:
         if name in self.began:
             self.seconds[name] = time.monotonic() - self.began[name]
         if self.live:
-            self.live.update(self._table(), refresh=True)
+            self.live.update(self._lines(), refresh=True)
         elif state != before and state not in ("looking", "stopping"):
             print(self._line(name), flush=True)
 
@@ -848,21 +851,28 @@ class Board:
         seconds = f" {self.seconds[name]:.0f} s" if name in self.seconds and state != "running" else ""
         return f"{name}: {state}{seconds}{'; ' if text else ''}{text}"
 
-    def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        for column in ("name", "state", "seconds"):
-            table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
-        table.add_column("progress", no_wrap=True, overflow="ellipsis", ratio=1)
-        styles = {"done": "green", "unchanged": "green", "running": "bold", "failed": "red", "waiting": "dim"}
-        for name in self.names:
-            state, text = self.states[name]
+    def _lines(self) -> Text:
+        """A line for each stage, as long as the terminal is wide: only the text is cut."""
+        styles = {
+            "done": "green",
+            "unchanged": "green",
+            "running": "bold",
+            "failed": "red",
+            "interrupted": "red",
+            "waiting": "dim",
+        }
+        width = max(map(len, self.names))
+        lines = []
+        for name, (state, text) in self.states.items():
             seconds = f"{self.seconds[name]:.0f} s" if name in self.seconds else ""
-            table.add_row(name, Text(state, style=styles.get(state, "")), seconds, Text(text))
-        return table
+            line = Text.assemble(f"{name:{width}}  ", (f"{state:11}", styles.get(state, "")), f"  {seconds:>6}  {text}")
+            line.truncate(self.console.width - 1, overflow="ellipsis")
+            lines.append(line)
+        return Text("\n", no_wrap=True).join(lines)
 
 
 def _print_results(stages: Iterable[Stage], state: State, directory: Path) -> None:
     """What each stage printed in the end, and where state and logs lie."""
     for stage in stages:
-        print(f"\n{stage.name}\n{state.records[stage.name].results.strip()}")
+        print(f"\n== {stage.name}\n{state.records[stage.name].results.strip()}")
     print(f"\nlogs and state: {directory}")
