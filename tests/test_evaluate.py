@@ -171,7 +171,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(evaluat
 def test_a_second_evaluation_asks_no_model_again(evaluated, tmp_path, monkeypatch):
     _, first = evaluated(*ALL)
     monkeypatch.setattr(
-        "rlhf_lightning.models.generation.TransformersEngine.replies", lambda *_, **__: pytest.fail("drawn again")
+        "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
     _, second = evaluated(*ALL)
     assert first == second

@@ -342,7 +342,7 @@ class PolicyJudge:
             self.too_long += len(ids) - len(asked)
             log.warning("%s: %d questions are longer than %d tokens", self.name, len(ids) - len(asked), self.room)
         device = next(self.policy.parameters()).device
-        replies = self.engine.replies(
+        replies = self.engine.draw(
             self.policy,
             [torch.tensor(ids[place], device=device) for place in asked],
             [0] * len(asked),
@@ -353,7 +353,7 @@ class PolicyJudge:
         )
         found = [""] * len(questions)
         for place, reply in zip(asked, replies, strict=True):
-            found[place] = form.tokenizer.decode(reply, skip_special_tokens=True)
+            found[place] = form.tokenizer.decode(reply.ids, skip_special_tokens=True)
         return found
 
 

@@ -64,12 +64,8 @@ class TransformersEngine:
     def synchronize(self, policy: CausalLM) -> None:
         """Nothing: the policy itself draws."""
 
-    def draw(self, policy: CausalLM, prompts: Sequence[Tensor], seeds: Sequence[int], **options) -> list[Reply]:
-        """As `RolloutEngine.draw`."""
-        return [Reply(ids) for ids in self.replies(policy, prompts, seeds, **options)]
-
     @torch.no_grad()
-    def replies(
+    def draw(
         self,
         policy: CausalLM,
         prompts: Sequence[Tensor],
@@ -79,9 +75,9 @@ class TransformersEngine:
         temperature: float,
         terminator_id: int,
         pad_id: int,
-    ) -> list[Tensor]:
-        """The ids of `draw`, on the prompts' device."""
-        found: list[Tensor | None] = [None] * len(prompts)
+    ) -> list[Reply]:
+        """As `RolloutEngine.draw`."""
+        found: list[Reply | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         options = {"max_new_tokens": max_new_tokens, "terminator_id": terminator_id, "pad_id": pad_id}
         with _ready_to_generate(policy):
@@ -91,7 +87,7 @@ class TransformersEngine:
                 for i, reply in zip(
                     part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True
                 ):
-                    found[i] = reply
+                    found[i] = Reply(reply)
         return found
 
 
@@ -100,7 +96,7 @@ def greedy_replies(
 ) -> list[Tensor]:
     """The most likely continuation of each prompt, token by token; as `RolloutEngine.draw` with temperature 0."""
     engine = TransformersEngine(batch_size=1)  # a handful of them, and no padding that could matter
-    return engine.replies(
+    drawn = engine.draw(
         policy,
         prompts,
         [0] * len(prompts),
@@ -109,6 +105,7 @@ def greedy_replies(
         terminator_id=terminator_id,
         pad_id=pad_id,
     )
+    return [reply.ids for reply in drawn]
 
 
 def seed_of(*parts: object) -> int:

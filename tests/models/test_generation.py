@@ -20,7 +20,7 @@ def policy(tiny_qwen2):
 def drawn(policy, prompts, seeds, *, batch_size=64, temperature=1.0, new=6, terminator=END):
     engine = TransformersEngine(batch_size)
     options = {"max_new_tokens": new, "temperature": temperature, "terminator_id": terminator, "pad_id": PAD}
-    return [reply.tolist() for reply in engine.replies(policy, prompts, seeds, **options)]
+    return [reply.ids.tolist() for reply in engine.draw(policy, prompts, seeds, **options)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -41,8 +41,8 @@ def test_replies_and_their_logprobs_are_those_of_the_weights_that_were_given(ser
     second = engine.draw(policy, PROMPTS, seeds, **OPTIONS)
     assert [r.ids.tolist() for r in second] != [r.ids.tolist() for r in first]
     rounded = CausalLM.from_pretrained(str(tmp_path / "weights"))
-    same = TransformersEngine().replies(rounded, PROMPTS, seeds, **OPTIONS)
-    assert [r.ids.tolist() for r in second] == [ids.tolist() for ids in same]
+    same = TransformersEngine().draw(rounded, PROMPTS, seeds, **OPTIONS)
+    assert [r.ids.tolist() for r in second] == [r.ids.tolist() for r in same]
     for prompt, reply in zip(PROMPTS, second, strict=True):
         ids = torch.cat([prompt, reply.ids])[None]
         with torch.no_grad():

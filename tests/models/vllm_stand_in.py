@@ -33,7 +33,7 @@ class StandIn(ThreadingHTTPServer):
         prompt = torch.tensor(content["prompt"])
         (end,) = content["stop_token_ids"]
         with self.lock:
-            (ids,) = TransformersEngine().replies(
+            (reply,) = TransformersEngine().draw(
                 self.policy,
                 [prompt],
                 [content["seed"]],
@@ -42,6 +42,7 @@ class StandIn(ThreadingHTTPServer):
                 terminator_id=self.extra_stop or end,
                 pad_id=0,
             )
+        ids = reply.ids
         logits = self.policy.model(input_ids=torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
         logprobs = torch.log_softmax(logits.float() / content["temperature"], dim=-1)
         taken = logprobs.gather(1, ids[:, None])[:, 0].tolist()
