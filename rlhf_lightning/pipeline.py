@@ -179,11 +179,27 @@ def _run(pipeline: Pipeline, *, again: Sequence[str], only: str | None) -> int:
             for stage in stages:
                 board.show(stage.name, "looking")
                 inputs = inputs_of(stage, resolved[stage.name], state.contents, code)
-                ended = _run_stage(stage, resolved[stage.name].outputs, inputs, state, board, context, again=again)
+                ended = _run_stage(
+                    _without_bar(stage, resolved[stage.name]),
+                    resolved[stage.name].outputs,
+                    inputs,
+                    state,
+                    board,
+                    context,
+                    again=again,
+                )
                 if ended != 0:
                     return ended
         _print_results(stages, state, pipeline.directory)
     return 0
+
+
+def _without_bar(stage: Stage, resolved: Resolved) -> Stage:
+    """A run whose log has lines instead of a progress bar, unless it has a bar of the user's."""
+    callbacks = [value for key, value in resolved.settings.items() if key.startswith("trainer.callbacks")]
+    if stage.command != "fit" or any("ProgressBar" in str(value) for value in callbacks):
+        return stage
+    return replace(stage, arguments=(*stage.arguments, "--trainer.enable_progress_bar", "false"))
 
 
 class _Arguments(argparse.ArgumentParser):
@@ -628,11 +644,11 @@ def _server() -> ForkServerContext:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to look for GPUs must not spoil them for the forked
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's alone to handle
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it: Ctrl-C is this process's to handle
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, before)
     return context
 
 
@@ -697,13 +713,8 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
         os.dup2(opened, number)
     sys.stdout = kept = _Kept(sys.stdout)
     arguments = [command, *arguments]
-    if command == "fit":
-        parsed = _parsed_fit(arguments[1:])
-        callbacks = [str(each.class_path) for each in parsed.settings.trainer.callbacks or []]
-        if not any("ProgressBar" in name for name in callbacks):
-            arguments += ["--trainer.enable_progress_bar", "false"]  # the log has lines instead
-        if newer_than is not None and _has_checkpoint(parsed.settings, newer_than):
-            arguments += ["--ckpt_path", "last"]
+    if newer_than is not None and _has_checkpoint(arguments[1:], newer_than):
+        arguments += ["--ckpt_path", "last"]
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}", file=sys.stderr, flush=True)
     sys.argv[1:] = arguments
     sys.modules.pop("rlhf_lightning.cli", None)  # it is run, not imported; with DDP, further processes are run alike
@@ -721,7 +732,6 @@ def _begin() -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -730,12 +740,13 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _has_checkpoint(settings: Any, newer_than: float) -> bool:
+def _has_checkpoint(arguments: Sequence[str], newer_than: float) -> bool:
     """Whether the checkpoint from which a run would go on was written since then, and so by a run of these inputs."""
     import logging
 
     from rlhf_lightning.training.resume import resolve_last
 
+    settings = _parsed_fit(arguments).settings
     log = logging.getLogger("rlhf_lightning")
     log.setLevel(logging.ERROR)  # the run itself will say it
     try:
@@ -805,6 +816,10 @@ class Progress:
         return self.line
 
 
+_STYLES = {"done": "green", "unchanged": "green", "running": "bold", "waiting": "dim"}
+_STYLES |= {"failed": "red", "interrupted": "red"}
+
+
 class Board:
     """One line for each stage: live on a terminal, else printed when a stage begins and when it ends."""
 
@@ -853,19 +868,13 @@ class Board:
 
     def _lines(self) -> Text:
         """A line for each stage, as long as the terminal is wide: only the text is cut."""
-        styles = {
-            "done": "green",
-            "unchanged": "green",
-            "running": "bold",
-            "failed": "red",
-            "interrupted": "red",
-            "waiting": "dim",
-        }
         width = max(map(len, self.names))
         lines = []
         for name, (state, text) in self.states.items():
             seconds = f"{self.seconds[name]:.0f} s" if name in self.seconds else ""
-            line = Text.assemble(f"{name:{width}}  ", (f"{state:11}", styles.get(state, "")), f"  {seconds:>6}  {text}")
+            line = Text.assemble(
+                f"{name:{width}}  ", (f"{state:11}", _STYLES.get(state, "")), f"  {seconds:>6}  {text}"
+            )
             line.truncate(self.console.width - 1, overflow="ellipsis")
             lines.append(line)
         return Text("\n", no_wrap=True).join(lines)

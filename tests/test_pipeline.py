@@ -1,0 +1,675 @@
+"""The command `pipeline`: what runs, what does not, what is refused, and how it goes on after a kill.
+
+Most stages are runs of `Scripted`, which has one weight and does as it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from rlhf_lightning import pipeline
+from rlhf_lightning.cli import main
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.directories import replaced_model
+from rlhf_lightning.pipeline import Board, Contents, Progress, Resolved, Stage, difference, inputs_of, read_pipeline
+from tests.test_configs import ROOT
+
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+class Scripted(LightningModule):
+    """Counts its training batches, and writes what it was given and how far it came.
+
+    Args:
+        source: A file that it reads, or a model that an earlier stage wrote.
+        word: Stands in what it writes.
+        act: What it does at batch `at`: nothing, raise an error, die, or wait for a file `go`.
+        at: A batch, counted from 1 over all epochs.
+        reward_model: A function of the user's.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        word: str = "word",
+        act: str = "nothing",
+        at: int = 10,
+        reward_model: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.count = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, index: int):
+        number = self.trainer.global_step + 1
+        print(f"step {number}/18: by hand", file=sys.stderr, flush=True)
+        if number == self.hparams.at:
+            act(self.hparams.act)
+        return -self.count
+
+    def validation_step(self, batch, index: int) -> None:
+        self.log_dict({"val/loss": -self.count, "val/pairs": 6.0})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def export(self, directory: Path, *, merge: bool) -> None:
+        source = Path(self.hparams.source)
+        text = (source / "config.json" if source.is_dir() else source).read_text()
+        with replaced_model(directory) as made:
+            (made / "config.json").write_text(f"{text}{self.hparams.word} {self.count.item():g}\n")
+
+
+def act(what: str) -> None:
+    if what == "raise":
+        raise RuntimeError("the script says so")
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "main":
+        spec = sys.modules["__main__"].__spec__
+        Path("main.json").write_text(json.dumps([spec.name, *sys.argv[1:], os.getpid(), os.getpgid(0)]))
+    while what == "wait" and not Path("go").exists():
+        time.sleep(0.05)
+
+
+class Batches(LightningDataModule):
+    """Six of them."""
+
+    def train_dataloader(self):
+        return DataLoader(torch.arange(6))
+
+    val_dataloader = train_dataloader
+
+
+def write_stage(name: str, **model) -> None:
+    """The configuration of a run of three epochs of six batches; a checkpoint after each, the best exported."""
+    best = {"monitor": "val/loss", "mode": "min", "filename": "best-{step}", "auto_insert_metric_name": False}
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    trainer["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": name}}
+    trainer["callbacks"] = [
+        {"class_path": "ModelCheckpoint", "init_args": best},
+        {"class_path": "ExportBest", "init_args": {"directory": f"models/{name}"}},
+    ]
+    run = {"seed_everything": 1, "trainer": trainer, "data": {"class_path": "tests.test_pipeline.Batches"}}
+    run["model"] = {"class_path": "tests.test_pipeline.Scripted", "init_args": model}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(run))
+
+
+def write_pipeline(**stages) -> None:
+    Path("pipeline.yaml").write_text(yaml.safe_dump({"directory": "state", "stages": stages}, sort_keys=False))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded():
+    """Stages find this file imported, where no other test has started the server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def two_stages(tmp_path, monkeypatch):
+    """`first` reads data.txt, `second` the model of `first`."""
+    monkeypatch.chdir(tmp_path)
+    write_two_stages()
+
+
+def write_two_stages() -> None:
+    Path("data.txt").write_text("data\n")
+    write_stage("first", source="data.txt")
+    write_stage("second", source="models/first")
+    write_pipeline(first={"command": "fit", "config": "first.yaml"}, second={"command": "fit", "config": "second.yaml"})
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A directory in which both stages have run."""
+    directory = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        write_two_stages()
+        assert main(["pipeline", "--config", "pipeline.yaml"]) == 0
+    return directory
+
+
+@pytest.fixture
+def finished(tmp_path, once):
+    """A copy of it, which is the working directory."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+
+
+def states(text: str) -> dict[str, str]:
+    """How each stage ended, by the lines of a run without a terminal."""
+    return dict(re.findall(r"^(\w+): (done|unchanged|failed|interrupted)\b", text, re.MULTILINE))
+
+
+@pytest.fixture
+def ran(capsys):
+    """Run the pipeline; its exit code and how each stage ended."""
+
+    def run(*arguments: str, code: int = 0) -> dict[str, str]:
+        capsys.readouterr()
+        assert main(["pipeline", "--config", "pipeline.yaml", *arguments]) == code
+        run.out, run.error = capsys.readouterr()
+        return states(run.out)
+
+    return run
+
+
+def written(name: str) -> str:
+    return Path("models", name, "config.json").read_text()
+
+
+BOTH = {"first": "done", "second": "done"}
+NONE = {"first": "unchanged", "second": "unchanged"}
+
+
+def test_stages_run_in_their_order_each_on_what_the_earlier_wrote(ran):
+    assert ran() == BOTH
+    assert written("second") == "data\nword 18\nword 18\n"
+    assert re.search(r"^second: done \d+ s; validation at step 18: loss -18.0000$", ran.out, re.MULTILINE)
+    assert re.search(r"== second\n(.*\n)*checkpoint:  runs/second/version_0/checkpoints/best-18.ckpt\n", ran.out)
+    assert ran.out.endswith("logs and state: state\n")
+    log = Path("state/first.log").read_text()
+    assert "rlhf-lightning fit --config first.yaml" in log
+    assert "checkpoint:  runs/first/version_0/checkpoints/best-18.ckpt" in log
+
+
+@pytest.mark.usefixtures("finished")
+def test_nothing_is_run_again_and_the_same_is_printed(ran):
+    log = Path("state/first.log").stat()
+    assert ran() == NONE
+    assert re.search(r"^first: unchanged; validation at step 18: loss -18.0000$", ran.out, re.MULTILINE)
+    assert "checkpoint:  runs/second/version_0/checkpoints/best-18.ckpt\n" in ran.out
+    assert Path("state/first.log").stat() == log
+    assert len(list(Path("runs/first").iterdir())) == 1
+
+
+def change_text(path: str, old: str, new: str) -> Callable[[], None]:
+    def change() -> None:
+        assert old in Path(path).read_text()
+        Path(path).write_text(Path(path).read_text().replace(old, new))
+
+    return change
+
+
+def write_same_again() -> None:
+    Path("data.txt").write_text(Path("data.txt").read_text())
+
+
+def alter_unseen() -> None:
+    """Another content of the same size and modification time."""
+    before = Path("models/first/config.json").stat()
+    change_text("models/first/config.json", "word", "WORD")()
+    os.utime("models/first/config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.usefixtures("finished")
+@pytest.mark.parametrize(
+    ("change", "states", "reason"),
+    [
+        (change_text("data.txt", "data", "DATA"), BOTH, "changed: content of data.txt"),
+        (change_text("first.yaml", "max_epochs: 3", "max_epochs: 2"), BOTH, "changed: trainer.max_epochs 3 -> 2"),
+        (change_text("second.yaml", "seed_everything: 1", "seed_everything: 2"), {"first": "unchanged"}, "1 -> 2"),
+        (lambda: shutil.rmtree("models/second"), {"first": "unchanged"}, "models/second is gone"),
+        (change_text("models/second/config.json", "data", "DATA"), {"first": "unchanged"}, "models/second was altered"),
+        # What comes out is the same again, so the second stage has nothing to do.
+        (alter_unseen, {"first": "done", "second": "unchanged"}, "models/first was altered"),
+        (lambda: Path("models/first/new.txt").write_text("new"), BOTH, "models/first was altered"),
+        (change_text("pipeline.yaml", "command: fit", "set: {model.word: x}\n    command: fit"), BOTH, "word"),
+        (change_text("first.yaml", "seed", "# a comment\nseed"), NONE, None),
+        (write_same_again, NONE, None),
+    ],
+    ids=[
+        *("data", "key", "key of the second", "output gone", "output altered", "output altered in secret"),
+        *("output added to", "set", "comment", "written again"),
+    ],
+)
+def test_what_is_run_again_is_what_was_made_from_something_else(ran, change, states, reason):
+    change()
+    assert ran() == {"first": "done", "second": "done"} | states
+    assert reason is None or reason in ran.out
+
+
+@pytest.mark.usefixtures("finished")
+def test_another_code_or_library_is_another_input(ran, monkeypatch):
+    monkeypatch.setattr(pipeline, "_code", lambda: "0.1.0 another")
+    assert ran("--only", "first") == {"first": "done"}
+    assert "changed: the code of rlhf_lightning\n" in ran.out
+    version = pipeline.importlib.metadata.version
+    monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda name: version(name).replace(".", ".9", 1))
+    assert ran("--only", "first") == {"first": "done"}
+    assert re.search(r"changed: torch \S+ -> \S+, lightning", ran.out)
+
+
+def test_the_code_is_every_file_of_the_package(tmp_path, monkeypatch):
+    home = tmp_path / "package"
+    (home / "__pycache__").mkdir(parents=True)
+    (home / "pipeline.py").write_text("")
+    (home / "page.css").write_text("a")
+    monkeypatch.setattr(pipeline, "__file__", str(home / "pipeline.py"))
+    before = pipeline._code()
+    (home / "__pycache__" / "x.pyc").write_text("made")
+    assert pipeline._code() == before
+    (home / "page.css").write_text("b")
+    assert pipeline._code() != before
+
+
+def test_a_key_of_a_stage_is_given_on_the_command_line_and_wins(ran):
+    assert ran("--second.model.word", "flag", "--first.trainer.max_epochs=2") == BOTH
+    assert written("second") == "data\nword 12\nflag 18\n"
+    assert ran("--second.model.word", "flag", "--first.trainer.max_epochs=2") == NONE
+    assert ran("--second.model.word", "flag") == BOTH
+
+
+@pytest.mark.usefixtures("finished")
+def test_again_and_only(ran):
+    assert ran("--again", "second") == {"first": "unchanged", "second": "done"}
+    assert "asked for again" in ran.out
+    Path("data.txt").write_text("other\n")
+    assert ran("--only", "second") == {"second": "unchanged"}
+    assert ran("--only", "first") == {"first": "done"}
+
+
+def test_a_stage_is_the_program_in_a_process_group_of_its_own(ran):
+    """Further processes of a run are started with the command of `__main__`."""
+    assert ran("--only", "first", "--first.model.act", "main") == {"first": "done"}
+    name, *arguments, process, group = json.loads(Path("main.json").read_text())
+    assert (name, arguments[:3]) == ("rlhf_lightning.cli", ["fit", "--config", "first.yaml"])
+    assert process == group != os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "words"),
+    [
+        ("raise", 1, r"failed \(exit code 1\): RuntimeError: the script says so; its log is state/first.log"),
+        ("die", 137, r"failed \(killed by SIGKILL\): step 3/18: by hand; its log is state/first.log"),
+    ],
+)
+def test_after_a_failed_stage_none_is_run_and_it_goes_on_when_mended(ran, act, code, words):
+    assert ran("--first.model.act", act, "--first.model.at", "3", code=code) == {"first": "failed"}
+    (line,) = ran.error.splitlines()
+    assert re.match(f"rlhf-lightning: error: stage first {words}", line)
+    assert not Path("models").exists() or not any(Path("models").iterdir())
+    assert ran() == BOTH
+
+
+def test_what_a_stage_itself_refuses_is_its_one_line_and_exit_code(ran):
+    Path("models/second").mkdir(parents=True)
+    Path("models/second/thesis.txt").write_text("mine")
+    assert ran(code=2) == {"first": "done", "second": "failed"}
+    assert "stage second failed (exit code 2): models/second: holds files that are no model" in ran.error
+    Path("models/second/thesis.txt").unlink()
+    assert ran() == {"first": "unchanged", "second": "done"}
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_stage_that_writes_nothing_has_failed_though_an_older_model_is_there(ran):
+    for file in Path("models/first").iterdir():
+        os.utime(file, (time.time() - 60, time.time() - 60))
+    assert ran("--first.trainer.limit_val_batches", "0", code=1) == {"first": "failed"}
+    assert "ended without writing models/first: models/first: nothing is exported" in ran.error
+
+
+def test_a_failed_run_goes_on_from_its_checkpoint_and_one_with_other_inputs_begins_anew(ran):
+    failing = ["--first.model.act", "raise", "--first.model.at", "15"]
+    ran(*failing, code=1)
+    ran(*failing, code=1)
+    log = Path("state/first.log").read_text()
+    assert "going on from runs/first/version_0/checkpoints/best-12.ckpt (step 12)" in log
+    assert log.count("step 1/18") == 1, "the log is one, of all its runs"
+    assert ran() == BOTH
+    log = Path("state/first.log").read_text()
+    assert "going on" not in log
+    assert log.count("step 1/18") == log.count("step 18/18") == 1
+    assert written("first") == "data\nword 18\n"
+
+
+def test_again_begins_a_broken_run_anew(ran):
+    failing = ["--first.model.act", "raise", "--first.model.at", "15"]
+    ran(*failing, code=1)
+    ran(*failing, "--again", "first", code=1)
+    assert "going on" not in Path("state/first.log").read_text()
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_checkpoint_from_before_is_not_gone_on_from(ran):
+    """Of a run with other inputs: what it learned is none of the new run's business."""
+    failing = ["--first.model.word", "other", "--first.model.act", "raise", "--first.model.at", "3"]
+    ran(*failing, code=1)
+    assert not list(Path("runs/first/version_1").rglob("*.ckpt"))
+    ran(*failing, code=1)
+    log = Path("state/first.log").read_text()
+    assert "going on" not in log
+    assert log.count("step 1/18") == 2
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_run_that_was_killed_when_all_but_the_record_was_made_ends_at_once(ran):
+    state = json.loads(Path("state/state.json").read_text())
+    state["stages"]["first"]["state"] = "running"
+    Path("state/state.json").write_text(json.dumps(state))
+    before = written("first")
+    assert ran() == {"first": "done", "second": "unchanged"}
+    assert written("first") == before
+    assert "(step 18)" in Path("state/first.log").read_text()
+
+
+def processes_of(directory: Path) -> list[int]:
+    """Processes that have their working directory there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and Path(os.readlink(entry / "cwd")) == directory.resolve():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def log_of(name: str) -> str:
+    path = Path("state", f"{name}.log")
+    return path.read_text() if path.exists() else ""
+
+
+COMMAND = ["pipeline", "--config", "pipeline.yaml"]
+
+
+def inner_process(directory: Path, patience: float) -> None:
+    """A pipeline in a process that shares this test's server, its output in files."""
+    os.chdir(directory)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    pipeline.forkserver._forkserver.ensure_running = pipeline.forkserver.ensure_running = lambda: None
+    pipeline._PATIENCE = patience
+    sys.exit(main(COMMAND))
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "patience"),
+    [("SIGKILL", -9, 60), ("SIGTERM", 143, 60), ("SIGTERM", 143, 0.5), ("SIGINT", 130, 60)],
+)
+def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, name, code, patience):
+    write_stage("second", source="models/first", act="wait", at=15)
+    process = pipeline._server().Process(target=inner_process, args=(tmp_path, patience))
+    process.start()
+    wait_until(lambda: "step 15/18" in log_of("second"))
+    if name == "SIGKILL":
+        assert ran(code=2) == {}, "two in one directory"
+        assert "state: another pipeline is running there" in ran.error
+    os.kill(process.pid, getattr(signal, name))
+    if name == "SIGTERM" and patience == 60:
+        Path("go").touch()  # Lightning stops at the end of the batch
+    process.join(30)
+    assert process.exitcode == code
+    if name != "SIGKILL":
+        assert states(Path("out.txt").read_text()) == {"first": "done", "second": "interrupted"}
+        assert Path("err.txt").read_text() == "rlhf-lightning: interrupted; the same command goes on from here\n"
+        assert ("--ckpt_path last" in log_of("second")) == (patience == 60), "it was given time to say so"
+    wait_until(lambda: processes_of(tmp_path) in ([], [os.getpid()]))
+    state = json.loads(Path("state/state.json").read_text())["stages"]
+    assert state["second"]["state"] == ("running" if name == "SIGKILL" else "broken")
+    Path("go").touch()
+    assert ran() == {"first": "unchanged", "second": "done"}
+    log = log_of("second")
+    assert "going on from runs/second/version_0/checkpoints/best-12.ckpt (step 12)" in log
+    assert (log.count("step 1/18"), log.count("step 15/18")) == (1, 2)
+    assert written("second") == "data\nword 18\nword 18\n"
+    assert len(list(Path("runs/first").iterdir())) == 1, "the finished stage was not run again"
+
+
+def test_ctrl_c_while_the_server_imports_ends_the_program_as_a_user_has_it():
+    """In a process group of its own, all of which gets the signal, as from a terminal."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rlhf_lightning.cli", *COMMAND]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as run:
+        wait_until(lambda: len(processes_of(Path.cwd())) > 3)  # this one, the program, its server and its tracker
+        os.killpg(run.pid, signal.SIGINT)
+        out, error = run.communicate(timeout=60)
+    assert (run.returncode, out) == (130, "")
+    assert error == "rlhf-lightning: interrupted; the same command goes on from here\n"
+    wait_until(lambda: processes_of(Path.cwd()) == [os.getpid()])
+
+
+MISTAKES = [
+    ({"stage": {}}, "unknown key 'stage'; use directory, stages"),
+    ({"stages": {}}, "has no stages"),
+    ({"stages": [1]}, "has no stages"),
+    ({"stages": {"a b": {}}}, "a name is made of letters"),
+    ({"stages": {"a": {"command": "train"}}}, "stage a: unknown command 'train'; use one of fit, evaluate"),
+    ({"stages": {"a": {"config": "first.yaml"}}}, "stage a: unknown command None"),
+    ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "stage a: unknown key 'confg'"),
+    ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "stage a: config: nowhere.yaml is no file"),
+    ({"stages": {"a": {"command": "fit", "set": [1]}}}, "set: must be a mapping"),
+    ({"stages": {"a": {"command": "fit", "set": {"model": {"x": 1}}}}}, "write whole keys, such as model.x"),
+    ({"directory": None}, "directory must say"),
+    ("- a list", "must be a mapping"),
+    ("a: [", "is no YAML"),
+    ("directory: d\nstages:\n  a: {command: fit}\n  a: {command: fit}\n", "line 3: a stands twice"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_in_the_file_is_one_line_and_nothing_runs(ran, content, message):
+    if isinstance(content, dict):
+        good = yaml.safe_load(Path("pipeline.yaml").read_text())
+        content = yaml.safe_dump(good | content)
+    Path("pipeline.yaml").write_text(content)
+    assert ran(code=2) == {}
+    (line,) = ran.error.splitlines()
+    assert line.startswith("rlhf-lightning: error: pipeline: pipeline.yaml: ")
+    assert message in line
+    assert not Path("state").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--second.model.wrod", "x"], "stage second: .*wrod"),
+        (["--second.trainer.max_epochs", "many"], "stage second: trainer.max_epochs"),
+        (["--second.help"], "stage second: .*asks for help"),
+        (["--third.model.word", "x"], "--third.model.word: no such argument.*stages are first, second"),
+        (["--model.word", "x"], "--model.word: no such argument"),
+        (["word"], "word: no such argument"),
+        (["--again", "third"], "--again third: no such stage"),
+        (["--only", "third"], "--only third: no such stage"),
+        (["--first.model.source", "models/second"], "stage first reads models/second, which the later stage second"),
+        (["--second.trainer.callbacks.directory", "models/first"], "first and second both write models/first"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_runs(ran, arguments, message):
+    assert ran(*arguments, code=2) == {}
+    (line,) = ran.error.splitlines()
+    assert re.match(f"rlhf-lightning: error: pipeline: .*{message}", line)
+    assert not Path("state").exists()
+
+
+def test_a_pipeline_without_a_file_is_refused_and_help_helps(capsys):
+    assert main(["pipeline"]) == 2
+    assert "give the --config" in capsys.readouterr().err
+    assert main(["pipeline", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: No such file" in capsys.readouterr().err
+    assert main(["pipeline", "--help"]) == 0
+    assert "--again STAGE" in capsys.readouterr().out
+
+
+def test_a_state_of_another_version_is_refused(ran):
+    Path("state").mkdir()
+    for text in ('{"format": 0}', "no json", '{"format": 1, "stages": {"first": {}}}'):
+        Path("state/state.json").write_text(text)
+        assert ran("--only", "first", code=2) == {}
+        assert "state/state.json: is no state of a pipeline of this version" in ran.error
+
+
+def test_configurations_are_layered_and_relative_to_the_file(ran, tmp_path, monkeypatch):
+    (tmp_path / "files").mkdir()
+    for name in ("pipeline.yaml", "first.yaml"):
+        Path(name).rename(Path("files", name))
+    Path("files/overlay.yaml").write_text("trainer: {max_epochs: 1}\n")
+    first = {"command": "fit", "config": ["first.yaml", "overlay.yaml"], "set": {"model.word": "1", "model.at": 2}}
+    content = {"directory": "elsewhere", "stages": {"first": first}}
+    Path("pipeline.yaml").write_text("")
+    Path("files/pipeline.yaml").write_text(yaml.safe_dump(content))
+    assert main(["pipeline", "--config", "files/pipeline.yaml", "--directory", "state"]) == 0
+    assert written("first") == "data\n1 6\n"
+    assert Path("state/state.json").exists()
+    assert not Path("elsewhere").exists()
+
+
+def test_the_quickstart_can_be_run():
+    """Its stages parse, and each reads what an earlier one writes."""
+    made = read_pipeline(QUICKSTART)
+    assert [stage.name for stage in made.stages] == ["sft", "reward_model", "ppo", "evaluation"]
+    resolved = pipeline.resolve(made.stages, pipeline._server())
+    pipeline._check_order(made.stages, resolved)
+    written = {output for each in resolved.values() for output in each.outputs}
+    assert len(written) == 4
+    for name, keys in (("ppo", ("model.backbone", "model.reward_model")), ("evaluation", ("policy", "reference"))):
+        assert {resolved[name].settings[key] for key in keys} < written
+
+
+def test_an_evaluation_depends_on_the_logs_of_a_run_and_not_on_its_checkpoints_or_its_own_report(tmp_path):
+    stage = Stage("evaluation", "evaluate", ("--runs", "[run]", "--out", "report", "--policy", "policy"))
+    settings, outputs = pipeline._settings(stage.command, stage.arguments)
+    assert outputs == ["report"]
+    for name in ("run", "report", "policy"):
+        Path(name).mkdir()
+    Path("run/events.out.tfevents.1").write_text("a")
+    contents = Contents({}, above=tmp_path / "state")
+
+    def inputs() -> dict[str, str]:
+        return inputs_of(stage, Resolved(settings, tuple(outputs)), contents, "code")
+
+    before = inputs()
+    assert {name for name in before if name.startswith("content of")} == {"content of run", "content of policy"}
+    Path("run/best.ckpt").write_text("large")
+    Path("report/metrics.json").write_text("{}")
+    assert inputs() == before
+    Path("run/events.out.tfevents.2").write_text("b")
+    assert difference(before, inputs()) == "content of run"
+
+
+def test_what_settings_name_is_found_in_files_directories_prefixes_and_modules(tmp_path):
+    for name in ("pairs.jsonl", "rewards.py", "more.jsonl"):
+        Path(name).write_text("")
+    for name in ("policy", "reference", "cache", "runs"):
+        Path(name).mkdir()
+    settings = {
+        "model.backbone": "policy",
+        "model.reference": "precomputed:reference",
+        "model.reward_model": "rewards:length",
+        "data.train": ["pairs.jsonl", "hub/name"],
+        "data.val[0].source": "more.jsonl",
+        "data.cache_dir": "cache",
+        "trainer.logger.save_dir": "runs",
+        "trainer.callbacks[0].class_path": "rewards.Watch",
+        "trainer.default_root_dir": "runs",
+        "trainer.max_epochs": 3,
+        "model.note": "",
+        "model.long": "x" * 5000,
+    }
+    named = {str(path) for _, path in pipeline._named("fit", settings)}
+    assert named == {"policy", "reference", "rewards.py", "pairs.jsonl", "more.jsonl"}
+
+
+def test_a_file_is_read_again_only_when_it_was_touched(tmp_path, monkeypatch):
+    file, reads = tmp_path / "big.bin", []
+    file.write_bytes(b"1")
+    later = time.time() + 10
+    digest = pipeline.hashlib.file_digest
+    monkeypatch.setattr(pipeline.hashlib, "file_digest", lambda *given: (reads.append(1), digest(*given))[1])
+    monkeypatch.setattr(pipeline.time, "time", lambda: later)
+    contents = Contents({}, above=tmp_path / "state")
+    first = contents.of(file)
+    assert Contents(json.loads(json.dumps(contents.known)), above=tmp_path).of(file) == contents.of(file) == first
+    assert len(reads) == 1
+    file.write_bytes(b"2")
+    assert contents.of(file) != first
+    assert len(reads) == 2
+    monkeypatch.setattr(pipeline.time, "time", lambda: file.stat().st_mtime + 1)
+    fresh = Contents({}, above=tmp_path / "state")
+    fresh.of(file)
+    assert fresh.known == {}, "a file so new could be changed without its times telling"
+
+
+def test_a_directory_is_the_names_and_contents_of_its_files(tmp_path):
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "x").write_text("1")
+    contents = Contents({}, above=tmp_path / "a" / "state")
+    outer, inner = contents.of(tmp_path / "a"), contents.of(tmp_path / "a" / "sub")
+    (tmp_path / "a" / "sub" / "y").write_text("2")
+    assert contents.of(tmp_path / "a") == outer, "the pipeline writes below it"
+    assert contents.of(tmp_path / "a" / "sub") != inner
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "z")
+    assert contents.of(tmp_path / "a") != outer
+
+
+def test_a_difference_is_said_in_words():
+    assert difference({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) == ""
+    assert difference({"a": "1"}, {"a": "2", "content of x": "f"}) == "a 1 -> 2, content of x, which is new"
+    assert difference({"content of x": "f", "a": "1"}, {}) == "content of x, which is gone, a 1 -> not set"
+    assert difference({}, dict.fromkeys("abcde", "1")).endswith("c not set -> 1 and 2 more")
+
+
+def test_progress_is_the_newest_line_that_tells_it(tmp_path):
+    log = tmp_path / "log"
+    progress = Progress(log)
+    assert progress.read() == ""
+    log.write_text("2026-01-01 10:00:00 rlhf-lightning fit\ntrain: 6 pairs\nstep 1/")
+    assert progress.read() == "train: 6 pairs"
+    with log.open("a") as file:
+        file.write("9: loss 0.5\n")
+    assert progress.read() == "step 1/9: loss 0.5"
+    with log.open("a") as file:
+        file.write("validation at step 9: loss 0.4\nTensorBoard: runs/x\n")
+    assert progress.read() == "validation at step 9: loss 0.4"
+    assert Progress(log).read() == "", "what an earlier run wrote"
+    log.write_text("rollout 1 (step 4): reward 1\n")
+    assert progress.read() == "rollout 1 (step 4): reward 1", "begun anew"
+
+
+def test_on_a_terminal_each_stage_is_one_line_of_its_width(tmp_path):
+    stages = [Stage(name, "fit", ()) for name in ("sft", "reward_model")]
+    with Board("title", stages) as board:
+        board.console = Console(width=60, force_terminal=True)
+        board.show("sft", "running", "validation at step 315: loss 0.9195, perplexity 2.5860, token accuracy 0.7816")
+        first, second = board._lines().plain.splitlines()
+    assert re.fullmatch(r"sft           running +0 s  validation at step 31.*…", first)
+    assert len(first) == 59
+    assert re.fullmatch(r"reward_model  waiting +", second)
+
+
+def test_a_directory_is_locked_once_and_free_again(tmp_path):
+    with (
+        pipeline._locked(tmp_path),
+        pytest.raises(ConfigurationError, match="another pipeline is running there"),
+        pipeline._locked(tmp_path),
+    ):
+        pass
+    with pipeline._locked(tmp_path):
+        pass
