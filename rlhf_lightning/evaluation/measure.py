@@ -114,6 +114,11 @@ def check(settings: EvaluationSettings) -> None:
         raise ConfigurationError(
             "evaluate: RewardBench needs a reward_model, a judge, or a policy with implicit_reward"
         )
+    if scored and not benchmarks and settings.pairs is None and settings.prompts is None:
+        raise ConfigurationError("evaluate: there is nothing to score; give pairs, rewardbench, or policy and prompts")
+    answers = settings.prompts is not None or settings.refusal_prompts is not None
+    if settings.policy is not None and not settings.implicit_reward and not answers:
+        raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
             raise ConfigurationError(f"evaluate: {name} reads replies of a policy; give policy and prompts")
