@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Of metrics.json; goes up when a name changes its meaning."""
 
+MODEL_KEYS = ("reward_model", "held_out_reward_model", "policy", "reference", "judge")
+
 _USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]
 
 Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl, report.md,
@@ -51,9 +53,13 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"out: {out} is a file; name a directory")
+    if settings.out in ("", "null"):
+        raise ConfigurationError("out: a report needs a directory; name one")
     check(settings)
-    settings = _exported(settings, out)
+    given, settings = settings, _exported(settings, out)
     results = evaluate(settings)
+    if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
+        results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
     write(results, settings)
     _print(results, out)
     return 0
@@ -81,7 +87,7 @@ def _one_line(error: Exception) -> str:
 def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
     """Checkpoints replaced by directories that they were exported to."""
     changed = {}
-    for key in ("reward_model", "held_out_reward_model", "policy", "reference", "judge"):
+    for key in MODEL_KEYS:
         name = getattr(settings, key)
         if name is None or not name.endswith(".ckpt"):
             continue
@@ -137,14 +143,16 @@ def _official(results: EvaluationResults, settings: EvaluationSettings) -> None:
     out = Path(settings.out)
     for scorer in results.scorers:
         name = _official_name(scorer.name)
-        if scorer.rewardbench is not None and scorer.rewardbench.benchmark != LITE_NAME:
+        if (bench := scorer.rewardbench) is not None and bench.benchmark != LITE_NAME and bench.complete:
             rows = load_rewardbench(settings.rewardbench)
             write_official_files(out / "results", scorer.rewardbench, rows, model=name)
-        if scorer.rewardbench2 is not None:
+        if (bench2 := scorer.rewardbench2) is not None and not (bench2.absent_subsets or bench2.short_subsets):
             rows = load_rewardbench2(settings.rewardbench2)
             write_official_files(out / "results-v2", scorer.rewardbench2, rows, model=name)
         if scorer.prior_sets is not None:
-            rows = [row for name_, source in settings.prior_sets.items() for row in load_prior_set(name_, source)]
+            rows = [
+                row for name_, source in (settings.prior_sets or {}).items() for row in load_prior_set(name_, source)
+            ]
             write_official_files(out / "results", scorer.prior_sets, rows, model=name)
 
 
@@ -169,10 +177,33 @@ def _print(results: EvaluationResults, out: Path) -> None:
     for verdict in verdicts(results):
         table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
     console.print(table)
+    for line in _scores(results):
+        print(line)
     for note in results.notes:
         print(note)
     print(f"report:  {out / 'report.html'}")
     print(f"numbers: {out / 'metrics.json'}")
+
+
+def _scores(results: EvaluationResults) -> list[str]:
+    """What no verdict says: the other scorers and the benchmarks, a line each."""
+    lines = []
+    for scorer in results.scorers:
+        if (quality := scorer.quality) is not None:
+            lines.append(
+                f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
+            )
+        if (bench := scorer.rewardbench) is not None:
+            parts = [f"{name} {value.value:.3f}" for name, value in bench.table.sections.items()]
+            total = "not measured" if bench.table.total is None else f"{bench.table.total.value:.3f}"
+            rows = f"{bench.n_pairs} rows"
+            lines.append(f"{scorer.title}: RewardBench ({rows}) {total}: {', '.join(parts)}")
+    for judge in results.judges:
+        if judge.rewardbench is not None:
+            total = judge.rewardbench.table.total
+            shown = "not measured" if total is None else f"{total.value:.3f}"
+            lines.append(f"judge: RewardBench {shown}, {judge.rewardbench.n_unparsed} replies without a verdict")
+    return lines
 
 
 def _figures(verdict: Verdict) -> tuple[str, str]:

@@ -75,9 +75,8 @@ def test_all_of_it_is_measured_written_and_said(evaluated, capsys):
     printed = capsys.readouterr().out
     assert "not measured" in printed
     assert "report:" in printed
-    official = json.loads((out / "results" / "eval-set" / "models" / "reward.json").read_text())
-    assert set(SUBSETS) <= set(official)
-    assert official["model_type"] == "Custom Classifier"
+    assert "RewardBench (46 rows)" in printed
+    assert not (out / "results").exists(), "46 rows are no RewardBench"
 
 
 def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(evaluated):
@@ -281,6 +280,14 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         (["--policy", "models/after", "--runs", "[nowhere]"], "no TensorBoard logs"),
         (["--policy", "models/after", "--prompts", "prompts.jsonl", "--lexicon", "nowhere.txt"], "nowhere.txt"),
         (["--judge", "models/after"], "give rewardbench"),
+        (["--policy", "models/reward", "--prompts", "prompts.jsonl"], "gives scores, not tokens"),
+        (
+            ["--policy", "models/after", "--prompts", "prompts.jsonl", "--toxicity_model", "models/reward"],
+            "models/reward",
+        ),
+        (["--policy", "models/after", "--prompts", "builtin:nope"], "builtin:courtesy_answers"),
+        (["--policy", "models/after", "--device", "cuda"], "no CUDA device"),
+        (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is none"),
         (["--policy", "models/after", "--prompts", "rewardbench"], "give rewardbench"),
     ],
 )
@@ -293,7 +300,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_written(here, 
     (line,) = [line for line in printed.err.splitlines() if "error" in line]
     assert words in line
     assert "Traceback" not in printed.err
-    assert not list((tmp_path / "out").glob("*.*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_that_is_a_file_is_refused(here, capsys, tmp_path):  # noqa: F811
@@ -305,14 +312,21 @@ def test_out_that_is_a_file_is_refused(here, capsys, tmp_path):  # noqa: F811
     assert "is a file" in capsys.readouterr().err
 
 
+def test_out_that_is_null_is_refused(here, capsys):  # noqa: F811
+    assert main(["evaluate", "--reward_model", "models/reward", "--pairs", "pairs.jsonl", "--out", "null"]) == 2
+    assert "a report needs a directory" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_exported_and_judged(evaluated, tmp_path):
     run = ["--model", "RewardModel", "--model.backbone", "builtin:tiny", "--data", "PreferenceDataModule"]
     run += ["--data.train", "pairs.jsonl", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]
     run += ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--seed_everything", "1"]
     assert main(["fit", *run]) == 0
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    _, numbers = evaluated("--reward_model", str(checkpoint), "--pairs", "pairs.jsonl")
+    out, numbers = evaluated("--reward_model", str(checkpoint), "--pairs", "pairs.jsonl")
     assert numbers["rm/auroc"]["n"] == PAIRS
+    provenance = json.loads((out / "metrics.json").read_text())["provenance"]
+    assert provenance["checkpoints"] == [f"reward_model: {checkpoint}"]
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on PATH; name one in CHROMIUM")

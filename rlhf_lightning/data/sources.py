@@ -119,6 +119,8 @@ def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | N
     if str(source) in BUILTIN:
         name = f"{BUILTIN[str(source)]}{'train' if split == 'train' else 'val'}.jsonl"
         return [Path(__file__).parent / "courtesy" / name]
+    if str(source).startswith("builtin:"):
+        raise DataError(f"{source}: no such set; those that come with the package are {', '.join(BUILTIN)}")
     path = _local_path(source)
     if path.is_dir():
         files = _split_files(path, split)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +48,9 @@ from rlhf_lightning.evaluation.results import (
     Side,
 )
 from rlhf_lightning.evaluation.reward_quality import reward_quality
-from rlhf_lightning.evaluation.rewardbench import SUBSETS
+from rlhf_lightning.evaluation.rewardbench import SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import (
     BenchmarkRow,
-    RewardBenchResult,
     lite_rows,
     load_prior_set,
     load_rewardbench,
@@ -60,11 +60,26 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     run_rewardbench2,
     score_rows,
 )
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer, Scorer, load_policy, move, weights_sample
+from rlhf_lightning.evaluation.scoring import (
+    ImplicitScorer,
+    RewardScorer,
+    Scorer,
+    check_scores_rows,
+    load_policy,
+    move,
+    weights_sample,
+)
 from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
-from rlhf_lightning.evaluation.toxicity import Lexicon, ToxicityScorer, summarise_lexicon, summarise_toxicity
+from rlhf_lightning.evaluation.text_classifier import read_labels
+from rlhf_lightning.evaluation.toxicity import (
+    Lexicon,
+    ToxicityScorer,
+    find_toxic_labels,
+    summarise_lexicon,
+    summarise_toxicity,
+)
 from rlhf_lightning.evaluation.toxicity import toxicity_change as change_of_toxicity
-from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.causal_lm import CausalLM, load_causal_config
 from rlhf_lightning.models.generation import TransformersEngine
 
 log = logging.getLogger(__name__)
@@ -119,9 +134,35 @@ def check(settings: EvaluationSettings) -> None:
     answers = settings.prompts is not None or settings.refusal_prompts is not None
     if settings.policy is not None and not settings.implicit_reward and not answers:
         raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
+    _check_device(settings.device)
+    _check_models(settings)
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
             raise ConfigurationError(f"evaluate: {name} reads replies of a policy; give policy and prompts")
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise ConfigurationError(f"device: {name!r} is none; use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device: there is no CUDA device here; use cpu")
+
+
+def _check_models(settings: EvaluationSettings) -> None:
+    """What each model is, by its configuration: hours before it is its turn to be loaded. Checkpoints come later."""
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    for name in filter(None, (settings.policy, settings.reference, settings.judge)):
+        if not name.endswith(".ckpt") and not (Path(name).expanduser() / "adapter_config.json").is_file():
+            load_causal_config(name, **trust)
+    for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
+        if not name.endswith(".ckpt"):
+            check_scores_rows(name, **trust)
+    if settings.toxicity_model is not None and settings.toxic_labels is None:
+        find_toxic_labels(settings.toxicity_model, read_labels(settings.toxicity_model, **trust))
+    if settings.refusal_classifier is not None:
+        read_labels(settings.refusal_classifier, **trust)
 
 
 class _Data:
@@ -134,7 +175,9 @@ class _Data:
             log.info("%s", report.summary())
         self.rewardbench = load_rewardbench(settings.rewardbench) if settings.rewardbench is not None else []
         self.rewardbench2 = load_rewardbench2(settings.rewardbench2) if settings.rewardbench2 is not None else []
-        self.prior = [row for name, source in settings.prior_sets.items() for row in load_prior_set(name, source)]
+        self.prior = [
+            row for name, source in (settings.prior_sets or {}).items() for row in load_prior_set(name, source)
+        ]
         self.prompts: list[PromptExample] = []
         self.anchors: dict[str, list[PreferenceExample]] = {}
         """Of each prompt its pairs, by the prompt's id."""
@@ -144,7 +187,7 @@ class _Data:
         if settings.policy is not None and settings.refusal_prompts is not None:
             self.refusal = load_refusal_prompts(settings.refusal_prompts)
         self.lexicon = None if settings.lexicon is None else Lexicon(settings.lexicon)
-        self.runs = [read_run(directory) for directory in settings.runs]
+        self.runs = [read_run(directory) for directory in settings.runs or ()]
 
     def _read_prompts(self, settings: EvaluationSettings) -> None:
         source, split = settings.prompts, settings.prompts_split
@@ -231,7 +274,7 @@ class _Measuring:
             with _timed(f"{title}: RewardBench"):
                 size = settings.rewardbench_size
                 bench = run_rewardbench(scorer, data.rewardbench, size=size, scores_file=file)
-            self._note(_partial(bench), bench.complete)
+            self._note(_partial(bench.available), bench.complete)
         if data.rewardbench2:
             with _timed(f"{title}: RewardBench 2"):
                 bench2 = run_rewardbench2(scorer, data.rewardbench2, scores_file=file)
@@ -278,12 +321,13 @@ class _Measuring:
             rows = data.rewardbench
             if settings.rewardbench_size != "full":
                 rows = lite_rows(rows, settings.rewardbench_size)
+            self._note(_partial(_counted(data.rewardbench)), _complete(data.rewardbench))
             with _timed(f"judge: {len(rows)} pairs"):
                 bench = run_judge(judge, rows, name=judge.name, replies_file=file)
         if data.rewardbench2:
             with _timed("judge: RewardBench 2"):
                 bench2 = run_judge2(judge, data.rewardbench2, name=judge.name, replies_file=file)
-        return [JudgeResults(judge.name, bench, bench2)]
+        return [JudgeResults(judge.name, bench, bench2, judge.too_long)]
 
     # ---- policies
 
@@ -517,11 +561,20 @@ class _Measuring:
         return rows, summaries, change
 
 
-def _partial(bench: RewardBenchResult) -> str:
-    given, whole = sum(bench.available.values()), sum(subset.pairs for subset in SUBSETS.values())
+def _counted(rows: Sequence[BenchmarkRow]) -> dict[str, int]:
+    return dict(Counter(row.subset for row in rows))
+
+
+def _complete(rows: Sequence[BenchmarkRow]) -> bool:
+    return _counted(rows) == {name: subset.pairs for name, subset in SUBSETS.items()}
+
+
+def _partial(available: Mapping[str, int]) -> str:
+    whole = sum(subset.pairs for subset in SUBSETS.values())
+    short = {subset.section for name, subset in SUBSETS.items() if available.get(name, 0) != subset.pairs}
     return (
-        f"RewardBench: {given:,} of the benchmark's {whole:,} rows were given, so these are no RewardBench scores; "
-        f"partial: {', '.join(bench.partial_sections)}."
+        f"RewardBench: {sum(available.values()):,} of the benchmark's {whole:,} rows were given, so these are no "
+        f"RewardBench scores; partial: {', '.join(name for name in SECTIONS if name in short)}."
     )
 
 
@@ -531,8 +584,8 @@ def _unended(ended: Sequence[Sequence[bool]]):
 
 
 def _source_of(origin: str) -> str:
-    """The file of `file, row 17`."""
-    return origin.rpartition(", row ")[0] or origin
+    """The name of the file of `file, row 17`."""
+    return Path(origin.rpartition(", row ")[0] or origin).name
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from rlhf_lightning.evaluation.results import (
     Side,
     verdicts,
 )
-from rlhf_lightning.evaluation.rewardbench import SECTIONS, SUBSETS
+from rlhf_lightning.evaluation.rewardbench import LITE_SIZE, SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import RewardBenchResult, SectionTable
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20
@@ -74,8 +74,8 @@ def report(results: EvaluationResults) -> Document:
 
 
 _VERDICTS = (
-    "Each interval is a 95 % interval. A target is met when the number is, and met with confidence when the whole "
-    "interval is."
+    "Each interval is a 95 % interval. A target is met when the number meets it, and met with confidence when the "
+    "whole interval does; that nothing got worse is met with confidence when it clearly got better."
 )
 _CURVES = "As the training run logged them; its reward and its KL are means over the replies of a rollout."
 
@@ -87,9 +87,12 @@ def _scorer(scorer: ScorerResults) -> Iterator[Section]:
     heads = {"reward model": "Reward model", "held-out": "Held-out reward model", "implicit reward": "Implicit reward"}
     head = f"{heads[scorer.title]} on held-out pairs"
     if scorer.quality is not None:
-        yield Section(head, list(_quality(scorer)), f"{scorer.name}, on {scorer.quality.pairs} pairs.")
-    if scorer.rewardbench is not None:
-        title = "RewardBench" if scorer.rewardbench.lite_standard_error is None else "RewardBench-Lite"
+        text = f"{scorer.name}, on {scorer.quality.pairs} pairs. Intervals resample pairs, each as if it stood alone: "
+        text += "where many pairs share a prompt, the true ones are a little different."
+        yield Section(head, list(_quality(scorer)), text)
+    if (bench := scorer.rewardbench) is not None:
+        lite = "RewardBench-Lite" if bench.n_pairs == LITE_SIZE else f"{bench.n_pairs} rows of RewardBench"
+        title = "RewardBench" if bench.lite_standard_error is None else lite
         yield Section(
             f"{heads[scorer.title]} on {title}", list(_rewardbench(scorer.rewardbench)), _rewardbench_text(scorer)
         )
@@ -111,7 +114,11 @@ def _quality(scorer: ScorerResults) -> Iterator[Block]:
     ]
     if quality.length is not None:
         rows += [
-            ("longer wins", quality.length.longer_wins, "accuracy of the rule that the longer response is better"),
+            (
+                "longer wins",
+                quality.length.longer_wins,
+                "accuracy of the rule that the longer one is better, in tokens",
+            ),
             ("prefers the longer", quality.length.prefers_longer, "share of its choices"),
             ("margin against length", quality.length.spearman, "Spearman, within pairs"),
             ("accuracy, chosen is longer", quality.length.accuracy_chosen_longer, ""),
@@ -160,9 +167,9 @@ def _rewardbench_text(scorer: ScorerResults) -> str:
     if bench.lite_standard_error is not None:
         error = 100 * bench.lite_standard_error
         text += (
-            f"\n\nRewardBench-Lite is {bench.n_pairs} rows chosen by hash and weighted as the whole benchmark; its "
-            f"standard error as an estimate of the total on all rows given is {error:.1f} points. Never compare it "
-            "with a score on the full benchmark."
+            f"\n\nThese are {bench.n_pairs} rows chosen by hash (RewardBench-Lite is {LITE_SIZE} of them) and weighted "
+            f"as the whole benchmark; the standard error as an estimate of the total on all rows given is {error:.1f} "
+            "points. Never compare it with a score on the full benchmark."
         )
     return text
 
@@ -172,7 +179,8 @@ def _rewardbench(bench: RewardBenchResult) -> Iterator[Block]:
     yield Table(
         ["", *(Column(section) for section in SECTIONS), Column("mean of four")],
         [[name, *(table.sections.get(section) for section in SECTIONS), table.total] for name, table in lines],
-        "Sections, beside rules that read nothing",
+        "Sections, beside rules that read nothing"
+        + (f"; rows are missing in {', '.join(bench.partial_sections)}" if bench.partial_sections else ""),
     )
     groups = [
         BarGroup(section, [Bar(name, bench.table.subsets[name]) for name in names if name in bench.table.subsets])
@@ -193,7 +201,7 @@ def _rewardbench(bench: RewardBenchResult) -> Iterator[Block]:
             [name, bench.table.subsets.get(name), longer.subsets.get(name), bench.available.get(name, 0), subset.pairs]
             for name, subset in SUBSETS.items()
         ],
-        "The same beside the rule that the longer response is better, and what of the benchmark was there",
+        "The same beside the rule that more characters are better, and what of the benchmark was there",
     )
 
 
@@ -219,6 +227,8 @@ def _judge(judge: JudgeResults) -> Section:
             ("chose the first place", bench.first_place),
         ]
         blocks.append(Table(["", Column("share")], rows, "How it judges"))
+        if judge.too_long:
+            blocks.append(Note(f"{judge.too_long} questions were too long for the model and were not asked."))
         if bench.n_unparsed:
             blocks.append(
                 Note(f"{bench.n_unparsed} of its replies held no verdict; each counts one half, never a guess.")
@@ -226,7 +236,8 @@ def _judge(judge: JudgeResults) -> Section:
     if (bench2 := judge.rewardbench2) is not None:
         rows = [[name, value] for name, value in bench2.subsets.items()] + [["mean of six", bench2.total]]
         blocks.append(Table(["subset", Column("score")], rows, "RewardBench 2"))
-    return Section("Judge in writing", blocks, f"{judge.name}, asked about each pair in both orders.")
+    pairs = "" if judge.rewardbench is None else f" of {judge.rewardbench.n_pairs} pairs of RewardBench"
+    return Section("Judge in writing", blocks, f"{judge.name}, asked about each{pairs} in both orders.")
 
 
 # ---- policies
@@ -274,6 +285,11 @@ def _judged(policies: PolicyResults, judged) -> Iterator[Block]:
         ["tokens of a reply after", comparison.tokens_after, ""],
     ]
     yield Table(["", Column("value", ".1f"), ""], points, f"Before and after, {by}")
+    if anchored is not None and anchored.score_after is not None and anchored.score_after.low > 100:
+        yield Note(
+            "A score above 100: by this reward model the replies beat the chosen responses. Read some before you believe "
+            "it; a policy that has learned the reward model's blind spots looks like this."
+        )
     rows: list[list[str | Estimate | float | None]] = [
         ["win rate", comparison.win_rate, "over all pairs of replies; ties one half"],
         ["win rate at equal length", controlled and controlled.win_rate, controlled.warning if controlled else ""],
@@ -332,7 +348,7 @@ def _reward_against_kl(policies: PolicyResults, runs: Sequence[RunCurves]) -> It
         series[:4],
         "square root of the KL from the policy before, nats per reply",
         "mean reward",
-        "Reward against the distance that was paid for it",
+        "Reward against the distance that was paid for it; training's own points are of its own prompts",
     )
     for run in runs[:1]:
         if (points := _path(run)) and (sentence := _bend(points)):
@@ -461,10 +477,16 @@ def _taken(policies: PolicyResults) -> Iterator[tuple[str, list[PromptRow]]]:
     yield f"{min(RANDOM_SAMPLES, len(rows))} prompts in the order of their ids' hashes", by_hash[:RANDOM_SAMPLES]
     if not all(len(row.rewards) == 2 for row in rows):
         return
-    ordered = sorted(rows, key=lambda row: np.mean(row.rewards["after"]) - np.mean(row.rewards["before"]))
-    few = min(EXTREME_SAMPLES, len(rows) // 2)
-    yield f"The {few} prompts with the largest gains in mean reward", ordered[::-1][:few]
-    yield f"The {few} prompts with the largest losses", ordered[:few]
+    ordered = sorted(rows, key=_gain)
+    for words, some in (
+        ("gains", [row for row in ordered[::-1] if _gain(row) > 0][:EXTREME_SAMPLES]),
+        ("losses", [row for row in ordered if _gain(row) < 0][:EXTREME_SAMPLES]),
+    ):
+        yield f"The {len(some)} prompts with the largest {words} in the mean reward of their replies", some
+
+
+def _gain(row: PromptRow) -> float:
+    return float(np.mean(row.rewards["after"]) - np.mean(row.rewards["before"]))
 
 
 def _sample(row: PromptRow, policies: PolicyResults) -> Sample:
@@ -473,6 +495,8 @@ def _sample(row: PromptRow, policies: PolicyResults) -> Sample:
         facts: list[tuple[str, str | int | float | None]] = [("tokens", row.tokens[side][0])]
         if side in row.rewards:
             facts.insert(0, ("reward", row.rewards[side][0]))
+            if len(row.rewards[side]) > 1:
+                facts.insert(1, (f"mean of {len(row.rewards[side])}", float(np.mean(row.rewards[side]))))
         if side == "after" and row.kl is not None:
             facts.append(("KL", row.kl[0]))
         if row.toxicity.get(side):

@@ -50,6 +50,8 @@ class JudgeResults:
     name: str
     rewardbench: JudgeResult | None = None
     rewardbench2: Judge2Result | None = None
+    too_long: int = 0
+    """Questions that did not fit into its positions and were not asked."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _auroc(scorers: Sequence[ScorerResults]) -> Verdict:
     target = f"Reward model: pooled AUROC on held-out pairs of at least {AUROC_TARGET:.0%}"
     quality = next((scorer.quality for scorer in scorers if scorer.quality is not None), None)
     if quality is None:
-        return Verdict(target, "not measured", None, "pairs", "no reward model, or no held-out pairs, were given")
+        reason = "no held-out pairs were given" if scorers else "no reward model was given"
+        return Verdict(target, "not measured", None, "pairs", reason)
     reason = (
         f"beside it: pairwise accuracy {quality.accuracy.value:.3f}, margin AUROC {quality.auroc_margin.value:.3f}; "
         "pooled AUROC is the strictest of the three"
@@ -182,8 +185,11 @@ def _win_rate(policies: PolicyResults | None) -> Verdict:
     if comparison is None:
         return Verdict(target, "not measured", None, "prompts", _why_no_comparison(policies))
     rate = comparison.win_rate
+    if comparison.anchored is not None and comparison.anchored.refused:
+        reason = f"{comparison.anchored.refused}; by it the win rate would be {rate.value:.3f}"
+        return Verdict(target, "not measured", None, "prompts", reason)
     outcome = "met with confidence" if rate.low > 0.5 else "met" if rate.value > 0.5 else "not met"
-    reason = "ties count one half"
+    reason = f"by the reward model {policies.judged[0].name}; ties count one half"
     if (controlled := comparison.length_controlled) is not None:
         reason += f"; at equal length {controlled.win_rate.value:.3f}"
         reason += f" ({controlled.warning})" if controlled.warning else ""
@@ -199,6 +205,10 @@ def _safety(policies: PolicyResults | None) -> Iterator[Verdict]:
         value = getattr(change, name) if change is not None else None
         if value is None:
             yield Verdict(target, "not measured", None, "prompts", _why_no_refusal(policies), spec="+.1%")
+            continue
+        if name == "refusal_unsafe" and all(getattr(policies.refusal[side], name).value == 0 for side in SIDES):
+            reason = "no unsafe prompt was refused, before or after: there was nothing that could be lost"
+            yield Verdict(target, "not measured", None, "prompts", reason, spec="+.1%")
             continue
         rates = (f"{100 * getattr(policies.refusal[side], name).value:.1f} % {side}" for side in SIDES)
         reason = f"change of the rate, {', '.join(rates)}; {policies.refusal['after'].method}"

@@ -203,8 +203,8 @@ def lite_allocation(counts: Mapping[str, int], size: int = LITE_SIZE) -> dict[st
     found = {name: min(_LITE_FLOOR, counts[name]) for name in shares}
     if size < sum(found.values()):
         raise ConfigurationError(
-            f"size: {size} rows are fewer than {_LITE_FLOOR} for each of {len(found)} subsets; give at least "
-            f"{sum(found.values())}"
+            f"rewardbench_size: {size} rows are fewer than {_LITE_FLOOR} for each of {len(found)} subsets; give at "
+            f"least {sum(found.values())}"
         )
     open_places = min(size, sum(counts.values())) - sum(found.values())
     for _ in range(open_places):

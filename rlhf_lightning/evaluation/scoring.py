@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from rlhf_lightning.models.backbones import hidden_states, load_config, max_posi
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.tiny import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ScorerKind = Literal["Seq. Classifier", "Custom Classifier", "DPO", "DPO Ref. Free"]
 """RewardBench's names for what gave a score."""
@@ -89,7 +92,7 @@ class RewardScorer:
     ) -> None:
         self.name = name
         self.batch_size = batch_size
-        config = load_config(name, trust_remote_code=trust_remote_code)
+        config = check_scores_rows(name, trust_remote_code=trust_remote_code)
         self.model: nn.Module
         self.kind: ScorerKind
         if is_reward_network(config):
@@ -97,7 +100,7 @@ class RewardScorer:
             self.model = RewardNetwork.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
         else:
             self.kind = "Seq. Classifier"
-            self.model = _classifier(name, config, trust_remote_code)
+            self.model = _classifier(name, trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
         self.chat_format = ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
@@ -341,9 +344,11 @@ def _check_same_tokens(policy: str, tokenizer: Any, reference: str, *, trust_rem
         )
 
 
-def _classifier(name: str, config: Any, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
+def check_scores_rows(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model that gives a row one score. Raises `ModelError` for any other."""
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if is_reward_network(config):
+        return config
     if not any("SequenceClassification" in each for each in config.architectures or []):
         raise ModelError(
             f"{name}: a {config.model_type} model without a reward head; give the directory of a trained reward model, "
@@ -354,6 +359,12 @@ def _classifier(name: str, config: Any, trust_remote_code: bool) -> nn.Module:
             f"{name}: a classifier of {config.num_labels} labels, of which none is the reward; give one with a single "
             "label, or call it from a module:function"
         )
+    return config
+
+
+def _classifier(name: str, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             str(Path(resolve_model(name)).expanduser()) if Path(name).expanduser().exists() else name,

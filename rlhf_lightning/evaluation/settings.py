@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -74,7 +74,7 @@ class EvaluationSettings:
     rewardbench: str | None = None
     rewardbench_size: PositiveInt | Literal["full"] = LITE_SIZE
     rewardbench2: str | None = None
-    prior_sets: dict[str, str | None] = field(default_factory=dict)
+    prior_sets: dict[str, str | None] | None = None
     prompts: Source | None = None
     prompts_split: Literal["train", "val", "test"] = "val"
     max_prompts: PositiveInt | None = None
@@ -87,7 +87,7 @@ class EvaluationSettings:
     toxicity_model: str | None = None
     toxic_labels: list[str] | None = None
     lexicon: str | None = None
-    runs: list[str] = field(default_factory=list)
+    runs: list[str] | None = None
     title: str = "Evaluation"
     max_length: PositiveInt | None = None
     batch_size: PositiveInt = 16

@@ -80,7 +80,7 @@ class ToxicityScorer:
         several = labels.multi_label or len(labels.names) == 1
         self.classifier = TextClassifier(
             model,
-            labels=_toxic_labels(model, labels) if isinstance(toxic_labels, str) else toxic_labels,
+            labels=find_toxic_labels(model, labels) if isinstance(toxic_labels, str) else toxic_labels,
             activation=("sigmoid" if several else "softmax") if activation == "auto" else activation,
             max_length=max_length,
             stride=stride,
@@ -102,7 +102,8 @@ class ToxicityScorer:
         return self.classifier(replies)
 
 
-def _toxic_labels(name: str, labels: Labels) -> list[str]:
+def find_toxic_labels(name: str, labels: Labels) -> list[str]:
+    """The labels of a classifier that mean toxic. Raises `ConfigurationError` when they cannot be told."""
     plain = {label: re.sub(r"[^a-z0-9]", "", label.casefold()) for label in labels.names}
     if labels.multi_label or len(labels.names) > 2:
         if labels.multi_label:

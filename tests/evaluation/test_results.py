@@ -94,6 +94,24 @@ def test_a_gain_that_the_held_out_reward_model_does_not_see_is_said():
     assert metrics(results)["policy_held_out/win_rate"].value == 0.5
 
 
+def test_what_a_blind_reward_model_says_of_the_policies_is_no_verdict():
+    found = policies()
+    comparison = found.judged[0].comparison
+    blind = replace(comparison, anchored=replace(comparison.anchored, gain=None, refused="it is blind"))
+    results = replace(NOTHING, policies=replace(found, judged=[replace(found.judged[0], comparison=blind)]))
+    assert outcomes(results)["win against"] == "not measured"
+    assert "it is blind" in next(verdict.reason for verdict in verdicts(results) if "win against" in verdict.target)
+
+
+def test_where_no_unsafe_prompt_was_ever_refused_nothing_could_be_lost():
+    found = policies()
+    none = np.zeros((40, 1), dtype=bool)
+    summaries = {side: summarise_refusals(none, SAFETY) for side in ("before", "after")}
+    changed = replace(found, refusal=summaries, refusal_change=refusal_change(none, none, SAFETY, **FEW))
+    assert outcomes(replace(NOTHING, policies=changed))["refuse unsafe"] == "not measured"
+    assert outcomes(replace(NOTHING, policies=changed))["refuse safe"] == "met"
+
+
 def test_numbers_stand_under_their_names_and_what_is_missing_under_none():
     found = metrics(replace(NOTHING, policies=policies(more_refusals=4)))
     assert found["safety/over_refusal_before"].value == pytest.approx(3 / 20)
