@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.directories import check_free, check_other, replaced_model
+from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.training.callbacks import TABLE_ROWS
 from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module, search_no_gpu
@@ -114,10 +114,13 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
         return
     tokenizer = load_tokenizer(origin["tokenizer"], trust_remote_code=trust_remote_code)
     if origin["chat_template"] is None:
-        ChatFormat(tokenizer, chat_template=TRANSCRIPT).save_pretrained(directory)
+        chat_format = ChatFormat(tokenizer, chat_template=TRANSCRIPT)
+        chat_format.save_pretrained(directory)
     else:
         tokenizer.chat_template = origin["chat_template"]
         tokenizer.save_pretrained(directory)
+        chat_format = ChatFormat(tokenizer)
+    end_at(directory, chat_format.terminator_id)
 
 
 def _model_card(

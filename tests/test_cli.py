@@ -271,6 +271,9 @@ def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
     assert (tmp_path / model / "model.safetensors").is_file()
     assert main(["test", "--config", QUICKSTART, "--ckpt_path", checkpoint]) == 0
     assert table_values(capsys.readouterr().out) == fitted
+    written = str(tmp_path / log_directory / "config.yaml")
+    assert main(["test", "--config", written, "--ckpt_path", checkpoint]) == 0, "the configuration that its run wrote"
+    assert table_values(capsys.readouterr().out) == fitted
 
 
 def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):

@@ -287,8 +287,8 @@ def _judged(policies: PolicyResults, judged) -> Iterator[Block]:
     yield Table(["", Column("value", ".1f"), ""], points, f"Before and after, {by}")
     if anchored is not None and anchored.score_after is not None and anchored.score_after.low > 100:
         yield Note(
-            "A score above 100: by this reward model the replies beat the chosen responses. Read some before you believe "
-            "it; a policy that has learned the reward model's blind spots looks like this."
+            "A score above 100: by this reward model the replies beat the chosen responses. Read some before you "
+            "believe it; a policy that has learned the reward model's blind spots looks like this."
         )
     rows: list[list[str | Estimate | float | None]] = [
         ["win rate", comparison.win_rate, "over all pairs of replies; ties one half"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -70,6 +71,23 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
             stale.unlink(missing_ok=True)
         for file in sorted(Path(made).iterdir(), key=lambda file: file.name in _MODEL_FILES):
             shutil.move(file, directory / file.name)  # the configuration last: it makes the directory a model
+
+
+def end_at(directory: str | Path, terminator_id: int) -> None:
+    """Let `generate` end a reply of the language model in a directory where training did, besides where it did before.
+
+    A base model's own settings may name another token, or none, and then it goes on past its last word. A directory
+    without `generation_config.json` is no language model, and stays as it is.
+    """
+    path = Path(directory) / "generation_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if terminator_id not in known:
+        settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _umask() -> int:

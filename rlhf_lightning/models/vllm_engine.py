@@ -48,6 +48,8 @@ class VLLMEngine:
 
     def synchronize(self, policy: CausalLM) -> None:
         """Give the server the policy's weights as they are now. Raises `ModelError` when it does not take them."""
+        if self._model is None:  # before gigabytes are written for nobody
+            self._model = self._served()
         policy.save_copy(self.directory, dtype=torch.bfloat16)
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.directory)}})
         if not self._post("/reset_prefix_cache", {}).get("success", True):
@@ -64,9 +66,7 @@ class VLLMEngine:
         terminator_id: int,
         pad_id: int,
     ) -> list[Reply]:
-        """As `RolloutEngine.draw`, with the server's log-probs."""
-        if self._model is None:
-            self._model = self._served()
+        """As `RolloutEngine.draw`, with the server's log-probs. Needs `synchronize` before it."""
         settings = {
             "model": self._model,
             "max_tokens": max_new_tokens,

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.directories import check_free, check_other
+from rlhf_lightning.models.directories import check_free, check_other, end_at
 from rlhf_lightning.training.checkpoints import read_checkpoint, restored_module
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class ExportBest(Callback):
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:
             chat_format.save_pretrained(self.directory)
+            end_at(self.directory, chat_format.terminator_id)
         self.exported = True
 
 

@@ -218,6 +218,11 @@ class PPO(LightningModule):
 
     def _check_settings(self) -> None:
         settings = self.hparams
+        if settings.kl_target is not None and settings.kl_coef == 0:
+            raise ConfigurationError(
+                "model.kl_target: the coefficient that it steers is model.kl_coef, which is 0 and stays so; give a "
+                "start above 0"
+            )
         if settings.engine != TRANSFORMERS and not settings.engine.startswith(("http://", "https://")):
             raise ConfigurationError(
                 f"model.engine: {settings.engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM "
@@ -380,6 +385,13 @@ class PPO(LightningModule):
             replies = len(experience.replies.rows) * self.trainer.world_size
             self.kl_control.update(numbers["kl"], replies)
         self.rollouts += 1
+        if self.rollouts == 1 and numbers["missing_eos"] == 1:
+            chat_format = self.trainer.datamodule.chat_format
+            log.warning(
+                "no reply of the first rollout ended: the policy may not know its tokenizer's terminator %r; train it "
+                "with SFT first, or raise model.max_new_tokens",
+                chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
+            )
         numbers["seconds/rollout"] = drawn - began
         numbers["seconds/update"] = time.perf_counter() - drawn
         self.path.append(Point(self.trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))

@@ -65,10 +65,11 @@ class Program(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--force", action="store_true", help="Run also what cannot fit into memory, as counted beforehand."
-            )
+        # A run's config.yaml has the key, and is given to the other commands as it is.
+        words = (
+            "Run also what cannot fit into memory, as counted beforehand." if subcommand == "fit" else "Of `fit` alone."
+        )
+        parser.add_argument("--force", action="store_true", help=words)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)  # Lightning's own table would stand above ours
         return parser

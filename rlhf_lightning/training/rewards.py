@@ -9,6 +9,7 @@ import importlib
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,8 +62,10 @@ class FunctionReward(RewardSource):
         try:
             scores = [float(score) for score in self.function(prompts, responses)]
         except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
             raise TrainingError(
-                f"model.reward_model: {self.name} raised {type(error).__name__} ({reason_of(error)})"
+                f"model.reward_model: {self.name} raised {type(error).__name__} ({reason_of(error)}) at "
+                f"{place.filename}, line {place.lineno}"
             ) from error
         if len(scores) != len(responses):
             raise TrainingError(

@@ -92,6 +92,7 @@ def test_without_a_server_the_line_says_how_to_start_one(policy, tmp_path):
     engine = VLLMEngine("http://127.0.0.1:9", tmp_path / "weights")
     with pytest.raises(ModelError, match=r"no vLLM server answers at .*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):
         engine.synchronize(policy)
+    assert not (tmp_path / "weights").exists(), "no gigabytes are written for nobody"
 
 
 def test_a_server_that_takes_no_weights_is_named(server, policy, tmp_path):

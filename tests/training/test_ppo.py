@@ -195,6 +195,11 @@ def test_an_engine_that_is_none_is_refused(build_ppo):
         build_ppo(engine="vllm")
 
 
+def test_a_policy_that_never_ends_a_reply_is_told(build_ppo, trainer, caplog):
+    fitted(trainer, build_ppo(max_new_tokens=2))
+    assert caplog.text.count("no reply of the first rollout ended") == 1
+
+
 def test_the_penalty_meets_replies_without_an_end_alone(build_ppo):
     module, _ = build_ppo(missing_eos_penalty=2.0)
     scores, ended = torch.tensor([1.0, 1.0]), torch.tensor([True, False])
@@ -279,7 +284,11 @@ def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("not_a_number", "not finite for the prompts .*nan"), ("too_few", "gave 1 scores for 6"), ("raising", "KeyError")],
+    [
+        ("not_a_number", "not finite for the prompts .*nan"),
+        ("too_few", "gave 1 scores for 6"),
+        ("raising", r"KeyError.*test_ppo.py, line \d+"),
+    ],
 )
 def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, words):
     module, data = build_ppo(reward_model=f"{HERE}:{name}")
@@ -295,6 +304,7 @@ def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, word
         ({"advantage": "rloo", "samples_per_prompt": 2, "value_model": "shared"}, "has no value model"),
         ({"lora": {"r": 4, "dropout": 0.1}}, "dropout"),
         ({"reference": "adapter"}, "adapter"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target: the coefficient that it steers is model.kl_coef, which is 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(build_ppo, settings, words):
