@@ -172,7 +172,12 @@ def _put(path: Path, text: str) -> None:
 def _print(results: EvaluationResults, out: Path) -> None:
     console = Console(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
     table = Table(title="verdicts", title_justify="left")
-    for column, justify in (("target", "left"), ("value", "right"), ("95 % interval", "right"), ("verdict", "left")):
+    for column, justify in (
+        ("target", "left"),
+        ("value", "right"),
+        ("95 % interval, or why not", "right"),
+        ("verdict", "left"),
+    ):
         table.add_column(column, justify=justify)
     for verdict in verdicts(results):
         table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
