@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Of metrics.json; goes up when a name changes its meaning."""
 
+FILES = ("metrics.json", "samples.jsonl", "report.md", "report.html")
 MODEL_KEYS = ("reward_model", "held_out_reward_model", "policy", "reference", "judge")
 
 _USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]
@@ -57,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigurationError("out: a report needs a directory; name one")
     check(settings)
     given, settings = settings, _exported(settings, out)
+    for name in FILES:  # an evaluation that is cut off must not leave those of another one
+        (out / name).unlink(missing_ok=True)
     results = evaluate(settings)
     if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
         results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
@@ -112,10 +115,14 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
         "details": _details(results),
     }
     rows = [] if results.policies is None else [*results.policies.prompts, *results.policies.refusal_prompts]
-    _put(out / "metrics.json", json.dumps(numbers, indent=2, allow_nan=False) + "\n")
-    _put(out / "samples.jsonl", "".join(json.dumps(as_plain(row), allow_nan=False) + "\n" for row in rows))
-    _put(out / "report.md", to_markdown(document))
-    _put(out / "report.html", to_html(document))
+    contents = (
+        json.dumps(numbers, indent=2, allow_nan=False) + "\n",
+        "".join(json.dumps(as_plain(row), allow_nan=False) + "\n" for row in rows),
+        to_markdown(document),
+        to_html(document),
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        _put(out / name, content)
     _official(results, settings)
 
 

@@ -303,6 +303,7 @@ class _Measuring:
             tokens_rejected=tokens[1],
             sources=sources,
             truncated=np.array([any(row.truncated) for row in scored]),
+            prompts=[prompt_hash(pair.prompt) for pair in pairs],
             seed=self.settings.seed,
         )
         return quality, PairScores([pair.example_id for pair in pairs], chosen, rejected)

@@ -87,8 +87,10 @@ def _scorer(scorer: ScorerResults) -> Iterator[Section]:
     heads = {"reward model": "Reward model", "held-out": "Held-out reward model", "implicit reward": "Implicit reward"}
     head = f"{heads[scorer.title]} on held-out pairs"
     if scorer.quality is not None:
-        text = f"{scorer.name}, on {scorer.quality.pairs} pairs. Intervals resample pairs, each as if it stood alone: "
-        text += "where many pairs share a prompt, the true ones are a little different."
+        text = (
+            f"{scorer.name}, on {scorer.quality.pairs} pairs about {scorer.quality.prompts} prompts. The intervals of "
+        )
+        text += "the first three numbers resample prompts with all their pairs, the others pairs."
         yield Section(head, list(_quality(scorer)), text)
     if (bench := scorer.rewardbench) is not None:
         lite = "RewardBench-Lite" if bench.n_pairs == LITE_SIZE else f"{bench.n_pairs} rows of RewardBench"

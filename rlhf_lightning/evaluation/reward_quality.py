@@ -7,8 +7,8 @@ interval is the pair: its two responses are never drawn apart. A tie counts one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -88,6 +88,9 @@ class RewardQuality:
     """A reward model on N pairs; n of an estimate is a number of pairs."""
 
     pairs: int
+    prompts: int | None
+    """Different prompts that the pairs are on, where that was said; then the intervals of the next three resample
+    prompts with all their pairs, and the others pairs."""
     auroc: Estimate
     """Pooled: P(a chosen response outscores a rejected one of any prompt)."""
     accuracy: Estimate
@@ -115,6 +118,7 @@ def reward_quality(
     tokens_rejected: np.ndarray | None = None,
     sources: Sequence[str] | None = None,
     truncated: np.ndarray | None = None,
+    prompts: Sequence[Hashable] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> RewardQuality:
@@ -130,6 +134,7 @@ def reward_quality(
         "tokens_rejected": tokens_rejected,
         "sources": sources,
         "truncated": truncated,
+        "prompts": prompts,
     }
     shapes = {name: np.shape(array) for name, array in given.items() if array is not None}
     if chosen.ndim != 1 or len(set(shapes.values())) != 1:
@@ -144,7 +149,8 @@ def reward_quality(
     settings = {"resamples": resamples, "seed": seed}
     margin = chosen - rejected
     points = _points(margin)
-    auroc = auroc_estimate(chosen, rejected, **settings)
+    together = None if prompts is None else groups_of(prompts)
+    auroc = auroc_estimate(chosen, rejected, together=together, **settings)
     length = None
     if tokens_chosen is not None:
         longer = finite("reward model", "tokens", tokens_chosen) - finite("reward model", "tokens", tokens_rejected)
@@ -152,9 +158,10 @@ def reward_quality(
     names = np.asarray(sources if sources is not None else [], dtype=object)
     return RewardQuality(
         pairs=len(margin),
+        prompts=None if together is None else len(together),
         auroc=auroc,
-        accuracy=mean_estimate(points, **settings),
-        auroc_margin=auroc_estimate(margin, -margin, **settings),
+        accuracy=_estimate(lambda drawn: points[drawn].mean(), points, together=together, **settings),
+        auroc_margin=auroc_estimate(margin, -margin, together=together, **settings),
         target=target_outcome(auroc),
         calibration=calibration(margin, **settings),
         accuracy_by_margin=accuracy_by_margin(margin),
@@ -174,10 +181,45 @@ def target_outcome(auroc: Estimate) -> Literal["met with confidence", "met", "no
     return "met" if auroc.value >= AUROC_TARGET else "not met"
 
 
+def groups_of(names: Sequence[Hashable]) -> list[np.ndarray]:
+    """The positions of each name, in the order in which the names come first."""
+    found: dict[Hashable, list[int]] = {}
+    for place, name in enumerate(names):
+        found.setdefault(name, []).append(place)
+    return [np.array(places) for places in found.values()]
+
+
+def _estimate(
+    statistic: Callable[[np.ndarray], float],
+    units: np.ndarray,
+    *,
+    together: Sequence[np.ndarray] | None,
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    """A statistic over units, resampled one by one, or in groups that are drawn together (two or more of them)."""
+    if together is None or not 2 <= len(together) < len(units):
+        return bootstrap(statistic, units, resamples=resamples, seed=seed)
+    of_groups = bootstrap(
+        lambda drawn: statistic(np.concatenate([together[group] for group in drawn])),
+        together,
+        resamples=resamples,
+        seed=seed,
+    )
+    return replace(of_groups, n=len(units), method=f"{of_groups.method} over {len(together)} prompts")
+
+
 def auroc_estimate(
-    positive: np.ndarray, negative: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+    positive: np.ndarray,
+    negative: np.ndarray,
+    *,
+    together: Sequence[np.ndarray] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """P(a positive score is above a negative one), ties one half; scores [N] and [N] of N units drawn together.
+
+    `together` are groups of units, as `groups_of` makes them, that are only drawn as a whole: pairs on one prompt.
 
     Counts per distinct score replace the N^2 comparisons, and no resample is sorted.
     """
@@ -189,7 +231,7 @@ def auroc_estimate(
         negatives = np.bincount(below[drawn], minlength=len(values)).astype(np.float64)
         return positives @ (np.cumsum(negatives) - negatives / 2) / len(drawn) ** 2
 
-    return bootstrap(auroc, positive, resamples=resamples, seed=seed)
+    return _estimate(auroc, positive, together=together, resamples=resamples, seed=seed)
 
 
 def calibration(margin: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Calibration:

@@ -344,3 +344,31 @@ def test_tokens_of_one_side_alone_are_refused():
 def test_a_single_pair_is_refused():
     with pytest.raises(UserError, match="1 pairs give no interval"):
         reward_quality(np.ones(1), np.zeros(1))
+
+
+def test_pairs_on_one_prompt_are_drawn_together():
+    """The standard error of an accuracy over prompts of which each is all right or all wrong is that of its prompts."""
+    generator = np.random.default_rng(1)
+    right = generator.random(60) < 0.7
+    margin = np.repeat(np.where(right, 1.0, -1.0), 10) + generator.normal(0, 0.01, 600)
+    prompts = np.repeat(np.arange(60), 10)
+    chosen, rejected = margin, np.zeros(600)
+    alone = reward_quality(chosen, rejected, resamples=2000)
+    together = reward_quality(chosen, rejected, prompts=prompts.tolist(), resamples=2000)
+    rate = right.mean()
+    for quality, units in ((alone, 600), (together, 60)):
+        width = 2 * 1.96 * (rate * (1 - rate) / units) ** 0.5
+        assert quality.accuracy.high - quality.accuracy.low == pytest.approx(width, rel=0.1)
+        assert quality.accuracy.value == pytest.approx(rate)
+        assert quality.auroc.n == 600
+    assert together.auroc.value == alone.auroc.value
+    assert together.auroc.high - together.auroc.low > 2 * (alone.auroc.high - alone.auroc.low)
+    assert together.prompts == 60
+    assert "over 60 prompts" in together.auroc.method
+
+
+def test_a_prompt_of_its_own_for_each_pair_changes_nothing():
+    generator = np.random.default_rng(2)
+    chosen, rejected = generator.normal(0.5, 1, 40), generator.normal(0, 1, 40)
+    alone, named = (reward_quality(chosen, rejected, prompts=names, resamples=100) for names in (None, list(range(40))))
+    assert (alone.auroc, alone.accuracy, alone.auroc_margin) == (named.auroc, named.accuracy, named.auroc_margin)
