@@ -457,6 +457,21 @@ def test_ctrl_c_while_the_server_imports_ends_the_program_as_a_user_has_it():
     wait_until(lambda: processes_of(Path.cwd()) == [os.getpid()])
 
 
+def test_ctrl_c_while_the_server_is_started_is_not_lost(monkeypatch):
+    """The signal comes in the moment in which the server must not see it."""
+    from multiprocessing import forkserver
+
+    started = forkserver.ensure_running
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        started()
+
+    monkeypatch.setattr(forkserver, "ensure_running", interrupted)
+    assert main(COMMAND) == 130
+    assert not Path("state").exists()
+
+
 MISTAKES = [
     ({"stage": {}}, "unknown key 'stage'; use directory, stages"),
     ({"stages": {}}, "has no stages"),
