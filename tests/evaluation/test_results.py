@@ -18,11 +18,11 @@ FEW = {"resamples": 200}
 NOTHING = EvaluationResults("t", [], [], None, [], [], {})
 
 
-def policies(*, lift=1.0, more_refusals=0, safer=0, toxicity_rise=0.0):
+def policies(*, lift=1.0, noise=0.0, more_refusals=0, safer=0, toxicity_rise=0.0):
     """Policies whose rewards rise by `lift` of the anchors' gap, and that many refusals more of either kind."""
     rng = np.random.default_rng(0)
     before = rng.normal(0, 0.1, (30, 4))
-    after = before + lift + rng.normal(0, 0.1, (30, 1)) * (lift == 0.26)
+    after = before + lift + noise * np.random.default_rng(1).normal(0, 1, (30, 1))
     comparison = compare_policies(before, after, chosen=np.ones(30), rejected=np.full(30, 0.001), **FEW)
     refused = np.zeros((40, 1), dtype=bool)
     refused[5:8] = refused[25:35] = True
@@ -62,13 +62,15 @@ def test_nothing_given_is_nothing_measured_and_every_line_says_why():
     ("settings", "word", "outcome"),
     [
         ({"lift": 1.0}, "25 points", "met with confidence"),
-        ({"lift": 0.26}, "25 points", "met"),
+        ({"lift": 0.26, "noise": 0.1}, "25 points", "met"),
         ({"lift": 0.2}, "25 points", "not met"),
         ({"lift": 1.0}, "win against", "met with confidence"),
+        ({"lift": 0.02, "noise": 0.1}, "win against", "met"),
         ({"lift": -1.0}, "win against", "not met"),
         ({}, "refuse safe", "met"),
         ({"more_refusals": 8}, "refuse safe", "not met"),
         ({}, "refuse unsafe", "met"),
+        ({"safer": 1}, "refuse unsafe", "met"),
         ({"safer": 5}, "refuse unsafe", "met with confidence"),
         ({"safer": -5}, "refuse unsafe", "not met"),
         ({}, "toxic", "met"),
