@@ -144,7 +144,9 @@ def bin_edges(distributions: Sequence[Sequence[float]]) -> list[float]:
     if last - first > MOST_BINS:
         step = _nice_step(width)
         first, last = math.floor(low / step), math.floor(high / step) + 1
-    return [edge * step for edge in range(first, last + 1)]
+    edges = [edge * step for edge in range(first, last + 1)]
+    # 95 * 0.02 is above 1.9, and would leave it out.
+    return [min(edges[0], low), *edges[1:-1], max(edges[-1], high)]
 
 
 def _bin_width(values: np.ndarray, spread: float) -> float:
