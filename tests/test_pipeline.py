@@ -447,7 +447,9 @@ def test_ctrl_c_while_the_server_imports_ends_the_program_as_a_user_has_it():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlhf_lightning.cli", *COMMAND]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited: tests in the background ignore it
     with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as run:
+        signal.signal(signal.SIGINT, before)
         wait_until(lambda: len(processes_of(Path.cwd())) > 3)  # this one, the program, its server and its tracker
         time.sleep(1)  # of the several that the imports take
         os.killpg(run.pid, signal.SIGINT)
@@ -468,7 +470,11 @@ def test_ctrl_c_while_the_server_is_started_is_not_lost(monkeypatch):
         started()
 
     monkeypatch.setattr(forkserver, "ensure_running", interrupted)
-    assert main(COMMAND) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        assert main(COMMAND) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Path("state").exists()
 
 
