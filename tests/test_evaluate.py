@@ -16,6 +16,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.courtesy.make import make_rows
 from rlhf_lightning.evaluation import measure
 from rlhf_lightning.evaluation.rewardbench import SUBSETS
+from rlhf_lightning.evaluation.rewardbench_run import lite_rows, load_rewardbench
 from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
@@ -208,8 +209,9 @@ def test_what_is_not_given_is_not_measured(evaluated):
 
 
 def test_the_benchmark_s_own_prompts_and_pairs_are_the_scale(evaluated):
-    rows = make_rows("val")
+    rows = sorted(make_rows("val"), key=lambda row: row["prompt"])  # several pairs on each prompt
     texts = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows[:9]]
+    assert len({row["prompt"] for row in texts}) < 9
     write(Path("nine.jsonl"), [row | {"subset": s, "id": i} for s in SUBSETS for i, row in enumerate(texts)])
     lite = ["--rewardbench", "nine.jsonl", "--rewardbench_size", "190", "--prompts", "rewardbench"]
     models = ["--reward_model", "models/reward", "--policy", "models/after", "--reference", "models/before"]
@@ -218,7 +220,13 @@ def test_the_benchmark_s_own_prompts_and_pairs_are_the_scale(evaluated):
     assert numbers["rm/rewardbench_lite/accuracy"]["n"] == 190
     assert numbers["policy/win_rate"]["n"] == len({row["prompt"] for row in texts})
     assert numbers["rm/rewardbench_lite/se"] > 0
-    assert details["policies"]["judged"][0]["comparison"]["anchored"] is not None
+    kept = lite_rows(load_rewardbench("nine.jsonl"), 190)
+    scorer, gaps = RewardScorer("models/reward"), {}
+    for row in kept:
+        chosen, rejected = scorer([row.prompt] * 2, row.responses)
+        gaps.setdefault(row.prompt[0]["content"], []).append(chosen.score - rejected.score)
+    gap = details["policies"]["judged"][0]["comparison"]["anchored"]["gap"]["value"]
+    assert gap == pytest.approx(np.mean([np.mean(of) for of in gaps.values()]), abs=1e-5)
     assert not (out / "results").exists(), "Lite has no official result"
     assert "no RewardBench scores" in json.loads((out / "metrics.json").read_text())["notes"][0]
 
