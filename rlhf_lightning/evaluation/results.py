@@ -239,7 +239,7 @@ def _proxy(policies: PolicyResults | None) -> PolicyComparison | None:
 
 def _why_no_comparison(policies: PolicyResults | None) -> str:
     if policies is None:
-        return "no policy was given"
+        return "no policy, or nothing for it to answer, was given"
     if "before" not in policies.names:
         return "no policy before training was given (reference)"
     return "no reward model or no prompts were given"
@@ -247,7 +247,7 @@ def _why_no_comparison(policies: PolicyResults | None) -> str:
 
 def _why_no_refusal(policies: PolicyResults | None) -> str:
     if policies is None:
-        return "no policy was given"
+        return "no policy, or nothing for it to answer, was given"
     if "before" not in policies.names:
         return "no policy before training was given (reference)"
     return "fewer than two such prompts were given"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
@@ -84,6 +85,9 @@ def test_the_copy_has_the_adapters_merged_and_the_policy_keeps_them(tiny_llama, 
     with torch.no_grad():
         torch.testing.assert_close(copy.model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     assert (expected - base).abs().max() > 0.05
+    with safe_open(tmp_path / "copy" / "model.safetensors", framework="pt") as stored:
+        names = set(stored.keys())
+    assert names <= set(CausalLM.from_pretrained(str(tiny_llama)).model.state_dict()), "a server refuses other names"
     assert policy.has_adapters
     assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
 
