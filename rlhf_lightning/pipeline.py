@@ -645,14 +645,18 @@ def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     resource_tracker.ensure_running()  # it would unblock the signal below
-    # The server inherits that it ignores Ctrl-C, which is this process's to handle. One that comes meanwhile waits.
+    # The server inherits that Ctrl-C is blocked, which is this process's to handle. One that comes meanwhile waits;
+    # a thread of this process that does not block it may be given it, so that it is written down.
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
     return context
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -459,22 +460,31 @@ def test_ctrl_c_while_the_server_imports_ends_the_program_as_a_user_has_it():
     wait_until(lambda: processes_of(Path.cwd()) == [os.getpid()])
 
 
-def test_ctrl_c_while_the_server_is_started_is_not_lost(monkeypatch):
-    """The signal comes in the moment in which the server must not see it."""
+@pytest.mark.parametrize("threads", [0, 1])
+def test_ctrl_c_while_the_server_is_started_is_not_lost(monkeypatch, threads):
+    """The signal comes in the moment in which the server must not see it; another thread may take it."""
     from multiprocessing import forkserver
 
     started = forkserver.ensure_running
 
     def interrupted():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
         started()
 
     monkeypatch.setattr(forkserver, "ensure_running", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    ended = threading.Event()
+    others = [threading.Thread(target=ended.wait) for _ in range(threads)]
     try:
+        for other in others:
+            other.start()
         assert main(COMMAND) == 130
     finally:
         signal.signal(signal.SIGINT, before)
+        ended.set()
+        for other in others:
+            other.join()
     assert not Path("state").exists()
 
 
