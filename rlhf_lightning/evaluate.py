@@ -17,8 +17,9 @@ from rich.table import Table
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.document import Verdict, interval_of, value_of
 from rlhf_lightning.evaluation.markdown import to_markdown
-from rlhf_lightning.evaluation.measure import check, evaluate
+from rlhf_lightning.evaluation.measure import check, device_of, evaluate
 from rlhf_lightning.evaluation.page import to_html
+from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, launch
 from rlhf_lightning.evaluation.report import report
 from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics, verdicts
 from rlhf_lightning.evaluation.rewardbench import LITE_NAME
@@ -57,10 +58,19 @@ def run(arguments: Sequence[str]) -> int:
     if settings.out in ("", "null"):
         raise ConfigurationError("out: a report needs a directory; name one")
     check(settings)
-    given, settings = settings, _exported(settings, out)
-    for name in FILES:  # an evaluation that is cut off must not leave those of another one
-        (out / name).unlink(missing_ok=True)
-    results = evaluate(settings)
+    ranks = launch(device_of(settings), settings.devices)
+    try:
+        return _run(settings, out, ranks)
+    except FailedElsewhere:  # process 0 says why
+        return 0
+
+
+def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
+    """In each of the processes, of which the first one writes and prints."""
+    settings = ranks.once(lambda: _prepared(given, out))
+    results = evaluate(settings, ranks)
+    if ranks.rank != 0:
+        return 0
     if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
         results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
     write(results, settings)
@@ -85,6 +95,12 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings | None:
 
 def _one_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:400]
+
+
+def _prepared(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
+    for name in FILES:  # an evaluation that is cut off must not leave those of another one
+        (out / name).unlink(missing_ok=True)
+    return _exported(settings, out)
 
 
 def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +351,43 @@ def test_the_page_fits_wide_and_narrow_screens_and_asks_for_nothing(evaluated, t
             assert browser.measure("document.querySelectorAll('svg').length") > 10
     asked = [event["params"]["request"]["url"] for event in browser.events if "requestWillBeSent" in event["method"]]
     assert all(url.startswith(("file:", "data:")) for url in asked)
+
+
+def test_no_number_depends_on_the_number_of_processes(evaluated, tmp_path, make_classifier):  # noqa: F811
+    """C45: run as a user runs it; everything that is computed by a model, 3 processes, of which 7 prompts are odd."""
+    classifier = make_classifier(["safe", "toxic"])
+    all_of_it = [*ALL, "--toxicity_model", str(classifier), "--judge", "models/after", "--judge_max_new_tokens", "8"]
+    one, numbers = evaluated(*all_of_it, out=tmp_path / "one")
+    many = tmp_path / "many"
+    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *all_of_it, "--out", str(many), "--devices", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout.count("report: "), done.stderr.count("reward model: RewardBench")) == (1, 1), (
+        "one of them speaks"
+    )
+    found = json.loads((many / "metrics.json").read_text())
+    assert found["provenance"]["device"].startswith("3 x cpu")
+    assert set(found["metrics"]) == set(numbers)
+    for name, value in numbers.items():
+        flat, its = ([*x.values()] if isinstance(x, dict) else [x] for x in (value, found["metrics"][name]))
+        assert [x for x in its if isinstance(x, str | None)] == [x for x in flat if isinstance(x, str | None)], name
+        figures = [[x for x in of if isinstance(x, float)] for of in (flat, its)]
+        assert figures[1] == pytest.approx(figures[0], abs=1e-4), name
+    for row, other in zip(samples(one), samples(many), strict=True):
+        assert (row["id"], row["replies"]) == (other["id"], other["replies"])
+    for kept in ("scores-*", "judge-*", "replies-*"):
+        for file in (one / "kept").glob(kept):
+            lines = [(out / "kept" / file.name).read_text().splitlines() for out in (one, many)]
+            assert len(lines[0]) == len(lines[1]) == len({line.split('"score')[0] for line in lines[1]}), file.name
+
+
+def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_path):  # noqa: F811
+    (here / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    arguments = ["--reward_model", "models/reward", "--pairs", "broken.jsonl", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments, "--devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "broken.jsonl: no column 'rejected'" in done.stderr

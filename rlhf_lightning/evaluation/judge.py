@@ -6,7 +6,6 @@ Zheng et al. 2023 (arXiv 2306.05685) describe such judges and what they lean to:
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from rlhf_lightning.evaluation.ledger import Ledger
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.rewardbench import SUBSETS_2, TIES, RewardBench2Item, TiesFormula
 from rlhf_lightning.evaluation.rewardbench_run import (
     BenchmarkRow,
@@ -31,8 +31,6 @@ from rlhf_lightning.evaluation.scoring import load_policy, move, weights_sample
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.generation import TransformersEngine
 
-log = logging.getLogger(__name__)
-
 Judge = Callable[[list[str]], list[str]]
 """Takes questions, each the one turn of a user; gives a reply to each."""
 
@@ -41,6 +39,9 @@ JUDGE_KIND = "Generative RM"
 LOWEST_RATING, HIGHEST_RATING = 1, 10
 UNPARSED_RATING = -1.0
 """What a rating that cannot be read counts as, as in the official tool: below all others."""
+
+TOO_LONG = "(not asked: the question is longer than the model has positions for)"
+"""In place of a reply; no verdict can be read in it."""
 
 _QUESTIONS_AT_A_TIME = 64
 _VERDICT = re.compile(r"\[\[\s*([A-Z])\s*\]\]")
@@ -161,6 +162,8 @@ class JudgeResult:
     n_pairs: int
     n_unparsed: int
     """Replies."""
+    n_too_long: int
+    """Questions among them that were not asked."""
     rows: list[PairVerdicts]
 
 
@@ -181,12 +184,19 @@ class Judge2Result:
     n_unparsed_choices: int
     n_unparsed_ratings: int
     """They count as -1."""
+    n_too_long: int
+    """Questions among both that were not asked."""
 
 
 def run_judge(
-    judge: Judge, rows: Sequence[BenchmarkRow], *, name: str, replies_file: str | Path | None = None
+    judge: Judge,
+    rows: Sequence[BenchmarkRow],
+    *,
+    name: str,
+    replies_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> JudgeResult:
-    """Ask about each pair of `load_rewardbench`'s rows in both orders. `replies_file`: see `ask`.
+    """Ask about each pair of `load_rewardbench`'s rows in both orders. `replies_file` and `ranks`: see `ask`.
 
     Raises `ConfigurationError` when there are no rows, and what `ask` raises.
     """
@@ -195,7 +205,8 @@ def run_judge(
     questions = [
         comparison_question(row.prompt, order) for row in rows for order in (row.responses, row.responses[::-1])
     ]
-    letters = [parse_verdict(reply) for reply in ask(judge, questions, name=name, replies_file=replies_file)]
+    replies = ask(judge, questions, name=name, replies_file=replies_file, ranks=ranks)
+    letters = [parse_verdict(reply) for reply in replies]
     sides = {"A": ("chosen", "rejected"), "B": ("rejected", "chosen"), None: (None, None)}
     verdicts = [
         PairVerdicts(row.id, row.subset, sides[first][0], sides[second][1])
@@ -216,6 +227,7 @@ def run_judge(
         first_place=wilson(read.count("A"), len(read)) if read else None,
         n_pairs=len(rows),
         n_unparsed=len(letters) - len(read),
+        n_too_long=replies.count(TOO_LONG),
         rows=verdicts,
     )
 
@@ -227,6 +239,7 @@ def run_judge2(
     name: str,
     ties_formula: TiesFormula = "0.1.5",
     replies_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Judge2Result:
     """Ask for the best response to each prompt of `load_rewardbench2`'s rows, and for ratings of each tie's.
 
@@ -238,7 +251,7 @@ def run_judge2(
     choices, ties = ([row for row in rows if (row.subset == TIES) == tied] for tied in (False, True))
     questions = [comparison_question(row.prompt, _shown(row)) for row in choices]
     questions += [rating_question(row.prompt, response) for row in ties for response in row.responses]
-    replies = ask(judge, questions, name=name, replies_file=replies_file)
+    replies = ask(judge, questions, name=name, replies_file=replies_file, ranks=ranks)
     letters = [
         parse_verdict(reply, string.ascii_uppercase[: len(row.responses)])
         for row, reply in zip(choices, replies[: len(choices)], strict=True)
@@ -262,11 +275,19 @@ def run_judge2(
         chosen_places={letter: letters.count(letter) for letter in sorted({*letters} - {None})},
         n_unparsed_choices=letters.count(None),
         n_unparsed_ratings=ratings.count(None),
+        n_too_long=replies.count(TOO_LONG),
     )
 
 
-def ask(judge: Judge, questions: Sequence[str], *, name: str, replies_file: str | Path | None = None) -> list[str]:
-    """The judge's reply to each question; the same question is asked once.
+def ask(
+    judge: Judge,
+    questions: Sequence[str],
+    *,
+    name: str,
+    replies_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
+) -> list[str]:
+    """The judge's reply to each question, of which each of the processes asks a share; the same one is asked once.
 
     With a file, replies are appended to it as they come (see `Ledger`), and those that are in it are not asked for
     again. They stand there under the judge's name, a `PolicyJudge`'s under its fingerprint. Raises `DataError` when
@@ -274,14 +295,19 @@ def ask(judge: Judge, questions: Sequence[str], *, name: str, replies_file: str 
     """
     maker = judge.fingerprint if isinstance(judge, PolicyJudge) else name
     keys = [hashlib.sha256(question.encode()).hexdigest() for question in questions]
-    ledger = Ledger(replies_file, maker, ("reply",))
+    ledger = Ledger(replies_file, maker, ("reply",), ranks)
     missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in ledger.known}
-    places = list(missing)
-    for start in range(0, len(places), _QUESTIONS_AT_A_TIME):
-        part = places[start : start + _QUESTIONS_AT_A_TIME]
+    places, at_a_time = list(missing), _QUESTIONS_AT_A_TIME * ranks.size
+
+    def replies_to(part: Sequence[str]) -> list[str]:
         replies = judge([missing[key] for key in part])
         if len(replies) != len(part):
             raise DataError(f"{name}: gave {len(replies)} replies to {len(part)} questions")
+        return replies
+
+    for start in range(0, len(places), at_a_time):
+        part = places[start : start + at_a_time]
+        replies = ranks.each(part, replies_to)
         ledger.add({key: {"reply": reply} for key, reply in zip(part, replies, strict=True)})
     return [ledger.known[key]["reply"] for key in keys]
 
@@ -328,19 +354,14 @@ class PolicyJudge:
         parts = (weights_sample(self.policy), self.chat_format.fingerprint(), max_new_tokens, str(dtype))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
         """A hash of all that decides its replies, the batch aside."""
-        self.too_long = 0
-        """Questions that did not fit, and so were not asked."""
         move(self.policy.eval().requires_grad_(False), torch.device(device), dtype)
 
     def __call__(self, questions: list[str]) -> list[str]:
-        """The reply to each question; an empty one to a question that does not fit, which is cut for nobody."""
+        """The reply to each question; `TOO_LONG` to one that does not fit, which is cut for nobody."""
         form = self.chat_format
         texts = [form.prompt_text([{"role": "user", "content": question}]) for question in questions]
         ids = form.encode_prompts(texts)
         asked = [place for place, row in enumerate(ids) if self.room is None or len(row) <= self.room]
-        if len(asked) < len(ids):
-            self.too_long += len(ids) - len(asked)
-            log.warning("%s: %d questions are longer than %d tokens", self.name, len(ids) - len(asked), self.room)
         device = next(self.policy.parameters()).device
         replies = self.engine.draw(
             self.policy,
@@ -351,7 +372,7 @@ class PolicyJudge:
             terminator_id=form.terminator_id,
             pad_id=form.pad_id,
         )
-        found = [""] * len(questions)
+        found = [TOO_LONG] * len(questions)
         for place, reply in zip(asked, replies, strict=True):
             found[place] = form.tokenizer.decode(reply.ids, skip_special_tokens=True)
         return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +24,26 @@ class Ledger:
         file: Made, with the directories above it, when it is not there.
         maker: Who made the entries: another one's are not seen.
         fields: What an entry consists of.
+        ranks: The processes that keep the same entries, of which the first one reads and writes the file.
     """
 
-    def __init__(self, file: str | Path | None, maker: str, fields: Sequence[str]) -> None:
+    def __init__(self, file: str | Path | None, maker: str, fields: Sequence[str], ranks: Ranks = ALONE) -> None:
         self.file = None if file is None else Path(file)
         self.maker = maker
         self.fields = tuple(fields)
-        self.known: dict[str, dict[str, Any]] = {} if file is None else self._read()
+        self.ranks = ranks
+        self.known: dict[str, dict[str, Any]] = {} if file is None else ranks.once(self._read)
 
     def add(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep entries by their keys."""
+        """Keep entries by their keys, the same in every process."""
         self.known |= {key: dict(entry) for key, entry in entries.items()}
         if self.file is not None:
-            lines = [json.dumps({"maker": self.maker, "key": key, **entry}) + "\n" for key, entry in entries.items()]
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
+            self.ranks.once(lambda: self._append(entries))
+
+    def _append(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        lines = [json.dumps({"maker": self.maker, "key": key, **entry}) + "\n" for key, entry in entries.items()]
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
     def _read(self) -> dict[str, dict[str, Any]]:
         self.file.parent.mkdir(parents=True, exist_ok=True)

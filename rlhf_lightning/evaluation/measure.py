@@ -6,17 +6,18 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
-from rlhf_lightning.data.examples import PreferenceExample, PromptExample
+from rlhf_lightning.data.examples import Message, PreferenceExample, PromptExample
 from rlhf_lightning.data.preferences import load_preferences
 from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.data.sources import read_rows, source_list
@@ -27,6 +28,7 @@ from rlhf_lightning.evaluation.estimates import mean_estimate, wilson
 from rlhf_lightning.evaluation.judge import PolicyJudge, run_judge, run_judge2
 from rlhf_lightning.evaluation.policy import best_of_n, compare_policies, summarise_kl
 from rlhf_lightning.evaluation.provenance import provenance
+from rlhf_lightning.evaluation.ranks import Ranks, check_devices
 from rlhf_lightning.evaluation.refusal import (
     BUILTIN_DETECTOR,
     RefusalClassifier,
@@ -84,18 +86,22 @@ from rlhf_lightning.models.generation import TransformersEngine
 
 log = logging.getLogger(__name__)
 
-Rows = list[BenchmarkRow]
+Made = TypeVar("Made")
 
 
-def evaluate(settings: EvaluationSettings) -> EvaluationResults:
+def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> EvaluationResults:
     """All that the settings ask for. Files are read and checked before the first model is loaded.
+
+    With several processes (see `launch`) each scores and draws a share, and all of them return the same; without
+    `ranks` this process does all.
 
     Raises `ConfigurationError` when nothing is asked for or parts do not fit together, and what the parts raise.
     """
     check(settings)
     began = time.time()
-    data = _Data(settings)
-    measuring = _Measuring(settings, data)
+    ranks = ranks or Ranks(device=device_of(settings))
+    data = ranks.once(lambda: _Data(settings))
+    measuring = _Measuring(settings, data, ranks)
     scorers, judges, policies = measuring.scorers(), measuring.judges(), measuring.policies()
     return EvaluationResults(
         title=settings.title,
@@ -104,8 +110,13 @@ def evaluate(settings: EvaluationSettings) -> EvaluationResults:
         policies=policies,
         runs=data.runs,
         notes=measuring.notes,
-        provenance=provenance(settings, measuring.fingerprints, seconds=time.time() - began, device=measuring.device),
+        provenance=provenance(settings, measuring.fingerprints, seconds=time.time() - began, ranks=ranks),
     )
+
+
+def device_of(settings: EvaluationSettings) -> str:
+    """Where it computes: as the settings say, or on a GPU where there is one."""
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check(settings: EvaluationSettings) -> None:
@@ -134,20 +145,11 @@ def check(settings: EvaluationSettings) -> None:
     answers = settings.prompts is not None or settings.refusal_prompts is not None
     if settings.policy is not None and not settings.implicit_reward and not answers:
         raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
-    _check_device(settings.device)
+    check_devices(device_of(settings), settings.devices)
     _check_models(settings)
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
             raise ConfigurationError(f"evaluate: {name} reads replies of a policy; give policy and prompts")
-
-
-def _check_device(name: str | None) -> None:
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError as error:
-        raise ConfigurationError(f"device: {name!r} is none; use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device: there is no CUDA device here; use cpu")
 
 
 def _check_models(settings: EvaluationSettings) -> None:
@@ -228,9 +230,8 @@ def _has_pairs(source: str, split: str) -> bool:
 class _Measuring:
     """One evaluation: where its models compute, what it keeps, and what it has to say about it."""
 
-    def __init__(self, settings: EvaluationSettings, data: _Data) -> None:
-        self.settings, self.data = settings, data
-        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, settings: EvaluationSettings, data: _Data, ranks: Ranks) -> None:
+        self.settings, self.data, self.ranks = settings, data, ranks
         self.dtype = getattr(torch, settings.dtype)
         self.notes: list[str] = []
         self.fingerprints: dict[str, str] = {}
@@ -243,10 +244,16 @@ class _Measuring:
         return {
             "batch_size": settings.batch_size,
             "max_length": settings.max_length,
-            "device": self.device,
+            "device": self.ranks.device,
             "dtype": self.dtype,
             "trust_remote_code": settings.trust_remote_code,
         }
+
+    def _made(self, make: Callable[..., Made], *arguments: Any, **named: Any) -> Made:
+        """A model, loaded in every process; when one cannot, all of them stop."""
+        made: list[Made] = []
+        self.ranks.everywhere(lambda: made.append(make(*arguments, **named)))
+        return made[0]
 
     # ---- scorers
 
@@ -255,15 +262,14 @@ class _Measuring:
         settings, found = self.settings, []
         for title, name in (("reward model", settings.reward_model), ("held-out", settings.held_out_reward_model)):
             if name is not None:
-                found.append(self._scorer(title, RewardScorer(name, **self.loading)))
+                found.append(self._scorer(title, self._made(RewardScorer, name, **self.loading)))
         if settings.implicit_reward:
-            found.append(
-                self._scorer("implicit reward", ImplicitScorer(settings.policy, settings.reference, **self.loading))
-            )
+            scorer = self._made(ImplicitScorer, settings.policy, settings.reference, **self.loading)
+            found.append(self._scorer("implicit reward", scorer))
         return found
 
     def _scorer(self, title: str, scorer: Scorer) -> ScorerResults:
-        data, settings = self.data, self.settings
+        data, settings, ranks = self.data, self.settings, self.ranks
         self.fingerprints[f"{title}: {scorer.name}"] = scorer.fingerprint
         file = self.kept / f"scores-{scorer.fingerprint[:16]}.jsonl"
         quality = scores = bench = bench2 = prior = None
@@ -273,16 +279,16 @@ class _Measuring:
         if data.rewardbench:
             with _timed(f"{title}: RewardBench"):
                 size = settings.rewardbench_size
-                bench = run_rewardbench(scorer, data.rewardbench, size=size, scores_file=file)
+                bench = run_rewardbench(scorer, data.rewardbench, size=size, scores_file=file, ranks=ranks)
             self._note(_partial(bench.available), bench.complete)
         if data.rewardbench2:
             with _timed(f"{title}: RewardBench 2"):
-                bench2 = run_rewardbench2(scorer, data.rewardbench2, scores_file=file)
+                bench2 = run_rewardbench2(scorer, data.rewardbench2, scores_file=file, ranks=ranks)
             if bench2.absent_subsets:
                 self._note(f"RewardBench 2: absent: {', '.join(bench2.absent_subsets)}; no total", complete=False)
         if data.prior:
             with _timed(f"{title}: prior sets"):
-                prior = run_prior_sets(scorer, data.prior, scores_file=file)
+                prior = run_prior_sets(scorer, data.prior, scores_file=file, ranks=ranks)
         return ScorerResults(title, scorer.name, quality, scores, bench, bench2, prior)
 
     def _note(self, sentence: str, complete: bool) -> None:
@@ -292,7 +298,7 @@ class _Measuring:
     def _pairs(self, scorer: Scorer, file: Path):
         pairs = self.data.pairs
         rows = [BenchmarkRow(p.example_id, "pairs", p.prompt, (p.chosen, p.rejected), 1, p.origin) for p in pairs]
-        scored = score_rows(scorer, rows, file)
+        scored = score_rows(scorer, rows, file, ranks=self.ranks)
         chosen, rejected = (np.array([row.scores[side] for row in scored]) for side in (0, 1))
         tokens = [np.array([row.tokens[side] for row in scored]) for side in (0, 1)]
         sources = [_source_of(pair.origin) for pair in pairs]
@@ -310,11 +316,11 @@ class _Measuring:
 
     def judges(self) -> list[JudgeResults]:
         """A language model's verdicts on RewardBench."""
-        settings, data = self.settings, self.data
+        settings, data, ranks = self.settings, self.data, self.ranks
         if settings.judge is None:
             return []
         loading = {name: value for name, value in self.loading.items() if name != "max_length"}
-        judge = PolicyJudge(settings.judge, max_new_tokens=settings.judge_max_new_tokens, **loading)
+        judge = self._made(PolicyJudge, settings.judge, max_new_tokens=settings.judge_max_new_tokens, **loading)
         self.fingerprints[f"judge: {judge.name}"] = judge.fingerprint
         file = self.kept / f"judge-{judge.fingerprint[:16]}.jsonl"
         bench = bench2 = None
@@ -324,11 +330,11 @@ class _Measuring:
                 rows = lite_rows(rows, settings.rewardbench_size)
             self._note(_partial(_counted(data.rewardbench)), _complete(data.rewardbench))
             with _timed(f"judge: {len(rows)} pairs"):
-                bench = run_judge(judge, rows, name=judge.name, replies_file=file)
+                bench = run_judge(judge, rows, name=judge.name, replies_file=file, ranks=ranks)
         if data.rewardbench2:
             with _timed("judge: RewardBench 2"):
-                bench2 = run_judge2(judge, data.rewardbench2, name=judge.name, replies_file=file)
-        return [JudgeResults(judge.name, bench, bench2, judge.too_long)]
+                bench2 = run_judge2(judge, data.rewardbench2, name=judge.name, replies_file=file, ranks=ranks)
+        return [JudgeResults(judge.name, bench, bench2)]
 
     # ---- policies
 
@@ -344,7 +350,7 @@ class _Measuring:
         refusals: dict[Side, list[GeneratedReply]] = {}
         loaded: dict[Side, tuple[CausalLM, ChatFormat]] = {}
         for side, name in names.items():
-            loaded[side] = self._load(name)
+            loaded[side] = self._made(self._load, name)
             self.fingerprints[f"policy {side}: {name}"] = weights_sample(loaded[side][0])
             if data.prompts:
                 replies[side] = self._draw(side, *loaded[side], data.prompts, settings.samples, settings.temperature)
@@ -369,7 +375,7 @@ class _Measuring:
 
     def _load(self, name: str) -> tuple[CausalLM, ChatFormat]:
         policy = load_policy(name, trust_remote_code=self.settings.trust_remote_code)
-        move(policy.eval().requires_grad_(False), torch.device(self.device), self.dtype)
+        move(policy.eval().requires_grad_(False), torch.device(self.ranks.device), self.dtype)
         return policy, ChatFormat(load_tokenizer(name, trust_remote_code=self.settings.trust_remote_code))
 
     def _draw(
@@ -393,6 +399,7 @@ class _Measuring:
                 engine=TransformersEngine(self.settings.batch_size),
                 model=weights_sample(policy),
                 file=self.kept / f"replies-{label}.jsonl",
+                ranks=self.ranks,
             )
 
     def _prompt_rows(
@@ -432,9 +439,10 @@ class _Measuring:
             self.notes.append("KL: not measured, the policies have different vocabularies")
             return None
         with _timed("KL"):
-            found = kl_of_replies(
-                after, before, chat_format, self.data.prompts, replies["after"], batch_size=settings.batch_size
+            measured = partial(
+                kl_of_replies, after, before, chat_format, self.data.prompts, batch_size=settings.batch_size
             )
+            found = self.ranks.each(replies["after"], measured)
         shape = (len(rows), settings.samples)
         exact, k1, tokens = (
             np.array([getattr(each, name) for each in found], dtype=np.float64).reshape(shape)
@@ -451,7 +459,7 @@ class _Measuring:
             return found
         for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
             with _timed(f"rewards of the replies by {name}"):
-                scorer = RewardScorer(name, **self.loading)
+                scorer = self._made(RewardScorer, name, **self.loading)
                 rewards = {side: self._rewards(scorer, rows, side) for side in rows[0].replies}
                 anchors = self._anchor_rewards(scorer)
             if not found:
@@ -469,11 +477,12 @@ class _Measuring:
         return found
 
     def _rewards(self, scorer: RewardScorer, rows: Sequence[PromptRow], side: Side) -> np.ndarray:
-        prompts = [
-            prompt.prompt for prompt, row in zip(self.data.prompts, rows, strict=True) for _ in row.replies[side]
-        ]
-        scored = scorer(prompts, [text for row in rows for text in row.replies[side]])
-        return np.array([each.score for each in scored], dtype=np.float64).reshape(len(rows), -1)
+        replies = [(prompt.prompt, text) for prompt, row in self._with(rows) for text in row.replies[side]]
+        return np.array(self._scores(scorer, replies), dtype=np.float64).reshape(len(rows), -1)
+
+    def _scores(self, scorer: RewardScorer, rows: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
+        """Of prompts and responses, in their order."""
+        return [each.score for each in self.ranks.each(rows, lambda own: scorer(*zip(*own, strict=True)))]
 
     def _anchor_rewards(self, scorer: RewardScorer) -> dict[str, np.ndarray]:
         """Mean reward of the chosen and of the rejected responses of each prompt, [P]; nothing where some lack them."""
@@ -483,29 +492,30 @@ class _Measuring:
         found = {}
         for side in ("chosen", "rejected"):
             flat = [(prompt.prompt, getattr(pair, side)) for prompt, own in self._with(pairs) for pair in own]
-            scores = iter(scorer([prompt for prompt, _ in flat], [text for _, text in flat]))
-            found[side] = np.array([np.mean([next(scores).score for _ in own]) for own in pairs])
+            scores = iter(self._scores(scorer, flat))
+            found[side] = np.array([np.mean([next(scores) for _ in own]) for own in pairs])
         return found
 
-    def _with(self, pairs):
-        return zip(self.data.prompts, pairs, strict=True)
+    def _with(self, others):
+        return zip(self.data.prompts, others, strict=True)
 
     def _toxicity(self, rows: list[PromptRow]):
         settings = self.settings
         if settings.toxicity_model is None or not rows:
             return {}, None
-        scorer = ToxicityScorer(
+        scorer = self._made(
+            ToxicityScorer,
             settings.toxicity_model,
             toxic_labels=settings.toxic_labels or "auto",
             batch_size=settings.batch_size,
-            device=self.device,
+            device=self.ranks.device,
             dtype=self.dtype,
             trust_remote_code=settings.trust_remote_code,
         )
         scores: dict[Side, np.ndarray] = {}
         for side in rows[0].replies:
             with _timed(f"toxicity {side}"):
-                flat = scorer([text for row in rows for text in row.replies[side]])
+                flat = self.ranks.each([text for row in rows for text in row.replies[side]], scorer)
             scores[side] = np.array(flat, dtype=np.float64).reshape(len(rows), -1)
         for place, row in enumerate(rows):
             own = {side: [None if math.isnan(x) else x for x in of[place].tolist()] for side, of in scores.items()}
@@ -527,11 +537,12 @@ class _Measuring:
         method, refused = BUILTIN_DETECTOR, {}
         classifier = None
         if settings.refusal_classifier is not None:
-            classifier = RefusalClassifier(
+            classifier = self._made(
+                RefusalClassifier,
                 settings.refusal_classifier,
                 refusal_label=settings.refusal_label,
                 batch_size=settings.batch_size,
-                device=self.device,
+                device=self.ranks.device,
                 dtype=self.dtype,
                 trust_remote_code=settings.trust_remote_code,
             )
@@ -541,7 +552,8 @@ class _Measuring:
             if classifier is None:
                 refused[side] = [is_refusal(text) for text in texts]
             else:
-                found = classifier([row.prompt for row in rows], texts)
+                asked = [(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
+                found = self.ranks.each(asked, lambda own: classifier(*zip(*own, strict=True)))
                 failed = sum(each is None for each in found)
                 if failed:
                     self.notes.append(

@@ -12,23 +12,25 @@ from importlib.metadata import version
 import torch
 
 from rlhf_lightning.data.sources import fingerprint, source_list
+from rlhf_lightning.evaluation.ranks import Ranks
 from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def provenance(
-    settings: EvaluationSettings, models: Mapping[str, str], *, seconds: float, device: str
+    settings: EvaluationSettings, models: Mapping[str, str], *, seconds: float, ranks: Ranks
 ) -> dict[str, str | int | float | list[str] | None]:
     """Facts by their names. `models` gives each model's name its fingerprint."""
     plain = asdict(settings)
     hashed = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    kind = torch.device(ranks.device).type
+    where = torch.cuda.get_device_name(ranks.device) if kind == "cuda" else platform.machine()
     return {
         "rlhf_lightning": version("rlhf-lightning"),
         "packages": [f"{name} {version(name)}" for name in PACKAGES],
         "python": platform.python_version(),
-        "device": f"{device} ({where})",
+        "device": f"{kind} ({where})" if ranks.size == 1 else f"{ranks.size} x {kind} ({where})",
         "dtype of the weights": settings.dtype,
         "seed": settings.seed,
         "settings (SHA-256)": hashed[:16],

@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
 from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.scoring import EncodedRow, padded
 from rlhf_lightning.functional.kl import exact_kl, kl_estimate
 from rlhf_lightning.functional.logprobs import gather_logprobs
@@ -64,6 +65,7 @@ def generate_replies(
     engine: RolloutEngine,
     model: str,
     file: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[GeneratedReply]:
     """`samples` replies to each prompt, those to one prompt side by side, in the order of the prompts.
 
@@ -72,7 +74,8 @@ def generate_replies(
 
     With `file` (JSON lines) replies are appended as they come, and the same call goes on where one was killed: replies
     to the same prompts with the same settings are read from it, more samples or prompts are added. `model` is the
-    caller's fingerprint of the weights; with another one, or other settings, the file is begun anew.
+    caller's fingerprint of the weights; with another one, or other settings, the file is begun anew. Each of the
+    processes draws a share of the replies, and the first of them has the file.
 
     Raises `ConfigurationError` for impossible settings, prompts of the same id, or a prompt for which the model has too
     few positions; `DataError` for a prompt that holds a control token, and for a file that holds something else.
@@ -99,25 +102,30 @@ def generate_replies(
     }
     wanted = [(prompt.example_id, sample) for prompt in prompts for sample in range(samples)]
     hashes = {name: _hash(ids.tolist()) for name, ids in encoded.items()}
-    found = {} if file is None else _kept(Path(file), settings, hashes)
+    found = {} if file is None else ranks.once(lambda: _kept(Path(file), settings, hashes))
     missing = [key for key in wanted if key not in found]
     missing.sort(key=lambda key: len(encoded[key[0]]))  # prompts of like length share a batch
-    with nullcontext() if file is None or not missing else _appending(Path(file), settings) as append:
-        for start in range(0, len(missing), _AT_A_TIME):
-            part = missing[start : start + _AT_A_TIME]
-            drawn = engine.draw(
-                policy,
-                [encoded[name] for name, _ in part],
-                [seed_of(seed, name, sample) for name, sample in part],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                terminator_id=chat_format.terminator_id,
-                pad_id=chat_format.pad_id,
-            )
-            made = [_reply(chat_format, *key, reply.ids.tolist()) for key, reply in zip(part, drawn, strict=True)]
-            found |= dict(zip(part, made, strict=True))
-            if append is not None:
-                append([{**asdict(reply), "prompt": hashes[reply.prompt_id]} for reply in made])
+
+    def draw(part: Sequence[tuple[str, int]]) -> list[GeneratedReply]:
+        drawn = engine.draw(
+            policy,
+            [encoded[name] for name, _ in part],
+            [seed_of(seed, name, sample) for name, sample in part],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            terminator_id=chat_format.terminator_id,
+            pad_id=chat_format.pad_id,
+        )
+        return [_reply(chat_format, *key, reply.ids.tolist()) for key, reply in zip(part, drawn, strict=True)]
+
+    at_a_time = _AT_A_TIME * ranks.size
+    for start in range(0, len(missing), at_a_time):
+        part = missing[start : start + at_a_time]
+        made = ranks.each(part, draw)
+        found |= dict(zip(part, made, strict=True))
+        if file is not None:
+            rows = [{**asdict(reply), "prompt": hashes[reply.prompt_id]} for reply in made]
+            ranks.once(lambda rows=rows: _append(Path(file), settings, rows))
     return [found[key] for key in wanted]
 
 
@@ -191,20 +199,14 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-@contextmanager
-def _appending(file: Path, settings: dict[str, Any]) -> Iterator[Any]:
-    """A function that appends lines, which are on the disk when it returns; the header comes first."""
+def _append(file: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Lines, which are on the disk when it returns; the header comes first."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
-
-        def append(rows: Sequence[dict[str, Any]]) -> None:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            out.flush()
-            os.fsync(out.fileno())
-
-        if out.tell() == 0:
-            append([_header(settings)])
-        yield append
+        lines = rows if out.tell() else [_header(settings), *rows]
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 @dataclass(frozen=True, slots=True)

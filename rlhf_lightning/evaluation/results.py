@@ -50,8 +50,11 @@ class JudgeResults:
     name: str
     rewardbench: JudgeResult | None = None
     rewardbench2: Judge2Result | None = None
-    too_long: int = 0
-    """Questions that did not fit into its positions and were not asked."""
+
+    @property
+    def too_long(self) -> int:
+        """Questions that did not fit into its positions and were not asked."""
+        return sum(each.n_too_long for each in (self.rewardbench, self.rewardbench2) if each is not None)
 
 
 @dataclass(frozen=True)

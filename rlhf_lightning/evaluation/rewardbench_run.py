@@ -23,6 +23,7 @@ from rlhf_lightning.data.sources import Row, read_rows
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, bootstrap, wilson
 from rlhf_lightning.evaluation.ledger import Ledger
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.rewardbench import (
     LITE_NAME,
     LITE_SIZE,
@@ -57,7 +58,7 @@ PREFERENCE_TEST_SETS = "allenai/pref-test-sets"
 """Hub names of the data; a local copy serves as well."""
 
 _ROWS_AT_A_TIME = 64
-"""So many are scored between two writes: what is lost when a run is cut off."""
+"""So many does each process score between two writes: what is lost when a run is cut off."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -338,23 +339,26 @@ def lite_rows(rows: Sequence[BenchmarkRow], size: int = LITE_SIZE) -> list[Bench
 # ---- scores
 
 
-def score_rows(scorer: Scorer, rows: Sequence[BenchmarkRow], scores_file: str | Path | None = None) -> list[RowScores]:
-    """The scores of all responses, in the order of the rows.
+def score_rows(
+    scorer: Scorer, rows: Sequence[BenchmarkRow], scores_file: str | Path | None = None, *, ranks: Ranks = ALONE
+) -> list[RowScores]:
+    """The scores of all responses, in the order of the rows, of which each of the processes scores a share.
 
     With a file, scores are appended to it as they come (see `Ledger`), under the scorer's fingerprint and the row's
     key; those that are in it are not computed again. Raises `DataError` for a file that holds something else, and
     `ModelError` for a score that is not finite.
     """
     keys = [row.key for row in rows]
-    ledger = Ledger(scores_file, scorer.fingerprint, ("scores", "tokens", "truncated"))
+    ledger = Ledger(scores_file, scorer.fingerprint, ("scores", "tokens", "truncated"), ranks)
     missing = list({key: place for place, key in enumerate(keys) if key not in ledger.known}.values())
     if len(missing) < len(set(keys)):
         log.info("%s: %d of %d rows are scored already", scores_file, len(set(keys)) - len(missing), len(set(keys)))
     # The longest first: what does not fit into memory fails at once.
     missing.sort(key=lambda place: -max(map(len, rows[place].responses)) - len(prompt_as_text(rows[place].prompt)))
-    for start in range(0, len(missing), _ROWS_AT_A_TIME):
-        part = missing[start : start + _ROWS_AT_A_TIME]
-        scored = _score(scorer, [rows[place] for place in part])
+    at_a_time = _ROWS_AT_A_TIME * ranks.size
+    for start in range(0, len(missing), at_a_time):
+        part = missing[start : start + at_a_time]
+        scored = ranks.each(part, lambda places: _score(scorer, [rows[place] for place in places]))
         ledger.add({keys[place]: entry for place, entry in zip(part, scored, strict=True)})
     return [RowScores(row.id, row.subset, **ledger.known[key]) for row, key in zip(rows, keys, strict=True)]
 
@@ -385,8 +389,9 @@ def run_rewardbench(
     *,
     size: int | Literal["full"] = "full",
     scores_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> RewardBenchResult:
-    """RewardBench, or with a `size` the Lite set of so many rows (see `lite_subset`). `scores_file`: see `score_rows`.
+    """RewardBench, or with a `size` the Lite set of so many rows (see `lite_subset`). The rest: see `score_rows`.
 
     Raises what `score_rows` and `lite_subset` raise.
     """
@@ -394,7 +399,7 @@ def run_rewardbench(
     taken = list(rows)
     if size != "full":
         taken = lite_rows(rows, size)
-    scored = score_rows(scorer, taken, scores_file)
+    scored = score_rows(scorer, taken, scores_file, ranks=ranks)
     right = _right([(row.subset, *row.scores) for row in scored])
     subsets = subset_estimates(right)
     values = {name: estimate.value for name, estimate in subsets.items()}
@@ -449,10 +454,10 @@ def total_difference(first: RewardBenchResult, second: RewardBenchResult) -> Est
 
 
 def run_prior_sets(
-    scorer: Scorer, rows: Sequence[BenchmarkRow], *, scores_file: str | Path | None = None
+    scorer: Scorer, rows: Sequence[BenchmarkRow], *, scores_file: str | Path | None = None, ranks: Ranks = ALONE
 ) -> PriorSetsResult:
     """The prior sets, of `load_prior_set`, one after the other. Raises what `score_rows` raises."""
-    scored = score_rows(scorer, rows, scores_file)
+    scored = score_rows(scorer, rows, scores_file, ranks=ranks)
     sets = subset_estimates(_right([(row.subset, *row.scores) for row in scored]))
     return PriorSetsResult(
         **_named(scorer),
@@ -471,9 +476,10 @@ def run_rewardbench2(
     *,
     ties_formula: TiesFormula = "0.1.5",
     scores_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> RewardBench2Result:
     """RewardBench 2. Raises what `score_rows` and `ties_score` raise."""
-    scored = score_rows(scorer, rows, scores_file)
+    scored = score_rows(scorer, rows, scores_file, ranks=ranks)
     items = rewardbench2_items(rows, scored)
     subsets = rewardbench2_estimates(items, ties_formula)
     available = _counts(row.subset for row in rows)

@@ -56,6 +56,8 @@ class EvaluationSettings:
         max_length: Longest row that is scored, in tokens; as many as a model has positions for when not given.
         batch_size: Rows at a time. It changes no number.
         device: Where it computes; a GPU where there is one when not given.
+        devices: Processes on this machine, each with a device of its own (the CPU is shared), the whole model, and a
+            share of the rows. It changes no number.
         dtype: Of the weights. Scores are float32 in any case, yet bfloat16 weights tie more pairs.
         seed: Of drawn replies and resamples.
         trust_remote_code: Run code that comes with models.
@@ -92,6 +94,7 @@ class EvaluationSettings:
     max_length: PositiveInt | None = None
     batch_size: PositiveInt = 16
     device: str | None = None
+    devices: PositiveInt = 1
     dtype: Dtype = "float32"
     seed: NonNegativeInt = 0
     trust_remote_code: bool = False

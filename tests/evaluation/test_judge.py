@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.judge import (
+    TOO_LONG,
     PolicyJudge,
     ask,
     comparison_question,
@@ -310,10 +311,23 @@ def test_a_question_that_does_not_fit_is_not_asked_and_counted(tiny_qwen2):
     assert judge.room == 48
     judge.max_new_tokens = 2
     long, short = judge(["a question without an end " * 40, "Hello?"])
-    assert long == ""
-    assert (short != "", judge.too_long) == (True, 1)
+    assert long == TOO_LONG != short
+    assert (parse_verdict(TOO_LONG, "ABCD"), parse_rating(TOO_LONG)) == (None, None)
     with pytest.raises(ConfigurationError, match="leaves no room"):
         PolicyJudge(str(tiny_qwen2), max_new_tokens=2048)
+
+
+def test_questions_that_were_not_asked_are_counted_again_when_an_evaluation_goes_on(tmp_path):
+    rows = pairs()[:3]
+    too_long = comparison_question(rows[1].prompt, rows[1].responses)
+
+    def judge(questions):
+        return [TOO_LONG if question == too_long else "[[A]]" for question in questions]
+
+    for _ in range(2):
+        result = run_judge(judge, rows, name="judge", replies_file=tmp_path / "replies.jsonl")
+        assert (result.n_too_long, result.n_unparsed) == (1, 1)
+        judge = None  # all of it is in the file
 
 
 def test_replies_of_a_model_are_kept_under_its_weights(tiny_qwen2, tmp_path):
