@@ -148,6 +148,23 @@ def test_no_number_depends_on_the_batch_size(evaluated, tmp_path):
             assert other == pytest.approx(value, abs=1e-4), name
 
 
+def test_accuracy_is_told_apart_by_a_column_or_by_file(evaluated, here, tmp_path):  # noqa: F811
+    rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    shops = ["north", "south", None]
+    write(here / "named.jsonl", [row | {"shop": shops[place % 3]} for place, row in enumerate(rows)])
+    pairs = json.dumps([{"source": "named.jsonl", "columns": {"source": "shop"}}, "prompts.jsonl"])
+    out, _ = evaluated("--reward_model", "models/reward", "--pairs", pairs)
+    quality = json.loads((out / "metrics.json").read_text())["details"]["scorers"][0]["quality"]
+    scorer = RewardScorer("models/reward")
+    own = [scorer([[{"role": "user", "content": row["prompt"]}]] * 2, [row["chosen"], row["rejected"]]) for row in rows]
+    right = [(a.score > b.score) + (a.score == b.score) / 2 for a, b in own]
+    expected = {name: np.mean(right[place::3]) for place, name in enumerate(("north", "south", "named.jsonl"))}
+    found = {name: estimate["value"] for name, estimate in quality["accuracy_by_source"].items()}
+    assert set(found) == {*expected, "prompts.jsonl"}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert "Accuracy by source" in (out / "report.html").read_text()
+
+
 @pytest.mark.parametrize("moment", [1, 2, 4])
 def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(evaluated, tmp_path, monkeypatch, moment):
     _, whole = evaluated(*ALL, out=tmp_path / "whole")

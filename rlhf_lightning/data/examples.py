@@ -46,6 +46,8 @@ class PreferenceExample:
     """The row's own `id`, or `file:row`."""
     origin: str
     """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
+    source: str | None = None
+    """What the data calls the place that the pair was taken from; accuracy is told apart by it."""
 
     @property
     def texts(self) -> list[str]:

@@ -15,7 +15,7 @@ from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, desc
 from rlhf_lightning.errors import DataError
 
 Example = TypeVar("Example")
-COLUMNS = ("prompt", "chosen", "rejected", "margin", "id")
+COLUMNS = ("prompt", "chosen", "rejected", "margin", "id", "source")
 PROMPT_COLUMNS = frozenset(("prompt", "conversations", "instruction"))
 """Columns that a prompt is looked for in, where none is mapped."""
 ROLES = ("system", "user", "assistant")
@@ -52,10 +52,11 @@ def load_preferences(
     - conversations: `prompt` a list of messages, responses a string, a message or a list that ends with the reply;
     - ShareGPT-like: `conversations` as the prompt, and turns of `{from, value}` for `{role, content}`;
     - Alpaca-like: `instruction` and `input` as the prompt.
-    Optional columns: `margin` (a finite number) and `id` (kept as `example_id`).
+    Optional columns: `margin` (a finite number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is
+    told apart).
 
-    `columns` maps our names (prompt, chosen, rejected, margin, id) to the file's. `on_bad_rows`: `error` refuses the
-    source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+    `columns` maps our names (prompt, chosen, rejected, margin, id, source) to the file's. `on_bad_rows`: `error`
+    refuses the source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
 
     Returns the examples in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
@@ -178,6 +179,7 @@ def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> Pref
         margin=_margin(values["margin"]),
         example_id=id_of(row, columns),
         origin=row.origin,
+        source=_source(values["source"], mapped="source" in columns),
     )
 
 
@@ -349,6 +351,17 @@ def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Messa
             raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _source(value: Any, *, mapped: bool) -> str | None:
+    """A name; a column that is called `source` by chance, and holds something else, says nothing."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, str | int):
+        return str(value)
+    if mapped:
+        raise BadRow("wrong_type", f"source is {reprlib.repr(value)}, not a name")
+    return None
 
 
 def _margin(value: Any) -> float | None:

@@ -48,8 +48,8 @@ def load_prompts(
     `id` is kept as `example_id`. With `unique`, a prompt that stands more than once, case and runs of blanks aside, is
     taken where it stands first, and the report counts the others.
 
-    `columns` maps our names (prompt, chosen, rejected, margin, id) to the file's. `on_bad_rows`: `error` refuses the
-    source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+    `columns` maps our names (prompt, chosen, rejected, margin, id, source) to the file's. `on_bad_rows`: `error`
+    refuses the source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
 
     Returns the prompts in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.

@@ -301,7 +301,7 @@ class _Measuring:
         scored = score_rows(scorer, rows, file, ranks=self.ranks)
         chosen, rejected = (np.array([row.scores[side] for row in scored]) for side in (0, 1))
         tokens = [np.array([row.tokens[side] for row in scored]) for side in (0, 1)]
-        sources = [_source_of(pair.origin) for pair in pairs]
+        sources = [pair.source or _file_of(pair.origin) for pair in pairs]
         quality = reward_quality(
             chosen,
             rejected,
@@ -596,7 +596,7 @@ def _unended(ended: Sequence[Sequence[bool]]):
     return wilson(min(math.fsum(shares), len(shares)), len(shares))
 
 
-def _source_of(origin: str) -> str:
+def _file_of(origin: str) -> str:
     """The name of the file of `file, row 17`."""
     return Path(origin.rpartition(", row ")[0] or origin).name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from rlhf_lightning.evaluation.document import (
     Table,
     Verdicts,
 )
-from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from rlhf_lightning.evaluation.policy import fit_gao
 from rlhf_lightning.evaluation.results import (
     SIDES,
@@ -51,6 +51,7 @@ from rlhf_lightning.evaluation.rewardbench_run import RewardBenchResult, Section
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20
 COIN = Reference(0.5, "coin flip")
+SOURCES_SHOWN = 15
 WORDS: dict[Side, str] = {"before": "before training", "after": "after training"}
 
 
@@ -152,8 +153,19 @@ def _quality(scorer: ScorerResults) -> Iterator[Block]:
     bins = [Bar(f"|margin| {each.low:.2f} to {each.high:.2f}", each.accuracy) for each in quality.accuracy_by_margin]
     yield Bars([BarGroup("", bins)], "pairs", "Accuracy by how sure it is", [COIN], (0.0, 1.0))
     if len(quality.accuracy_by_source) > 1:
-        sources = [Bar(name, value) for name, value in quality.accuracy_by_source.items()]
+        sources = [Bar(name, value) for name, value in _largest(quality.accuracy_by_source).items()]
         yield Bars([BarGroup("", sources)], "pairs", "Accuracy by source", [COIN], (0.0, 1.0))
+
+
+def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """The sources, by name; when they are many the largest alone, and all others together."""
+    order = sorted(sources, key=lambda name: -sources[name].n)
+    kept, others = order[:SOURCES_SHOWN], [sources[name] for name in order[SOURCES_SHOWN:]]
+    if len(others) < 2:
+        return dict(sources)
+    count = sum(each.n for each in others)
+    together = wilson(sum(each.value * each.n for each in others), count)
+    return {name: sources[name] for name in sorted(kept)} | {f"{len(others)} smaller sources": together}
 
 
 def _temperature(calibration) -> str:

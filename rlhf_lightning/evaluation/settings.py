@@ -32,7 +32,8 @@ class EvaluationSettings:
             (without one, by its log-probs).
         judge: A language model that judges the pairs of RewardBench in writing.
         judge_max_new_tokens: Longest of its replies.
-        pairs: Preference pairs that nothing was trained on: files, directories or hub data sets.
+        pairs: Preference pairs that nothing was trained on: files, directories or hub data sets. Accuracy is told apart
+            by their column `source` (`[{source: FILE, columns: {source: COLUMN}}]` takes another one), else by file.
         pairs_split: Which files of a directory or hub data set these are.
         rewardbench: RewardBench's rows: file, directory or hub name.
         rewardbench_size: Rows of RewardBench-Lite, or `full`.

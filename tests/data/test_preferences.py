@@ -286,15 +286,24 @@ def test_all_missing_columns_are_named_at_once(load):
         load(row)
 
 
-@pytest.mark.parametrize("name", ["prompt", "margin", "id"])
+@pytest.mark.parametrize("name", ["prompt", "margin", "id", "source"])
 def test_a_column_that_was_asked_for_by_name_must_be_there(load, name):
     with pytest.raises(DataError, match=rf"no column 'x' for {name}"):
         load(GOOD, columns={name: "x"})
 
 
 def test_a_column_that_we_do_not_know_is_refused(load):
-    with pytest.raises(DataError, match="columns: unknown name 'answer'; it maps prompt, chosen, rejected, margin, id"):
+    with pytest.raises(DataError, match=r"columns: unknown name 'answer'; it maps .*margin, id, source "):
         load(GOOD, columns={"answer": "x"})
+
+
+def test_a_pair_keeps_the_name_of_its_source(load):
+    named = [GOOD | {"source": value} for value in ("web", 7, "", None, {"url": "x"}, ["x"], 0.5)]
+    assert [pair.source for pair in load(*named, GOOD)[0]] == ["web", "7", None, None, None, None, None, None]
+    (pair,), _ = load(GOOD | {"source": "web", "dataset": "shop"}, columns={"source": "dataset"})
+    assert pair.source == "shop"
+    with pytest.raises(DataError, match=r"row 0: source is \['x'\], not a name"):
+        load(GOOD | {"dataset": ["x"]}, columns={"source": "dataset"})
 
 
 def test_a_prompt_asked_for_by_name_is_never_guessed(load):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_lightning.evaluation.document import Block, Changes, Histogram, Lines, Note, Samples, Table
-from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.evaluation.document import Bars, Block, Changes, Histogram, Lines, Note, Samples, Table
+from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from rlhf_lightning.evaluation.markdown import to_markdown
 from rlhf_lightning.evaluation.page import to_html
 from rlhf_lightning.evaluation.policy import BestOfN, summarise_kl
@@ -137,6 +137,24 @@ def test_samples_are_all_by_hash_then_the_largest_gains_and_losses_and_refusals_
     assert (old.text, new.text) == ("old 1", "new 1")
     assert dict(old.facts) == {"reward": 0.0, "mean of 2": 0.0, "tokens": 3}
     assert list(new.facts) == [("reward", 3.0), ("mean of 2", 3.5), ("tokens", 4), ("KL", 2.5), ("flag", "cut")]
+
+
+def test_accuracies_of_the_largest_sources_are_drawn_and_the_others_together(results):
+    scorer = results.scorers[0]
+
+    def bars(sources):
+        quality = replace(scorer.quality, accuracy_by_source=sources)
+        drawn = blocks(replace(results, scorers=[replace(scorer, quality=quality)]), Bars)
+        (found,) = [block for block in drawn if block.caption == "Accuracy by source"] or [None]
+        return found and {bar.label: bar.value for bar in found.groups[0].bars}
+
+    many = {f"source {number:02}": wilson(number, 2 * number) for number in range(1, 21)}
+    assert bars({"one": wilson(1, 2)}) is None
+    few = dict(list(many.items())[:16])
+    assert bars(few) == few
+    drawn = bars(many)
+    assert drawn.pop("5 smaller sources") == wilson(15, 30)
+    assert drawn == dict(list(many.items())[5:])
 
 
 def test_notes_stand_with_the_verdicts_and_a_score_above_the_chosen_is_noted(results):
