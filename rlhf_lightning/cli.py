@@ -117,7 +117,7 @@ def _run_export(arguments: list[str]) -> int:
 def _run_pipeline(arguments: list[str]) -> int:
     """Run the stages of a pipeline, each in a process of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.pipeline import run
+    from rlhf_lightning.pipeline.command import run
 
     return run(arguments)
 

@@ -24,11 +24,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from rlhf_lightning import pipeline
 from rlhf_lightning.cli import main
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import replaced_model
-from rlhf_lightning.pipeline import Board, Contents, Progress, Resolved, Stage, difference, inputs_of, read_pipeline
+from rlhf_lightning.pipeline import command
+from rlhf_lightning.pipeline import inputs as pipeline_inputs
+from rlhf_lightning.pipeline import processes as pipeline_processes
+from rlhf_lightning.pipeline import stage as pipeline_stage
+from rlhf_lightning.pipeline.board import Board, Progress
+from rlhf_lightning.pipeline.description import Stage, read_pipeline
+from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_code
+from rlhf_lightning.pipeline.processes import server
+from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
+from rlhf_lightning.pipeline.state import locked
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -120,7 +128,7 @@ def write_pipeline(**stages) -> None:
 def preloaded():
     """Stages find this file imported, where no other test has started the server."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
+        patch.setattr(pipeline_processes, "_PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
         yield
 
 
@@ -250,11 +258,11 @@ def test_what_is_run_again_is_what_was_made_from_something_else(ran, change, sta
 
 @pytest.mark.usefixtures("finished")
 def test_another_code_or_library_is_another_input(ran, monkeypatch):
-    monkeypatch.setattr(pipeline, "_code", lambda: "0.1.0 another")
+    monkeypatch.setattr(command, "own_code", lambda: "0.1.0 another")
     assert ran("--only", "first") == {"first": "done"}
     assert "changed: the code of rlhf_lightning\n" in ran.out
-    version = pipeline.importlib.metadata.version
-    monkeypatch.setattr(pipeline.importlib.metadata, "version", lambda name: version(name).replace(".", ".9", 1))
+    version = pipeline_inputs.importlib.metadata.version
+    monkeypatch.setattr(pipeline_inputs.importlib.metadata, "version", lambda name: version(name).replace(".", ".9", 1))
     assert ran("--only", "first") == {"first": "done"}
     assert re.search(r"changed: torch \S+ -> \S+, lightning", ran.out)
 
@@ -262,14 +270,14 @@ def test_another_code_or_library_is_another_input(ran, monkeypatch):
 def test_the_code_is_every_file_of_the_package(tmp_path, monkeypatch):
     home = tmp_path / "package"
     (home / "__pycache__").mkdir(parents=True)
-    (home / "pipeline.py").write_text("")
+    (home / "cli.py").write_text("")
     (home / "page.css").write_text("a")
-    monkeypatch.setattr(pipeline, "__file__", str(home / "pipeline.py"))
-    before = pipeline._code()
+    monkeypatch.setattr(pipeline_inputs, "__file__", str(home / "pipeline" / "inputs.py"))
+    before = own_code()
     (home / "__pycache__" / "x.pyc").write_text("made")
-    assert pipeline._code() == before
+    assert own_code() == before
     (home / "page.css").write_text("b")
-    assert pipeline._code() != before
+    assert own_code() != before
 
 
 def test_a_key_of_a_stage_is_given_on_the_command_line_and_wins(ran):
@@ -405,8 +413,10 @@ def inner_process(directory: Path, patience: float) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    pipeline.forkserver._forkserver.ensure_running = pipeline.forkserver.ensure_running = lambda: None
-    pipeline._PATIENCE = patience
+    pipeline_processes.forkserver._forkserver.ensure_running = pipeline_processes.forkserver.ensure_running = lambda: (
+        None
+    )
+    pipeline_stage._PATIENCE = patience
     sys.exit(main(COMMAND))
 
 
@@ -416,7 +426,7 @@ def inner_process(directory: Path, patience: float) -> None:
 )
 def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, name, code, patience):
     write_stage("second", source="models/first", act="wait", at=15)
-    process = pipeline._server().Process(target=inner_process, args=(tmp_path, patience))
+    process = server().Process(target=inner_process, args=(tmp_path, patience))
     process.start()
     wait_until(lambda: "step 15/18" in log_of("second"))
     if name == "SIGKILL":
@@ -577,8 +587,8 @@ def test_the_quickstart_can_be_run():
     """Its stages parse, and each reads what an earlier one writes."""
     made = read_pipeline(QUICKSTART)
     assert [stage.name for stage in made.stages] == ["sft", "reward_model", "ppo", "evaluation"]
-    resolved = pipeline.resolve(made.stages, pipeline._server())
-    pipeline._check_order(made.stages, resolved)
+    resolved = resolve(made.stages, server())
+    check_order(made.stages, resolved)
     written = {output for each in resolved.values() for output in each.outputs}
     assert len(written) == 4
     for name, keys in (("ppo", ("model.backbone", "model.reward_model")), ("evaluation", ("policy", "reference"))):
@@ -587,7 +597,7 @@ def test_the_quickstart_can_be_run():
 
 def test_an_evaluation_depends_on_the_logs_of_a_run_and_not_on_its_checkpoints_or_its_own_report(tmp_path):
     stage = Stage("evaluation", "evaluate", ("--runs", "[run]", "--out", "report", "--policy", "policy"))
-    settings, outputs = pipeline._settings(stage.command, stage.arguments)
+    settings, outputs = _settings(stage.command, stage.arguments)
     assert outputs == ["report"]
     for name in ("run", "report", "policy"):
         Path(name).mkdir()
@@ -625,7 +635,7 @@ def test_what_settings_name_is_found_in_files_directories_prefixes_and_modules(t
         "model.note": "",
         "model.long": "x" * 5000,
     }
-    named = {str(path) for _, path in pipeline._named("fit", settings)}
+    named = {str(path) for _, path in paths_in("fit", settings)}
     assert named == {"policy", "reference", "rewards.py", "pairs.jsonl", "more.jsonl"}
 
 
@@ -633,9 +643,9 @@ def test_a_file_is_read_again_only_when_it_was_touched(tmp_path, monkeypatch):
     file, reads = tmp_path / "big.bin", []
     file.write_bytes(b"1")
     later = time.time() + 10
-    digest = pipeline.hashlib.file_digest
-    monkeypatch.setattr(pipeline.hashlib, "file_digest", lambda *given: (reads.append(1), digest(*given))[1])
-    monkeypatch.setattr(pipeline.time, "time", lambda: later)
+    digest = pipeline_inputs.hashlib.file_digest
+    monkeypatch.setattr(pipeline_inputs.hashlib, "file_digest", lambda *given: (reads.append(1), digest(*given))[1])
+    monkeypatch.setattr(pipeline_inputs.time, "time", lambda: later)
     contents = Contents({}, above=tmp_path / "state")
     first = contents.of(file)
     assert Contents(json.loads(json.dumps(contents.known)), above=tmp_path).of(file) == contents.of(file) == first
@@ -646,7 +656,7 @@ def test_a_file_is_read_again_only_when_it_was_touched(tmp_path, monkeypatch):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert contents.of(file) != first, "of the same size, with its old modification time"
     assert len(reads) == 2
-    monkeypatch.setattr(pipeline.time, "time", lambda: file.stat().st_mtime + 1)
+    monkeypatch.setattr(pipeline_inputs.time, "time", lambda: file.stat().st_mtime + 1)
     fresh = Contents({}, above=tmp_path / "state")
     fresh.of(file)
     assert fresh.known == {}, "a file so new could be changed without its times telling"
@@ -701,10 +711,10 @@ def test_on_a_terminal_each_stage_is_one_line_of_its_width(tmp_path):
 
 def test_a_directory_is_locked_once_and_free_again(tmp_path):
     with (
-        pipeline._locked(tmp_path),
+        locked(tmp_path),
         pytest.raises(ConfigurationError, match="another pipeline is running there"),
-        pipeline._locked(tmp_path),
+        locked(tmp_path),
     ):
         pass
-    with pipeline._locked(tmp_path):
+    with locked(tmp_path):
         pass
