@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that cannot be, a full disk
         return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
     except KeyboardInterrupt:
-        print("rlhf-lightning: interrupted", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
+            print("rlhf-lightning: interrupted", file=sys.stderr)
         return 130
     return 0
 

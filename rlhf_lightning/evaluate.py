@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,14 +36,15 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Of metrics.json; goes up when a name changes its meaning."""
 
-FILES = ("metrics.json", "samples.jsonl", "report.md", "report.html")
+FILES = ("metrics.json", "samples.jsonl", "scores.jsonl", "report.md", "report.html")
 MODEL_KEYS = ("reward_model", "held_out_reward_model", "policy", "reference", "judge")
 
 _USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]
 
-Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl, report.md,
-report.html and RewardBench's own result files into --out. What is not given is not measured. A model is a directory, a
-hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was cut off goes on where it was.
+Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl,
+scores.jsonl, report.md, report.html and RewardBench's own result files into --out. What is not given is not measured.
+A model is a directory, a hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was cut off
+goes on where it was.
 """
 
 
@@ -134,12 +135,26 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
     contents = (
         json.dumps(numbers, indent=2, allow_nan=False) + "\n",
         "".join(json.dumps(as_plain(row), allow_nan=False) + "\n" for row in rows),
+        "".join(json.dumps(row, allow_nan=False) + "\n" for row in _score_rows(results)),
         to_markdown(document),
         to_html(document),
     )
     for name, content in zip(FILES, contents, strict=True):
         _put(out / name, content)
     _official(results, settings)
+
+
+def _score_rows(results: EvaluationResults) -> Iterator[dict]:
+    """Every pair and every row of a benchmark with the scores of its responses, the correct ones first."""
+    for scorer in results.scorers:
+        if (of := scorer.scores) is not None:
+            for name, source, *scores in zip(of.ids, of.sources, of.chosen, of.rejected, strict=True):
+                found = {"id": name, "source": source, "scores": [float(score) for score in scores]}
+                yield {"scorer": scorer.title, "data": "pairs", **found}
+        for data in ("rewardbench", "rewardbench2", "prior_sets"):
+            bench = getattr(scorer, data)
+            for row in bench.rows if bench is not None else ():
+                yield {"scorer": scorer.title, "data": data, "id": row.id, "source": row.subset, "scores": row.scores}
 
 
 def _details(results: EvaluationResults) -> dict:

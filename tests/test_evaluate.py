@@ -165,6 +165,51 @@ def test_accuracy_is_told_apart_by_a_column_or_by_file(evaluated, here, tmp_path
     assert "Accuracy by source" in (out / "report.html").read_text()
 
 
+def test_every_score_stands_in_a_file(evaluated, here):  # noqa: F811
+    out, numbers = evaluated(*ALL)
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    scorer = RewardScorer("models/reward")
+    own = [row for row in rows if (row["scorer"], row["data"]) == ("reward model", "pairs")]
+    assert [row["source"] for row in own] == ["pairs.jsonl"] * PAIRS
+    for pair, row in zip(pairs, own, strict=True):
+        prompts = [[{"role": "user", "content": pair["prompt"]}]] * 2
+        assert row["scores"] == pytest.approx(
+            [x.score for x in scorer(prompts, [pair["chosen"], pair["rejected"]])], abs=1e-5
+        )
+    for scorer_, prefix in (("reward model", "rm"), ("held-out", "rm_held_out")):
+        bench = [row for row in rows if (row["scorer"], row["data"]) == (scorer_, "rewardbench")]
+        right = np.mean([row["scores"][0] > row["scores"][1] for row in bench])
+        assert numbers[f"{prefix}/rewardbench/accuracy"]["value"] == pytest.approx(right)
+        assert [row["id"] for row in bench if row["source"] == "hep-rust"] == ["hep-rust-0", "hep-rust-1"]
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(evaluated, here):  # noqa: F811
+    rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    write(here / "holed.jsonl", [rows[0], {**rows[1], "chosen": ""}, *rows[2:]])
+    arguments = ["--reward_model", "models/reward", "--pairs", "holed.jsonl"]
+    assert main(["evaluate", *arguments, "--out", "refused"]) == 2
+    assert not Path("refused").exists()
+    _, numbers = evaluated(*arguments, "--on_bad_rows", "drop")
+    assert numbers["rm/auroc"]["n"] == PAIRS - 1
+
+
+def test_files_of_the_same_name_are_told_apart(evaluated, here, tmp_path):  # noqa: F811
+    lines = (here / "pairs.jsonl").read_text().splitlines(keepends=True)
+    for name, own in (("north", lines[:9]), ("south", lines[9:])):
+        (here / name).mkdir(exist_ok=True)
+        (here / name / "test.jsonl").write_text("".join(own))
+    both = json.dumps([f"{name}/test.jsonl" for name in ("north", "south")])
+    policies = ["--policy", "models/after", "--reference", "models/before", "--prompts", both, "--max_new_tokens", "3"]
+    out, _ = evaluated("--reward_model", "models/reward", "--pairs", both, *policies, "--refusal_prompts", "null")
+    quality = json.loads((out / "metrics.json").read_text())["details"]["scorers"][0]["quality"]
+    counts = {Path(name).parent.name: found["n"] for name, found in quality["accuracy_by_source"].items()}
+    assert counts == {"north": 9, "south": len(lines) - 9}
+    assert (
+        len({row["id"] for row in samples(out)}) == len(samples(out)) == len({json.loads(x)["prompt"] for x in lines})
+    )
+
+
 @pytest.mark.parametrize("moment", [1, 2, 4])
 def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(evaluated, tmp_path, monkeypatch, moment):
     _, whole = evaluated(*ALL, out=tmp_path / "whole")
@@ -317,12 +362,19 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         (["--policy", "models/after", "--device", "cuda"], "no CUDA device"),
         (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is none"),
         (["--policy", "models/after", "--prompts", "rewardbench"], "give rewardbench"),
+        (["--reward_model", "models/reward", "--pairs", "one.jsonl"], "pairs: 2 rows on one prompt have no interval"),
+        (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 rows on one prompt have no interval"),
+        (
+            ["--reward_model", "models/reward", "--pairs", '[{"source": "pairs.jsonl", "weight": 2}]'],
+            "pairs: a weight is for training",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_anything_is_written(here, capsys, tmp_path, arguments, words):  # noqa: F811
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}
     write(here / "unknown.jsonl", [row | {"subset": "alpaca-easy"}])
     write(here / "twice.jsonl", [row | {"subset": "hep-go"}] * 2)
+    write(here / "one.jsonl", [row, row | {"rejected": "d"}])
     assert main(["evaluate", *arguments, "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if "error" in line]

@@ -355,10 +355,10 @@ def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Messa
 
 def _source(value: Any, *, mapped: bool) -> str | None:
     """A name; a column that is called `source` by chance, and holds something else, says nothing."""
-    if value is None or value == "":
+    if value is None:
         return None
-    if isinstance(value, str | int):
-        return str(value)
+    if isinstance(value, str | int | float):
+        return str(value).strip() or None
     if mapped:
         raise BadRow("wrong_type", f"source is {reprlib.repr(value)}, not a name")
     return None

@@ -53,8 +53,8 @@ class WeightedSource:
             raise DataError(f"{self.source}: the weight {self.weight!r} is no positive number; 1 takes each row once")
 
 
-class SourceKeys(TypedDict, total=False):
-    """A `WeightedSource` in YAML. A dataclass would not do: its parser looks into the data file for its fields."""
+class SourceKeys(TypedDict, total=False):  # of a dataclass the parser would look for the fields in the data file
+    """One source of a mixture: its name, how often each of its rows comes in an epoch, our names to its columns."""
 
     source: Required[str]
     weight: PositiveFloat

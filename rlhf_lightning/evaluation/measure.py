@@ -126,6 +126,10 @@ def check(settings: EvaluationSettings) -> None:
     scored = settings.reward_model is not None or settings.implicit_reward
     if settings.prompts == REWARDBENCH_PROMPTS and settings.rewardbench is None:
         raise ConfigurationError("evaluate: prompts are those of RewardBench, which is not given; give rewardbench")
+    for name in ("pairs", "prompts"):
+        given = getattr(settings, name)
+        if given is not None and any(one.weight != 1 for one in source_list(given)):
+            raise ConfigurationError(f"evaluate: {name}: a weight is for training; here each row counts once")
     if settings.pairs is not None and not scored:
         raise ConfigurationError("evaluate: pairs are scored by a reward_model, or by a policy with implicit_reward")
     for name, other in (("reference", "policy"), ("held_out_reward_model", "reward_model"), ("prompts", "policy")):
@@ -173,8 +177,11 @@ class _Data:
     def __init__(self, settings: EvaluationSettings) -> None:
         self.pairs: list[PreferenceExample] = []
         if settings.pairs is not None:
-            self.pairs, report = load_preferences(settings.pairs, split=settings.pairs_split)
+            self.pairs, report = load_preferences(
+                settings.pairs, split=settings.pairs_split, on_bad_rows=settings.on_bad_rows
+            )
             log.info("%s", report.summary())
+            _check_several("pairs", self.pairs)
         self.rewardbench = load_rewardbench(settings.rewardbench) if settings.rewardbench is not None else []
         self.rewardbench2 = load_rewardbench2(settings.rewardbench2) if settings.rewardbench2 is not None else []
         self.prior = [
@@ -196,12 +203,14 @@ class _Data:
         if source == REWARDBENCH_PROMPTS:
             self._take_benchmark_prompts(settings)
             return
-        self.prompts, report = load_prompts(source, split=split)
+        bad = settings.on_bad_rows
+        prompts, report = load_prompts(source, split=split, on_bad_rows=bad)
         log.info("prompts: %s", report.summary())
-        self.prompts = self.prompts[: settings.max_prompts]
+        self.prompts = _told_apart(prompts[: settings.max_prompts])
+        _check_several("prompts", self.prompts)
         if not all(_has_pairs(one.source, split) for one in source_list(source)):
             return
-        pairs, _ = load_preferences(source, split=split)
+        pairs, _ = load_preferences(source, split=split, on_bad_rows=bad)
         by_prompt: dict[Any, list[PreferenceExample]] = {}
         for pair in pairs:
             by_prompt.setdefault(prompt_hash(pair.prompt), []).append(pair)
@@ -220,6 +229,23 @@ class _Data:
             if name == pair.example_id:
                 self.prompts.append(PromptExample(row.prompt, name, row.origin))
         self.prompts = self.prompts[: settings.max_prompts]
+
+
+def _told_apart(prompts: Sequence[PromptExample]) -> list[PromptExample]:
+    """Prompts of which those that share an id, being rows of files of the same name, are called after their place."""
+    counts = Counter(prompt.example_id for prompt in prompts)
+    return [
+        prompt if counts[prompt.example_id] == 1 else replace(prompt, example_id=prompt.origin) for prompt in prompts
+    ]
+
+
+def _check_several(name: str, examples: Sequence[PreferenceExample | PromptExample]) -> None:
+    """What would be refused after hours: a single unit has no interval."""
+    if len({prompt_hash(example.prompt) for example in examples}) < 2:
+        raise ConfigurationError(
+            f"{name}: {len(examples)} rows on one prompt have no interval, so nothing could be said of them; give at "
+            "least 2 prompts"
+        )
 
 
 def _has_pairs(source: str, split: str) -> bool:
@@ -301,7 +327,7 @@ class _Measuring:
         scored = score_rows(scorer, rows, file, ranks=self.ranks)
         chosen, rejected = (np.array([row.scores[side] for row in scored]) for side in (0, 1))
         tokens = [np.array([row.tokens[side] for row in scored]) for side in (0, 1)]
-        sources = [pair.source or _file_of(pair.origin) for pair in pairs]
+        sources = _sources(pairs)
         quality = reward_quality(
             chosen,
             rejected,
@@ -312,7 +338,7 @@ class _Measuring:
             prompts=[prompt_hash(pair.prompt) for pair in pairs],
             seed=self.settings.seed,
         )
-        return quality, PairScores([pair.example_id for pair in pairs], chosen, rejected)
+        return quality, PairScores([pair.example_id for pair in pairs], sources, chosen, rejected)
 
     def judges(self) -> list[JudgeResults]:
         """A language model's verdicts on RewardBench."""
@@ -399,6 +425,7 @@ class _Measuring:
                 engine=TransformersEngine(self.settings.batch_size),
                 model=weights_sample(policy),
                 file=self.kept / f"replies-{label}.jsonl",
+                keep_every=4 * self.settings.batch_size,
                 ranks=self.ranks,
             )
 
@@ -596,9 +623,14 @@ def _unended(ended: Sequence[Sequence[bool]]):
     return wilson(min(math.fsum(shares), len(shares)), len(shares))
 
 
-def _file_of(origin: str) -> str:
-    """The name of the file of `file, row 17`."""
-    return Path(origin.rpartition(", row ")[0] or origin).name
+def _sources(pairs: Sequence[PreferenceExample]) -> list[str]:
+    """What each pair says of its source, else the file of `file, row 17`: its name, or its path where names repeat."""
+    files = [pair.origin.rpartition(", row ")[0] or pair.origin for pair in pairs]
+    names = Counter(Path(file).name for file in set(files))
+    return [
+        pair.source or (Path(file).name if names[Path(file).name] == 1 else file)
+        for pair, file in zip(pairs, files, strict=True)
+    ]
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Ranks:
         """`compute()` of every process, by their ranks; what it returns must be such as can be pickled.
 
         When one fails, so do all: it raises its own error, process 0 that error or a copy of it, the others
-        `FailedElsewhere`.
+        `FailedElsewhere`. When one was killed, process 0 raises `ConfigurationError`.
         """
         if self.size == 1:
             return [compute()]
@@ -71,7 +71,11 @@ class Ranks:
         except Exception as raised:
             error = raised
         outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, (outcome, None if error is None else _portable(error)))
+        try:
+            dist.all_gather_object(outcomes, (outcome, None if error is None else _portable(error)))
+        except RuntimeError as closed:  # gloo's, when another one has ended
+            lost = "one of the processes was killed; the same command goes on from what was kept"
+            raise (ConfigurationError if self.rank == 0 else FailedElsewhere)(f"evaluate: {lost}") from closed
         if error is not None and (self.rank == 0 or not isinstance(error, UserError)):
             raise error
         for rank, (_, failure) in enumerate(outcomes):
@@ -86,12 +90,16 @@ ALONE = Ranks()
 def launch(device: str, devices: int) -> Ranks:
     """This process among `devices` processes on this machine; the others are started, with the same command line.
 
-    Under `torchrun`, which has started them, `devices` is not looked at. Each process is on a device of its own, unless
-    the device is the CPU, which they share. They talk by gloo, on the CPU.
+    Under `torchrun`, which has started them, `devices` is 1 or as many. Each process is on a device of its own, unless
+    the device is the CPU, which they share. They talk by gloo, on the CPU. Raises `ConfigurationError`.
     """
     started = dist.is_torchelastic_launched()
     if devices == 1 and not started:
         return Ranks(device=device)
+    if started and devices not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
+        raise ConfigurationError(
+            f"devices: {devices}, but torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes; leave it out"
+        )
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
@@ -111,6 +119,8 @@ def check_devices(device: str, devices: int) -> None:
         found = torch.device(device)
     except RuntimeError as error:
         raise ConfigurationError(f"device: {device!r} is none; use cpu, cuda or cuda:1") from error
+    if found.type == "cpu" and found.index:
+        raise ConfigurationError(f"device: {device!r} is none; use cpu")
     if found.type == "cpu":
         return
     if found.type == "cuda" and not torch.cuda.is_available():

@@ -30,8 +30,6 @@ from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, output_lay
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 
 _FORMAT = "rlhf_lightning replies 1"
-_AT_A_TIME = 256
-"""Replies between two appends to the file: what a kill can lose."""
 _CHUNK = 512
 """Reply tokens whose logits exist at a time, of both models."""
 
@@ -65,6 +63,7 @@ def generate_replies(
     engine: RolloutEngine,
     model: str,
     file: Path | None = None,
+    keep_every: int = 256,
     ranks: Ranks = ALONE,
 ) -> list[GeneratedReply]:
     """`samples` replies to each prompt, those to one prompt side by side, in the order of the prompts.
@@ -75,7 +74,8 @@ def generate_replies(
     With `file` (JSON lines) replies are appended as they come, and the same call goes on where one was killed: replies
     to the same prompts with the same settings are read from it, more samples or prompts are added. `model` is the
     caller's fingerprint of the weights; with another one, or other settings, the file is begun anew. Each of the
-    processes draws a share of the replies, and the first of them has the file.
+    processes draws a share of the replies, and the first of them has the file, to which it appends the `keep_every`
+    replies of each.
 
     Raises `ConfigurationError` for impossible settings, prompts of the same id, or a prompt for which the model has too
     few positions; `DataError` for a prompt that holds a control token, and for a file that holds something else.
@@ -118,7 +118,7 @@ def generate_replies(
         )
         return [_reply(chat_format, *key, reply.ids.tolist()) for key, reply in zip(part, drawn, strict=True)]
 
-    at_a_time = _AT_A_TIME * ranks.size
+    at_a_time = keep_every * ranks.size
     for start in range(0, len(missing), at_a_time):
         part = missing[start : start + at_a_time]
         made = ranks.each(part, draw)

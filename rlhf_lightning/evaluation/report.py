@@ -153,8 +153,12 @@ def _quality(scorer: ScorerResults) -> Iterator[Block]:
     bins = [Bar(f"|margin| {each.low:.2f} to {each.high:.2f}", each.accuracy) for each in quality.accuracy_by_margin]
     yield Bars([BarGroup("", bins)], "pairs", "Accuracy by how sure it is", [COIN], (0.0, 1.0))
     if len(quality.accuracy_by_source) > 1:
-        sources = [Bar(name, value) for name, value in _largest(quality.accuracy_by_source).items()]
-        yield Bars([BarGroup("", sources)], "pairs", "Accuracy by source", [COIN], (0.0, 1.0))
+        sources = [
+            Bar(name if len(name) <= 60 else f"{name[:59]}…", value)
+            for name, value in _largest(quality.accuracy_by_source).items()
+        ]
+        more = "" if len(sources) == len(quality.accuracy_by_source) else " (all of them are in metrics.json)"
+        yield Bars([BarGroup("", sources)], "pairs", f"Accuracy by source{more}", [COIN], (0.0, 1.0))
 
 
 def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:
@@ -165,7 +169,7 @@ def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:
         return dict(sources)
     count = sum(each.n for each in others)
     together = wilson(sum(each.value * each.n for each in others), count)
-    return {name: sources[name] for name in sorted(kept)} | {f"{len(others)} smaller sources": together}
+    return {name: sources[name] for name in sorted(kept)} | {f"{len(others)} other sources": together}
 
 
 def _temperature(calibration) -> str:

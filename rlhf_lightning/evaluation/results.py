@@ -26,6 +26,7 @@ class PairScores:
     """Scores of N held-out pairs, float64 [N]."""
 
     ids: list[str]
+    sources: list[str]
     chosen: np.ndarray
     rejected: np.ndarray
 

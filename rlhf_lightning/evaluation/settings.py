@@ -7,6 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from rlhf_lightning.data.examples import OnBadRows
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.evaluation.refusal import BUILTIN_PROMPTS
 from rlhf_lightning.evaluation.rewardbench import LITE_SIZE
@@ -34,6 +35,8 @@ class EvaluationSettings:
         judge_max_new_tokens: Longest of its replies.
         pairs: Preference pairs that nothing was trained on: files, directories or hub data sets. Accuracy is told apart
             by their column `source` (`[{source: FILE, columns: {source: COLUMN}}]` takes another one), else by file.
+        on_bad_rows: `error` refuses pairs or prompts with unusable rows and names them; `drop` leaves such rows out and
+            says how many.
         pairs_split: Which files of a directory or hub data set these are.
         rewardbench: RewardBench's rows: file, directory or hub name.
         rewardbench_size: Rows of RewardBench-Lite, or `full`.
@@ -55,10 +58,10 @@ class EvaluationSettings:
         runs: Directories of TensorBoard logs, for the learning curves.
         title: Of the report.
         max_length: Longest row that is scored, in tokens; as many as a model has positions for when not given.
-        batch_size: Rows at a time. It changes no number.
+        batch_size: Rows at a time. It changes no number, but for rounding.
         device: Where it computes; a GPU where there is one when not given.
         devices: Processes on this machine, each with a device of its own (the CPU is shared), the whole model, and a
-            share of the rows. It changes no number.
+            share of the rows. It changes no number, but for rounding.
         dtype: Of the weights. Scores are float32 in any case, yet bfloat16 weights tie more pairs.
         seed: Of drawn replies and resamples.
         trust_remote_code: Run code that comes with models.
@@ -74,6 +77,7 @@ class EvaluationSettings:
     judge_max_new_tokens: PositiveInt = 1024
     pairs: Source | None = None
     pairs_split: Literal["train", "val", "test"] = "val"
+    on_bad_rows: OnBadRows = "error"
     rewardbench: str | None = None
     rewardbench_size: PositiveInt | Literal["full"] = LITE_SIZE
     rewardbench2: str | None = None

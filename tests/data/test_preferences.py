@@ -298,8 +298,8 @@ def test_a_column_that_we_do_not_know_is_refused(load):
 
 
 def test_a_pair_keeps_the_name_of_its_source(load):
-    named = [GOOD | {"source": value} for value in ("web", 7, "", None, {"url": "x"}, ["x"], 0.5)]
-    assert [pair.source for pair in load(*named, GOOD)[0]] == ["web", "7", None, None, None, None, None, None]
+    named = [GOOD | {"source": value} for value in (" web ", 7, " ", None, {"url": "x"}, ["x"], 0.5)]
+    assert [pair.source for pair in load(*named, GOOD)[0]] == ["web", "7", None, None, None, None, "0.5", None]
     (pair,), _ = load(GOOD | {"source": "web", "dataset": "shop"}, columns={"source": "dataset"})
     assert pair.source == "shop"
     with pytest.raises(DataError, match=r"row 0: source is \['x'\], not a name"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation import judge, rewardbench_run
 from rlhf_lightning.evaluation.judge import run_judge
 from rlhf_lightning.evaluation.ledger import Ledger
-from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices, launch
 from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow, score_rows
 from rlhf_lightning.evaluation.scoring import Scored
 
@@ -133,6 +135,32 @@ def test_a_failure_stops_all_and_is_said_by_process_0(together, failing):
     assert outcomes[1:] == [["FailedElsewhere", f"process {failing}: row 5: bad"]] * 2
 
 
+def test_a_process_that_was_killed_is_told_of_in_one_line(tmp_path):
+    def work(own, _):
+        return own.everywhere(lambda: os.kill(os.getpid(), signal.SIGKILL) if own.rank == 1 else own.rank)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=worker, args=(rank, 3, tmp_path, work)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert processes[1].exitcode == -signal.SIGKILL
+    first, third = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
+    assert first == [
+        "ConfigurationError",
+        "evaluate: one of the processes was killed; the same command goes on from what was kept",
+    ]
+    assert third[0] == "FailedElsewhere"
+
+
+def test_as_many_processes_as_torchrun_has_started(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="devices: 3, but torchrun has started 2 processes"):
+        launch("cpu", 3)
+
+
 def test_a_mistake_of_ours_is_shown_where_it_was_made(together):
     class Odd(Exception):
         def __init__(self, one, two):
@@ -188,7 +216,7 @@ def test_one_process_alone_computes_all_and_raises_what_it_raises():
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     check_devices("cpu", 8)
-    for device, reason in (("tpv", "is none; use cpu"), ("cuda", "no CUDA device here")):
+    for device, reason in (("tpv", "is none; use cpu"), ("cpu:1", "is none; use cpu"), ("cuda", "no CUDA device here")):
         with pytest.raises(ConfigurationError, match=reason):
             check_devices(device, 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -110,17 +110,16 @@ def test_temperature_zero_takes_the_most_likely_token_of_a_plain_forward_pass(dr
     assert reply.text == chat_format.tokenizer.decode(expected[: reply.tokens])
 
 
-def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(draw, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_AT_A_TIME", 3)
+def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(draw, tmp_path):
     file = tmp_path / "deep" / "replies.jsonl"
     engine = StoppingEngine(2)
     with pytest.raises(Killed):
-        draw(engine=engine, file=file)
+        draw(engine=engine, file=file, keep_every=3)
     kept = file.read_bytes().splitlines()
     assert (len(kept), engine.drawn) == (1 + 6, 6)
     file.write_bytes(file.read_bytes() + b'{"prompt_id": "p4", "sam')
     engine = StoppingEngine()
-    replies = draw(engine=engine, file=file)
+    replies = draw(engine=engine, file=file, keep_every=3)
     assert engine.drawn == 4
     assert replies == draw()
     lines = file.read_bytes().splitlines()
@@ -142,7 +141,7 @@ def test_more_samples_and_more_prompts_are_added_to_the_file(draw, tmp_path):
     file = tmp_path / "replies.jsonl"
     draw(PROMPTS[:3], samples=1, file=file)
     engine = StoppingEngine()
-    assert draw(engine=engine, file=file) == draw()
+    assert draw(engine=engine, file=file, keep_every=3) == draw()
     assert engine.drawn == 10 - 3
 
 
