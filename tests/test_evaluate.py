@@ -423,22 +423,31 @@ def test_the_page_fits_wide_and_narrow_screens_and_asks_for_nothing(evaluated, t
 
 
 def test_no_number_depends_on_the_number_of_processes(evaluated, tmp_path, make_classifier):  # noqa: F811
-    """C45: run as a user runs it; everything that is computed by a model, 3 processes, of which 7 prompts are odd."""
+    """C45: everything that is computed by a model, 3 processes, of which 7 prompts are odd."""
     classifier = make_classifier(["safe", "toxic"])
     all_of_it = [*ALL, "--toxicity_model", str(classifier), "--judge", "models/after", "--judge_max_new_tokens", "8"]
-    one, numbers = evaluated(*all_of_it, out=tmp_path / "one")
+    one, _ = evaluated(*all_of_it, out=tmp_path / "one")
     many = tmp_path / "many"
-    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *all_of_it, "--out", str(many), "--devices", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = run_command(*all_of_it, "--out", str(many), "--devices", "3")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (done.stdout.count("report: "), done.stderr.count("reward model: RewardBench")) == (1, 1), (
-        "one of them speaks"
-    )
-    found = json.loads((many / "metrics.json").read_text())
-    assert found["provenance"]["device"].startswith("3 x cpu")
-    assert set(found["metrics"]) == set(numbers)
-    for name, value in numbers.items():
+    spoken = done.stdout.count("report: "), done.stderr.count("reward model: RewardBench")
+    assert spoken == (1, 1), "one of them speaks"
+    check_same(one, many, "3 x cpu")
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    """`evaluate` as a user runs it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def check_same(one: Path, many: Path, device: str) -> None:
+    """Of one process and of several: the same numbers and replies, and no row kept twice."""
+    numbers, found = (json.loads((out / "metrics.json").read_text()) for out in (one, many))
+    assert found["provenance"]["device"].startswith(device)
+    assert set(found["metrics"]) == set(numbers["metrics"])
+    for name, value in numbers["metrics"].items():
         flat, its = ([*x.values()] if isinstance(x, dict) else [x] for x in (value, found["metrics"][name]))
         assert [x for x in its if isinstance(x, str | None)] == [x for x in flat if isinstance(x, str | None)], name
         figures = [[x for x in of if isinstance(x, float)] for of in (flat, its)]
@@ -454,9 +463,7 @@ def test_no_number_depends_on_the_number_of_processes(evaluated, tmp_path, make_
 def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_path):  # noqa: F811
     (here / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     arguments = ["--reward_model", "models/reward", "--pairs", "broken.jsonl", "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments, "--devices", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = run_command(*arguments, "--devices", "2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr
     assert "broken.jsonl: no column 'rejected'" in done.stderr

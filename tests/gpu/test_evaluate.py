@@ -10,7 +10,7 @@ import torch
 
 from rlhf_lightning.cli import main
 from tests.evaluation.conftest import here, workshop  # noqa: F401 (fixtures)
-from tests.test_evaluate import ALL, REFUSAL, write
+from tests.test_evaluate import ALL, REFUSAL, check_same, run_command, write
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +34,15 @@ def test_a_reward_model_has_the_numbers_that_it_has_on_a_cpu(here, tmp_path):  #
         if name.startswith("rm") and isinstance(value, dict):
             assert found["cuda"][name]["value"] == pytest.approx(value["value"], abs=0.03), name
     assert found["cuda"]["rm/auroc"]["value"] == pytest.approx(found["cpu"]["rm/auroc"]["value"], abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_have_the_numbers_of_one(here, tmp_path):  # noqa: F811
+    write(here / "refusal.jsonl", REFUSAL)
+    for devices in ("1", "2"):
+        done = run_command(*ALL, "--device", "cuda", "--devices", devices, "--out", str(tmp_path / devices))
+        assert done.returncode == 0, done.stderr[-3000:]
+    check_same(tmp_path / "1", tmp_path / "2", "2 x cuda")
 
 
 def test_the_true_shape_is_judged_in_bfloat16(capsys, tmp_path, qwen2_half_billion):
