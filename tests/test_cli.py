@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -428,3 +429,13 @@ def test_a_mixture_round_trips(capsys):
     assert config["data"]["init_args"]["train"] == mixture
     for wrong, message in (("{source: b, weight: -1}", "v>0"), ("{source: b, wait: 1}", "wait"), ("{}", "source")):
         assert message in refusal(capsys, "fit", "--config", QUICKSTART, "--data.train", f"[a, {wrong}]")
+
+
+def test_a_command_that_reads_data_without_a_word_leaves_its_logger_as_it_was(capsys):
+    logger = logging.getLogger("rlhf_lightning.data.preference_datamodule")
+    for arguments in (["doctor", "builtin:courtesy"], ["plan", "--config", QUICKSTART]):
+        logger.setLevel(logging.DEBUG)
+        assert main(arguments) in (0, 1)
+        assert "pairs (" not in capsys.readouterr().err
+        assert logger.level == logging.DEBUG
+    logger.setLevel(logging.NOTSET)

@@ -187,19 +187,15 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
 
 def _has_checkpoint(arguments: Sequence[str], newer_than: float) -> bool:
     """Whether the checkpoint from which a run would go on was written since then, and so by a run of these inputs."""
-    import logging
-
+    from rlhf_lightning.training.program import silenced
     from rlhf_lightning.training.resume import resolve_last
 
     settings = parsed_fit(arguments).settings
-    log = logging.getLogger("rlhf_lightning")
-    log.setLevel(logging.ERROR)  # the run itself will say it
     try:
-        resolve_last(settings)
+        with silenced("rlhf_lightning"):  # the run itself will say it
+            resolve_last(settings)
     except ConfigurationError:  # nothing says where its checkpoints are
         return False
-    finally:
-        log.setLevel(logging.INFO)
     return settings.ckpt_path is not None and Path(settings.ckpt_path).stat().st_mtime >= newer_than
 
 

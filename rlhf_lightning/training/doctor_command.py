@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,8 +74,6 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
     if source is not None:
         settings = [*settings, "--data.train", source]
     parsed = program.run(["fit", *settings], program=program.ParsedRun).settings
-    # The findings say it all, but for the progress of reading.
-    logging.getLogger(preference_datamodule.__name__).setLevel(logging.ERROR)
     keys = _data_keys(parsed)
     roles: tuple[Role, ...] = ("train", "val")
     if source is not None and "--data.val" not in given:
@@ -84,7 +81,8 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
         keys["val"], roles = (source, ("train",)) if alone else (None, roles)
     keys["tokenizer"] = keys["tokenizer"] or None
     accumulate = parsed.trainer.accumulate_grad_batches
-    return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
+    with program.silenced(preference_datamodule.__name__):  # the findings say it all, but for the progress of reading
+        return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
 
 
 def _names(settings: Sequence[str]) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -147,15 +146,11 @@ def _fits(verdict: Verdict) -> bool:
 
 def _unread(data: LightningDataModule) -> str | None:
     """Read the data; why that could not be done, or None."""
-    logger = logging.getLogger(preference_datamodule.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        data.setup("fit")
+        with program.silenced(preference_datamodule.__name__):
+            data.setup("fit")
     except UserError as error:
         return " ".join(str(error).split())[:200]
-    finally:
-        logger.setLevel(level)
     return None
 
 
