@@ -439,3 +439,17 @@ def test_a_command_that_reads_data_without_a_word_leaves_its_logger_as_it_was(ca
         assert "pairs (" not in capsys.readouterr().err
         assert logger.level == logging.DEBUG
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(None, "rlhf-lightning: interrupted\n"), ("0", "rlhf-lightning: interrupted\n"), ("1", "")]
+)
+def test_of_several_processes_one_says_that_it_was_interrupted(capsys, monkeypatch, rank, words):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_lightning.cli._run_doctor", interrupted)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == words

@@ -81,7 +81,10 @@ def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text()
     marked = README.split("<!-- test-command -->")[1].split("```")[1]
     assert "<!-- test-command -->" in script
-    assert marked.strip().splitlines()[-1] == "pip install -c .ci/constraints.txt -e '.[dev]' && python -m pytest -n 2 --dist loadfile"
+    assert (
+        marked.strip().splitlines()[-1]
+        == "pip install -c .ci/constraints.txt -e '.[dev]' && python -m pytest -n 2 --dist loadfile"
+    )
 
 
 def tables() -> list[list[str]]:
