@@ -195,19 +195,18 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(evaluated
 
 
 def test_files_of_the_same_name_are_told_apart(evaluated, here, tmp_path):  # noqa: F811
-    lines = (here / "pairs.jsonl").read_text().splitlines(keepends=True)
-    for name, own in (("north", lines[:9]), ("south", lines[9:])):
+    rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    for name, own in (("north", rows[:9]), ("south", rows[9:])):
         (here / name).mkdir(exist_ok=True)
-        (here / name / "test.jsonl").write_text("".join(own))
+        write(here / name / "test.jsonl", own)
     both = json.dumps([f"{name}/test.jsonl" for name in ("north", "south")])
     policies = ["--policy", "models/after", "--reference", "models/before", "--prompts", both, "--max_new_tokens", "3"]
     out, _ = evaluated("--reward_model", "models/reward", "--pairs", both, *policies, "--refusal_prompts", "null")
     quality = json.loads((out / "metrics.json").read_text())["details"]["scorers"][0]["quality"]
     counts = {Path(name).parent.name: found["n"] for name, found in quality["accuracy_by_source"].items()}
-    assert counts == {"north": 9, "south": len(lines) - 9}
-    assert (
-        len({row["id"] for row in samples(out)}) == len(samples(out)) == len({json.loads(x)["prompt"] for x in lines})
-    )
+    assert counts == {"north": 9, "south": PAIRS - 9}
+    assert len({row["id"] for row in samples(out)}) == len(samples(out)) == len({row["prompt"] for row in rows})
 
 
 @pytest.mark.parametrize("moment", [1, 2, 4])
