@@ -194,6 +194,15 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(evaluated
     assert numbers["rm/auroc"]["n"] == PAIRS - 1
 
 
+def test_several_pairs_on_one_prompt_are_judged(evaluated, here):  # noqa: F811
+    rows = [
+        {"prompt": "Hello?", "chosen": f"Good {word}.", "rejected": f"{word}?"} for word in ("day", "night", "luck")
+    ]
+    write(here / "alike.jsonl", rows)
+    _, numbers = evaluated("--reward_model", "models/reward", "--pairs", "alike.jsonl")
+    assert numbers["rm/auroc"]["n"] == 3
+
+
 def test_files_of_the_same_name_are_told_apart(evaluated, here, tmp_path):  # noqa: F811
     rows = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
@@ -361,8 +370,23 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         (["--policy", "models/after", "--device", "cuda"], "no CUDA device"),
         (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is none"),
         (["--policy", "models/after", "--prompts", "rewardbench"], "give rewardbench"),
-        (["--reward_model", "models/reward", "--pairs", "one.jsonl"], "pairs: 2 rows on one prompt have no interval"),
-        (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 rows on one prompt have no interval"),
+        (["--reward_model", "models/reward", "--pairs", "single.jsonl"], "pairs: 1 of them has no interval"),
+        (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 of them has no interval"),
+        (
+            [
+                "--policy",
+                "models/after",
+                "--implicit_reward",
+                "true",
+                "--rewardbench",
+                "rewardbench.jsonl",
+                "--prompts",
+                "rewardbench",
+                "--max_prompts",
+                "1",
+            ],
+            "prompts: 1 of them has no interval",
+        ),
         (
             ["--reward_model", "models/reward", "--pairs", '[{"source": "pairs.jsonl", "weight": 2}]'],
             "pairs: a weight is for training",
@@ -373,6 +397,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_is_written(here, 
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}
     write(here / "unknown.jsonl", [row | {"subset": "alpaca-easy"}])
     write(here / "twice.jsonl", [row | {"subset": "hep-go"}] * 2)
+    write(here / "single.jsonl", [row])
     write(here / "one.jsonl", [row, row | {"rejected": "d"}])
     assert main(["evaluate", *arguments, "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()

@@ -192,6 +192,7 @@ class _Data:
         """Of each prompt its pairs, by the prompt's id."""
         if settings.prompts is not None:
             self._read_prompts(settings)
+            _check_several("prompts", self.prompts)
         self.refusal = []
         if settings.policy is not None and settings.refusal_prompts is not None:
             self.refusal = load_refusal_prompts(settings.refusal_prompts)
@@ -207,7 +208,6 @@ class _Data:
         prompts, report = load_prompts(source, split=split, on_bad_rows=bad)
         log.info("prompts: %s", report.summary())
         self.prompts = _told_apart(prompts[: settings.max_prompts])
-        _check_several("prompts", self.prompts)
         if not all(_has_pairs(one.source, split) for one in source_list(source)):
             return
         pairs, _ = load_preferences(source, split=split, on_bad_rows=bad)
@@ -241,10 +241,9 @@ def _told_apart(prompts: Sequence[PromptExample]) -> list[PromptExample]:
 
 def _check_several(name: str, examples: Sequence[PreferenceExample | PromptExample]) -> None:
     """What would be refused after hours: a single unit has no interval."""
-    if len({prompt_hash(example.prompt) for example in examples}) < 2:
+    if len(examples) < 2:
         raise ConfigurationError(
-            f"{name}: {len(examples)} rows on one prompt have no interval, so nothing could be said of them; give at "
-            "least 2 prompts"
+            f"{name}: {len(examples)} of them has no interval, so nothing could be said of it; give at least 2"
         )
 
 

@@ -30,7 +30,7 @@ def provenance(
         "rlhf_lightning": version("rlhf-lightning"),
         "packages": [f"{name} {version(name)}" for name in PACKAGES],
         "python": platform.python_version(),
-        "device": f"{kind} ({where})" if ranks.size == 1 else f"{ranks.size} x {kind} ({where})",
+        "device": f"{ranks.device} ({where})" if ranks.size == 1 else f"{ranks.size} x {kind} ({where})",
         "dtype of the weights": settings.dtype,
         "seed": settings.seed,
         "settings (SHA-256)": hashed[:16],

@@ -61,7 +61,7 @@ class Ranks:
         """`compute()` of every process, by their ranks; what it returns must be such as can be pickled.
 
         When one fails, so do all: it raises its own error, process 0 that error or a copy of it, the others
-        `FailedElsewhere`. When one was killed, process 0 raises `ConfigurationError`.
+        `FailedElsewhere`. When one was killed or hangs, process 0 raises `ConfigurationError`.
         """
         if self.size == 1:
             return [compute()]
@@ -73,8 +73,8 @@ class Ranks:
         outcomes: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(outcomes, (outcome, None if error is None else _portable(error)))
-        except RuntimeError as closed:  # gloo's, when another one has ended
-            lost = "one of the processes was killed; the same command goes on from what was kept"
+        except RuntimeError as closed:  # gloo's, when another one has ended, or is silent for half an hour
+            lost = "one of the processes was killed, or hangs; the same command goes on from what was kept"
             raise (ConfigurationError if self.rank == 0 else FailedElsewhere)(f"evaluate: {lost}") from closed
         if error is not None and (self.rank == 0 or not isinstance(error, UserError)):
             raise error

@@ -149,7 +149,7 @@ def test_a_process_that_was_killed_is_told_of_in_one_line(tmp_path):
     first, third = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
     assert first == [
         "ConfigurationError",
-        "evaluate: one of the processes was killed; the same command goes on from what was kept",
+        "evaluate: one of the processes was killed, or hangs; the same command goes on from what was kept",
     ]
     assert third[0] == "FailedElsewhere"
 
