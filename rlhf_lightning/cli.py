@@ -57,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     what, why and what to do, or `doctor` prints why nothing is left of the data. Anything else that goes wrong is ours
     and ends in a traceback.
     """
+    try:
+        return _run(argv)
+    finally:
+        _leave_group()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
@@ -95,6 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _leave_group() -> None:
+    """Stop gloo's threads: a process that ends while they run may abort, with words of C++ and another exit code.
+
+    A group of NCCL is left as it is: Lightning ends it at exit, and to do so while others fail can hang.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _run_trainer(arguments: list[str] | None) -> None:

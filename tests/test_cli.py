@@ -441,6 +441,13 @@ def test_a_command_that_reads_data_without_a_word_leaves_its_logger_as_it_was(ca
     logger.setLevel(logging.NOTSET)
 
 
+def test_no_thread_of_gloo_outlives_the_program():
+    """It may abort the process as it ends ("terminate called without an active exception")."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    assert main(["evaluate", "--reward_model", "nowhere"]) == 2
+    assert not torch.distributed.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("rank", "words"), [(None, "rlhf-lightning: interrupted\n"), ("0", "rlhf-lightning: interrupted\n"), ("1", "")]
 )
