@@ -229,7 +229,7 @@ def _print(results: EvaluationResults, out: Path) -> None:
 
 
 def _scores(results: EvaluationResults) -> list[str]:
-    """What no verdict says: the other scorers and the benchmarks, a line each."""
+    """What no verdict says: the other scorers, the policy by the held-out one, and the benchmarks, a line each."""
     lines = []
     for scorer in results.scorers:
         if (quality := scorer.quality) is not None:
@@ -241,6 +241,11 @@ def _scores(results: EvaluationResults) -> list[str]:
             total = "not measured" if bench.table.total is None else f"{bench.table.total.value:.3f}"
             rows = f"{bench.n_pairs} rows"
             lines.append(f"{scorer.title}: RewardBench ({rows}) {total}: {', '.join(parts)}")
+    for judged in results.policies.judged if results.policies is not None else ():
+        if judged.held_out and (comparison := judged.comparison) is not None:
+            gain = comparison.anchored.gain if comparison.anchored is not None else None
+            points = "" if gain is None else f"gains {gain.value:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f}) and "
+            lines.append(f"held-out: the policy {points}wins {comparison.win_rate.value:.3f} of the comparisons")
     for judge in results.judges:
         if judge.rewardbench is not None:
             total = judge.rewardbench.table.total

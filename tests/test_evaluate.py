@@ -78,6 +78,7 @@ def test_all_of_it_is_measured_written_and_said(evaluated, capsys):
     assert "not measured" in markdown
     printed = capsys.readouterr().out
     assert "not measured" in printed
+    assert f"wins {numbers['policy_held_out/win_rate']['value']:.3f} of the comparisons" in printed
     assert "report:" in printed
     assert "RewardBench (46 rows)" in printed
     assert not (out / "results").exists(), "46 rows are no RewardBench"

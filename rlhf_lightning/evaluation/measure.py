@@ -49,6 +49,7 @@ from rlhf_lightning.evaluation.results import (
     ScorerResults,
     Side,
 )
+from rlhf_lightning.evaluation.reward_function import load_function, names_function, reward_scorer
 from rlhf_lightning.evaluation.reward_quality import reward_quality
 from rlhf_lightning.evaluation.rewardbench import SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import (
@@ -64,7 +65,6 @@ from rlhf_lightning.evaluation.rewardbench_run import (
 )
 from rlhf_lightning.evaluation.scoring import (
     ImplicitScorer,
-    RewardScorer,
     Scorer,
     check_scores_rows,
     load_policy,
@@ -163,7 +163,9 @@ def _check_models(settings: EvaluationSettings) -> None:
         if not name.endswith(".ckpt") and not (Path(name).expanduser() / "adapter_config.json").is_file():
             load_causal_config(name, **trust)
     for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
-        if not name.endswith(".ckpt"):
+        if names_function(name):
+            load_function(name)
+        elif not name.endswith(".ckpt"):
             check_scores_rows(name, **trust)
     if settings.toxicity_model is not None and settings.toxic_labels is None:
         find_toxic_labels(settings.toxicity_model, read_labels(settings.toxicity_model, **trust))
@@ -287,7 +289,7 @@ class _Measuring:
         settings, found = self.settings, []
         for title, name in (("reward model", settings.reward_model), ("held-out", settings.held_out_reward_model)):
             if name is not None:
-                found.append(self._scorer(title, self._made(RewardScorer, name, **self.loading)))
+                found.append(self._scorer(title, self._made(reward_scorer, name, **self.loading)))
         if settings.implicit_reward:
             scorer = self._made(ImplicitScorer, settings.policy, settings.reference, **self.loading)
             found.append(self._scorer("implicit reward", scorer))
@@ -485,7 +487,7 @@ class _Measuring:
             return found
         for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
             with _timed(f"rewards of the replies by {name}"):
-                scorer = self._made(RewardScorer, name, **self.loading)
+                scorer = self._made(reward_scorer, name, **self.loading)
                 rewards = {side: self._rewards(scorer, rows, side) for side in rows[0].replies}
                 anchors = self._anchor_rewards(scorer)
             if not found:
@@ -502,15 +504,15 @@ class _Measuring:
             found.append(Judged(name, name == settings.held_out_reward_model, comparison, after, curve))
         return found
 
-    def _rewards(self, scorer: RewardScorer, rows: Sequence[PromptRow], side: Side) -> np.ndarray:
+    def _rewards(self, scorer: Scorer, rows: Sequence[PromptRow], side: Side) -> np.ndarray:
         replies = [(prompt.prompt, text) for prompt, row in self._with(rows) for text in row.replies[side]]
         return np.array(self._scores(scorer, replies), dtype=np.float64).reshape(len(rows), -1)
 
-    def _scores(self, scorer: RewardScorer, rows: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
+    def _scores(self, scorer: Scorer, rows: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
         """Of prompts and responses, in their order."""
         return [each.score for each in self.ranks.each(rows, lambda own: scorer(*zip(*own, strict=True)))]
 
-    def _anchor_rewards(self, scorer: RewardScorer) -> dict[str, np.ndarray]:
+    def _anchor_rewards(self, scorer: Scorer) -> dict[str, np.ndarray]:
         """Mean reward of the chosen and of the rejected responses of each prompt, [P]; nothing where some lack them."""
         pairs = [self.data.anchors.get(prompt.example_id, []) for prompt in self.data.prompts]
         if not all(pairs):

@@ -46,6 +46,7 @@ from rlhf_lightning.evaluation.results import (
     Side,
     verdicts,
 )
+from rlhf_lightning.evaluation.reward_function import names_function
 from rlhf_lightning.evaluation.rewardbench import LITE_SIZE, SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import RewardBenchResult, SectionTable
 
@@ -116,11 +117,12 @@ def _quality(scorer: ScorerResults) -> Iterator[Block]:
         ("negative log-likelihood", calibration.nll, "nats; 0.693 for a coin"),
     ]
     if quality.length is not None:
+        unit = "characters" if names_function(scorer.name) else "tokens"
         rows += [
             (
                 "longer wins",
                 quality.length.longer_wins,
-                "accuracy of the rule that the longer one is better, in tokens",
+                f"accuracy of the rule that the longer one is better, in {unit}",
             ),
             ("prefers the longer", quality.length.prefers_longer, "share of its choices"),
             ("margin against length", quality.length.spearman, "Spearman, within pairs"),

@@ -66,7 +66,7 @@ class LengthBias:
     """How far the order is the order of lengths; None where no pair, or no spread, is there to measure."""
 
     spearman: Estimate | None
-    """Rank correlation of m with tokens of chosen - tokens of rejected."""
+    """Rank correlation of m with tokens of chosen - tokens of rejected (characters where a function scores)."""
     accuracy_chosen_longer: Estimate | None
     accuracy_chosen_shorter: Estimate | None
     prefers_longer: Estimate | None

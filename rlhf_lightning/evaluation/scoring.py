@@ -40,7 +40,7 @@ class Scored(NamedTuple):
     score: float
     """float32"""
     tokens: int
-    """Of the response, terminator included."""
+    """Of the response, terminator included; its characters where a function scores."""
     truncated: bool
     """Whether the beginning of its prompt was cut off, or more."""
 

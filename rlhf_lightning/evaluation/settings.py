@@ -24,9 +24,11 @@ class EvaluationSettings:
 
     Args:
         out: Directory of the report. What was scored and drawn is kept there, so that a run that was cut off goes on.
-        reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label. It is
+        reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
+            `module:function` of yours, which takes conversations and responses and gives a number for each. It is
             judged on `pairs` and on RewardBench, and it judges the policies.
-        held_out_reward_model: A second one, trained on other pairs: a gain that it does not see is over-optimization.
+        held_out_reward_model: A second one, trained on other pairs, or a rule that was not trained: a gain that it does
+            not see is over-optimization.
         policy: Directory or hub name of a policy after training, whole or LoRA adapters alone.
         reference: The policy before training.
         implicit_reward: Judge `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against `reference`

@@ -29,6 +29,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.functional.returns import (
@@ -68,7 +69,7 @@ from rlhf_lightning.training.references import (
     check_same_reference,
     choose_reference,
 )
-from rlhf_lightning.training.rewards import ModelReward, RewardSource, check_scores, reward_source
+from rlhf_lightning.training.rewards import RewardSource, check_scores
 from rlhf_lightning.training.rollouts import (
     Experience,
     Moments,
@@ -247,7 +248,7 @@ class PPO(LightningModule):
         self.check_data(self.trainer.datamodule)
         settings = self.hparams
         if self.rewards is None:
-            self.rewards = reward_source(
+            self.rewards = RewardSource(
                 settings.reward_model,
                 batch_size=settings.generation_batch_size,
                 trust_remote_code=settings.trust_remote_code,
@@ -327,15 +328,16 @@ class PPO(LightningModule):
                     f"{size}; give a model of the policy's tokenizer"
                 )
             return given
-        if not isinstance(self.rewards, ModelReward):
+        scorer = self.rewards.scorer
+        if not isinstance(scorer, RewardScorer):
             return backbone
-        config = load_config(self.rewards.name, trust_remote_code=self.hparams.trust_remote_code)
+        config = load_config(scorer.name, trust_remote_code=self.hparams.trust_remote_code)
         chat_format = getattr(self.trainer.datamodule, "chat_format", None)
         same = chat_format is not None and (
-            self.rewards.chat_format.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab()
+            scorer.chat_format.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab()
         )
-        decoder = hasattr(self.rewards.model, "backbone") and config.model_type == self.backbone_config.model_type
-        return self.rewards.name if same and decoder and is_reward_network(config) else backbone
+        decoder = hasattr(scorer.model, "backbone") and config.model_type == self.backbone_config.model_type
+        return scorer.name if same and decoder and is_reward_network(config) else backbone
 
     def on_fit_start(self) -> None:
         log_parameters(self.policy, self.hparams.backbone)

@@ -5,91 +5,53 @@ B responses.
 
 from __future__ import annotations
 
-import importlib
+import logging
 import math
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import TrainingError
+from rlhf_lightning.evaluation.reward_function import reward_scorer
 from rlhf_lightning.evaluation.scoring import RewardScorer
-from rlhf_lightning.models.backbones import reason_of
-from rlhf_lightning.tiny import TINY
 
-RewardFunction = Callable[[Sequence[list[Message]], Sequence[str]], Sequence[float]]
-"""Takes B conversations, each a list of {role, content}, and the B responses as text; gives B floats."""
-
-
-def reward_source(given: str, *, batch_size: int, trust_remote_code: bool = False) -> RewardSource:
-    """What a `reward_model` key names: `module:function`, or a directory or hub name of a model that scores.
-
-    Raises `ConfigurationError` or `ModelError` when it names nothing of the kind.
-    """
-    module, colon, function = given.partition(":")
-    names = colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-    if names and given != TINY:
-        return FunctionReward(_imported(module, function, given), given)
-    return ModelReward(given, batch_size=batch_size, trust_remote_code=trust_remote_code)
+log = logging.getLogger(__name__)
 
 
 class RewardSource:
-    """Scores responses; higher is better."""
+    """Scores responses; higher is better. Says so once when conversations are too long for a reward model.
 
-    name: str
+    Args:
+        given: `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`).
+        batch_size: Rows of a model at a time.
+        trust_remote_code: Run code that comes with a model.
 
-    def __call__(self, prompts: Sequence[list[Message]], responses: Sequence[str]) -> Tensor:
-        """Scores [B], float32, on the CPU."""
-        raise NotImplementedError
+    Raises `ConfigurationError` or `ModelError` when `given` names nothing of the kind.
+    """
+
+    def __init__(self, given: str, *, batch_size: int, trust_remote_code: bool = False) -> None:
+        self.name = given
+        self.scorer = reward_scorer(given, batch_size=batch_size, trust_remote_code=trust_remote_code)
+        self._said = False
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Move a model there, its weights in `dtype` where one is given."""
+        if isinstance(self.scorer, RewardScorer):
+            self.scorer.to(device, dtype)
 
-
-class FunctionReward(RewardSource):
-    """A Python function. Raises `TrainingError` when it raises, or gives another number of scores than of responses."""
-
-    def __init__(self, function: RewardFunction, name: str) -> None:
-        self.function = function
-        self.name = name
-
-    def __call__(self, prompts: Sequence[list[Message]], responses: Sequence[str]) -> Tensor:
-        try:
-            scores = [float(score) for score in self.function(prompts, responses)]
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise TrainingError(
-                f"model.reward_model: {self.name} raised {type(error).__name__} ({reason_of(error)}) at "
-                f"{place.filename}, line {place.lineno}"
-            ) from error
-        if len(scores) != len(responses):
-            raise TrainingError(
-                f"model.reward_model: {self.name} gave {len(scores)} scores for {len(responses)} responses"
-            )
-        return torch.tensor(scores, dtype=torch.float32)
-
-
-class ModelReward(RewardSource):
-    """A reward model of any tokenizer (see `RewardScorer`). `cut` counts the rows that were too long for it."""
-
-    def __init__(self, name: str, *, batch_size: int, trust_remote_code: bool = False) -> None:
-        self.scorer = RewardScorer(name, batch_size=batch_size, trust_remote_code=trust_remote_code)
-        self.name = name
-        self.model = self.scorer.model
-        self.chat_format = self.scorer.chat_format
-        self.cut = 0
-
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.scorer.to(device, dtype)
-
-    def __call__(self, prompts: Sequence[list[Message]], responses: Sequence[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
+        """Scores [B], float32, on the CPU. Raises `ModelError` when a function raises, or gives too few."""
         scored = self.scorer(prompts, responses)
-        self.cut += sum(each.truncated for each in scored)
+        cut = sum(each.truncated for each in scored)
+        if cut and not self._said:
+            self._said = True
+            log.warning(
+                "reward: %d of %d conversations are longer than what %s reads; it scores them without the beginning of "
+                "their prompts",
+                *(cut, len(scored), self.name),
+            )
         return torch.tensor([each.score for each in scored], dtype=torch.float32)
 
 
@@ -107,19 +69,3 @@ def check_scores(scores: Tensor, example_ids: Sequence[str], name: str) -> None:
             + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             + "; the weights were not changed by them"
         )
-
-
-def _imported(module: str, function: str, given: str) -> RewardFunction:
-    sys.path.insert(0, os.getcwd())  # a file beside the user's configuration
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(
-            f"model.reward_model: {given} cannot be imported ({reason_of(error)}); give module:function of a module in "
-            "this directory or of an installed package, or the directory of a reward model"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ConfigurationError(f"model.reward_model: {given} is a {type(found).__name__}, not a function")
-    return found

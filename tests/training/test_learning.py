@@ -14,7 +14,7 @@ from lightning.pytorch import seed_everything
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.cli import main
-from rlhf_lightning.training.rewards import reward_source
+from rlhf_lightning.training.rewards import RewardSource
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -51,9 +51,9 @@ def ppo(quickstart, trainer):
         for fit in (lambda: None, lambda: trainer(max_epochs=3, limit_val_batches=0).fit(module, prompts)):
             fit()
             for source, numbers in ((reward_model, learned), (RULE, true)):
-                module.rewards = reward_source(source, batch_size=64)
+                module.rewards = RewardSource(source, batch_size=64)
                 numbers.append(trainer().validate(module, prompts, verbose=False)[0])
-            module.rewards = reward_source(reward_model, batch_size=64)
+            module.rewards = RewardSource(reward_model, batch_size=64)
         return learned, true
 
     return run

@@ -13,10 +13,10 @@ from lightning.pytorch import Callback
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.cli import main
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
-from rlhf_lightning.training.rewards import reward_source
+from rlhf_lightning.training.rewards import RewardSource
 from tests.models.vllm_stand_in import StandIn
 from tests.test_configs import ROOT
 
@@ -292,7 +292,7 @@ def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, 
 )
 def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, words):
     module, data = build_ppo(reward_model=f"{HERE}:{name}")
-    with pytest.raises(TrainingError, match=words):
+    with pytest.raises(UserError, match=words):
         trainer(limit_val_batches=0).fit(module, data)
     assert module.trainer.global_step == 0
 
@@ -328,12 +328,12 @@ def test_replies_that_do_not_fit_behind_the_prompts_are_refused(build_ppo, train
 )
 def test_a_reward_source_that_is_none_is_refused(given, words):
     with pytest.raises(ValueError, match=words):
-        reward_source(given, batch_size=4)
+        RewardSource(given, batch_size=4)
 
 
 def test_a_language_model_is_no_reward_model(tiny_qwen2):
     with pytest.raises(ValueError, match="without a reward head"):
-        reward_source(str(tiny_qwen2), batch_size=4)
+        RewardSource(str(tiny_qwen2), batch_size=4)
 
 
 @torch.no_grad()
@@ -350,13 +350,29 @@ def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(reque
     AutoTokenizer.from_pretrained(directory).save_pretrained(saved)
     prompts = [[{"role": "user", "content": text}] for text in ("Hello?", "Where is the station, please?", "Help")]
     responses = ["Good day.", "I do not know.", "Of course, gladly."]
-    scores = reward_source(str(saved), batch_size=2)(prompts, responses)
+    scores = RewardSource(str(saved), batch_size=2)(prompts, responses)
     form = ChatFormat(AutoTokenizer.from_pretrained(directory))
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
         head = form.encode_prompts([form.prompt_text(prompt)])[0]
         row = torch.tensor([[*head, *form.encode([form.response_text(response)])[0], form.terminator_id]])
         expected = network(row, torch.ones_like(row, dtype=torch.bool))
         torch.testing.assert_close(score[None], expected, rtol=0, atol=1e-5)
+
+
+def test_conversations_too_long_for_the_reward_model_are_said_once(tiny_qwen2, tmp_path, caplog):
+    from transformers import AutoTokenizer
+
+    network = RewardNetwork.from_backbone(str(tiny_qwen2))
+    network.backbone.config.max_position_embeddings = 60
+    saved = network.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(saved)
+    rewards = RewardSource(str(saved), batch_size=2)
+    prompts = [[{"role": "user", "content": text}] for text in ("Why? " * 40, "Why?")]
+    for _ in range(2):
+        assert rewards(prompts, ["So.", "So."]).isfinite().all()
+    said = [record.message for record in caplog.records if "longer than" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith(f"reward: 1 of 2 conversations are longer than what {saved} reads")
 
 
 def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, monkeypatch):
