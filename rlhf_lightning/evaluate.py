@@ -244,8 +244,9 @@ def _scores(results: EvaluationResults) -> list[str]:
     for judged in results.policies.judged if results.policies is not None else ():
         if judged.held_out and (comparison := judged.comparison) is not None:
             gain = comparison.anchored.gain if comparison.anchored is not None else None
-            points = "" if gain is None else f"gains {gain.value:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f}) and "
-            lines.append(f"held-out: the policy {points}wins {comparison.win_rate.value:.3f} of the comparisons")
+            points = "" if gain is None else f"{gain.value:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})"
+            gained = points and f"gains {points} and "
+            lines.append(f"held-out: the policy {gained}wins {comparison.win_rate.value:.3f} of the comparisons")
     for judge in results.judges:
         if judge.rewardbench is not None:
             total = judge.rewardbench.table.total
