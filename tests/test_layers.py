@@ -15,6 +15,7 @@ LAYERS = {
     "errors": 0,
     "batches": 0,
     "tiny": 0,
+    "hub": 0,
     "functional": 0,
     "metrics": 1,
     "data": 1,

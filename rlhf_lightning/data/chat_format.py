@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
+from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,8 +48,11 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
     from rlhf_lightning.tiny import resolve_model
 
+    path = resolve_model(name_or_path)
+    if not Path(path).exists():
+        use_cache_without_network()
     try:
-        return AutoTokenizer.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

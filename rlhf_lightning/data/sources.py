@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
 from jsonargparse.typing import PositiveFloat
 
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
     import datasets
@@ -328,6 +329,7 @@ def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
     """The split of a hub data set that is named, or that serves as `split`, and its name. Raises `DataError`."""
     import datasets
 
+    use_cache_without_network()
     name, _, named_split = source.partition(":")
     try:
         if not named_split:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.models.packed_attention import PACKED, packed_hidden_states, register
 from rlhf_lightning.tiny import resolve_model
 
@@ -41,6 +42,8 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         if (Path(path) / "adapter_config.json").is_file():
             what = "LoRA adapters alone; export their checkpoint with --merge true"
         raise ModelError(f"{name_or_path}: {what}; give a Hugging Face model directory or the name of a hub model")
+    if not Path(path).exists():
+        use_cache_without_network()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
