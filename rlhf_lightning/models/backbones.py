@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.packed_attention import PACKED, packed_hidden_states, register
+from rlhf_lightning.models.packed_attention import PACKED, chosen_states, packed_hidden_states, register
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -134,19 +134,25 @@ def check_attention(attn_implementation: AttentionImplementation | None) -> None
         )
 
 
-def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden state of each token, [R, T, H].
+def hidden_states(
+    backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, with_embeddings: bool = False
+) -> Tensor:
+    """Last hidden state of each token, [R, T, H], or beside it that of the embedding layer, [R, T, 2H].
 
     `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Positions are counted over the mask, so that
-    padding on either side changes nothing.
+    padding on either side changes nothing. The embeddings have mean 0 and variance 1 over the H entries of a token
+    (`layer_norm`): in a decoder they may be a hundred times smaller than the last states.
     """
     position_ids = None
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + _position_offset(backbone.config)
     if backbone.config._attn_implementation == PACKED:
-        return packed_hidden_states(backbone, input_ids, attention_mask, position_ids)
-    arguments = {} if position_ids is None else {"position_ids": position_ids}
-    return backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments).last_hidden_state
+        return packed_hidden_states(backbone, input_ids, attention_mask, position_ids, with_embeddings=with_embeddings)
+    arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    if with_embeddings:
+        arguments["output_hidden_states"] = True
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
+    return chosen_states(output, with_embeddings=with_embeddings)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -8,13 +8,16 @@ together, H hidden size, D size of a head.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
 
 PACKED = "packed"
 
@@ -35,9 +38,14 @@ def register() -> None:
 
 
 def packed_hidden_states(
-    backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None
+    backbone: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None,
+    *,
+    with_embeddings: bool = False,
 ) -> Tensor:
-    """Last hidden state of each token, [R, T, H], 0 at padding; the backbone sees one row of N tokens.
+    """As `hidden_states`, 0 at padding; the backbone sees one row of N tokens.
 
     `input_ids`, `position_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens.
     """
@@ -45,7 +53,9 @@ def packed_hidden_states(
     ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids[attention_mask][None]}
-    flat = backbone(
+    if with_embeddings:
+        arguments["output_hidden_states"] = True
+    output = backbone(
         input_ids=input_ids[attention_mask][None],
         use_cache=False,
         cu_seq_lens_q=ends,
@@ -53,8 +63,18 @@ def packed_hidden_states(
         max_length_q=longest,
         max_length_k=longest,
         **arguments,
-    ).last_hidden_state[0]
+    )
+    flat = chosen_states(output, with_embeddings=with_embeddings)[0]
     return flat.new_zeros(*attention_mask.shape, flat.shape[-1]).masked_scatter(attention_mask[..., None], flat)
+
+
+def chosen_states(output: BaseModelOutput, *, with_embeddings: bool) -> Tensor:
+    """Of a backbone's output the last states, [R, T, H], or beside them the normalised embeddings, [R, T, 2H]."""
+    last = output.last_hidden_state
+    if not with_embeddings:
+        return last
+    embeddings = output.hidden_states[0].float()
+    return torch.cat([last, F.layer_norm(embeddings, embeddings.shape[-1:]).to(last.dtype)], dim=-1)
 
 
 def packed_attention(

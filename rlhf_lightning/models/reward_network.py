@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
-Pooling = Literal["last", "mean"]
-"""Which hidden state the head reads: that of the last true token, or the mean over all true tokens."""
+Pooling = Literal["last", "mean", "first_last"]
+"""What the head reads: the hidden state of the last true token, the mean over all true tokens, or that mean beside the
+mean of the embeddings."""
 _HEAD_KEY = "reward_head"
 """Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
 
@@ -37,6 +38,11 @@ _HEAD_KEY = "reward_head"
 def is_reward_network(config: PretrainedConfig | None) -> bool:
     """Whether a model's configuration is that of a saved `RewardNetwork`."""
     return getattr(config, _HEAD_KEY, None) is not None
+
+
+def pooling_of(config: PretrainedConfig) -> Pooling | None:
+    """How a saved `RewardNetwork` pools; None for the configuration of any other model."""
+    return getattr(config, _HEAD_KEY)["pooling"] if is_reward_network(config) else None
 
 
 class RewardHead(nn.Sequential):
@@ -72,8 +78,11 @@ class RewardNetwork(nn.Module):
     """Scores whole rows: `backbone -> one hidden state of the row -> score`.
 
     Any `AutoModel` decoder or encoder. The hidden state is that of the last true token, or with `pooling="mean"` the
-    float32 mean over the true tokens, which is how sentence encoders are pretrained. Tokens are found by the mask, so
-    left, right or any padding, and a pad id equal to the EOS id, give the same score.
+    float32 mean over the true tokens, which is how sentence encoders are pretrained. `pooling="first_last"` puts the
+    mean of what the embedding layer gives beside it, so that the words of a text, which a sentence encoder's last layer
+    has turned into its topic, are not lost on the head (Gao et al. 2021, arXiv 2104.08821, average the two:
+    "first-last avg."). Tokens are found by the mask, so left, right or any padding, and a pad id equal to the EOS id,
+    give the same score.
     """
 
     def __init__(
@@ -88,8 +97,12 @@ class RewardNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
+        width = backbone.config.hidden_size
         self.score = RewardHead(
-            backbone.config.hidden_size, hidden_size=hidden_size, activation=activation, dropout=dropout
+            2 * width if pooling == "first_last" else width,
+            hidden_size=hidden_size or width,
+            activation=activation,
+            dropout=dropout,
         )
 
     @classmethod
@@ -148,8 +161,9 @@ class RewardNetwork(nn.Module):
         `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Raises `ValueError` when a row of the
         mask is empty.
         """
-        hidden = hidden_states(self.backbone, input_ids, attention_mask)
-        if self.pooling == "mean":
+        both = self.pooling == "first_last"
+        hidden = hidden_states(self.backbone, input_ids, attention_mask, with_embeddings=both)
+        if self.pooling != "last":
             return self.score(masked_mean(hidden, attention_mask.bool()[..., None].expand_as(hidden), dim=1))
         rows = torch.arange(len(hidden), device=hidden.device)
         return self.score(hidden[rows, last_token_index(attention_mask.bool())])

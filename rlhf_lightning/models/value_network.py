@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
-from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network
+from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, pooling_of
 
 
 class ValueNetwork(nn.Module):
@@ -33,9 +33,12 @@ class ValueNetwork(nn.Module):
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> ValueNetwork:
-        """Of a saved reward network, with its head, or of any model with a new head. Raises `ModelError`."""
+        """Of a saved reward network, with its head, or of any model with a new head. Raises `ModelError`.
+
+        The head is new, too, where that of the reward network reads more than the state of a token (`first_last`).
+        """
         options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        if is_reward_network(load_config(name_or_path, trust_remote_code=trust_remote_code)):
+        if pooling_of(load_config(name_or_path, trust_remote_code=trust_remote_code)) in ("last", "mean"):
             network = RewardNetwork.from_pretrained(name_or_path, **options).train()
             for layer in network.score.modules():
                 if isinstance(layer, nn.Dropout):

@@ -44,8 +44,9 @@ class RewardModel(LightningModule):
         hidden_size: Width of the head's hidden layer; the backbone's hidden size when not given.
         activation: Of the head's hidden layer.
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
-        pooling: The hidden state that the head reads: of the `last` token, or the `mean` over all tokens, which suits
-            sentence encoders. Of a saved reward network, its own is kept.
+        pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `first_last`,
+            that mean beside the mean of the embeddings, which suits sentence encoders. Of a saved reward network, its
+            own is kept.
         label_smoothing: Probability with which a label is taken to be wrong.
         centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
             different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
