@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.functional.shapes import at_least_float32
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutput
@@ -73,7 +74,7 @@ def chosen_states(output: BaseModelOutput, *, with_embeddings: bool) -> Tensor:
     last = output.last_hidden_state
     if not with_embeddings:
         return last
-    embeddings = output.hidden_states[0].float()
+    embeddings = at_least_float32(output.hidden_states[0])
     return torch.cat([last, F.layer_norm(embeddings, embeddings.shape[-1:]).to(last.dtype)], dim=-1)
 
 

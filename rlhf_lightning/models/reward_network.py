@@ -42,7 +42,7 @@ def is_reward_network(config: PretrainedConfig | None) -> bool:
 
 def pooling_of(config: PretrainedConfig) -> Pooling | None:
     """How a saved `RewardNetwork` pools; None for the configuration of any other model."""
-    return getattr(config, _HEAD_KEY)["pooling"] if is_reward_network(config) else None
+    return getattr(config, _HEAD_KEY).get("pooling", "last") if is_reward_network(config) else None
 
 
 class RewardHead(nn.Sequential):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork
+from rlhf_lightning.models.backbones import load_config
+from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, pooling_of
 
 VOCAB = 200
 
@@ -17,16 +18,24 @@ VOCAB = 200
 MODELS = ["tiny_qwen2", "tiny_llama", "tiny_bert"]
 
 
+def built(request, pooling):
+    torch.manual_seed(0)
+    return RewardNetwork.from_backbone(str(request.getfixturevalue(request.param)), pooling=pooling).eval()
+
+
 @pytest.fixture(params=MODELS)
 def network(request):
-    torch.manual_seed(0)
-    return RewardNetwork.from_backbone(str(request.getfixturevalue(request.param))).eval()
+    return built(request, "last")
 
 
 @pytest.fixture(params=MODELS)
 def averaging(request):
-    torch.manual_seed(0)
-    return RewardNetwork.from_backbone(str(request.getfixturevalue(request.param)), pooling="mean").eval()
+    return built(request, "mean")
+
+
+@pytest.fixture(params=MODELS)
+def first_last(request):
+    return built(request, "first_last")
 
 
 def rows(lengths=(5, 9, 1, 7)):
@@ -69,10 +78,27 @@ def test_a_mean_is_over_the_tokens_of_the_row_alone(averaging, left, right):
 
 
 @torch.no_grad()
-def test_how_a_network_pools_is_saved_with_it(averaging, tmp_path):
-    loaded = RewardNetwork.from_pretrained(averaging.save_pretrained(tmp_path / "saved"))
-    assert loaded.pooling == "mean"
-    assert torch.equal(loaded(*padded(rows())), averaging(*padded(rows())))
+@pytest.mark.parametrize(("left", "right"), [(0, 6), (4, 0), (3, 5)])
+def test_the_mean_of_the_embeddings_stands_beside_that_of_the_last_states(first_last, left, right):
+    scores = first_last(*padded(rows(), left=left, right=right, pad_id=7))
+    for sequence, score in zip(rows(), scores, strict=True):
+        output = first_last.backbone(sequence[None], output_hidden_states=True)
+        first = output.hidden_states[0][0].double()
+        first = (first - first.mean(dim=1, keepdim=True)) / (first.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        both = torch.cat([output.last_hidden_state[0].double().mean(dim=0), first.mean(dim=0)])
+        torch.testing.assert_close(score, first_last.score(both), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_how_a_network_pools_is_saved_with_it(averaging, first_last, tmp_path):
+    for network, pooling in ((averaging, "mean"), (first_last, "first_last")):
+        loaded = RewardNetwork.from_pretrained(network.save_pretrained(tmp_path / pooling))
+        assert loaded.pooling == pooling == pooling_of(loaded.backbone.config)
+        assert torch.equal(loaded(*padded(rows())), network(*padded(rows())))
+
+
+def test_other_models_pool_in_no_way_of_ours(tiny_qwen2):
+    assert pooling_of(load_config(str(tiny_qwen2))) is None
 
 
 @torch.no_grad()
@@ -112,10 +138,10 @@ def test_two_forwards_in_train_mode_are_equal_because_dropout_is_off(tmp_path, t
     torch.testing.assert_close(network(*batch), network(*batch), rtol=0, atol=0)
 
 
-def test_every_parameter_gets_a_gradient(network):
-    network.train()(*padded(rows())).sum().backward()
-    without = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert without == []
+def test_every_parameter_gets_a_gradient(network, first_last):
+    for each in (network, first_last):
+        each.train()(*padded(rows())).sum().backward()
+        assert [name for name, parameter in each.named_parameters() if parameter.grad is None] == []
 
 
 def test_head_is_the_documented_mlp():

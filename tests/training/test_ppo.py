@@ -270,6 +270,19 @@ def test_a_value_model_that_begins_as_a_policy_begins_at_0(tiny_qwen2):
     assert value(ids, torch.ones_like(ids).bool(), torch.tensor([[False, True, True]])).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("pooling", "zero"), [("mean", False), ("first_last", True)])
+def test_a_value_model_has_a_head_of_its_own_where_that_of_the_reward_model_reads_more(
+    tiny_qwen2, tmp_path, pooling, zero
+):
+    network = RewardNetwork.from_backbone(str(tiny_qwen2), pooling=pooling)
+    value = ValueNetwork.from_pretrained(str(network.save_pretrained(tmp_path / "reward")))
+    ids = torch.tensor([[5, 6, 7]])
+    values = value(ids, torch.ones_like(ids).bool(), torch.tensor([[False, True, True]]))
+    assert (values == 0).all() == zero
+    again = ValueNetwork.from_pretrained(str(value.save_pretrained(tmp_path / "value")))
+    assert torch.equal(again(ids, torch.ones_like(ids).bool(), torch.tensor([[False, True, True]])), values)
+
+
 def test_passes_are_left_out_once_the_policy_has_gone_far(build_ppo, trainer):
     _, recorder, _ = fitted(trainer, build_ppo(epochs=5, kl_stop=1e-7), max_epochs=1)
     assert recorder.rows[0]["stopped_early"] == 1
