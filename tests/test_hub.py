@@ -40,6 +40,14 @@ def test_a_host_without_address_is_asked_nothing(lookups):
     hub.use_cache_without_network()
     assert lookups == ["huggingface.co"] * 2, "looked up again, as it may come back, and then no more"
     assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
+    assert datasets.config.HF_DATASETS_OFFLINE
+
+
+def test_a_user_who_is_offline_waits_for_no_lookup(lookups, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.use_cache_without_network()
+    assert lookups == []
 
 
 def test_a_mirror_is_the_host(lookups, monkeypatch):

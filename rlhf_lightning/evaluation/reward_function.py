@@ -81,10 +81,10 @@ def load_function(given: str) -> RewardFunction:
     sys.path.insert(0, os.getcwd())  # a file beside the user's configuration
     try:
         found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise ConfigurationError(
-            f"{given}: cannot be imported ({reason_of(error)}); give module:function of a module in this directory or "
-            "of an installed package, or the directory of a reward model"
+            f"{given}: cannot be imported ({type(error).__name__}: {reason_of(error)}); give module:function of a "
+            "module in this directory or of an installed package, or the directory of a reward model"
         ) from error
     finally:
         sys.path.remove(os.getcwd())

@@ -28,7 +28,7 @@ from torchmetrics import MeanMetric, Metric
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
@@ -69,7 +69,7 @@ from rlhf_lightning.training.references import (
     check_same_reference,
     choose_reference,
 )
-from rlhf_lightning.training.rewards import RewardSource, check_scores
+from rlhf_lightning.training.rewards import RewardSource, check_scores, first_few
 from rlhf_lightning.training.rollouts import (
     Experience,
     Moments,
@@ -447,14 +447,21 @@ class PPO(LightningModule):
 
     @torch.no_grad()
     def score(self, replies: Replies, role: Role) -> Tensor:
-        """Scores of replies as the reward source gives them, [B] float32. Raises `TrainingError` for NaN."""
+        """Scores of replies as the reward source gives them, [B] float32.
+
+        Raises `TrainingError` naming the prompts for NaN, and when a function raises or gives too few.
+        """
         data = self.trainer.datamodule
         texts = [self._text(replies, i) for i in range(len(replies.rows))]
         prompts = [data.messages(role, index) for index in replies.index]
-        with self.trainer.precision_plugin.forward_context():
-            scores = self.rewards(prompts, texts)
-        ids = data.example_ids(role)
-        check_scores(scores, [ids[index] for index in replies.index], self.rewards.name)
+        known = data.example_ids(role)
+        ids = [known[index] for index in replies.index]
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                scores = self.rewards(prompts, texts)
+        except ModelError as error:
+            raise TrainingError(f"model.reward_model: {error}, asked about {first_few(ids)}") from error
+        check_scores(scores, ids, self.rewards.name)
         return scores.to(self.device)
 
     def _text(self, replies: Replies, i: int) -> str:

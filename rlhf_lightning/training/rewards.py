@@ -63,9 +63,13 @@ def check_scores(scores: Tensor, example_ids: Sequence[str], name: str) -> None:
         if not math.isfinite(score)
     ]
     if wrong:
-        named = ", ".join(f"{example} ({score})" for example, score in wrong[:5])
+        named = first_few([f"{example} ({score})" for example, score in wrong])
         raise TrainingError(
-            f"model.reward_model: {name} gave scores that are not finite for the prompts {named}"
-            + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            + "; the weights were not changed by them"
+            f"model.reward_model: {name} gave scores that are not finite for the prompts {named}; the weights were not "
+            "changed by them"
         )
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Up to five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -114,7 +114,7 @@ def test_a_rule_is_judged_on_pairs_and_judges_the_policies(rules, tmp_path):
         ("rules:one", "rules:one: gave 1 scores for "),
         ("rules:nothing", "rules:nothing: its scores of "),
         ("rules:absent", "rules:absent: cannot be imported ("),
-        ("no_rules:brief", "no_rules:brief: cannot be imported (No module named 'no_rules')"),
+        ("no_rules:brief", "no_rules:brief: cannot be imported (ModuleNotFoundError: No module named 'no_rules')"),
         ("rules:limit", "rules:limit: names an object of type int, not a function"),
     ],
 )
@@ -123,6 +123,17 @@ def test_a_function_that_does_not_score_is_one_line(rules, tmp_path, capsys, nam
     said = capsys.readouterr().err.splitlines()[-1]
     assert words in said
     assert said.startswith("rlhf-lightning: error: ")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [("def brief(:", "SyntaxError: "), ("1 / 0", "ZeroDivisionError: division by zero")]
+)
+def test_a_module_that_fails_when_it_is_imported_is_one_line(rules, capsys, code, words):
+    rules.write_text(code)
+    assert main(["evaluate", "--reward_model", "rules:brief", "--pairs", "pairs.jsonl"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"rules:brief: cannot be imported ({words}" in said[0]
 
 
 def test_a_name_that_is_no_function_is_refused_before_anything_is_read(rules, tmp_path, capsys):

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.cli import main
-from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.training.rewards import RewardSource
@@ -299,13 +299,13 @@ def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, 
     ("name", "words"),
     [
         ("not_a_number", "not finite for the prompts .*nan"),
-        ("too_few", "gave 1 scores for 6"),
-        ("raising", r"KeyError.*test_ppo.py, line \d+"),
+        ("too_few", r"gave 1 scores for 6 responses, asked about courtesy-train-\d+, .* and 1 more"),
+        ("raising", r"KeyError.*test_ppo.py, line \d+, asked about courtesy-train-\d+"),
     ],
 )
 def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, words):
     module, data = build_ppo(reward_model=f"{HERE}:{name}")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(TrainingError, match=words):
         trainer(limit_val_batches=0).fit(module, data)
     assert module.trainer.global_step == 0
 
@@ -381,6 +381,8 @@ def test_conversations_too_long_for_the_reward_model_are_said_once(tiny_qwen2, t
     AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(saved)
     rewards = RewardSource(str(saved), batch_size=2)
     prompts = [[{"role": "user", "content": text}] for text in ("Why? " * 40, "Why?")]
+    rewards(prompts[1:], ["So."])
+    assert not [record for record in caplog.records if "longer than" in record.message]
     for _ in range(2):
         assert rewards(prompts, ["So.", "So."]).isfinite().all()
     said = [record.message for record in caplog.records if "longer than" in record.message]
