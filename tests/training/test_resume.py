@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,7 @@ import torch
 import yaml
 
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard_files
-from tests.test_configs import ROOT
+from tests.programs import run
 
 LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
 # Dropout: without the states of the random numbers, the rest of the run would be another one.
@@ -65,43 +61,6 @@ def config(tmp_path_factory, tiny_qwen2, pairs):
         return str(path)
 
     return write
-
-
-def child(directory: Path, arguments: list[str]) -> None:
-    """In a process of its own: the program, its output in files."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the pipeline's server has it, that tests share
-    os.chdir(directory)
-    for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
-        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    from rlhf_lightning.cli import main
-
-    code = main(arguments)
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def run(directory: Path, *arguments: str, processes: int = 1) -> tuple[int, str]:
-    """Exit code (negative: the signal) and stderr of the program."""
-    directory.mkdir(exist_ok=True)
-    if processes == 1:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rlhf_lightning.training.program", "tests.training.killer", "peft"])
-        process = context.Process(target=child, args=(directory, list(arguments)))
-        process.start()
-        process.join(timeout=200)
-        return process.exitcode, (directory / "err.txt").read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning.cli", *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    return done.returncode, done.stderr
 
 
 def killer(moment: str, count: int) -> list[str]:
@@ -163,7 +122,7 @@ def unbroken(tmp_path_factory, config):
     def get(kind: str, *arguments: str, processes: int = 1) -> tuple[str, Path]:
         if (kind, arguments) not in made:
             file, directory = config(kind), tmp_path_factory.mktemp("unbroken")
-            code, error = run(directory, "fit", "--config", file, *arguments, processes=processes)
+            code, _, error = run(directory, "fit", "--config", file, *arguments, processes=processes)
             assert code == 0, error[-3000:]
             made[kind, arguments] = file, directory
         return made[kind, arguments]
@@ -189,9 +148,9 @@ def unbroken(tmp_path_factory, config):
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kind, moment, count):
     file, whole = unbroken(kind)
-    code, error = run(tmp_path / "run", "fit", "--config", file, *killer(moment, count))
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(moment, count))
     assert code == -signal.SIGKILL, error[-3000:]
-    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
     assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d+\.ckpt \(step \d+\)", error)
     assert "not whole" not in error, "a checkpoint is in its place when it is complete"
@@ -202,21 +161,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kin
 def test_a_killed_run_of_two_processes_under_zero_2_in_16_mixed_goes_on(tmp_path, unbroken, moment, count):
     pytest.importorskip("deepspeed")
     file, whole = unbroken("RewardModel", *ZERO, processes=2)
-    code, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *killer(moment, count), processes=2)
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *killer(moment, count), processes=2)
     assert code == -signal.SIGKILL, error[-3000:]
-    code, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
     assert code == 0, error[-3000:]
     check_same(tmp_path / "run", whole)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unbroken):
     file, whole = unbroken("RewardModel")
-    code, error = run(tmp_path / "run", "fit", "--config", file, *killer("batch", 14))
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, *killer("batch", 14))
     newest, *_ = sorted(checkpoints(tmp_path / "run"), key=lambda path: -path.stat().st_mtime)
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 0xFF
     newest.write_bytes(content)
-    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
     assert re.search(rf"{newest.name}: is not whole \(.* is damaged at .*\); looking for the one before it", error)
     assert re.search(r"going on from (\S+)", error)[1] != str(newest)
@@ -226,10 +185,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does(tmp_path, unbroken, name, code):
     file, whole = unbroken("RewardModel")
-    ended, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, 9))
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, 9))
     assert ended == code, error[-3000:]
     assert re.search(r"interrupted at step \d; go on with --ckpt_path last", error)
-    ended, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert ended == 0, error[-3000:]
     check_same(tmp_path / "run", whole)
 
@@ -239,7 +198,7 @@ def test_a_checkpoint_that_the_user_named_is_kept(tmp_path, unbroken):
     run(tmp_path / "run", "fit", "--config", file, *killer("batch", 14))
     named = last_checkpoint(tmp_path / "run")
     before = digest(named)
-    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", str(named))
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", str(named))
     assert code == 0, error[-3000:]
     assert digest(named) == before
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
@@ -250,7 +209,7 @@ def test_no_validation_is_made_that_was_not_due(tmp_path, unbroken):
     every = ["--trainer.check_val_every_n_epoch", "2", "--trainer.val_check_interval", "1.0"]
     file, whole = unbroken("RewardModel", *every)
     run(tmp_path / "run", "fit", "--config", file, *every, *killer("batch", 8))
-    code, error = run(tmp_path / "run", "fit", "--config", file, *every, "--ckpt_path", "last")
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, *every, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
     check_same(tmp_path / "run", whole)
 
@@ -258,13 +217,13 @@ def test_no_validation_is_made_that_was_not_due(tmp_path, unbroken):
 def test_a_checkpoint_of_another_class_is_refused(tmp_path, unbroken, config):
     path = str(last_checkpoint(unbroken("SFT")[1]))
     for command in ("fit", "test"):
-        code, error = run(tmp_path / "run", command, "--config", config("DPO"), "--ckpt_path", path)
+        code, _, error = run(tmp_path / "run", command, "--config", config("DPO"), "--ckpt_path", path)
         assert (code, "is of a run of SFT, and this is DPO; to begin from its model, export it" in error) == (2, True)
 
 
 def test_without_a_checkpoint_last_begins_at_step_0_and_says_so(tmp_path, unbroken):
     file, whole = unbroken("RewardModel")
-    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0
     assert "no checkpoint of this run yet; beginning at step 0" in error
     check_same(tmp_path / "run", whole)
@@ -283,7 +242,7 @@ def test_without_a_checkpoint_last_begins_at_step_0_and_says_so(tmp_path, unbrok
 def test_a_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, unbroken, arguments, message):
     file, whole = unbroken("RewardModel")
     path = str(last_checkpoint(whole))
-    code, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", path, *arguments)
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", path, *arguments)
     assert code == 2
     assert message in error
     assert "Traceback" not in error
@@ -294,19 +253,19 @@ def test_sharded_checkpoints_test_export_and_refuse_without_deepspeed_s_strategy
     file, whole = unbroken("RewardModel", *ZERO, processes=2)
     path = last_checkpoint(whole)
     assert (fault_of(path), len(shard_files(path)[1])) == (None, 2)
-    code, error = run(tmp_path / "a", "test", "--config", file, "--ckpt_path", str(path))
+    code, _, error = run(tmp_path / "a", "test", "--config", file, "--ckpt_path", str(path))
     assert code == 0, error[-3000:]
-    code, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "model")
+    code, _, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "model")
     assert code == 0, error[-3000:]
     assert "largest difference" in (tmp_path / "a" / "out.txt").read_text()
     (tmp_path / "a" / "other").mkdir()
     (tmp_path / "a" / "other" / "thesis.txt").write_text("mine")
-    code, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "other")
+    code, _, error = run(tmp_path / "a", "export", "--ckpt_path", str(path), "--out", "other")
     assert (code, (tmp_path / "a" / "other" / "thesis.txt").read_text()) == (2, "mine")
-    code, error = run(tmp_path / "a", "fit", "--config", file, "--ckpt_path", str(path))
+    code, _, error = run(tmp_path / "a", "fit", "--config", file, "--ckpt_path", str(path))
     assert (code, "set trainer.strategy to zero2" in error) == (2, True)
     one = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed"]
-    code, error = run(tmp_path / "a", "fit", "--config", file, *one, "--ckpt_path", str(path))
+    code, _, error = run(tmp_path / "a", "fit", "--config", file, *one, "--ckpt_path", str(path))
     assert (code, "is of a run of 2 processes, this one has 1" in error) == (2, True)
 
 
@@ -318,7 +277,7 @@ def test_two_processes_under_zero_2_train_the_weights_of_one(tmp_path, config):
     plain += ["--trainer.val_check_interval", "1.0"]
     two = ["--trainer.strategy", "zero2", "--trainer.devices", "2", "--data.batch_size", "1"]
     assert run(tmp_path / "one", "fit", "--config", file, *plain)[0] == 0
-    code, error = run(tmp_path / "two", "fit", "--config", file, *plain, *two, processes=2)
+    code, _, error = run(tmp_path / "two", "fit", "--config", file, *plain, *two, processes=2)
     assert code == 0, error[-3000:]
     one, both = (read_checkpoint(last_checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert one["global_step"] == both["global_step"] == 9

@@ -1,0 +1,65 @@
+"""The program in processes of their own, forked from one that has imported what is heavy, as `pipeline` does it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+_PRELOADED = [
+    "rlhf_lightning.training.program",
+    "rlhf_lightning.evaluate",
+    "tests.training.killer",
+    "peft",
+    "deepspeed",
+]
+"""Those that are not installed are passed over."""
+
+
+class Ended(NamedTuple):
+    """Exit code (negative: the signal), standard output and standard error of all processes."""
+
+    code: int
+    out: str
+    error: str
+
+
+def run(directory: Path, *arguments: str, processes: int = 1) -> Ended:
+    """Run the program in a directory, in one process or in several that were started as `torchrun` starts them."""
+    directory.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    environment = dict(os.environ)
+    if processes > 1:
+        environment |= {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_PORT": str(find_free_network_port())}
+    process = context.Process(target=_child, args=(directory, arguments, environment, processes))
+    process.start()
+    process.join(timeout=200)
+    assert process.exitcode is not None, "still running"
+    return Ended(process.exitcode, *((directory / f"{name}.txt").read_text() for name in ("out", "error")))
+
+
+def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, str], processes: int) -> None:
+    """The program, or the first of several, its output in files."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the pipeline's server has it, that tests share
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name, stream in (("out", sys.stdout), ("error", sys.stderr)):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), stream.fileno())
+    for rank in range(1, processes):
+        if os.fork() == 0:
+            os.environ["LOCAL_RANK"] = str(rank)
+            break
+    from rlhf_lightning.cli import main
+
+    code = main(list(arguments))
+    sys.stdout.flush()
+    os._exit(code)
