@@ -25,6 +25,8 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
 from tests.evaluation.test_toxicity import make_classifier  # noqa: F401 (a fixture)
+from tests.programs import run
+from tests.test_configs import ROOT
 
 ALL = [
     *("--reward_model", "models/reward", "--held_out_reward_model", "models/other"),
@@ -447,24 +449,17 @@ def test_the_page_fits_wide_and_narrow_screens_and_asks_for_nothing(evaluated, t
     assert all(url.startswith(("file:", "data:")) for url in asked)
 
 
-def test_no_number_depends_on_the_number_of_processes(evaluated, tmp_path, make_classifier):  # noqa: F811
+def test_no_number_depends_on_the_number_of_processes(evaluated, here, tmp_path, make_classifier):  # noqa: F811
     """C45: everything that is computed by a model, 3 processes, of which 7 prompts are odd."""
     classifier = make_classifier(["safe", "toxic"])
     all_of_it = [*ALL, "--toxicity_model", str(classifier), "--judge", "models/after", "--judge_max_new_tokens", "8"]
     one, _ = evaluated(*all_of_it, out=tmp_path / "one")
     many = tmp_path / "many"
-    done = run_command(*all_of_it, "--out", str(many), "--devices", "3")
-    assert done.returncode == 0, done.stderr[-3000:]
-    spoken = done.stdout.count("report: "), done.stderr.count("reward model: RewardBench")
+    code, out, error = run(here, "evaluate", *all_of_it, "--out", str(many), "--devices", "3", processes=3)
+    assert code == 0, error[-3000:]
+    spoken = out.count("report: "), error.count("reward model: RewardBench")
     assert spoken == (1, 1), "one of them speaks"
     check_same(one, many, "3 x cpu")
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    """`evaluate` as a user runs it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
 def check_same(one: Path, many: Path, device: str) -> None:
@@ -488,7 +483,9 @@ def check_same(one: Path, many: Path, device: str) -> None:
 def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_path):  # noqa: F811
     (here / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     arguments = ["--reward_model", "models/reward", "--pairs", "broken.jsonl", "--out", str(tmp_path / "out")]
-    done = run_command(*arguments, "--devices", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments, "--devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr
     assert "broken.jsonl: no column 'rejected'" in done.stderr

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.training.rewards import RewardSource
 from tests.models.vllm_stand_in import StandIn
+from tests.programs import run
 from tests.test_configs import ROOT
 
 HERE = "tests.training.test_ppo"
@@ -409,24 +408,28 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     assert main(["test", *arguments, "--ckpt_path", checkpoint]) == 0
 
 
+def rollout_lines(directory: Path, *settings: str, processes: int = 1) -> list[str]:
+    """What PPO on 24 prompts prints of its rollouts of 12 and its validation."""
+    always = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
+    always += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
+    always += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.max_train_prompts", "24"]
+    always += ["--model.max_new_tokens", "6", "--trainer.val_check_interval", "1.0", "--trainer.logger", "false"]
+    always += ["--trainer.callbacks", "[]", "--model.optimizer.lr", "1e-3"]
+    always += ["--data.batch_size", str(12 // processes), "--trainer.devices", str(processes)]
+    code, _, error = run(directory, "fit", *always, *settings, processes=processes)
+    assert code == 0, error[-2000:]
+    return [line for line in error.splitlines() if line.startswith(("rollout", "validation at"))]
+
+
+@pytest.fixture(scope="module")
+def lines_of_one(tmp_path_factory) -> list[str]:
+    return rollout_lines(tmp_path_factory.mktemp("one"))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_two_processes_draw_and_learn_what_one_does(tmp_path, strategy):
+def test_two_processes_draw_and_learn_what_one_does(tmp_path, lines_of_one, strategy):
     """The same replies, rewards and steps: every printed digit."""
     if strategy == "zero2":
         pytest.importorskip("deepspeed")
-    settings = ["fit", "--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
-    settings += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
-    settings += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.max_train_prompts", "24"]
-    settings += ["--model.max_new_tokens", "6", "--trainer.val_check_interval", "1.0", "--trainer.logger", "false"]
-    settings += ["--trainer.callbacks", "[]", "--model.optimizer.lr", "1e-3"]
-    lines = []
-    for own in (["--data.batch_size", "12"], ["--data.batch_size", "6", "--trainer.devices", "2"]):
-        if len(own) > 2:
-            own += ["--trainer.strategy", strategy]
-        command = [sys.executable, "-m", "rlhf_lightning.cli", *settings, *own]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        lines.append([line for line in done.stderr.splitlines() if line.startswith(("rollout", "validation at"))])
-    assert lines[0] == lines[1]
-    assert len(lines[0]) == 3
+    assert len(lines_of_one) == 3
+    assert rollout_lines(tmp_path, "--trainer.strategy", strategy, processes=2) == lines_of_one

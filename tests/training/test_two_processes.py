@@ -12,24 +12,24 @@ import pytest
 import torch
 import yaml
 
+from tests.programs import run
+from tests.test_configs import ROOT
 from tests.training.conftest import VAL_PAIRS
 
 
-def run(directory: Path, command: str, processes: int, *arguments: str) -> str:
-    """Run the program in its own processes, with steps of 4 pairs whatever their number."""
-    config = str(directory.parent / "run.yaml")
-    devices = ["--trainer.devices", str(processes), "--trainer.accumulate_grad_batches", str(4 // processes)]
-    strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
-    result = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning.cli", command, "--config", config, *devices, *strategy, *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def run_program(directory: Path, command: str, processes: int, *arguments: str, forked: bool = True) -> None:
+    """Run the program with steps of 4 pairs, whatever the number of its processes; not forked, it starts the second."""
+    settings = ["--config", str(directory.parent / "run.yaml"), "--trainer.devices", str(processes)]
+    settings += ["--trainer.accumulate_grad_batches", str(4 // processes)]
+    settings += ["--trainer.strategy", "ddp"] if processes > 1 else []
+    if forked:
+        code, _, error = run(directory, command, *settings, *arguments, processes=processes)
+    else:
+        line = [sys.executable, "-m", "rlhf_lightning.cli", command, *settings, *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, cwd=directory, capture_output=True, text=True, env=environment, timeout=200)
+        code, error = done.returncode, done.stderr
+    assert code == 0, error[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def runs(tmp_path_factory, tiny_qwen2, pairs):
     for processes in (1, 2):
         directories[processes] = root / f"{processes}"
         directories[processes].mkdir()
-        run(directories[processes], "fit", processes)
+        run_program(directories[processes], "fit", processes, forked=processes == 1)
     return directories
 
 
@@ -106,7 +106,9 @@ def test_two_processes_predict_every_pair_once_in_the_order_of_the_data(runs):
     for processes, directory in runs.items():
         path = directory / "scores.jsonl"
         callback = ["--trainer.callbacks+=PredictionWriter", "--trainer.callbacks.path", str(path)]
-        run(directory, "predict", processes, "--ckpt_path", str(runs[1] / "checkpoints" / "best.ckpt"), *callback)
+        run_program(
+            directory, "predict", processes, "--ckpt_path", str(runs[1] / "checkpoints" / "best.ckpt"), *callback
+        )
         rows[processes] = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["example_id"] for row in rows[1]] == [f"courtesy-val-{number}" for number in range(VAL_PAIRS)]
     for one, two in zip(rows[1], rows[2], strict=True):
