@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.packed_attention import PACKED, chosen_states, packed_hidden_states, register
+from rlhf_lightning.models.packed_attention import PACKED, packed_hidden_states, register
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -134,25 +137,43 @@ def check_attention(attn_implementation: AttentionImplementation | None) -> None
         )
 
 
-def hidden_states(
-    backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, with_embeddings: bool = False
-) -> Tensor:
-    """Last hidden state of each token, [R, T, H], or beside it that of the embedding layer, [R, T, 2H].
+def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden state of each token, [R, T, H].
 
     `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Positions are counted over the mask, so that
-    padding on either side changes nothing. The embeddings have mean 0 and variance 1 over the H entries of a token
-    (`layer_norm`): in a decoder they may be a hundred times smaller than the last states.
+    padding on either side changes nothing.
     """
+    (last,) = _states(backbone, input_ids, attention_mask, every_layer=False)
+    return last
+
+
+def layer_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    """Hidden states of each token after the embeddings and after every layer, each [R, T, H], at least float32.
+
+    Arguments as for `hidden_states`. The states of a token have mean 0 and variance 1 over their H entries
+    (`layer_norm`): those of a decoder's layers differ a hundredfold in size.
+    """
+    return normalised(_states(backbone, input_ids, attention_mask, every_layer=True))
+
+
+def normalised(states: Iterable[Tensor]) -> list[Tensor]:
+    """Each of the states [..., H] with mean 0 and variance 1 over its H entries, at least float32."""
+    return [F.layer_norm(at_least_float32(state), state.shape[-1:]) for state in states]
+
+
+def _states(
+    backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, every_layer: bool
+) -> tuple[Tensor, ...]:
     position_ids = None
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + _position_offset(backbone.config)
     if backbone.config._attn_implementation == PACKED:
-        return packed_hidden_states(backbone, input_ids, attention_mask, position_ids, with_embeddings=with_embeddings)
+        return packed_hidden_states(backbone, input_ids, attention_mask, position_ids, every_layer=every_layer)
     arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
-    if with_embeddings:
+    if every_layer:
         arguments["output_hidden_states"] = True
     output = backbone(input_ids=input_ids, attention_mask=attention_mask.long(), **arguments)
-    return chosen_states(output, with_embeddings=with_embeddings)
+    return output.hidden_states if every_layer else (output.last_hidden_state,)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

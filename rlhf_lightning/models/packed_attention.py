@@ -8,17 +8,13 @@ together, H hidden size, D size of a head.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.functional.shapes import at_least_float32
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import BaseModelOutput
 
 PACKED = "packed"
 
@@ -44,9 +40,9 @@ def packed_hidden_states(
     attention_mask: Tensor,
     position_ids: Tensor | None,
     *,
-    with_embeddings: bool = False,
-) -> Tensor:
-    """As `hidden_states`, 0 at padding; the backbone sees one row of N tokens.
+    every_layer: bool = False,
+) -> tuple[Tensor, ...]:
+    """Last states of the tokens, or those of every layer, each [R, T, H], 0 at padding; the backbone sees one row.
 
     `input_ids`, `position_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens.
     """
@@ -54,7 +50,7 @@ def packed_hidden_states(
     ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids[attention_mask][None]}
-    if with_embeddings:
+    if every_layer:
         arguments["output_hidden_states"] = True
     output = backbone(
         input_ids=input_ids[attention_mask][None],
@@ -65,17 +61,9 @@ def packed_hidden_states(
         max_length_k=longest,
         **arguments,
     )
-    flat = chosen_states(output, with_embeddings=with_embeddings)[0]
-    return flat.new_zeros(*attention_mask.shape, flat.shape[-1]).masked_scatter(attention_mask[..., None], flat)
-
-
-def chosen_states(output: BaseModelOutput, *, with_embeddings: bool) -> Tensor:
-    """Of a backbone's output the last states, [R, T, H], or beside them the normalised embeddings, [R, T, 2H]."""
-    last = output.last_hidden_state
-    if not with_embeddings:
-        return last
-    embeddings = at_least_float32(output.hidden_states[0])
-    return torch.cat([last, F.layer_norm(embeddings, embeddings.shape[-1:]).to(last.dtype)], dim=-1)
+    states = output.hidden_states if every_layer else (output.last_hidden_state,)
+    rows, mask = (*attention_mask.shape, states[0].shape[-1]), attention_mask[..., None]
+    return tuple(state.new_zeros(rows).masked_scatter(mask, state[0]) for state in states)
 
 
 def packed_attention(

@@ -18,6 +18,7 @@ from rlhf_lightning.functional.reductions import last_token_index, masked_mean
 from rlhf_lightning.models.backbones import (
     AttentionImplementation,
     hidden_states,
+    layer_states,
     load_backbone,
     load_config,
 )
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "tanh", "silu", "gelu"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
-Pooling = Literal["last", "mean", "first_last"]
-"""What the head reads: the hidden state of the last true token, the mean over all true tokens, or that mean beside the
-mean of the embeddings."""
+Pooling = Literal["last", "mean", "layers"]
+"""What the head reads: the hidden state of the last true token, the mean over all true tokens, or the means of all
+layers side by side."""
 _HEAD_KEY = "reward_head"
 """Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
 
@@ -43,6 +44,27 @@ def is_reward_network(config: PretrainedConfig | None) -> bool:
 def pooling_of(config: PretrainedConfig) -> Pooling | None:
     """How a saved `RewardNetwork` pools; None for the configuration of any other model."""
     return getattr(config, _HEAD_KEY).get("pooling", "last") if is_reward_network(config) else None
+
+
+def head_input_size(config: PretrainedConfig, pooling: Pooling) -> int:
+    """How many numbers the head reads of a row: H, or those of the embeddings and of every layer."""
+    config = config.get_text_config()
+    return config.hidden_size * (config.num_hidden_layers + 1 if pooling == "layers" else 1)
+
+
+def pooled(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """What the head reads, [R, H], or with `layers` [R, (layers + 1) H]; arguments as for `RewardNetwork`."""
+    mask = attention_mask.bool()
+    if pooling == "layers":
+        return torch.cat([_mean(state, mask) for state in layer_states(backbone, input_ids, mask)], dim=-1)
+    hidden = hidden_states(backbone, input_ids, mask)
+    if pooling == "mean":
+        return _mean(hidden, mask)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean(hidden, mask[..., None].expand_as(hidden), dim=1)
 
 
 class RewardHead(nn.Sequential):
@@ -78,11 +100,10 @@ class RewardNetwork(nn.Module):
     """Scores whole rows: `backbone -> one hidden state of the row -> score`.
 
     Any `AutoModel` decoder or encoder. The hidden state is that of the last true token, or with `pooling="mean"` the
-    float32 mean over the true tokens, which is how sentence encoders are pretrained. `pooling="first_last"` puts the
-    mean of what the embedding layer gives beside it, so that the words of a text, which a sentence encoder's last layer
-    has turned into its topic, are not lost on the head (Gao et al. 2021, arXiv 2104.08821, average the two:
-    "first-last avg."). Tokens are found by the mask, so left, right or any padding, and a pad id equal to the EOS id,
-    give the same score.
+    float32 mean over the true tokens, which is how sentence encoders are pretrained. `pooling="layers"` puts the means
+    of the embeddings and of all layers side by side, each token's states normalised: what a text says of style and
+    wording lies in lower layers than its topic (Tenney et al. 2019, arXiv 1905.05950). Tokens are found by the mask, so
+    left, right or any padding, and a pad id equal to the EOS id, give the same score.
     """
 
     def __init__(
@@ -97,10 +118,9 @@ class RewardNetwork(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
-        width = backbone.config.hidden_size
         self.score = RewardHead(
-            2 * width if pooling == "first_last" else width,
-            hidden_size=hidden_size or width,
+            head_input_size(backbone.config, pooling),
+            hidden_size=hidden_size or head_input_size(backbone.config, "last"),
             activation=activation,
             dropout=dropout,
         )
@@ -161,12 +181,7 @@ class RewardNetwork(nn.Module):
         `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Raises `ValueError` when a row of the
         mask is empty.
         """
-        both = self.pooling == "first_last"
-        hidden = hidden_states(self.backbone, input_ids, attention_mask, with_embeddings=both)
-        if self.pooling != "last":
-            return self.score(masked_mean(hidden, attention_mask.bool()[..., None].expand_as(hidden), dim=1))
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self.score(hidden[rows, last_token_index(attention_mask.bool())])
+        return self.score(pooled(self.backbone, input_ids, attention_mask, self.pooling))
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write `config.json` and safetensors; the weights are named as a sequence classifier's.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_lightning.models.backbones import hidden_states, no_pooler, reason_of
+from rlhf_lightning.models.backbones import hidden_states, layer_states, no_pooler, normalised, reason_of
 from rlhf_lightning.models.causal_lm import Lora, inner_model, output_layer, with_adapters
-from rlhf_lightning.models.reward_network import RewardHead
+from rlhf_lightning.models.reward_network import Pooling, RewardHead, head_input_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +47,9 @@ class Shape:
     autocast: bool = False
     """Operations in half precision, as the mixed precisions of the Trainer have it."""
     trust_remote_code: bool = False
+    pooling: Pooling = "last"
+    """Of a reward network."""
+    freeze_backbone: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,18 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
         live = _Live([*weights, ids, mask])
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:
+                backbone, every_layer = inner_model(model).base_model, shape.pooling == "layers"
                 if shape.packed:  # one kernel over all rows takes as much as over one row of their length
-                    hidden = inner_model(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    output = backbone(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
+                    states = normalised(output.hidden_states) if every_layer else [output.last_hidden_state]
+                elif every_layer:
+                    states = layer_states(backbone, ids, mask)
                 else:
-                    hidden = hidden_states(inner_model(model).base_model, ids, mask)
-                out = head(hidden[:, -1]) if head is not None else hidden[:, :-1].reshape(-1, hidden.shape[-1])
+                    states = [hidden_states(backbone, ids, mask)]
+                if head is None:
+                    out = states[0][:, :-1].reshape(-1, states[0].shape[-1])
+                else:
+                    out = head(torch.cat([state.mean(dim=1) for state in states], dim=-1))
             kept = live.now
             on_top = 0 if head is not None else _head_of(model, out, shape, backward=kind != "inference")
             if kind != "inference":
@@ -213,7 +223,9 @@ def _model(config: PretrainedConfig, shape: Shape) -> tuple[nn.Module, nn.Module
             model, head = AutoModelForCausalLM.from_config(config, **options), None
         else:
             model = AutoModel.from_config(config, **options, **no_pooler(config))
-            head = RewardHead(config.hidden_size).to(dtype)
+            model.requires_grad_(not shape.freeze_backbone)
+            width = head_input_size(config, "last")
+            head = RewardHead(head_input_size(config, shape.pooling), hidden_size=width).to(dtype)
         if shape.lora is not None:
             model = with_adapters(model, shape.lora).to(dtype)
     if shape.gradient_checkpointing:

@@ -35,7 +35,7 @@ class ValueNetwork(nn.Module):
     ) -> ValueNetwork:
         """Of a saved reward network, with its head, or of any model with a new head. Raises `ModelError`.
 
-        The head is new, too, where that of the reward network reads more than the state of a token (`first_last`).
+        The head is new, too, where that of the reward network reads more than the state of a token (`layers`).
         """
         options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         if pooling_of(load_config(name_or_path, trust_remote_code=trust_remote_code)) in ("last", "mean"):

@@ -248,7 +248,7 @@ class DPO(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        log_parameters(self.policy, self.hparams.backbone)
+        log_parameters(self.policy, self.policy.config, self.hparams.backbone)
         self._precompute("train", "val")
         settings = self.loss_settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
         numbers = ", ".join(f"{name} {value:g}" for name, value in settings.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,8 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.metrics import TokensPerSecond
-from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.callbacks import Results
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +78,11 @@ def log_training_means(
     return values
 
 
-def log_parameters(policy: CausalLM, name: str) -> None:
+def log_parameters(model: nn.Module, config: PretrainedConfig, name: str) -> None:
     """Say what is trained."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-    log.info("model: %s (%s), %s parameters, %s trained", name, policy.config.model_type, f"{total:,}", f"{trained:,}")
+    log.info("model: %s (%s), %s parameters, %s trained", name, config.model_type, f"{total:,}", f"{trained:,}")
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:

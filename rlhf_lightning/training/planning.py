@@ -127,6 +127,8 @@ def run_of(
             packed=hparams.attn_implementation == "packed",
             gradient_checkpointing=hparams.gradient_checkpointing,
             trust_remote_code=hparams.trust_remote_code,
+            pooling=hparams.get("pooling", "last"),
+            freeze_backbone=hparams.get("freeze_backbone", False),
         ),
         eval_rows=data.eval_batch_size * rows_per_pair,
         reference=_reference(module),

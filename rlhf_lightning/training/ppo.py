@@ -340,7 +340,7 @@ class PPO(LightningModule):
         return scorer.name if same and decoder and is_reward_network(config) else backbone
 
     def on_fit_start(self) -> None:
-        log_parameters(self.policy, self.hparams.backbone)
+        log_parameters(self.policy, self.policy.config, self.hparams.backbone)
         if isinstance(self.value, ValueNetwork):
             log.info("value model: %s", self.value.network.backbone.config.name_or_path or "its own")
         strategy = self.trainer.strategy

@@ -5,7 +5,6 @@ B pairs, T padded tokens.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -29,10 +28,8 @@ from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetw
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
-from rlhf_lightning.training.logs import log_split, log_training_means, update_metrics
+from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
-
-log = logging.getLogger(__name__)
 
 
 class RewardModel(LightningModule):
@@ -44,9 +41,10 @@ class RewardModel(LightningModule):
         hidden_size: Width of the head's hidden layer; the backbone's hidden size when not given.
         activation: Of the head's hidden layer.
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
-        pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `first_last`,
-            that mean beside the mean of the embeddings, which suits sentence encoders. Of a saved reward network, its
-            own is kept.
+        pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `layers`, the
+            means of the embeddings and of all layers side by side. Of a saved reward network, its own is kept.
+        freeze_backbone: Train the head alone: a pass without backward, and no optimizer states of the backbone. Goes
+            with `pooling: layers`, as the last layer alone says little of what nobody trained it for.
         label_smoothing: Probability with which a label is taken to be wrong.
         centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
             different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
@@ -67,6 +65,7 @@ class RewardModel(LightningModule):
         activation: Activation = "relu",
         dropout: Fraction = 0.0,
         pooling: Pooling = "last",
+        freeze_backbone: bool = False,
         label_smoothing: Smoothing = 0.0,
         centering: NonNegativeFloat = 0.0,
         use_margin: bool = False,
@@ -122,13 +121,12 @@ class RewardModel(LightningModule):
                 pooling=settings.pooling,
                 **loading,
             )
-        if settings.gradient_checkpointing:
+        self.network.backbone.requires_grad_(not settings.freeze_backbone)
+        if settings.gradient_checkpointing and not settings.freeze_backbone:
             self.network.backbone.activation_checkpointing_enable()
 
     def on_fit_start(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        kind = self.backbone_config.model_type
-        log.info("model: %s (%s), %s parameters", self.hparams.backbone, kind, f"{parameters:,}")
+        log_parameters(self.network, self.backbone_config, self.hparams.backbone)
 
     def configure_optimizers(self):
         return optimizer_and_schedule(

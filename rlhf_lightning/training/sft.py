@@ -100,7 +100,7 @@ class SFT(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        log_parameters(self.policy, self.hparams.backbone)
+        log_parameters(self.policy, self.policy.config, self.hparams.backbone)
 
     def configure_optimizers(self):
         return optimizer_and_schedule(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import hidden_states, load_backbone
+from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.generation import greedy_replies
 from rlhf_lightning.models.packed_attention import packed_attention
@@ -58,15 +58,15 @@ def batch_of_rows():
     return torch.randint(5, 50, mask.shape, generator=torch.Generator().manual_seed(0)), mask
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("every_layer", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_states_and_gradients_are_those_of_padded_rows(tmp_path, kind, embeddings):
+def test_packed_states_and_gradients_are_those_of_padded_rows(tmp_path, kind, every_layer):
     directory = saved(KINDS[kind], tmp_path)
     ids, mask = batch_of_rows()
     states, gradients = [], []
     for attention in ("sdpa", "packed"):
         backbone = load_backbone(directory, attn_implementation=attention).double()
-        hidden = hidden_states(backbone, ids, mask, with_embeddings=embeddings)
+        hidden = torch.cat(layer_states(backbone, ids, mask), -1) if every_layer else hidden_states(backbone, ids, mask)
         hidden[mask].pow(3).sum().backward()  # the squares of a normalised row have the same sum whatever it is
         states.append(hidden[mask])
         gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None]))

@@ -34,8 +34,8 @@ def averaging(request):
 
 
 @pytest.fixture(params=MODELS)
-def first_last(request):
-    return built(request, "first_last")
+def layered(request):
+    return built(request, "layers")
 
 
 def rows(lengths=(5, 9, 1, 7)):
@@ -79,19 +79,21 @@ def test_a_mean_is_over_the_tokens_of_the_row_alone(averaging, left, right):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("left", "right"), [(0, 6), (4, 0), (3, 5)])
-def test_the_mean_of_the_embeddings_stands_beside_that_of_the_last_states(first_last, left, right):
-    scores = first_last(*padded(rows(), left=left, right=right, pad_id=7))
+def test_the_means_of_the_embeddings_and_of_all_layers_stand_side_by_side(layered, left, right):
+    scores = layered(*padded(rows(), left=left, right=right, pad_id=7))
     for sequence, score in zip(rows(), scores, strict=True):
-        output = first_last.backbone(sequence[None], output_hidden_states=True)
-        first = output.hidden_states[0][0].double()
-        first = (first - first.mean(dim=1, keepdim=True)) / (first.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
-        both = torch.cat([output.last_hidden_state[0].double().mean(dim=0), first.mean(dim=0)])
-        torch.testing.assert_close(score, first_last.score(both), rtol=0, atol=1e-5)
+        means = []
+        for states in layered.backbone(sequence[None], output_hidden_states=True).hidden_states:
+            found = states[0].double()
+            found = found - found.mean(dim=1, keepdim=True)
+            means.append((found / (found.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()).mean(dim=0))
+        assert len(means) == layered.backbone.config.num_hidden_layers + 1
+        torch.testing.assert_close(score, layered.score(torch.cat(means)), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_how_a_network_pools_is_saved_with_it(averaging, first_last, tmp_path):
-    for network, pooling in ((averaging, "mean"), (first_last, "first_last")):
+def test_how_a_network_pools_is_saved_with_it(averaging, layered, tmp_path):
+    for network, pooling in ((averaging, "mean"), (layered, "layers")):
         loaded = RewardNetwork.from_pretrained(network.save_pretrained(tmp_path / pooling))
         assert loaded.pooling == pooling == pooling_of(loaded.backbone.config)
         assert torch.equal(loaded(*padded(rows())), network(*padded(rows())))
@@ -138,8 +140,8 @@ def test_two_forwards_in_train_mode_are_equal_because_dropout_is_off(tmp_path, t
     torch.testing.assert_close(network(*batch), network(*batch), rtol=0, atol=0)
 
 
-def test_every_parameter_gets_a_gradient(network, first_last):
-    for each in (network, first_last):
+def test_every_parameter_gets_a_gradient(network, layered):
+    for each in (network, layered):
         each.train()(*padded(rows())).sum().backward()
         assert [name for name, parameter in each.named_parameters() if parameter.grad is None] == []
 

@@ -269,7 +269,7 @@ def test_a_value_model_that_begins_as_a_policy_begins_at_0(tiny_qwen2):
     assert value(ids, torch.ones_like(ids).bool(), torch.tensor([[False, True, True]])).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("pooling", "zero"), [("mean", False), ("first_last", True)])
+@pytest.mark.parametrize(("pooling", "zero"), [("mean", False), ("layers", True)])
 def test_a_value_model_has_a_head_of_its_own_where_that_of_the_reward_model_reads_more(
     tiny_qwen2, tmp_path, pooling, zero
 ):
