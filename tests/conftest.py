@@ -41,3 +41,17 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     return _tiny(tmp_path_factory, "bert")
+
+
+LONGEST = ("quickstart", "resume", "evaluate", "ppo", "pipeline", "planning", "export", "cli", "two_processes", "zero")
+"""Files that take longest, without `test_`; two processes end at the same time when they begin with them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -11,13 +11,9 @@ from typing import NamedTuple
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-_PRELOADED = [
-    "rlhf_lightning.training.program",
-    "rlhf_lightning.evaluate",
-    "tests.training.killer",
-    "peft",
-    "deepspeed",
-]
+from rlhf_lightning.pipeline.processes import PRELOADED
+
+_PRELOADED = [*PRELOADED, "transformers.models.qwen2.modeling_qwen2", "tests.training.killer", "peft", "deepspeed"]
 """Those that are not installed are passed over."""
 
 

@@ -128,7 +128,7 @@ def write_pipeline(**stages) -> None:
 def preloaded():
     """Stages find this file imported, where no other test has started the server."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_processes, "_PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
+        patch.setattr(pipeline_processes, "PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
         yield
 
 

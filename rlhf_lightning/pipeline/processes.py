@@ -14,8 +14,11 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
-_PRELOADED = ("rlhf_lightning.training.program", "rlhf_lightning.evaluate")
-"""Imported once, by the server from which all stages are forked."""
+PRELOADED = (
+    *("rlhf_lightning.training.program", "rlhf_lightning.evaluate"),
+    *("transformers.optimization", "torch.utils.tensorboard", "pyarrow.compute", "pandas"),
+)
+"""Imported once, by the server from which all stages are forked: the commands, and what they import when they run."""
 
 
 class Terminated(BaseException):
@@ -40,7 +43,7 @@ def server() -> ForkServerContext:
     """Processes forked from a server that has imported what is heavy, and done nothing else."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to look for GPUs must not spoil them for the forked
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload(list(PRELOADED))
     resource_tracker.ensure_running()  # it would unblock the signal below
     # The server inherits that Ctrl-C is blocked, which is this process's to handle. One that comes meanwhile waits;
     # a thread of this process that does not block it may be given it, so that it is written down.
