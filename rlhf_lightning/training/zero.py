@@ -147,7 +147,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False} | kwargs)
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        self.exclude_frozen_parameters = any(not parameter.requires_grad for parameter in model.parameters())
+        self.exclude_frozen_parameters = getattr(self.lightning_module, "lora", None) is not None
         super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(True)
         _check_finite(self.lightning_module, self.precision_plugin.precision)

@@ -104,6 +104,21 @@ def test_gradients_are_divided_by_stage_2_alone(estimator, weights):
     assert gradients == [2 * weights, 2 * weights / 4]
 
 
+@pytest.mark.parametrize("pooling", ["last", "layers"])
+def test_a_frozen_backbone_leaves_the_gradients_and_states_of_the_head(estimator, pooling):
+    """The head reads the states of one layer, or of the embeddings and both layers; none of them is kept for long."""
+    read = 4096 * (3 if pooling == "layers" else 1)
+    head = 4096 * read + 4096 + 4096 + 1
+    shape = {"policy": False, "pooling": pooling, "freeze_backbone": True}
+    footprint = estimator.footprint(run(shape=shape, reference="none"))
+    assert footprint.weights.trained == head
+    assert footprint.device["gradients"] == 2 * head
+    assert footprint.device["optimizer states"] == 8 * head
+    learning = estimator.footprint(run(shape=shape | {"freeze_backbone": False}, reference="none"))
+    assert learning.weights.total == footprint.weights.total == learning.weights.trained
+    assert footprint.device["activations"] < learning.device["activations"] / 20
+
+
 def test_adapters_leave_the_gradients_and_states_of_adapters(estimator, weights):
     footprint = estimator.footprint(run(shape={"lora": Lora(r=8)}, reference="adapter"))
     trained = footprint.weights.trained

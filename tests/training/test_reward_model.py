@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import json
@@ -17,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from rlhf_lightning import RewardModel, RewardNetwork
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.models.reward_network import pooled
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, Results
 from tests.training.conftest import TRAIN_PAIRS, VAL_PAIRS, sgd, weights
 
@@ -255,6 +257,35 @@ def test_gradient_checkpointing_changes_no_weight(build, trainer):
     plain = trained(build, trainer)
     recomputed = trained(build, trainer, model={"gradient_checkpointing": True})
     torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["last", "layers"])
+def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_states(build, trainer, pooling):
+    """The twin: the head alone on states that were computed beforehand, in the order of the training."""
+    own, datamodule = build(model={"freeze_backbone": True, "pooling": pooling})
+    own.configure_model()
+    before = {name: value.clone() for name, value in own.network.named_parameters()}
+    batches = []
+    own.on_train_batch_start = lambda batch, batch_idx: batches.append(batch)
+    run = trainer(max_epochs=1)
+    run.fit(own, datamodule=datamodule)
+    trained = [group["params"] for group in run.optimizers[0].param_groups]
+    assert sum(map(len, trained)) == len(list(own.network.score.parameters()))
+
+    head = copy.deepcopy(own.network.score)
+    head.load_state_dict({name.removeprefix("score."): v for name, v in before.items() if name.startswith("score.")})
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.05)
+    for batch in batches:
+        with torch.no_grad():
+            states = pooled(own.network.backbone, batch.input_ids, batch.attention_mask, pooling)
+        chosen, rejected = head(states).chunk(2)
+        optimizer.zero_grad()
+        torch.nn.functional.softplus(rejected - chosen).mean().backward()
+        optimizer.step()
+    for name, value in own.network.named_parameters():
+        expected = before[name] if name.startswith("backbone.") else head.get_parameter(name.removeprefix("score."))
+        torch.testing.assert_close(value, expected, rtol=0, atol=0 if name.startswith("backbone.") else 1e-6, msg=name)
+    assert not torch.equal(own.network.score[0].weight, before["score.0.weight"])
 
 
 def test_every_training_pair_is_seen_once_an_epoch(build, trainer):

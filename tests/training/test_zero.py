@@ -292,6 +292,18 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_others(build_dpo,
         trainer(strategy="zero2").test(wrong, datamodule=datamodule, ckpt_path=tmp_path / "a.ckpt")
 
 
+def test_a_checkpoint_of_a_frozen_backbone_holds_it(build, trainer, with_val, tmp_path):
+    module, run = saved(build, trainer, with_val, tmp_path / "a.ckpt", freeze_backbone=True, pooling="layers")
+    restored = restored_module(type(module), tmp_path / "a.ckpt")
+    for name, parameter in module.network.named_parameters():
+        # Of what is not trained there are no float32 copies; the halves are what training saw.
+        assert torch.equal(restored.network.get_parameter(name).half(), parameter), name
+    same, datamodule = build(data=with_val, model={"freeze_backbone": True, "pooling": "layers"})
+    test = trainer(strategy="zero2", precision="16-mixed")
+    (metrics,) = test.test(same, datamodule=datamodule, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert metrics["test/loss"] == float(run.callback_metrics["val/loss"])
+
+
 def test_saving_over_a_checkpoint_leaves_nothing_of_it(build, trainer, with_val, tmp_path):
     _, run = saved(build, trainer, with_val, tmp_path / "a.ckpt")
     stale = tmp_path / "a.ckpt" / "checkpoint" / "zero_pp_rank_7_mp_rank_00_optim_states.pt"
