@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from rlhf_lightning.pipeline.processes import PRELOADED
+from rlhf_lightning.pipeline import processes as pipeline_processes
 
-_PRELOADED = [*PRELOADED, "transformers.models.qwen2.modeling_qwen2", "tests.training.killer", "peft", "deepspeed"]
-"""Those that are not installed are passed over."""
+PRELOADED = [
+    *pipeline_processes.PRELOADED,
+    *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "tests.training.killer", "tests.test_pipeline"),
+]
+"""One process forks those of all tests; modules that are not installed are passed over."""
 
 
 class Ended(NamedTuple):
@@ -29,7 +32,7 @@ def run(directory: Path, *arguments: str, processes: int = 1) -> Ended:
     """Run the program in a directory, in one process or in several that were started as `torchrun` starts them."""
     directory.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     environment = dict(os.environ)
     if processes > 1:
         environment |= {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_PORT": str(find_free_network_port())}

@@ -462,6 +462,13 @@ def test_no_number_depends_on_the_number_of_processes(evaluated, here, tmp_path,
     check_same(one, many, "3 x cpu")
 
 
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    """`evaluate` as a user runs it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
 def check_same(one: Path, many: Path, device: str) -> None:
     """Of one process and of several: the same numbers and replies, and no row kept twice."""
     numbers, found = (json.loads((out / "metrics.json").read_text()) for out in (one, many))
@@ -483,9 +490,7 @@ def check_same(one: Path, many: Path, device: str) -> None:
 def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_path):  # noqa: F811
     (here / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     arguments = ["--reward_model", "models/reward", "--pairs", "broken.jsonl", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments, "--devices", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    done = run_command(*arguments, "--devices", "2")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr
     assert "broken.jsonl: no column 'rejected'" in done.stderr

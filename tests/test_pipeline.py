@@ -37,6 +37,7 @@ from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_
 from rlhf_lightning.pipeline.processes import server
 from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
 from rlhf_lightning.pipeline.state import locked
+from tests.programs import PRELOADED
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -126,9 +127,9 @@ def write_pipeline(**stages) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def preloaded():
-    """Stages find this file imported, where no other test has started the server."""
+    """Stages find this file imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline_processes, "PRELOADED", ("rlhf_lightning.training.program", "tests.test_pipeline"))
+        patch.setattr(pipeline_processes, "PRELOADED", PRELOADED)
         yield
 
 

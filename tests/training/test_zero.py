@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -29,11 +30,14 @@ SETTINGS = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "max_epochs"
 
 @pytest.fixture(autouse=True, scope="module")
 def environment_of_its_own():
-    """DeepSpeed leaves the address of its process group to every process begun later; and a seed that another test
-    left would be set again by distributed strategies alone."""
+    """DeepSpeed leaves its process group, and the address of it to every process begun later; and a seed that another
+    test left would be set again by distributed strategies alone."""
     before = dict(os.environ)
     os.environ.pop("PL_GLOBAL_SEED", None)
     yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        sys.modules["deepspeed.comm.comm"].cdb = None
     os.environ.clear()
     os.environ.update(before)
 
