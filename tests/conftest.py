@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine make tiny models many times slower
@@ -50,6 +51,11 @@ LONGEST = ("quickstart", "resume", "evaluate", "ppo", "pipeline", "planning", "e
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through again and again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from rlhf_lightning.pipeline import processes as pipeline_processes
 PRELOADED = [
     *pipeline_processes.PRELOADED,
     *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "tests.training.killer", "tests.test_pipeline"),
+    "tests.frozen",
 ]
 """One process forks those of all tests; modules that are not installed are passed over."""
 
