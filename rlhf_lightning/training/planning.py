@@ -125,7 +125,7 @@ def run_of(
             tokens=tokens,
             lora=getattr(module, "lora", None),
             packed=hparams.attn_implementation == "packed",
-            gradient_checkpointing=hparams.gradient_checkpointing,
+            gradient_checkpointing=hparams.gradient_checkpointing and not hparams.get("freeze_backbone", False),
             trust_remote_code=hparams.trust_remote_code,
             pooling=hparams.get("pooling", "last"),
             freeze_backbone=hparams.get("freeze_backbone", False),

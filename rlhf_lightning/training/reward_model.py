@@ -11,10 +11,12 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.losses import bradley_terry_loss
 from rlhf_lightning.metrics import (
     MarginAUROC,
@@ -24,7 +26,7 @@ from rlhf_lightning.metrics import (
     PooledAUROC,
 )
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config
-from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network
+from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
@@ -55,6 +57,7 @@ class RewardModel(LightningModule):
         attn_implementation: Of the backbone; what transformers prefers when not given. `packed` computes nothing on
             padding.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+            Nothing is kept of a frozen backbone, so that there it does nothing.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -81,6 +84,7 @@ class RewardModel(LightningModule):
         check_optimizer(optimizer)
         self.optimizer_factory = optimizer
         self.backbone_config = load_config(backbone, trust_remote_code=trust_remote_code)
+        self.hparams.pooling = pooling_of(self.backbone_config) or pooling
         self.network: RewardNetwork | None = None
         self.train_metrics = nn.ModuleDict(
             {
@@ -178,7 +182,15 @@ class RewardModel(LightningModule):
         store_origin(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Raises `ConfigurationError` when a run would go on with the optimizer of other weights."""
         warn_of_other_settings(self, checkpoint)
+        before, now = checkpoint["hyper_parameters"].get("freeze_backbone", False), self.hparams.freeze_backbone
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting and before != now:
+            raise ConfigurationError(
+                f"ckpt_path: its run had model.freeze_backbone {before}, this one has {now}, so its optimizer is "
+                "one of other weights; export it and give the directory as model.backbone"
+            )
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:
         """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""

@@ -273,8 +273,11 @@ def test_the_quickstart_fits_and_its_steps_are_counted(capsys, tmp_path):
 
 def test_the_plan_of_a_frozen_backbone_counts_its_head(capsys):
     """Of 64 times 3 states of width 64, the embeddings' and those of two layers, to 64 and to 1."""
-    code, printed = plan_of(capsys, *QUICKSTART, "--model.freeze_backbone", "true", "--model.pooling", "layers")
+    frozen = ("--model.freeze_backbone", "true", "--model.pooling", "layers")
+    code, printed = plan_of(capsys, *QUICKSTART, *frozen)
     assert (code, f"{64 * 3 * 64 + 64 + 64 + 1:,} of them trained" in printed) == (0, True)
+    # There is nothing to recompute.
+    assert plan_of(capsys, *QUICKSTART, *frozen, "--model.gradient_checkpointing", "true")[1] == printed
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(capsys, tmp_path):

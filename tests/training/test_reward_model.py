@@ -288,6 +288,21 @@ def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_state
     assert not torch.equal(own.network.score[0].weight, before["score.0.weight"])
 
 
+def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_its_pooling(build, trainer, tmp_path):
+    frozen = {"freeze_backbone": True, "pooling": "layers"}
+    module, datamodule = build(model=frozen)
+    run = trainer(max_epochs=1)
+    run.fit(module, datamodule)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    module.export(tmp_path / "model")
+    other, datamodule = build(model=frozen | {"freeze_backbone": False})
+    with pytest.raises(ConfigurationError, match=r"its run had model\.freeze_backbone True, this one has False"):
+        trainer(max_epochs=2).fit(other, datamodule, ckpt_path=tmp_path / "a.ckpt")
+    trainer().test(other, datamodule, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    going_on, _ = build(model={"backbone": str(tmp_path / "model")})
+    assert going_on.hparams.pooling == "layers"
+
+
 def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
     seen = []
 
