@@ -53,7 +53,10 @@ def head_input_size(config: PretrainedConfig, pooling: Pooling) -> int:
 
 
 def pooled(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """What the head reads, [R, H], or with `layers` [R, (layers + 1) H]; arguments as for `RewardNetwork`."""
+    """What the head reads, [R, H], or with `layers` [R, (layers + 1) H] in float32.
+
+    `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Raises `ValueError` when a row is empty.
+    """
     mask = attention_mask.bool()
     if pooling == "layers":
         return torch.cat([_mean(state, mask) for state in layer_states(backbone, input_ids, mask)], dim=-1)
@@ -101,8 +104,8 @@ class RewardNetwork(nn.Module):
 
     Any `AutoModel` decoder or encoder. The hidden state is that of the last true token, or with `pooling="mean"` the
     float32 mean over the true tokens, which is how sentence encoders are pretrained. `pooling="layers"` puts the means
-    of the embeddings and of all layers side by side, each token's states normalised: what a text says of style and
-    wording lies in lower layers than its topic (Tenney et al. 2019, arXiv 1905.05950). Tokens are found by the mask, so
+    of the embeddings and of all layers side by side, each token's states normalised: surface and syntax
+    show in lower layers than meaning (Tenney et al. 2019, arXiv 1905.05950). Tokens are found by the mask, so
     left, right or any padding, and a pad id equal to the EOS id, give the same score.
     """
 
