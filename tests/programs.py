@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from rlhf_lightning.pipeline import processes as pipeline_processes
+from tests.test_configs import ROOT
 
 PRELOADED = [
     *pipeline_processes.PRELOADED,
@@ -42,6 +44,15 @@ def run(directory: Path, *arguments: str, processes: int = 1) -> Ended:
     process.join(timeout=200)
     assert process.exitcode is not None, "still running"
     return Ended(process.exitcode, *((directory / f"{name}.txt").read_text() for name in ("out", "error")))
+
+
+def start(directory: Path, *arguments: str) -> Ended:
+    """Run the program as a user does; where it is to be of several processes, it starts the others itself."""
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "rlhf_lightning.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment, timeout=200)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, str], processes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard_files
-from tests.programs import run
+from tests.programs import run, start
 
 LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
 # Dropout: without the states of the random numbers, the rest of the run would be another one.
@@ -277,7 +277,7 @@ def test_two_processes_under_zero_2_train_the_weights_of_one(tmp_path, config):
     plain += ["--trainer.val_check_interval", "1.0"]
     two = ["--trainer.strategy", "zero2", "--trainer.devices", "2", "--data.batch_size", "1"]
     assert run(tmp_path / "one", "fit", "--config", file, *plain)[0] == 0
-    code, _, error = run(tmp_path / "two", "fit", "--config", file, *plain, *two, processes=2)
+    code, _, error = start(tmp_path / "two", "fit", "--config", file, *plain, *two)
     assert code == 0, error[-3000:]
     one, both = (read_checkpoint(last_checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert one["global_step"] == both["global_step"] == 9

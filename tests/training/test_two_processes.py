@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.programs import run
-from tests.test_configs import ROOT
+from tests.programs import run, start
 from tests.training.conftest import VAL_PAIRS
 
 
@@ -25,10 +21,7 @@ def run_program(directory: Path, command: str, processes: int, *arguments: str, 
     if forked:
         code, _, error = run(directory, command, *settings, *arguments, processes=processes)
     else:
-        line = [sys.executable, "-m", "rlhf_lightning.cli", command, *settings, *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(line, cwd=directory, capture_output=True, text=True, env=environment, timeout=200)
-        code, error = done.returncode, done.stderr
+        code, _, error = start(directory, command, *settings, *arguments)
     assert code == 0, error[-3000:]
 
 
