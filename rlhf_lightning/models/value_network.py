@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, pooling_of
@@ -38,7 +39,7 @@ class ValueNetwork(nn.Module):
         The head is new, too, where that of the reward network reads more than the state of a token (`layers`).
         """
         options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        if pooling_of(load_config(name_or_path, trust_remote_code=trust_remote_code)) in ("last", "mean"):
+        if has_head_for_tokens(load_config(name_or_path, trust_remote_code=trust_remote_code)):
             network = RewardNetwork.from_pretrained(name_or_path, **options).train()
             for layer in network.score.modules():
                 if isinstance(layer, nn.Dropout):
@@ -62,6 +63,11 @@ class ValueNetwork(nn.Module):
     def save_pretrained(self, directory: str | Path) -> Path:
         """As `RewardNetwork.save_pretrained`, from which a later run can begin."""
         return self.network.save_pretrained(directory)
+
+
+def has_head_for_tokens(config: PretrainedConfig) -> bool:
+    """Whether a model's configuration is that of a reward network whose head reads the state of one token."""
+    return pooling_of(config) in ("last", "mean")
 
 
 def zero_last_layer(head: RewardHead) -> None:

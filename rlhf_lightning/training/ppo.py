@@ -49,7 +49,7 @@ from rlhf_lightning.models.backbones import AttentionImplementation, check_atten
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
 from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
-from rlhf_lightning.models.value_network import ValueNetwork, zero_last_layer
+from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, zero_last_layer
 from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
@@ -342,7 +342,9 @@ class PPO(LightningModule):
     def on_fit_start(self) -> None:
         log_parameters(self.policy, self.policy.config, self.hparams.backbone)
         if isinstance(self.value, ValueNetwork):
-            log.info("value model: %s", self.value.network.backbone.config.name_or_path or "its own")
+            config = self.value.network.backbone.config
+            head = "its own" if has_head_for_tokens(config) else "a new"
+            log.info("value model: %s, with %s head", config.name_or_path or "its own", head)
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
             strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)

@@ -5,6 +5,7 @@ B pairs, T padded tokens.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_sett
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
+
+log = logging.getLogger(__name__)
 
 
 class RewardModel(LightningModule):
@@ -131,6 +134,8 @@ class RewardModel(LightningModule):
 
     def on_fit_start(self) -> None:
         log_parameters(self.network, self.backbone_config, self.hparams.backbone)
+        head = "its own" if is_reward_network(self.backbone_config) else "a new"
+        log.info("reward: %s head, pooling %s", head, self.hparams.pooling)
 
     def configure_optimizers(self):
         return optimizer_and_schedule(
@@ -182,8 +187,14 @@ class RewardModel(LightningModule):
         store_origin(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Raises `ConfigurationError` when a run would go on with the optimizer of other weights."""
+        """Raises `ConfigurationError` when the head would read other states, or go on with an optimizer of others."""
         warn_of_other_settings(self, checkpoint)
+        pooling = checkpoint["hyper_parameters"].get("pooling", "last")
+        if pooling != self.hparams.pooling:
+            raise ConfigurationError(
+                f"ckpt_path: its run had model.pooling {pooling}, this one has {self.hparams.pooling}, so its head "
+                f"would read other states; give model.pooling {pooling}"
+            )
         before, now = checkpoint["hyper_parameters"].get("freeze_backbone", False), self.hparams.freeze_backbone
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and before != now:

@@ -402,6 +402,7 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     printed = capsys.readouterr()
     assert "replies" in printed.out
     assert "reward" in printed.out
+    assert "value model: models/quickstart_reward_model, with its own head" in printed.err
     checkpoint = next(line.split()[-1] for line in printed.out.splitlines() if line.startswith("checkpoint:  runs/ppo"))
     assert (tmp_path / "models" / "ppo_policy" / "config.json").is_file()
     assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0

@@ -288,7 +288,9 @@ def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_state
     assert not torch.equal(own.network.score[0].weight, before["score.0.weight"])
 
 
-def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_its_pooling(build, trainer, tmp_path):
+def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_its_pooling(
+    build, trainer, tmp_path, caplog
+):
     frozen = {"freeze_backbone": True, "pooling": "layers"}
     module, datamodule = build(model=frozen)
     run = trainer(max_epochs=1)
@@ -299,8 +301,14 @@ def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_
     with pytest.raises(ConfigurationError, match=r"its run had model\.freeze_backbone True, this one has False"):
         trainer(max_epochs=2).fit(other, datamodule, ckpt_path=tmp_path / "a.ckpt")
     trainer().test(other, datamodule, ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    going_on, _ = build(model={"backbone": str(tmp_path / "model")})
+    other, datamodule = build(model={"pooling": "mean"})
+    with pytest.raises(ConfigurationError, match=r"its run had model\.pooling layers, this one has mean"):
+        trainer().test(other, datamodule, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    going_on, datamodule = build(model={"backbone": str(tmp_path / "model"), "pooling": "mean"})
     assert going_on.hparams.pooling == "layers"
+    with caplog.at_level("INFO", logger="rlhf_lightning"):
+        trainer(max_epochs=1).fit(going_on, datamodule)
+    assert "reward: its own head, pooling layers" in caplog.messages
 
 
 def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
