@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -58,12 +62,30 @@ def evaluated(here, tmp_path):  # noqa: F811
     return run
 
 
+class Evaluation(NamedTuple):
+    """The directory it wrote, its metrics, and what it printed."""
+
+    out: Path
+    numbers: dict
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(workshop, tmp_path_factory) -> Evaluation:  # noqa: F811
+    """One evaluation of everything, which tests read and leave as it is."""
+    out, printed = tmp_path_factory.mktemp("evaluation") / "whole", io.StringIO()
+    write(workshop / "refusal.jsonl", REFUSAL)
+    with contextlib.chdir(workshop), contextlib.redirect_stdout(printed):
+        assert main(["evaluate", *ALL, "--out", str(out)]) == 0
+    return Evaluation(out, json.loads((out / "metrics.json").read_text())["metrics"], printed.getvalue())
+
+
 def samples(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
-def test_all_of_it_is_measured_written_and_said(evaluated, capsys):
-    out, numbers = evaluated(*ALL)
+def test_all_of_it_is_measured_written_and_said(whole):
+    out, numbers, printed = whole
     for name in ("rm/auroc", "rm_held_out/auroc", "rm/rewardbench/score", "policy/anchored_gain", "policy/win_rate"):
         assert name in numbers or name == "policy/anchored_gain"
     assert {"policy/kl_nats", "safety/over_refusal_after", "policy_held_out/win_rate"} <= set(numbers)
@@ -78,7 +100,6 @@ def test_all_of_it_is_measured_written_and_said(evaluated, capsys):
     assert "<script" not in page
     markdown = (out / "report.md").read_text()
     assert "not measured" in markdown
-    printed = capsys.readouterr().out
     assert "not measured" in printed
     assert f"wins {numbers['policy_held_out/win_rate']['value']:.3f} of the comparisons" in printed
     assert "report:" in printed
@@ -86,9 +107,9 @@ def test_all_of_it_is_measured_written_and_said(evaluated, capsys):
     assert not (out / "results").exists(), "46 rows are no RewardBench"
 
 
-def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(evaluated):
+def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(whole, here):  # noqa: F811
     """From the models and the written samples, by other code."""
-    out, numbers = evaluated(*ALL)
+    out, numbers, _ = whole
     pairs, _ = load_preferences("pairs.jsonl", split="val")
     scorer = RewardScorer("models/reward")
     scores = {
@@ -136,10 +157,10 @@ def kl_of_kept_replies(out: Path, row: dict) -> list[float]:
     return sums
 
 
-def test_no_number_depends_on_the_batch_size(evaluated, tmp_path):
-    """C23, C44."""
-    _, one = evaluated(*ALL, "--batch_size", "1", out=tmp_path / "one")
-    _, many = evaluated(*ALL, "--batch_size", "16", out=tmp_path / "many")
+def test_no_number_depends_on_the_batch_size(evaluated, whole):
+    """C23, C44: each row alone, and 16 together, which is the default."""
+    _, one = evaluated(*ALL, "--batch_size", "1")
+    many = whole.numbers
     assert set(one) == set(many)
     for name, value in one.items():
         other = many[name]
@@ -168,8 +189,8 @@ def test_accuracy_is_told_apart_by_a_column_or_by_file(evaluated, here, tmp_path
     assert "Accuracy by source" in (out / "report.html").read_text()
 
 
-def test_every_score_stands_in_a_file(evaluated, here):  # noqa: F811
-    out, numbers = evaluated(*ALL)
+def test_every_score_stands_in_a_file(whole, here):  # noqa: F811
+    out, numbers, _ = whole
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
     scorer = RewardScorer("models/reward")
@@ -222,8 +243,9 @@ def test_files_of_the_same_name_are_told_apart(evaluated, here, tmp_path):  # no
 
 
 @pytest.mark.parametrize("moment", [1, 2, 4])
-def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(evaluated, tmp_path, monkeypatch, moment):
-    _, whole = evaluated(*ALL, out=tmp_path / "whole")
+def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
+    evaluated, whole, tmp_path, monkeypatch, moment
+):
     calls = []
     names = ("score_rows", "generate_replies")
     for name in names:
@@ -239,18 +261,19 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(evaluat
     assert main(["evaluate", *ALL, "--out", str(tmp_path / "cut")]) == 130
     assert not (tmp_path / "cut" / "metrics.json").exists()
     _, again = evaluated(*ALL, out=tmp_path / "cut")
-    assert again == whole
+    assert again == whole.numbers
     lines = [line for file in (tmp_path / "cut" / "kept").iterdir() for line in file.read_text().splitlines()]
     assert len(lines) == len(set(lines))
 
 
-def test_a_second_evaluation_asks_no_model_again(evaluated, tmp_path, monkeypatch):
-    _, first = evaluated(*ALL)
+def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.out, tmp_path / "out")
     monkeypatch.setattr(
         "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
+    monkeypatch.setattr("rlhf_lightning.evaluation.rewardbench_run._score", lambda *_: pytest.fail("scored again"))
     _, second = evaluated(*ALL)
-    assert first == second
+    assert second == whole.numbers
 
 
 def test_the_auroc_is_that_of_fit_and_of_test(here, tmp_path, monkeypatch, evaluated):  # noqa: F811
@@ -437,12 +460,11 @@ def test_a_checkpoint_is_exported_and_judged(evaluated, tmp_path):
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on PATH; name one in CHROMIUM")
-def test_the_page_fits_wide_and_narrow_screens_and_asks_for_nothing(evaluated, tmp_path):
-    out, _ = evaluated(*ALL)
+def test_the_page_fits_wide_and_narrow_screens_and_asks_for_nothing(whole, tmp_path):
     with Browser(find_chromium(), tmp_path / "profile") as browser:
         for width in (390, 820, 1400):
             browser.resize(width)
-            browser.open(out / "report.html")
+            browser.open(whole.out / "report.html")
             assert browser.measure("document.documentElement.scrollWidth") <= width
             assert browser.measure("document.querySelectorAll('svg').length") > 10
     asked = [event["params"]["request"]["url"] for event in browser.events if "requestWillBeSent" in event["method"]]
