@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +35,22 @@ class Ended(NamedTuple):
 def run(directory: Path, *arguments: str, processes: int = 1) -> Ended:
     """Run the program in a directory, in one process or in several that were started as `torchrun` starts them."""
     directory.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     environment = dict(os.environ)
     if processes > 1:
         environment |= {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_PORT": str(find_free_network_port())}
-    process = context.Process(target=_child, args=(directory, arguments, environment, processes))
+    code = forked(_child, directory, arguments, environment, processes)
+    return Ended(code, *((directory / f"{name}.txt").read_text() for name in ("out", "error")))
+
+
+def forked(function: Callable[..., None], *arguments: object) -> int:
+    """Call a function in a process of its own, and return its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=arguments)
     process.start()
     process.join(timeout=200)
     assert process.exitcode is not None, "still running"
-    return Ended(process.exitcode, *((directory / f"{name}.txt").read_text() for name in ("out", "error")))
+    return process.exitcode
 
 
 def start(directory: Path, *arguments: str) -> Ended:

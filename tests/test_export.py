@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.callbacks import ExportBest, Results
+from tests.programs import forked
 from tests.training.conftest import build, build_dpo, pairs, sgd, trainer  # noqa: F401 (fixtures)
 from tests.training.test_dpo import LORA
 
@@ -37,6 +39,16 @@ def checkpoint(request, trainer, tmp_path):  # noqa: F811
     return make
 
 
+@pytest.fixture
+def forked_proof(monkeypatch):
+    """The process that proves a directory is forked from one that has imported transformers, which costs seconds."""
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, forked(probe.main, *command[3:]), stderr="")
+
+    monkeypatch.setattr("rlhf_lightning.export.subprocess.run", run)
+
+
 def response_sums(policy: CausalLM, batches) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([policy(b.input_ids, b.attention_mask, b.response_mask).sums for b in batches])
@@ -49,7 +61,9 @@ def batches_of(build_dpo, trainer):  # noqa: F811
 
 
 @pytest.mark.parametrize("merge", [True, False, None], ids=["merged", "unmerged", "whole"])
-def test_exported_log_probs_are_those_of_the_trainer(build_dpo, trainer, checkpoint, tmp_path, merge):  # noqa: F811
+def test_exported_log_probs_are_those_of_the_trainer(request, build_dpo, trainer, checkpoint, tmp_path, merge):  # noqa: F811
+    if merge is not None:
+        request.getfixturevalue("forked_proof")
     model = {} if merge is None else LORA | {"optimizer": sgd(0.05)}
     path, out = checkpoint("build_dpo", model=model), tmp_path / "exported"
     difference, unit = export_checkpoint(path, out, merge=merge is not False)

@@ -1,11 +1,9 @@
-"""Pair metrics. Run as a script, this file is one rank of the two-process tests at its end."""
+"""Pair metrics."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ from rlhf_lightning.metrics import (
     PooledAUROC,
     TokensPerSecond,
 )
+from tests.programs import forked
 
 VALUES = (PairwiseAccuracy, PooledAUROC, MarginAUROC, PairwiseCalibrationError)
 GATHERED = (PooledAUROC, MarginAUROC, PairwiseCalibrationError)
@@ -493,19 +492,22 @@ def two_rank_refusals(rank):
     return messages
 
 
+def one_rank(rank, folder):
+    """Write the answers of one of two processes."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    answers = {"values": two_rank_values(rank), "refusals": two_rank_refusals(rank)}
+    Path(folder, f"{rank}.json").write_text(json.dumps(answers))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """The answers of both ranks; one start of two processes serves every test below."""
     folder = tmp_path_factory.mktemp("gloo")
-    root = Path(rlhf_lightning.metrics.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in (0, 1)]
-    ranks = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [process.wait(timeout=100) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    with ThreadPoolExecutor(2) as both:
+        assert list(both.map(lambda rank: forked(one_rank, rank, folder), (0, 1))) == [0, 0]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -538,16 +540,3 @@ def test_tokens_per_second_is_all_tokens_over_all_seconds():
     metric.update(torch.tensor(100), 0.5)
     metric.update(torch.tensor(300), 1.5)
     assert metric.compute().item() == 200
-
-
-def main(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    answers = {"values": two_rank_values(rank), "refusals": two_rank_refusals(rank)}
-    Path(folder, f"{rank}.json").write_text(json.dumps(answers))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
