@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine make tiny models many times slower
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub is a mistake
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.models import probe
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -42,6 +44,17 @@ def tiny_llama(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     return _tiny(tmp_path_factory, "bert")
+
+
+@pytest.fixture
+def forked_proof(monkeypatch):
+    """The process that proves a directory is forked from one that has imported transformers, which costs seconds."""
+    from tests.programs import forked
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, forked(probe.main, *command[3:]), stderr="")
+
+    monkeypatch.setattr("rlhf_lightning.export.subprocess.run", run)
 
 
 LONGEST = ("quickstart", "resume", "evaluate", "ppo", "pipeline", "planning", "export", "cli", "two_processes", "zero")

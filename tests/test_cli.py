@@ -300,6 +300,7 @@ def documented_scalars(name: str) -> set[str]:
     return names - {"train/peak_memory_gib", "train/loss_scale", "train/skipped_steps"}
 
 
+@pytest.mark.usefixtures("forked_proof")
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
 def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_its_numbers(capsys, tmp_path, adapters):
     lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else []

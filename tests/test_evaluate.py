@@ -447,6 +447,7 @@ def test_out_that_is_null_is_refused(here, capsys):  # noqa: F811
     assert "a report needs a directory" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_proof")
 def test_a_checkpoint_is_exported_and_judged(evaluated, tmp_path):
     run = ["--model", "RewardModel", "--model.backbone", "builtin:tiny", "--data", "PreferenceDataModule"]
     run += ["--data.train", "pairs.jsonl", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]

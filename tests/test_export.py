@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.callbacks import ExportBest, Results
-from tests.programs import forked
 from tests.training.conftest import build, build_dpo, pairs, sgd, trainer  # noqa: F401 (fixtures)
 from tests.training.test_dpo import LORA
 
@@ -37,16 +35,6 @@ def checkpoint(request, trainer, tmp_path):  # noqa: F811
         return save.best_model_path
 
     return make
-
-
-@pytest.fixture
-def forked_proof(monkeypatch):
-    """The process that proves a directory is forked from one that has imported transformers, which costs seconds."""
-
-    def run(command: list[str], **_) -> subprocess.CompletedProcess:
-        return subprocess.CompletedProcess(command, forked(probe.main, *command[3:]), stderr="")
-
-    monkeypatch.setattr("rlhf_lightning.export.subprocess.run", run)
 
 
 def response_sums(policy: CausalLM, batches) -> torch.Tensor:
@@ -145,6 +133,7 @@ def test_a_directory_that_does_not_give_the_trainers_outputs_is_called_so(checkp
     assert not (tmp_path / "exported").exists()
 
 
+@pytest.mark.usefixtures("forked_proof")
 def test_what_was_exported_before_stays_until_the_new_one_is_proved(checkpoint, tmp_path, monkeypatch):
     path, out = checkpoint("build_dpo"), tmp_path / "exported"
     export_checkpoint(path, out)

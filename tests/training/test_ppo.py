@@ -389,6 +389,7 @@ def test_conversations_too_long_for_the_reward_model_are_said_once(tiny_qwen2, t
     assert said[0].startswith(f"reward: 1 of 2 conversations are longer than what {saved} reads")
 
 
+@pytest.mark.usefixtures("forked_proof")
 def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reward = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml"), "--trainer.max_epochs", "1"]
