@@ -142,6 +142,13 @@ class ChatFormat:
             return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @functools.cached_property
+    def unseen(self) -> list[str]:
+        """Differences between texts that vanish in the token ids: of `line breaks` and blanks, of `capitals`."""
+        probes = {"line breaks": ("a\nb", "a b"), "capitals": ("A", "a")}
+        encoded = {name: self.encode(both) for name, both in probes.items()}
+        return [name for name, (first, second) in encoded.items() if first == second]
+
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
         return [self._started(ids) for ids in self.encode(texts)]

@@ -120,6 +120,8 @@ class Diagnosis:
     truncation: str
     batch_size: int
     accumulate: int
+    unseen: list[str] | None
+    """Differences between texts that the tokenizer does not see (`ChatFormat.unseen`); None without a tokenizer."""
     roles: list[RoleDiagnosis]
 
     @property
@@ -180,6 +182,7 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
         truncation=truncation,
         batch_size=data.batch_size,
         accumulate=accumulate,
+        unseen=data.chat_format.unseen if tokens else None,
         roles=found,
     )
 

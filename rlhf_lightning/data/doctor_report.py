@@ -20,6 +20,14 @@ _SHOWN_AT_THE_START, _SHOWN_AT_THE_END = 300, 700
 """Characters of a long stretch of a sample that are shown."""
 
 
+_UNSEEN = {
+    "line breaks": "lists and paragraphs look like running text; a copy of the tokenizer can be given a token for them "
+    "(README, The data doctor)",
+    "capitals": "nothing; another model would be needed",
+}
+"""What can be done about what a tokenizer does not see."""
+
+
 class Finding(NamedTuple):
     """A titled table with a sentence or two below it."""
 
@@ -82,6 +90,13 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
         ]
         if odd
         else ["None: no copies, contradictions, prompts on both sides, cut prompts or control tokens of other models."],
+    )
+    unseen = "None of line breaks and capitals." if diagnosis.unseen == [] else "Not measured: it needs a tokenizer."
+    yield Finding(
+        "What the tokenizer does not see",
+        ("difference", "what to do"),
+        [(name, _UNSEEN[name]) for name in diagnosis.unseen or ()],
+        [] if diagnosis.unseen else [unseen],
     )
     yield Finding(
         f"Lengths in {diagnosis.unit}, before any cut",

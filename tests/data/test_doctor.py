@@ -10,11 +10,15 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data import DataError
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.doctor import LIMITS, diagnose
 from rlhf_lightning.data.doctor_report import html_page, print_diagnosis, row_numbers, verdict, visible
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from tests.test_configs import ROOT
 
 ROWS = [
     {"prompt": "one", "chosen": "yes sir", "rejected": "no"},
@@ -149,7 +153,40 @@ def test_without_a_tokenizer_what_needs_one_is_not_measured(examine):
     assert (diagnosis.unit, role.limits, role.layouts) == ("words", None, None)
     assert rows_of(role.bad_rows["empty_response"]) == [1]
     assert role.dropped == 1
-    assert printed(diagnosis).count("Not measured: it needs a tokenizer.") == 2
+    assert printed(diagnosis).count("Not measured: it needs a tokenizer.") == 3
+
+
+@pytest.fixture
+def uncased(tmp_path) -> str:
+    """A tokenizer like BERT's: pieces of small words, without blanks."""
+    words = sorted({word for row in ROWS for text in row.values() for word in text.split()} | {"a", "b"})
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(tmp_path / "uncased")
+    return str(tmp_path / "uncased")
+
+
+def test_what_the_tokenizer_does_not_see_is_said_and_the_readme_gives_it_line_breaks(
+    examine, uncased, tmp_path, monkeypatch
+):
+    assert examine(ROWS).unseen == []
+    assert "None of line breaks and capitals." in printed(examine(ROWS))
+    diagnosis = examine(ROWS, tokenizer=uncased)
+    assert diagnosis.unseen == ["line breaks", "capitals"]
+    assert "lists and paragraphs look like running text" in printed(diagnosis)
+    assert "lists and paragraphs look like running text" in html_page(diagnosis)
+    section = (ROOT / "README.md").read_text().split("### The data doctor\n")[1].split("\n### ")[0]
+    (recipe,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(recipe.replace("sentence-transformers/all-MiniLM-L6-v2", uncased))
+    assert examine(ROWS, tokenizer="minilm_with_lines").unseen == ["capitals"]
+    ChatFormat(load_tokenizer("minilm_with_lines")).save_pretrained("exported")
+    kept = load_tokenizer("exported")
+    assert kept.convert_ids_to_tokens(ChatFormat(kept).encode(["yes\n\nno"])[0]) == [
+        *("yes", "[unused1]", "[unused1]", "no"),
+    ]
 
 
 def test_pairs_divided_by_prompt_are_counted_once(examine, source, tiny_qwen2, tmp_path):
