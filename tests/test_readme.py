@@ -19,6 +19,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def example(word: str) -> str:
+    """The Python block with a word in it."""
+    (block,) = [block for block in blocks("python") if word in block]
+    return block
+
+
 def commands() -> list[list[str]]:
     """Every `rlhf-lightning COMMAND ...` of the shell blocks, without comments and continuation marks."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
@@ -55,10 +61,9 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     quickstart = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
     assert main(["fit", *quickstart, "--trainer.limit_train_batches", "3", "--trainer.max_epochs", "1"]) == 0
-    _, block = blocks("python")
     capsys.readouterr()
     namespace: dict = {}
-    exec(block, namespace)
+    exec(example("RewardNetwork"), namespace)
     printed = float(re.search(r"tensor\(\[(-?[\d.]+)", capsys.readouterr().out)[1])
     user, assistant = namespace["chat"]
     row = {"prompt": user["content"], "chosen": assistant["content"], "rejected": "No."}
@@ -73,7 +78,7 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
 
 
 def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
-    exec(blocks("python")[0], {})
+    exec(example("PromptDataModule"), {})
     assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+[.?]'\}\]\n", capsys.readouterr().out)
 
 

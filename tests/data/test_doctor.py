@@ -18,7 +18,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.doctor import LIMITS, diagnose
 from rlhf_lightning.data.doctor_report import html_page, print_diagnosis, row_numbers, verdict, visible
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
-from tests.test_configs import ROOT
+from tests.test_readme import example
 
 ROWS = [
     {"prompt": "one", "chosen": "yes sir", "rejected": "no"},
@@ -177,10 +177,8 @@ def test_what_the_tokenizer_does_not_see_is_said_and_the_readme_gives_it_line_br
     assert diagnosis.unseen == ["line breaks", "capitals"]
     assert "lists and paragraphs look like running text" in printed(diagnosis)
     assert "lists and paragraphs look like running text" in html_page(diagnosis)
-    section = (ROOT / "README.md").read_text().split("### The data doctor\n")[1].split("\n### ")[0]
-    (recipe,) = re.findall("```python\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(recipe.replace("sentence-transformers/all-MiniLM-L6-v2", uncased))
+    exec(example("minilm_with_lines").replace("sentence-transformers/all-MiniLM-L6-v2", uncased))
     assert examine(ROWS, tokenizer="minilm_with_lines").unseen == ["capitals"]
     ChatFormat(load_tokenizer("minilm_with_lines")).save_pretrained("exported")
     kept = load_tokenizer("exported")
