@@ -18,7 +18,8 @@ from tests.test_configs import ROOT
 
 PRELOADED = [
     *pipeline_processes.PRELOADED,
-    *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "tests.training.killer", "tests.test_pipeline"),
+    *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("attrs", "tensorboard.plugins.hparams", "tests.training.killer", "tests.test_pipeline"),
     "tests.frozen",
 ]
 """One process forks those of all tests; modules that are not installed are passed over."""

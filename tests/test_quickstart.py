@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from lightning.pytorch import seed_everything
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.data.courtesy.rule import true_utility
 from rlhf_lightning.training.rewards import RewardSource
+from tests.programs import run
 from tests.test_configs import ROOT
 from tests.training.conftest import trainer  # noqa: F401 (a fixture)
 
@@ -34,12 +32,10 @@ SEEDS = range(5)
 def quickstart(tmp_path_factory) -> tuple[Path, str]:
     """A directory where the quickstart has run, and what it printed."""
     directory = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "rlhf_lightning.cli", "pipeline", "--config", str(CONFIGS / "quickstart.yaml")]
-    command += ["--ppo.trainer.max_epochs", "2"]  # of 6: a third of its time
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory, done.stdout
+    settings = ["--ppo.trainer.max_epochs", "2"]  # of 6: a third of its time
+    code, out, error = run(directory, "pipeline", "--config", str(CONFIGS / "quickstart.yaml"), *settings)
+    assert code == 0, error[-3000:]
+    return directory, out
 
 
 def test_the_quickstart_learns_and_leaves_its_models_and_a_report(quickstart):
