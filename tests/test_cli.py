@@ -277,6 +277,25 @@ def test_fit_ends_with_its_numbers_and_test_repeats_them(capsys, tmp_path):
     assert table_values(capsys.readouterr().out) == fitted
 
 
+def test_a_run_s_configuration_is_left_alone_by_what_is_refused_and_by_tests(capsys, tmp_path):
+    few = ["--trainer.limit_train_batches", "5", "--trainer.val_check_interval", "1.0"]
+    layers = ["--model.pooling", "layers"]
+    assert main(["fit", "--config", QUICKSTART, *few, *layers, "--trainer.max_epochs", "1"]) == 0
+    run = tmp_path / "runs" / "quickstart_reward_model" / "version_0"
+    before = (run / "config.yaml").read_text()
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    assert "its run had model.pooling layers" in refusal(capsys, "fit", "--config", QUICKSTART, *few, *more)
+    assert (run / "config.yaml").read_text() == before
+    assert main(["fit", "--config", str(run / "config.yaml"), *more]) == 0
+    written = (run / "config.yaml").read_text()
+    assert yaml.safe_load(written)["trainer"]["max_epochs"] == 2
+    assert "reward: the checkpoint's head, pooling layers" in capsys.readouterr().err
+    (checkpoint, *_) = run.rglob("*.ckpt")
+    files = sorted(run.rglob("*"))
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]) == 0
+    assert (sorted(run.rglob("*")), (run / "config.yaml").read_text()) == (files, written)
+
+
 def test_tensorboard_holds_the_documented_scalars(capsys, tmp_path):
     few = ["--trainer.limit_train_batches", "10", "--trainer.max_epochs", "1", "--trainer.log_every_n_steps", "5"]
     assert main(["fit", "--config", QUICKSTART, *few]) == 0

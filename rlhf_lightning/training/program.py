@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -58,6 +58,18 @@ class Parser(LightningArgumentParser):
         raise ConfigurationError(_essence(message)) from ex
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` once the run has begun: a refused one leaves that of the run that it would go on with."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, trainer.state.fn)
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _save
+
+
 class Program(LightningCLI):
     """`LightningCLI` with the package's own callbacks, and the tokenizer taken from the model where none is named."""
 
@@ -77,9 +89,13 @@ class Program(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer.plugins") or []
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             plugins=[*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()], **kwargs
         )
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveConfig):
+                callback.config = self._to_save
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -91,14 +107,15 @@ class Program(LightningCLI):
         if config.get("ckpt_path") == LAST:
             resolve_last(config)
             self._replace = True
-        ckpt_path = config.get("ckpt_path")
-        if ckpt_path not in (None, "best", "hpc"):
-            read_checkpoint(ckpt_path, weights=False)
-            if self.subcommand == "fit":
-                go_on_beside(config, Path(ckpt_path))
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
             data["tokenizer"] = model.get("backbone")
+        self._to_save = config.clone()
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path not in (None, "best", "hpc"):
+            read_checkpoint(ckpt_path, weights=False)
+            if self.subcommand == "fit":  # not in what is saved: `test` with it must not write into the run's directory
+                go_on_beside(config, Path(ckpt_path))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's settings replace the given ones without a word; ours stay."""
@@ -183,6 +200,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch(), TrialStep()],

@@ -88,6 +88,8 @@ class RewardModel(LightningModule):
         self.optimizer_factory = optimizer
         self.backbone_config = load_config(backbone, trust_remote_code=trust_remote_code)
         self.hparams.pooling = pooling_of(self.backbone_config) or pooling
+        if pooling not in ("last", self.hparams.pooling):
+            log.warning("model.pooling: %s keeps its own, %s, not %s", backbone, self.hparams.pooling, pooling)
         self.network: RewardNetwork | None = None
         self.train_metrics = nn.ModuleDict(
             {
@@ -135,6 +137,7 @@ class RewardModel(LightningModule):
     def on_fit_start(self) -> None:
         log_parameters(self.network, self.backbone_config, self.hparams.backbone)
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
+        head = head if self.trainer.ckpt_path is None else "the checkpoint's"
         log.info("reward: %s head, pooling %s", head, self.hparams.pooling)
 
     def configure_optimizers(self):

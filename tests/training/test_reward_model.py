@@ -306,6 +306,7 @@ def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_
         trainer().test(other, datamodule, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     going_on, datamodule = build(model={"backbone": str(tmp_path / "model"), "pooling": "mean"})
     assert going_on.hparams.pooling == "layers"
+    assert "keeps its own, layers, not mean" in caplog.text
     with caplog.at_level("INFO", logger="rlhf_lightning"):
         trainer(max_epochs=1).fit(going_on, datamodule)
     assert "reward: its own head, pooling layers" in caplog.messages
