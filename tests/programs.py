@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,11 +64,17 @@ def start(directory: Path, *arguments: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+def share_server() -> None:
+    """Let what a forked process forks come from the server that it came from itself."""
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
+
+
 def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, str], processes: int) -> None:
     """The program, or the first of several, its output in files."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the pipeline's server has it, that tests share
+    share_server()
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)

@@ -37,7 +37,7 @@ from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_
 from rlhf_lightning.pipeline.processes import server
 from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
 from rlhf_lightning.pipeline.state import locked
-from tests.programs import PRELOADED
+from tests.programs import PRELOADED, share_server
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -414,9 +414,7 @@ def inner_process(directory: Path, patience: float) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    pipeline_processes.forkserver._forkserver.ensure_running = pipeline_processes.forkserver.ensure_running = lambda: (
-        None
-    )
+    share_server()
     pipeline_stage._PATIENCE = patience
     sys.exit(main(COMMAND))
 

@@ -242,7 +242,7 @@ def test_an_overlay_for_llama_fits_with_the_numbers_of_its_header(path, llama, m
     assert made.run.accumulate * made.run.processes * made.run.shape.rows // 2 == 64, "pairs of an optimizer step"
 
 
-@pytest.mark.parametrize("gpu", ["A100-80GB", "H200", "4xA10"])
+@pytest.mark.parametrize("gpu", ["H200", "4xA10"])  # what one H200 does not hold, a smaller one does not
 def test_all_weights_of_llama_in_16_mixed_do_not_fit(gpu, llama):
     machine = machine_of(trainer_settings(), gpu=gpu)
     config = LlamaConfig.from_pretrained(llama)
