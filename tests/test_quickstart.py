@@ -1,4 +1,4 @@
-"""The quickstart from end to end, as a user runs it; and that PPO learns, over several seeds, from what it leaves.
+"""The quickstart from end to end, with a third of its PPO; and that PPO learns from what it leaves, over seeds.
 
 The tiny model, taught to speak by SFT, is rewarded by a rule and by a reward model of ours.
 """

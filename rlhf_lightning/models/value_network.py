@@ -66,7 +66,7 @@ class ValueNetwork(nn.Module):
 
 
 def has_head_for_tokens(config: PretrainedConfig) -> bool:
-    """Whether a model's configuration is that of a reward network whose head reads the state of one token."""
+    """Whether a configuration is that of a reward network whose head is as wide as a token's state, so can read one."""
     return pooling_of(config) in ("last", "mean")
 
 

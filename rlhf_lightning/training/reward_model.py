@@ -196,7 +196,7 @@ class RewardModel(LightningModule):
         if pooling != self.hparams.pooling:
             raise ConfigurationError(
                 f"ckpt_path: its run had model.pooling {pooling}, this one has {self.hparams.pooling}, so its head "
-                f"would read other states; give model.pooling {pooling}"
+                "would read other states; give the model.backbone and the model.pooling of its run"
             )
         before, now = checkpoint["hyper_parameters"].get("freeze_backbone", False), self.hparams.freeze_backbone
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
