@@ -11,10 +11,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the hub is a mistake
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from rlhf_lightning.models import probe
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
+
+# No test fails by the clock, on however slow a machine.
+hypothesis.settings.register_profile(
+    "slow machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("slow machine")
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

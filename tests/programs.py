@@ -15,6 +15,7 @@ from typing import NamedTuple
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from rlhf_lightning.pipeline import processes as pipeline_processes
+from tests.patience import PATIENCE
 from tests.test_configs import ROOT
 
 PRELOADED = [
@@ -50,7 +51,7 @@ def forked(function: Callable[..., None], *arguments: object) -> int:
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=function, args=arguments)
     process.start()
-    process.join(timeout=200)
+    process.join(timeout=PATIENCE)
     assert process.exitcode is not None, "still running"
     return process.exitcode
 
@@ -60,7 +61,7 @@ def start(directory: Path, *arguments: str) -> Ended:
     directory.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "rlhf_lightning.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

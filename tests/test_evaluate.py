@@ -29,6 +29,7 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
 from tests.evaluation.test_toxicity import make_classifier  # noqa: F401 (a fixture)
+from tests.patience import PATIENCE
 from tests.programs import run
 from tests.test_configs import ROOT
 
@@ -489,7 +490,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     """`evaluate` as a user runs it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "rlhf_lightning.cli", "evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
 
 
 def check_same(one: Path, many: Path, device: str) -> None:

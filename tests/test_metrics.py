@@ -27,6 +27,7 @@ from rlhf_lightning.metrics import (
     PooledAUROC,
     TokensPerSecond,
 )
+from tests.patience import PATIENCE
 from tests.programs import forked
 
 VALUES = (PairwiseAccuracy, PooledAUROC, MarginAUROC, PairwiseCalibrationError)
@@ -167,7 +168,7 @@ def test_an_offset_for_each_prompt_lowers_only_the_pooled_auroc():
 grid_rewards = st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pairs=grid_rewards,
     transform=st.sampled_from([torch.exp, torch.atan, lambda x: x**3, lambda x: 1e3 + x / 7, torch.sinh]),
@@ -181,7 +182,7 @@ def test_a_strictly_increasing_transform_of_all_rewards_leaves_pooled_auroc_and_
         assert measure(metric_class(), table[chosen.long() + 50], table[rejected.long() + 50]) == before
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs=grid_rewards)
 def test_swapping_chosen_and_rejected_mirrors_the_accuracy_and_both_aurocs(pairs):
     chosen, rejected = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
@@ -495,7 +496,7 @@ def two_rank_refusals(rank):
 def one_rank(rank, folder):
     """Write the answers of one of two processes."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
     )
     answers = {"values": two_rank_values(rank), "refusals": two_rank_refusals(rank)}
     Path(folder, f"{rank}.json").write_text(json.dumps(answers))

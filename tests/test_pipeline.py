@@ -37,6 +37,7 @@ from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_
 from rlhf_lightning.pipeline.processes import server
 from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
 from rlhf_lightning.pipeline.state import locked
+from tests.patience import PATIENCE
 from tests.programs import PRELOADED, share_server
 from tests.test_configs import ROOT
 
@@ -393,8 +394,8 @@ def processes_of(directory: Path) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -434,7 +435,7 @@ def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, 
     os.kill(process.pid, getattr(signal, name))
     if name == "SIGTERM" and patience == 60:
         Path("go").touch()  # Lightning stops at the end of the batch
-    process.join(30)
+    process.join(PATIENCE)
     assert process.exitcode == code
     if name != "SIGKILL":
         assert states(Path("out.txt").read_text()) == {"first": "done", "second": "interrupted"}
@@ -463,7 +464,7 @@ def test_ctrl_c_while_the_server_imports_ends_the_program_as_a_user_has_it():
         wait_until(lambda: len(processes_of(Path.cwd())) > 3)  # this one, the program, its server and its tracker
         time.sleep(1)  # of the several that the imports take
         os.killpg(run.pid, signal.SIGINT)
-        out, error = run.communicate(timeout=60)
+        out, error = run.communicate(timeout=PATIENCE)
     assert (run.returncode, out) == (130, "")
     assert error == "rlhf-lightning: interrupted; the same command goes on from here\n"
     wait_until(lambda: processes_of(Path.cwd()) == [os.getpid()])

@@ -95,7 +95,6 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return found.mean().item(), found.std().item() / math.sqrt(len(values))
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("reward", ["rule", "reward model"])
 def test_the_mean_reward_of_unseen_tasks_rises_over_five_seeds(ppo, quickstart, reward):
     """By more than two standard errors; and with a learned reward the true one rises too, which it never saw."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PATIENCE
 from tests.test_configs import ROOT
 
 QUICKSTART = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
@@ -21,7 +22,7 @@ def run(directory: Path, *arguments: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=200,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -320,7 +320,7 @@ def test_the_fingerprint_changes_with_nothing_else(tmp_path):
     assert ordered[0].fingerprint() == ordered[1].fingerprint()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_control_token_is_found_wherever_it_stands_and_nowhere_else(text):
     chat_format = QWEN

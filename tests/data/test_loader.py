@@ -25,7 +25,7 @@ lengths = st.lists(st.integers(1, 50), min_size=1, max_size=90).map(np.array)
 batch_sizes = st.integers(1, 5)
 accumulations = st.sampled_from([1, 3, 8])
 world_sizes = st.sampled_from([1, 2, 3])
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=150)
 
 
 def epochs_of(plan_class, lengths, *, world_size, epoch=0, **options):

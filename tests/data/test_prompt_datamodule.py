@@ -135,7 +135,7 @@ def test_the_built_in_pairs_serve_as_prompts(make):
     assert data.messages("val", 0)[-1]["role"] == "user"
 
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick

@@ -78,7 +78,7 @@ def test_the_terminator_of_every_response_is_in_both_masks_also_where_it_is_the_
 segment = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(segment, segment, segment), min_size=1, max_size=4), st.data())
 def test_padding_ids_inside_a_text_change_no_mask(rows, data):
     def masks(change):
@@ -285,7 +285,7 @@ texts = st.text(string.ascii_lowercase + " ", min_size=1, max_size=30).filter(st
 
 
 @pytest.mark.parametrize("truncation", ["keep_response", "drop"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(texts, texts, texts).filter(lambda t: t[1].strip() != t[2].strip()), min_size=1, max_size=5),
     st.integers(5, 140),

@@ -51,7 +51,7 @@ word = st.sampled_from("abc")
 triples = st.lists(st.tuples(word, word, word).filter(lambda t: t[1] != t[2]), min_size=1, max_size=12)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(triples)
 def test_copies_and_contradictions_equal_a_count_by_hand(pairs_of, rows):
     pairs = pairs_of(rows)

@@ -24,6 +24,7 @@ from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.token_cache import cached_directory, content_key, writable_cache
 from rlhf_lightning.data.tokenization import PAIR_SCHEMA, PairStore, TokenizedPairs, tokenize_source, write_pairs
 from tests.data.chat_formats import FORMATS
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 DAY = 24 * 3600
@@ -117,7 +118,7 @@ while not (cache / there).exists():
 print((cached_directory("key", make, cache_dir=cache) / "file").read_text())
 """
     processes = [run(code, tmp_path, *names) for names in (("a", "b"), ("b", "a"))]
-    outputs = sorted(process.communicate(timeout=60)[0] for process in processes)
+    outputs = sorted(process.communicate(timeout=PATIENCE)[0] for process in processes)
     assert outputs == ["made whole\n", "whole\n"]
 
 
@@ -370,7 +371,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
 example_texts = st.tuples(text, text, text).filter(lambda texts: texts[1] != texts[2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(example_texts, min_size=1, max_size=7), st.integers(1, 4), st.data())
 def test_segments_are_the_encoded_texts_of_their_row(subwords, tmp_path_factory, rows, chunk_rows, data):
     directory = tmp_path_factory.mktemp("store")

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from tests.patience import PATIENCE
+
 NAMES = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 
 _CHILD = (
@@ -31,7 +33,7 @@ def find_chromium() -> str | None:
 class Browser:
     """One page. `events` holds what the browser said unasked: requests, messages of the console."""
 
-    def __init__(self, executable: str, profile: Path, *, timeout: float = 30.0) -> None:
+    def __init__(self, executable: str, profile: Path, *, timeout: float = PATIENCE) -> None:
         self.events: list[dict[str, Any]] = []
         self._timeout, self._sent, self._received, self._session = timeout, 0, b"", None
         (child_in, own_out), (own_in, child_out) = os.pipe(), os.pipe()

@@ -101,7 +101,6 @@ def test_tick_labels_say_no_more_than_they_must(ticks, spec, labels):
     assert charts.tick_labels(ticks, spec) == labels
 
 
-@settings(deadline=None)
 @example([[2.0, 1.9]])  # 95 * 0.02 > 1.9
 @given(st.lists(st.lists(numbers, max_size=60), min_size=1, max_size=4))
 def test_bins_are_equal_and_hold_every_value_once(distributions):
@@ -283,7 +282,7 @@ def test_what_was_not_measured_is_not_drawn(value):
         st.lists(st.tuples(st.floats(), st.none() | st.floats(), st.text(max_size=9)), max_size=12), max_size=4
     )
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_numbers_make_a_drawing_within_its_box(width, data):
     series = [Series(str(i), [Point(*point) for point in points]) for i, points in enumerate(data)]
     values = [[y for _, y, _ in points if y is not None] for points in data]

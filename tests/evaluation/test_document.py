@@ -284,7 +284,7 @@ def test_markup_reads_as_itself_in_markdown(text):
 hostile = st.text(st.characters() | st.sampled_from("\\`*_{}[]()<>#+-.!|~$&:;=\"'/\n\t 0123aAhtpw&"), max_size=40)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(hostile)
 def test_any_text_reads_the_same_in_markdown(text):
     tokens = parse(to_markdown(Document("title", [Section("section", [Table(["name"], [[text]], "")], text)])))
@@ -297,7 +297,7 @@ def test_any_text_reads_the_same_in_markdown(text):
     assert re.sub(r"\s+", "", "".join(paragraphs[2:])) == re.sub(r"\s+", "", wording.visible(text))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(hostile)
 def test_any_text_reads_the_same_on_the_page(text):
     reader = Reader(
@@ -308,7 +308,7 @@ def test_any_text_reads_the_same_on_the_page(text):
     assert set(reader.elements) <= ELEMENTS
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.text(st.sampled_from("`a\n~"), max_size=30))
 def test_no_run_of_backticks_ends_its_fence(text):
     tokens = parse(to_markdown(with_block(Samples(["c"], [Sample("t", text, [None])], "caption"))))

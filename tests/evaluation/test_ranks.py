@@ -19,6 +19,7 @@ from rlhf_lightning.evaluation.ledger import Ledger
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices, launch
 from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow, score_rows
 from rlhf_lightning.evaluation.scoring import Scored
+from tests.patience import PATIENCE
 
 
 class Counting:
@@ -65,7 +66,7 @@ def together(tmp_path):
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
         assert [process.exitcode for process in processes] == [0] * size
         return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
 
@@ -144,7 +145,7 @@ def test_a_process_that_was_killed_is_told_of_in_one_line(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
     assert processes[1].exitcode == -signal.SIGKILL
     first, third = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
     assert first == [
