@@ -23,17 +23,33 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(mask, at_least_float32(x), 0).sum(dim) / count
 
 
+def centered(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` less its mean over the mask; 0 outside of it, and exactly 0 inside where all values are equal. float32.
+
+    ValueError: as `masked_mean`.
+    """
+    check_same_shape(x=x, mask=mask)
+    mask = as_mask(mask)
+    differences = _from_first(at_least_float32(x), mask)
+    return torch.where(mask, differences - masked_mean(differences, mask), 0)
+
+
+def _from_first(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` less its first value inside the mask: the mean of equal differences has no rounding, that of values may."""
+    first = x.flatten()[mask.flatten().int().argmax()]
+    return torch.where(mask, x - first, 0)
+
+
 def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """`x` with variance 1 over the mask, and mean 0 unless `shift_mean` is off; 0 outside the mask.
 
-    (x - mean) * rsqrt(variance + 1e-8) with the population variance, float32, same shape as `x`.
+    (x - mean) * rsqrt(variance + 1e-8) with the population variance, float32, same shape as `x`. Equal values become
+    exactly 0 (their mean, where it is kept).
     ValueError: as `masked_mean`. Ziegler et al. 2019 (github.com/openai/lm-human-preferences, `whiten`).
     """
-    mean = masked_mean(x, mask)
-    mask = as_mask(mask)
-    centered = torch.where(mask, at_least_float32(x) - mean, 0)
-    whitened = centered * torch.rsqrt(masked_mean(centered.square(), mask) + 1e-8)
-    return whitened if shift_mean else torch.where(mask, whitened + mean, 0)
+    differences = centered(x, mask)
+    whitened = differences * torch.rsqrt(masked_mean(differences.square(), mask) + 1e-8)
+    return whitened if shift_mean else torch.where(as_mask(mask), whitened + masked_mean(x, mask), 0)
 
 
 def last_token_index(mask: Tensor) -> Tensor:

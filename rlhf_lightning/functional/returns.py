@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.reductions import last_token_index, masked_mean
+from rlhf_lightning.functional.reductions import centered, last_token_index, masked_mean
 from rlhf_lightning.functional.shapes import as_mask, at_least_float32, check_fraction, check_layout, check_not_negative
 
 AdvantageName = Literal["gae", "grpo", "rloo", "reinforce++"]
@@ -21,6 +21,8 @@ WITH_VALUES = frozenset({"gae"})
 WITH_GROUPS = frozenset({"grpo", "rloo"})
 WHITENED = frozenset({"gae", "reinforce++"})
 """Those that are whitened over the whole rollout afterwards."""
+WITH_KL_IN_LOSS = frozenset({"grpo"})
+"""Those whose KL is a term of the loss; for all others it is part of the reward, and so of the advantage."""
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -66,7 +68,8 @@ def generalized_advantages(
 def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Discounted sum of each token's reward and those after it in its row, [B, T], float32.
 
-    The advantages of REINFORCE++ before they are whitened over the whole rollout (Hu 2025, arXiv 2501.03262).
+    The advantages of REINFORCE++ before they are whitened over the whole rollout. Its KL is a penalty in the reward of
+    each token, as in PPO (Hu 2025, arXiv 2501.03262): `rewards` are those of `shaped_rewards`.
     ValueError: as `generalized_advantages`.
     """
     return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, gae_lambda=1.0)[0]
@@ -75,9 +78,10 @@ def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tenso
 def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, group_size: int) -> Tensor:
     """RLOO: a response's summed reward minus the mean of the others to its prompt, on each of its tokens, [B, T].
 
-    Rows i * group_size up to (i + 1) * group_size - 1 answer prompt i. float32.
+    Rows i * group_size up to (i + 1) * group_size - 1 answer prompt i; a group of equal rewards gets exactly 0.
+    Its KL is part of the reward, summed over the response: `rewards` are those of `shaped_rewards`. float32.
     ValueError: shapes, float mask, group_size below 2 or no divisor of B.
-    Ahmadian et al. 2024 (arXiv 2402.14740), section 2.3; Kool et al. 2019.
+    Ahmadian et al. 2024 (arXiv 2402.14740), sections 2 (the reward) and 3.3; Kool et al. 2019.
     """
     totals = _group_totals(rewards, mask, group_size)
     others = (totals.sum(dim=1, keepdim=True) - totals) / (group_size - 1)
@@ -87,24 +91,31 @@ def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, group_size: int) 
 def group_normalized_advantages(rewards: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
     """GRPO: a response's summed reward, in standard deviations of its prompt's group, on each of its tokens, [B, T].
 
-    (R - mean) / (std + epsilon) with the sample standard deviation; a group of equal rewards gets 0. Rows as in
+    (R - mean) / (std + epsilon) with the sample standard deviation; a group of equal rewards gets exactly 0. Rows as in
     `leave_one_out_advantages`. float32. ValueError: the same.
-    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision).
+    The rewards are those of the responses alone (`shaped_rewards` with `kl_coef=0`): GRPO's KL, estimated by k3, is a
+    term of the loss with a weight of its own, and not divided by the standard deviation.
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision); eq. 3 and 4 for the KL.
     """
     totals = _group_totals(rewards, mask, group_size)
-    centered = totals - totals.mean(dim=1, keepdim=True)
-    normalized = centered / (totals.std(dim=1, keepdim=True) + epsilon)
+    differences = totals - totals.mean(dim=1, keepdim=True)
+    normalized = differences / (totals.std(dim=1, keepdim=True) + epsilon)
     return torch.where(as_mask(mask), normalized.view(-1, 1), 0)
 
 
 def _group_totals(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """Summed rewards of the responses, [prompts, group_size]."""
+    """Summed rewards of the responses less that of the first of their group, [prompts, group_size].
+
+    Only differences count. Without the shift, rounding of the mean leaves some between equal rewards: three times
+    1000.1 in float32 have one of 6e-5 to their mean, and so a standard deviation of 7e-5 to be divided by.
+    """
     check_layout(rewards=(rewards, "B T"), mask=(mask, "B T"))
     if group_size < 2 or rewards.shape[0] % group_size:
         raise ValueError(
             f"group_size is {group_size} for {rewards.shape[0]} responses; it must be 2 or more and divide their number"
         )
-    return torch.where(as_mask(mask), at_least_float32(rewards), 0).sum(dim=1).view(-1, group_size)
+    totals = torch.where(as_mask(mask), at_least_float32(rewards), 0).sum(dim=1).view(-1, group_size)
+    return totals - totals[:, :1]
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -113,5 +124,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     NaN where the returns do not vary. ValueError: shapes, float mask, an empty mask.
     """
     values, returns = at_least_float32(values), at_least_float32(returns)
-    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
-    return 1 - masked_mean((returns - values).square(), mask) / variance
+    variance = masked_mean(centered(returns, mask).square(), mask)
+    explained = 1 - masked_mean((returns - values).square(), mask) / variance
+    return torch.where(variance > 0, explained, torch.nan)

@@ -35,6 +35,7 @@ from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.functional.returns import (
     WHITENED,
     WITH_GROUPS,
+    WITH_KL_IN_LOSS,
     WITH_VALUES,
     AdvantageName,
     explained_variance,
@@ -74,6 +75,7 @@ from rlhf_lightning.training.rollouts import (
     Experience,
     Moments,
     Replies,
+    centered_over_all,
     laid_out,
     padded_rows,
     parts,
@@ -123,7 +125,9 @@ class PPO(LightningModule):
         gamma: Discount per token.
         gae_lambda: Of the generalized advantages.
         whiten_advantages: Give them mean 0 and variance 1 over the rollout of all processes; for `gae`.
-        kl_coef: Weight of the KL from the reference in the reward, per nat.
+        kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
+            that of the reply (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss beside
+            advantages that are in standard deviations of a group's scores.
         kl_target: Nats per reply that the coefficient is steered to; it stays as it is when not given.
         kl_horizon: Replies over which the steering works.
         kl_stop: Approximate KL from the policy that drew the rollout, in nats per token, at 1.5 times of which its
@@ -406,7 +410,7 @@ class PPO(LightningModule):
 
     @property
     def kl_coef(self) -> float:
-        """The weight of the KL in the reward, as it is now."""
+        """The weight of the KL, as it is now."""
         return self.kl_control.value if self.hparams.kl_coef > 0 else 0.0
 
     @torch.no_grad()
@@ -524,16 +528,19 @@ class PPO(LightningModule):
         scores = self.score(replies, "train")
         mask, logprobs, reference, values = self.token_numbers(replies)
         kl = torch.where(mask, kl_estimate(logprobs, reference, estimator="k1"), 0)
+        kl_k3 = torch.where(mask, kl_estimate(logprobs, reference, estimator="k3"), 0)
         shaped = self.shaped_scores(scores, replies.ended.to(self.device))
-        rewards = shaped_rewards(shaped, kl, mask, kl_coef=self.kl_coef)
+        # In float64: a large score must not round the KL beside it away.
+        in_reward = 0.0 if settings.advantage in WITH_KL_IN_LOSS else self.kl_coef
+        rewards = shaped_rewards(shaped.double(), kl, mask, kl_coef=in_reward)
         advantages, returns = self._advantages(rewards, values, mask)
-        experience = Experience(replies, mask, logprobs, values, advantages, returns)
+        experience = Experience(replies, mask, logprobs, reference, values, advantages, returns)
         numbers = {
             "reward": scores,
             "kl": kl.sum(dim=1),
             "sqrt_kl": None,
-            "kl_k3": torch.where(mask, kl_estimate(logprobs, reference, estimator="k3"), 0).sum(dim=1),
-            "reward_with_kl": rewards.sum(dim=1),
+            "kl_k3": kl_k3.sum(dim=1),
+            "reward_with_kl": shaped - self.kl_coef * self._penalized_kl(kl, kl_k3, mask),
             "response_length": replies.lengths.float().to(self.device),
             "missing_eos": (~replies.ended).float().to(self.device),
             "entropy": torch.where(mask, -logprobs, 0).sum(dim=1) / mask.sum(dim=1),
@@ -562,6 +569,13 @@ class PPO(LightningModule):
             scores = (scores - self.moments.mean) / self.moments.std
         return scores if settings.score_clip is None else scores.clamp(-settings.score_clip, settings.score_clip)
 
+    def _penalized_kl(self, kl: Tensor, kl_k3: Tensor, mask: Tensor) -> Tensor:
+        """The KL of each reply that `kl_coef` weighs, [B]: of k1 [B, S] the sum, or where it is in the loss, of k3 the
+        mean over the tokens."""
+        if self.hparams.advantage in WITH_KL_IN_LOSS:
+            return kl_k3.sum(dim=1) / mask.sum(dim=1)
+        return kl.sum(dim=1)
+
     def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.hparams
         if settings.advantage == "gae":
@@ -576,6 +590,7 @@ class PPO(LightningModule):
                 "reinforce++": lambda: returns_to_go(rewards, mask, gamma=settings.gamma),
             }[settings.advantage]()
             returns = torch.zeros_like(advantages)
+        advantages, returns = advantages.float(), returns.float()
         if settings.advantage in WHITENED and (settings.whiten_advantages or settings.advantage != "gae"):
             advantages = whitened_over_all(advantages, mask, self._sum)
         return advantages, returns
@@ -643,11 +658,12 @@ class PPO(LightningModule):
         replies = experience.replies.taken(piece)
         rows = padded_rows(replies, pad_id=self._pad_id, device=self.device)
         width = int(replies.lengths.max())
-        mask, old, old_values, advantages, returns = (
+        mask, old, reference, old_values, advantages, returns = (
             tensor[piece, :width]
             for tensor in (
                 experience.mask,
                 experience.logprobs,
+                experience.reference,
                 experience.values,
                 experience.advantages,
                 experience.returns,
@@ -662,13 +678,17 @@ class PPO(LightningModule):
             value_losses = ppo_value_loss(
                 laid_out(values.float(), mask), old_values, returns, clip_range=settings.value_clip_range
             )
+        kl_losses = torch.zeros_like(policy_losses)
+        if settings.advantage in WITH_KL_IN_LOSS and self.kl_coef > 0:
+            kl_losses = self.kl_coef * kl_estimate(logprobs, reference, estimator="k3")
         weight = float(counts)
-        loss = weight * torch.where(mask, policy_losses + settings.value_coef * value_losses, 0).sum()
+        loss = weight * torch.where(mask, policy_losses + settings.value_coef * value_losses + kl_losses, 0).sum()
         with torch.no_grad():
             ratio = (logprobs - old).clamp(-20, 20).exp()
             logged = {
                 "policy_loss": policy_losses,
                 "value_loss": value_losses,
+                "kl_loss": kl_losses,
                 "approx_kl": kl_estimate(old, logprobs, estimator="k3"),
                 "clip_fraction": ((ratio - 1).abs() > settings.clip_range).float(),
                 "ratio": ratio,
@@ -782,11 +802,9 @@ class PPO(LightningModule):
     def _explained(self, values: Tensor, returns: Tensor, mask: Tensor) -> float:
         if self.trainer.world_size == 1:
             return explained_variance(values, returns, mask).item()
-        count = self._sum(mask.sum().double())
-        mean = self._sum(torch.where(mask, returns, 0).double().sum()) / count
-        variance = self._sum(torch.where(mask, (returns - mean).square(), 0).double().sum())
-        error = self._sum(torch.where(mask, (returns - values).square(), 0).double().sum())
-        return (1 - error / variance).item()
+        variance = self._sum(centered_over_all(returns, mask, self._sum)[0].square().sum()).item()
+        error = self._sum(torch.where(mask, (returns - values).square(), 0).double().sum()).item()
+        return 1 - error / variance if variance > 0 else math.nan
 
     # ---- what is seen of it
 
@@ -841,7 +859,7 @@ class PPO(LightningModule):
             board.experiment.add_text("replies", "\n".join(lines), self.trainer.global_step)
 
 
-_STEP_NUMBERS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "moved")
+_STEP_NUMBERS = ("policy_loss", "value_loss", "kl_loss", "approx_kl", "clip_fraction", "ratio", "moved")
 """Means over the tokens of a minibatch."""
 
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.reductions import masked_mean
-
 
 class Replies(NamedTuple):
     """B replies as they were drawn."""
@@ -51,6 +49,8 @@ class Experience(NamedTuple):
     """[B, S] bool, True on the tokens of a reply, its terminator included."""
     logprobs: Tensor
     """[B, S], of the policy that drew the replies, scored again by a forward pass."""
+    reference: Tensor
+    """[B, S], log-probs of the reference."""
     values: Tensor
     """[B, S], of the states before each token; 0 without a value model."""
     advantages: Tensor
@@ -124,13 +124,19 @@ class Moments:
 def whitened_over_all(x: Tensor, mask: Tensor, sum_over_all) -> Tensor:
     """`masked_whiten` over the replies of all processes: [B, S] with mean 0 and variance 1 over every mask together.
 
-    `sum_over_all` adds up a tensor over the processes.
+    `sum_over_all` adds up a tensor over the processes. `x` is float32, so that sums in float64 are exact where all
+    values are equal, and these become exactly 0.
     """
+    differences, count = centered_over_all(x, mask, sum_over_all)
+    variance = sum_over_all(differences.square().sum()) / count
+    return (differences * torch.rsqrt(variance + 1e-8)).to(x.dtype)
+
+
+def centered_over_all(x: Tensor, mask: Tensor, sum_over_all) -> tuple[Tensor, Tensor]:
+    """`x` [B, S] less its mean over the masks of all processes, float64, 0 outside; and how many values these are."""
+    values = torch.where(mask, x, 0).double()
     count = sum_over_all(mask.sum().double())
-    mean = sum_over_all(masked_mean(x, mask).double() * mask.sum()) / count
-    centered = torch.where(mask, x - mean.to(x.dtype), 0)
-    variance = sum_over_all(centered.double().square().sum()) / count
-    return centered * torch.rsqrt(variance + 1e-8).to(x.dtype)
+    return torch.where(mask, values - sum_over_all(values.sum()) / count, 0), count
 
 
 def parts(order: Sequence[int], count: int) -> list[list[int]]:

@@ -185,3 +185,14 @@ def test_an_empty_row_on_a_gpu_gives_nan_or_an_index_out_of_range():
     mask = torch.tensor([[True, False], [False, False]], device="cuda")
     assert masked_mean(torch.ones(2, 2, device="cuda"), mask, dim=1).isnan().tolist() == [False, True]
     assert last_token_index(mask).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [2, 3, 7, 36, 1000])
+def test_equal_values_are_whitened_to_exactly_0(dtype, count):
+    for value in (0.1, -7.3, 1000.1, 33333.3):
+        x = torch.full((count, 2), value, dtype=dtype)
+        x[0, 1] = math.nan
+        mask = ~x.isnan()
+        assert masked_whiten(x, mask).abs().max() == 0
+        torch.testing.assert_close(masked_whiten(x, mask, shift_mean=False)[mask], x[mask])

@@ -302,6 +302,18 @@ def test_advantages_of_a_group_do_not_change_with_what_all_get_and_sum_to_0(func
 
 
 @pytest.mark.parametrize("function", [leave_one_out_advantages, group_normalized_advantages])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 7])
+def test_equal_rewards_have_no_advantage_at_any_size(function, dtype, size):
+    """Three times 1000.1 in float32 less their own mean, over their own standard deviation, was 0.349."""
+    for value in (0.1, -7.3, 1000.1, 33333.3, 1e-30, 3e30):
+        rewards = torch.full((2 * size, 1), value, dtype=dtype)
+        rewards[size:] *= -1  # a second group
+        advantages = function(rewards, torch.ones_like(rewards, dtype=torch.bool), group_size=size)
+        assert advantages.abs().max() == 0, value
+
+
+@pytest.mark.parametrize("function", [leave_one_out_advantages, group_normalized_advantages])
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_group_that_does_not_come_out_even_is_refused(function, size):
     with pytest.raises(ValueError, match="group_size"):
@@ -319,3 +331,11 @@ def test_explained_variance_is_1_for_the_returns_0_for_their_mean_and_below_for_
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(torch.full_like(returns, 3.0), returns, mask) == 0
     assert explained_variance(-returns, returns, mask) < -1
+
+
+def test_the_variance_of_equal_returns_is_not_explained():
+    for value in (0.1, 1000.1, 33333.3):
+        returns = torch.full((3, 5), value)
+        mask = torch.ones(3, 5, dtype=torch.bool)
+        for values in (returns, returns - 1):
+            assert explained_variance(values, returns, mask).isnan()

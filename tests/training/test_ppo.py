@@ -32,6 +32,10 @@ def constant(prompts, responses):
     return [1.5] * len(responses)
 
 
+def constant_and_large(prompts, responses):
+    return [1000.1] * len(responses)
+
+
 def not_a_number(prompts, responses):
     return [1.0, float("nan"), *([1.0] * (len(responses) - 2))]
 
@@ -226,6 +230,19 @@ def test_the_reward_that_is_learned_from_is_the_score_less_penalty_and_kl(build_
         assert row["kl_coef"] == 0.3
         expected = row["reward"] - 0.7 * row["missing_eos"] - 0.3 * row["kl"]
         assert row["reward_with_kl"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equal_rewards_teach_nothing(build_ppo, trainer, advantage, normalize):
+    settings = {"advantage": advantage, "samples_per_prompt": 3, "normalize_scores": normalize, "kl_coef": 0.0}
+    settings |= {"missing_eos_penalty": 0.0, "reward_model": f"{HERE}:constant_and_large"}
+    made = build_ppo(optimizer=functools.partial(torch.optim.SGD, lr=1.0), max_grad_norm=0.0, **settings)
+    made[0].configure_model()
+    before = weights(made[0])
+    module, recorder, _ = fitted(trainer, made, max_epochs=1)
+    assert torch.equal(weights(module), before)
+    assert [row["policy_loss"] for row in recorder.rows] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("whiten", [True, False])

@@ -37,7 +37,7 @@ def rollout(build_ppo, trainer):  # noqa: F811
     """Module, experience and scores of a run's second rollout, when policy, reference and values have moved apart."""
 
     def make(**settings):
-        module, data = build_ppo(max_new_tokens=8, epochs=2, **settings)
+        module, data = build_ppo(**{"max_new_tokens": 8, "epochs": 2} | settings)
         module.engine = Ending(module.engine)
         kept = []
         update, score = module._update, module.score
@@ -85,6 +85,54 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
         torch.testing.assert_close(experience.returns[i, :length].double(), expected + values, rtol=0, atol=1e-5)
         assert experience.advantages[i, length:].abs().sum() == 0
     assert (experience.logprobs - reference)[experience.mask].abs().max() > 1e-3
+
+
+GROUPS = {"samples_per_prompt": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "max_train_prompts": 12}}
+
+
+def group_scores(module, experience, scores):
+    """Scores less the penalty, [4, 3] float64."""
+    return (scores - module.hparams.missing_eos_penalty * (~experience.replies.ended).float()).double().view(4, 3)
+
+
+def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
+    """Shao et al. 2024, eq. 3 and 4; the weight counts where scores are equal too."""
+    module, experience, scores, _ = rollout(advantage="grpo", kl_coef=0.4, **GROUPS)
+    groups = group_scores(module, experience, scores)
+    expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    expected = torch.where(experience.mask, expected, 0)
+    torch.testing.assert_close(experience.advantages.double(), expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 0.5
+
+    def loss_and_gradient(kl_coef):
+        module.hparams.kl_coef = module.kl_control.value = kl_coef
+        module.zero_grad()
+        loss, _ = module._losses(experience, everything, counts=True)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in module.policy.parameters()]).double()
+
+    everything = list(range(len(experience.replies.rows)))
+    rows = rollouts.padded_rows(experience.replies, pad_id=module._pad_id, device=module.device)
+    now = rollouts.laid_out(module.policy(*rows).tokens[rows.response_mask].float(), experience.mask)
+    ratio = torch.where(experience.mask, experience.reference - now.detach(), 0).double()
+    (k3,) = (ratio.exp() - ratio - 1).sum(dim=1, keepdim=True).sum(dim=0).tolist()
+    assert k3 > 1e-3
+    plain, once, twice = (loss_and_gradient(kl_coef) for kl_coef in (0.0, 0.4, 0.8))
+    assert once[0] - plain[0] == pytest.approx(0.4 * k3, rel=1e-3)
+    pull = once[1] - plain[1]
+    assert pull.abs().max() > 1e-4
+    torch.testing.assert_close(twice[1] - plain[1], 2 * pull, rtol=0, atol=1e-4 * pull.abs().max().item())
+
+
+def test_rloo_has_the_kl_of_a_reply_in_its_reward(rollout):
+    """Ahmadian et al. 2024: R = score - kl_coef * log(policy / reference), less the mean R of the others."""
+    module, experience, scores, _ = rollout(advantage="rloo", kl_coef=0.4, **GROUPS)
+    kl = torch.where(experience.mask, experience.logprobs - experience.reference, 0).double().sum(dim=1)
+    assert kl.abs().max() > 1e-2
+    rewards = group_scores(module, experience, scores) - 0.4 * kl.view(4, 3)
+    expected = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 2).view(-1, 1)
+    expected = torch.where(experience.mask, expected, 0)
+    torch.testing.assert_close(experience.advantages.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_c34_no_token_that_was_not_drawn_is_in_the_loss(rollout):
