@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from rlhf_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+Stage = Literal["val", "test", "predict"]
+"""What evaluation data is for, as the trainer's limits name it."""
 
 
 class MicroBatch(NamedTuple):
@@ -38,6 +41,7 @@ class TrainingPlan:
     the last step of an epoch takes what is left, and fewer leftover pairs than processes join the step before. Every
     process gets the same number of batches, none empty; where the pairs do not divide evenly, a batch may hold
     `batch_size + 1`. `shuffle=False` keeps the file's order (and then nothing is regrouped by length).
+    `repeat` makes every epoch the first one again.
 
     In a mixture, pair i belongs to source `source[i]` ([P] int), whose pairs come `weights[source[i]]` times in an
     epoch: 2.5 is every pair twice and half of them, others each epoch, once more.
@@ -56,6 +60,7 @@ class TrainingPlan:
         world_size: int = 1,
         source: np.ndarray | None = None,
         weights: Sequence[float] = (1.0,),
+        repeat: bool = False,
         noun: str = "pairs",
     ) -> None:
         self.lengths = lengths
@@ -70,6 +75,7 @@ class TrainingPlan:
         self.shuffle = shuffle
         self.group_by_length = group_by_length and shuffle
         self.seed = seed
+        self.repeat = repeat
         self.rank = rank
         self.world_size = world_size
 
@@ -79,7 +85,7 @@ class TrainingPlan:
 
     def epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """The batches of this process in one epoch."""
-        random = np.random.default_rng([self.seed, epoch])
+        random = np.random.default_rng([self.seed, 0 if self.repeat else epoch])
         order = np.concatenate([_repeated(indices, weight, random) for indices, weight in self.mixture])
         if self.shuffle:
             order = random.permutation(order)
@@ -117,10 +123,21 @@ def _repeated(indices: np.ndarray, weight: float, random: np.random.Generator) -
 
 
 class EvaluationPlan:
-    """Every pair exactly once, longest first, in the same number of batches on every process."""
+    """Every pair exactly once, longest first, in the same number of batches on every process.
+
+    `limit` is how much of it a trainer looks at, a number of batches of each process or a share of them: the batches up
+    to there hold pairs drawn at random, always the same for as many pairs, longest first; the rest comes after them.
+    """
 
     def __init__(
-        self, lengths: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1, noun: str = "pairs"
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        limit: float = 1.0,
+        rank: int = 0,
+        world_size: int = 1,
+        noun: str = "pairs",
     ) -> None:
         if len(lengths) < world_size:
             raise ConfigurationError(f"{len(lengths)} evaluation {noun} cannot be shared by {world_size} processes")
@@ -128,15 +145,26 @@ class EvaluationPlan:
         self.rank = rank
         self.world_size = world_size
         self.batches_per_process = _batches_per_process(len(lengths), batch_size, world_size)
+        whole = self.batches_per_process
+        self.limit = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
 
     def __len__(self) -> int:
         return self.batches_per_process
 
     def epoch(self, epoch: int) -> Iterator[MicroBatch]:
-        order = np.argsort(-self.lengths, kind="stable")
-        parts = np.array_split(order, self.batches_per_process * self.world_size)
+        """The batches of this process, the same in every epoch."""
+        sizes = [len(part) for part in np.array_split(self.lengths, self.batches_per_process * self.world_size)]
+        drawn = np.random.default_rng(0).permutation(len(self.lengths))
+        seen = sum(sizes[: self.limit * self.world_size])
+        # The longest alone would be no fair sample of the whole.
+        order = np.concatenate([self._longest_first(drawn[:seen]), self._longest_first(drawn[seen:])])
+        parts = np.split(order, np.cumsum(sizes)[:-1])
         for part in parts[self.rank :: self.world_size]:
             yield MicroBatch(part, 1.0)
+
+    def _longest_first(self, indices: np.ndarray) -> np.ndarray:
+        indices = np.sort(indices)
+        return indices[np.argsort(-self.lengths[indices], kind="stable")]
 
 
 def _batches_per_process(pairs: int, batch_size: int, world_size: int) -> int:
@@ -175,6 +203,7 @@ class BatchLoader:
         self.pin_memory = pin_memory
         self.current_epoch = 0
         self._position = {"epoch": 0, "batches": 0}
+        self._restored = False
 
     @property
     def sampler(self) -> BatchLoader:
@@ -194,8 +223,17 @@ class BatchLoader:
         return dict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there: the next pass over that epoch begins with the batch after the last one handed out."""
+        """Go on from there: the next pass, if it is over that epoch, begins after the last batch handed out.
+
+        Every pass after it begins at the beginning.
+        """
         self._position = {name: state_dict[name] for name in ("epoch", "batches")}
+        self._restored = True
+
+    @property
+    def restored_position(self) -> dict[str, int] | None:
+        """The position given to `load_state_dict`, while no pass has begun there."""
+        return self.state_dict() if self._restored else None
 
     def go_on_at(self, position: dict[str, int]) -> None:
         """The same for a position that says what it counts in. Raises `ConfigurationError` when that is another."""
@@ -206,12 +244,14 @@ class BatchLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[NamedTuple]:
-        begun = self._position["batches"] if self._position["epoch"] == self.current_epoch else 0
-        self._position = {"epoch": self.current_epoch, "batches": begun % len(self)}
+        goes_on = self._restored and self._position["epoch"] == self.current_epoch
+        begun = self._position["batches"] % len(self) if goes_on else 0
+        self._restored = False
+        self._position = {"epoch": self.current_epoch, "batches": begun}
         loader = DataLoader(
             _Collated(self.collate),
             batch_size=None,
-            sampler=list(self.plan.epoch(self.current_epoch))[self._position["batches"] :],
+            sampler=list(self.plan.epoch(self.current_epoch))[begun:],
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # its worker seeds; from the global one, validating would change training
@@ -237,7 +277,8 @@ def training_loader(
 ) -> BatchLoader:
     """Batches of a training plan for one process of a trainer, from a position of an earlier run where there is one.
 
-    `plan` goes to `TrainingPlan`. Raises `ConfigurationError` when the trainer would change its accumulation.
+    `plan` goes to `TrainingPlan`; with the trainer's `overfit_batches` every epoch has the same batches. Raises
+    `ConfigurationError` when the trainer would change its accumulation.
     """
     if trainer and any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
         raise ConfigurationError(
@@ -245,7 +286,10 @@ def training_loader(
             "count; use trainer.accumulate_grad_batches"
         )
     accumulate = trainer.accumulate_grad_batches if trainer else 1
-    training_plan = TrainingPlan(rows.lengths, accumulate=accumulate, source=rows.source, **_process(trainer), **plan)
+    repeat = trainer is not None and trainer.overfit_batches > 0
+    training_plan = TrainingPlan(
+        rows.lengths, accumulate=accumulate, source=rows.source, repeat=repeat, **_process(trainer), **plan
+    )
     loader = _loader(trainer, collate, training_plan, num_workers)
     if position is not None:
         loader.go_on_at(position)
@@ -257,11 +301,17 @@ def evaluation_loader(
     rows: TokenizedPairs | TokenizedPrompts,
     collate: Callable[[MicroBatch], NamedTuple],
     *,
+    stage: Stage,
     num_workers: int,
     **plan: object,
 ) -> BatchLoader:
-    """Batches of an evaluation plan for one process of a trainer; `plan` goes to `EvaluationPlan`."""
-    return _loader(trainer, collate, EvaluationPlan(rows.lengths, **_process(trainer), **plan), num_workers)
+    """Batches of an evaluation plan for one process of a trainer, up to its limit for the stage a fair sample.
+
+    `plan` goes to `EvaluationPlan`.
+    """
+    limit = 1.0 if trainer is None else getattr(trainer, f"limit_{stage}_batches")
+    evaluation_plan = EvaluationPlan(rows.lengths, limit=limit, **_process(trainer), **plan)
+    return _loader(trainer, collate, evaluation_plan, num_workers)
 
 
 def training_state(loader: BatchLoader | None) -> dict[str, dict[str, int]]:

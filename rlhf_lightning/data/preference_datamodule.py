@@ -17,6 +17,7 @@ from rlhf_lightning.data.examples import LoadReport, OnBadRows
 from rlhf_lightning.data.loader import (
     BatchLoader,
     MicroBatch,
+    Stage,
     collate_pairs,
     evaluation_loader,
     run_seed,
@@ -122,6 +123,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs, or find it in the cache. Raises `DataError` or `ModelError`."""
+        if stage == "fit":
+            self._train_loader = self._resume_position = None  # of an earlier run
         if self.chat_format is None:
             self.chat_format = load_chat_format(
                 self.tokenizer_source,
@@ -143,7 +146,7 @@ class PreferenceDataModule(LightningDataModule):
             self.trainer,
             self.pairs["train"],
             self._collate("train"),
-            position=self._resume_position,
+            position=self._resume_position if self._train_loader is None else self._train_loader.restored_position,
             num_workers=self.num_workers,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
@@ -176,23 +179,24 @@ class PreferenceDataModule(LightningDataModule):
         return self._collate("train")(MicroBatch(order, 1.0))
 
     def val_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("val")
+        return self._evaluation_loader("val", "val")
 
     def test_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", "test")
 
     def predict_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", "predict")
 
     def role_sources(self, role: Role) -> tuple[Sequence[WeightedSource], Split, Part | None]:
         """Sources of a role, the split to read of them, and the part of it where they are divided by prompt."""
         return role_sources(self.sources, role)
 
-    def _evaluation_loader(self, role: Role) -> BatchLoader:
+    def _evaluation_loader(self, role: Role, stage: Stage) -> BatchLoader:
         return evaluation_loader(
             self.trainer,
             self.pairs[role],
             self._collate(role),
+            stage=stage,
             num_workers=self.num_workers,
             batch_size=self.eval_batch_size,
         )

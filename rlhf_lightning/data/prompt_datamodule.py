@@ -14,6 +14,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
 from rlhf_lightning.data.loader import (
     BatchLoader,
+    Stage,
     collate_prompts,
     evaluation_loader,
     run_seed,
@@ -117,6 +118,8 @@ class PromptDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs, or find it in the cache. Raises `DataError` or `ModelError`."""
+        if stage == "fit":
+            self._train_loader = self._resume_position = None  # of an earlier run
         if self.chat_format is None:
             self.chat_format = load_chat_format(
                 self.tokenizer_source,
@@ -149,7 +152,7 @@ class PromptDataModule(LightningDataModule):
             self.trainer,
             self.prompts["train"],
             self._collate("train"),
-            position=self._resume_position,
+            position=self._resume_position if self._train_loader is None else self._train_loader.restored_position,
             num_workers=self.num_workers,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
@@ -171,19 +174,20 @@ class PromptDataModule(LightningDataModule):
             self._train_loader.go_on_at(self._resume_position)  # some strategies load checkpoints after the data
 
     def val_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("val")
+        return self._evaluation_loader("val", "val")
 
     def test_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", "test")
 
     def predict_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test")
+        return self._evaluation_loader("test", "predict")
 
-    def _evaluation_loader(self, role: Role) -> BatchLoader:
+    def _evaluation_loader(self, role: Role, stage: Stage) -> BatchLoader:
         return evaluation_loader(
             self.trainer,
             self.prompts[role],
             self._collate(role),
+            stage=stage,
             num_workers=self.num_workers,
             batch_size=self.eval_batch_size,
             noun="prompts",

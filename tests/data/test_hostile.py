@@ -376,8 +376,9 @@ def module(path, chat_format, tmp_path, **options):
     )
     data.chat_format = chat_format
     device = SimpleNamespace(root_device=torch.device("cpu"))
+    whole = {"overfit_batches": 0, "limit_val_batches": 1.0, "limit_test_batches": 1.0}
     data.trainer = SimpleNamespace(
-        accumulate_grad_batches=1, global_rank=0, world_size=1, callbacks=[], strategy=device
+        accumulate_grad_batches=1, global_rank=0, world_size=1, callbacks=[], strategy=device, **whole
     )
     return data
 

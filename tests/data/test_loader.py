@@ -190,6 +190,43 @@ def test_evaluation_begins_with_the_longest_pairs():
     assert [batch.indices.tolist() for batch in plan.epoch(0)] == [[1, 3], [0, 2]]
 
 
+@quick
+@given(lengths, batch_sizes, world_sizes, st.one_of(st.integers(0, 40), st.floats(0, 1)))
+def test_with_a_limit_each_evaluation_pair_comes_once_in_batches_of_the_same_sizes(
+    lengths, batch_size, world_size, limit
+):
+    assume(len(lengths) >= world_size)
+    settings = {"lengths": lengths, "world_size": world_size, "batch_size": batch_size}
+    whole, limited = (epochs_of(EvaluationPlan, **settings | own) for own in ({}, {"limit": limit}))
+    assert pairs_of(batch for process in limited for batch in process) == list(range(len(lengths)))
+    assert [[len(batch.indices) for batch in process] for process in limited] == [
+        [len(batch.indices) for batch in process] for process in whole
+    ]
+
+
+def test_the_batches_up_to_a_limit_are_a_fair_sample_not_the_longest_pairs():
+    """1000 pairs of 1 to 1000 tokens: the mean of 100 drawn ones is 500.5 with a standard error of 27."""
+    lengths = np.random.default_rng(3).permutation(np.arange(1, 1001))
+    for limit in (10, 0.1):
+        plan = EvaluationPlan(lengths, batch_size=10, limit=limit)
+        seen = [batch.indices for batch in plan.epoch(0)][:10]
+        assert abs(lengths[np.concatenate(seen)].mean() - 500.5) < 4 * 27
+        assert (np.diff(lengths[np.concatenate(seen)]) < 0).all(), "longest first, to pad little"
+        assert len(plan) == 100
+    for limit in (100, 1000, 1.0):
+        batches = EvaluationPlan(lengths, batch_size=10, limit=limit).epoch(0)
+        assert lengths[np.concatenate([batch.indices for batch in batches])].tolist() == list(range(1000, 0, -1))
+
+
+def test_a_plan_that_repeats_has_the_first_epoch_in_every_epoch():
+    settings = {"lengths": np.arange(1, 12), "batch_size": 2, "source": np.arange(11) % 2, "weights": (1.0, 0.5)}
+    repeated, plain = TrainingPlan(**settings, repeat=True), TrainingPlan(**settings)
+    first, *others = ([batch.indices.tolist() for batch in repeated.epoch(epoch)] for epoch in range(3))
+    assert others == [first, first]
+    assert first == [batch.indices.tolist() for batch in plain.epoch(0)]
+    assert first != [batch.indices.tolist() for batch in plain.epoch(1)]
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
@@ -329,3 +366,31 @@ def test_a_loader_goes_on_after_the_last_batch_handed_out(begun):
     assert all(same(a, b) for a, b in zip(whole[begun:], rest, strict=True))
     resumed.set_epoch(2)
     assert len(list(resumed)) == len(whole)
+
+
+def test_every_pass_begins_at_the_beginning():
+    pairs = tokenized(ROWS)
+    loader = BatchLoader(
+        functools.partial(collate_pairs, pairs=pairs, pad_id=0), EvaluationPlan(pairs.lengths, batch_size=2)
+    )
+    first, second, third = (next(iter(loader)) for _ in range(3))
+    assert same(first, second)
+    assert same(first, third)
+    assert [batch.pairs for batch in loader] == [batch.pairs for batch in loader] == [2, 2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_restored_position_is_gone_on_from_once(epoch):
+    """Also where the first pass is over another epoch than the position."""
+    pairs = tokenized(ROWS)
+    plan = TrainingPlan(pairs.lengths, batch_size=2, seed=5)
+    loader = BatchLoader(functools.partial(collate_pairs, pairs=pairs, pad_id=0), plan)
+    position = {"epoch": 1, "batches": 4}
+    loader.load_state_dict(position)
+    loader.set_epoch(epoch)
+    assert loader.state_dict() == loader.restored_position == position
+    assert len(list(loader)) == (2 if epoch == 1 else 6)
+    assert loader.restored_position is None
+    loader.set_epoch(1)
+    assert len(list(loader)) == 6
+    assert loader.state_dict() == {"epoch": 1, "batches": 6}

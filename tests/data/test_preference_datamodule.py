@@ -43,6 +43,10 @@ def make(tokenizer):
         data = PreferenceDataModule(train, **{"tokenizer": tokenizer, "batch_size": 4, **options})
         data.trainer = SimpleNamespace(
             accumulate_grad_batches=accumulate,
+            overfit_batches=0,
+            limit_val_batches=1.0,
+            limit_test_batches=1.0,
+            limit_predict_batches=1.0,
             global_rank=rank,
             world_size=world_size,
             callbacks=list(callbacks),

@@ -39,6 +39,10 @@ def attached(data, *, accumulate=1, rank=0, world_size=1, callbacks=()):
     """A data module with what it asks of a trainer."""
     data.trainer = SimpleNamespace(
         accumulate_grad_batches=accumulate,
+        overfit_batches=0,
+        limit_val_batches=1.0,
+        limit_test_batches=1.0,
+        limit_predict_batches=1.0,
         global_rank=rank,
         world_size=world_size,
         callbacks=list(callbacks),

@@ -1,0 +1,126 @@
+"""Which batches Lightning's loops get from the data: each pass begins at the beginning, whatever came before it."""
+
+from __future__ import annotations
+
+import itertools
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning import PreferenceDataModule, PromptDataModule
+from tests.training.conftest import VAL_PAIRS
+
+
+class Seen(pl.Callback):
+    """The pairs of each epoch of training, of each validation, and of each test."""
+
+    def __init__(self) -> None:
+        self.train: list[list[list[int]]] = []
+        self.val: list[list[list[int]]] = []
+        self.test: list[list[list[int]]] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.train.append([])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not self.train:
+            self.train.append([])  # a run that goes on inside an epoch does not begin it
+        self.train[-1].append(batch.index.tolist())
+
+    def on_validation_start(self, trainer, pl_module):
+        self.val.append([])
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.val[-1].append(batch.index.tolist())
+
+    def on_test_start(self, trainer, pl_module):
+        self.test.append([])
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.test[-1].append(batch.index.tolist())
+
+
+@pytest.fixture
+def plain(pairs, tiny_qwen2):
+    """A module that learns nothing, and its data: 6 training batches and 4 of validation, as pairs or as prompts."""
+
+    class Nothing(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            return self.weight**2
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        test_step = validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def make(kind="pairs"):
+        made = {"pairs": PreferenceDataModule, "prompts": PromptDataModule}[kind]
+        return Nothing(), made(str(pairs), tokenizer=str(tiny_qwen2), batch_size=2, seed=3)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["pairs", "prompts"])
+@pytest.mark.parametrize("sanity", [0, 1, 2, 3, -1])
+def test_sanity_batches_are_seen_again_by_the_first_validation(plain, trainer, kind, sanity):
+    seen = Seen()
+    trainer(num_sanity_val_steps=sanity, max_epochs=2, val_check_interval=0.5, callbacks=[seen]).fit(*plain(kind))
+    validations = seen.val[1:] if sanity else seen.val
+    assert len(validations) == 4
+    assert all(validation == validations[0] for validation in validations)
+    assert sorted(itertools.chain(*validations[0])) == list(range(VAL_PAIRS))
+
+
+@pytest.mark.parametrize("limit", [1, 3, 0.5])
+def test_a_limit_gives_the_same_slice_in_each_validation(plain, trainer, limit):
+    seen = Seen()
+    limits = {"limit_val_batches": limit, "limit_test_batches": limit}
+    run = trainer(max_epochs=3, val_check_interval=0.5, num_sanity_val_steps=1, callbacks=[seen], **limits)
+    module, data = plain()
+    run.fit(module, data)
+    run.validate(module, data)
+    run.test(module, data)
+    run.test(module, data)
+    sanity, *validations = seen.val
+    assert len(validations) == 7
+    assert all(each == validations[0] for each in [*validations, *seen.test])
+    assert len(validations[0]) == (2 if limit == 0.5 else limit)
+    assert sanity == validations[0][:1]
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfitting_trains_on_the_same_batches_in_each_epoch(plain, trainer):
+    seen = Seen()
+    trainer(overfit_batches=2, max_epochs=3, callbacks=[seen]).fit(*plain())
+    assert [len(epoch) for epoch in seen.train] == [2, 2, 2]
+    assert seen.train[0] == seen.train[1] == seen.train[2]
+    assert seen.val[0] == seen.val[1] == seen.val[2]
+
+
+def test_limited_training_epochs_begin_at_the_beginning(plain, trainer):
+    seen, whole = Seen(), Seen()
+    trainer(limit_train_batches=4, max_epochs=3, callbacks=[seen]).fit(*plain())
+    trainer(max_epochs=3, callbacks=[whole]).fit(*plain())
+    assert seen.train == [epoch[:4] for epoch in whole.train]
+
+
+def test_a_second_run_on_the_same_data_does_not_go_on_where_the_first_was_restored(plain, trainer, tmp_path):
+    module, data = plain()
+    callback = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=4)
+    trainer(max_epochs=2, callbacks=[callback], enable_checkpointing=True).fit(module, data)
+    restored, fresh, whole = Seen(), Seen(), Seen()
+    trainer(max_epochs=2, callbacks=[whole]).fit(*plain())
+    module, data = plain()
+    trainer(max_epochs=2, callbacks=[restored]).fit(module, data, ckpt_path=tmp_path / "middle.ckpt")
+    trainer(max_epochs=2, callbacks=[fresh]).fit(module, data)
+    assert restored.train == [whole.train[0][4:], whole.train[1]]
+    assert fresh.train == whole.train
