@@ -116,7 +116,7 @@ def test_limited_training_epochs_begin_at_the_beginning(plain, trainer):
 def test_a_second_run_on_the_same_data_does_not_go_on_where_the_first_was_restored(plain, trainer, tmp_path):
     module, data = plain()
     callback = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=4)
-    trainer(max_epochs=2, callbacks=[callback], enable_checkpointing=True).fit(module, data)
+    trainer(max_epochs=2, max_steps=4, callbacks=[callback], enable_checkpointing=True).fit(module, data)
     restored, fresh, whole = Seen(), Seen(), Seen()
     trainer(max_epochs=2, callbacks=[whole]).fit(*plain())
     module, data = plain()
