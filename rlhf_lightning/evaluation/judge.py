@@ -27,8 +27,9 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     rewardbench2_estimates,
     rewardbench2_total,
 )
-from rlhf_lightning.evaluation.scoring import load_policy, move, weights_sample
+from rlhf_lightning.evaluation.scoring import load_policy, move
 from rlhf_lightning.models.backbones import max_positions
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
 
 Judge = Callable[[list[str]], list[str]]
@@ -351,7 +352,7 @@ class PolicyJudge:
                 f"max_new_tokens: {max_new_tokens} leaves no room for a question in the {limit} positions of {name}"
             )
         self.engine = TransformersEngine(batch_size)
-        parts = (weights_sample(self.policy), self.chat_format.fingerprint(), max_new_tokens, str(dtype))
+        parts = (weights_fingerprint(self.policy), self.chat_format.fingerprint(), max_new_tokens, str(dtype))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
         """A hash of all that decides its replies, the batch aside."""
         move(self.policy.eval().requires_grad_(False), torch.device(device), dtype)

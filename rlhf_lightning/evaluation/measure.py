@@ -69,7 +69,6 @@ from rlhf_lightning.evaluation.scoring import (
     check_scores_rows,
     load_policy,
     move,
-    weights_sample,
 )
 from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
 from rlhf_lightning.evaluation.text_classifier import read_labels
@@ -82,6 +81,7 @@ from rlhf_lightning.evaluation.toxicity import (
 )
 from rlhf_lightning.evaluation.toxicity import toxicity_change as change_of_toxicity
 from rlhf_lightning.models.causal_lm import CausalLM, load_causal_config
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
 
 log = logging.getLogger(__name__)
@@ -378,7 +378,7 @@ class _Measuring:
         loaded: dict[Side, tuple[CausalLM, ChatFormat]] = {}
         for side, name in names.items():
             loaded[side] = self._made(self._load, name)
-            self.fingerprints[f"policy {side}: {name}"] = weights_sample(loaded[side][0])
+            self.fingerprints[f"policy {side}: {name}"] = weights_fingerprint(loaded[side][0])
             if data.prompts:
                 replies[side] = self._draw(side, *loaded[side], data.prompts, settings.samples, settings.temperature)
             if data.refusal:
@@ -424,7 +424,7 @@ class _Measuring:
                 max_new_tokens=self.settings.max_new_tokens,
                 seed=self.settings.seed,
                 engine=TransformersEngine(self.settings.batch_size),
-                model=weights_sample(policy),
+                model=weights_fingerprint(policy),
                 file=self.kept / f"replies-{label}.jsonl",
                 keep_every=4 * self.settings.batch_size,
                 ranks=self.ranks,

@@ -22,6 +22,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.functional.reductions import last_token_index
 from rlhf_lightning.models.backbones import hidden_states, load_config, max_positions, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.tiny import resolve_model
 
@@ -104,7 +105,7 @@ class RewardScorer:
         self.model.eval().requires_grad_(False)
         self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
         self.chat_format = ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
-        parts = (weights_sample(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
+        parts = (weights_fingerprint(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
         self.fingerprint = _digest(self.kind, *parts)
         self.to(torch.device(device), dtype)
 
@@ -189,7 +190,7 @@ class ImplicitScorer:
         positions = [max_positions(model.config.get_text_config()) for model in self.models]
         known = [limit for limit in positions if limit is not None]
         self.limit = _limit(policy, max_length, min(known) if known else None)
-        parts = (*map(weights_sample, self.models), self.chat_format.fingerprint(), self.limit, str(dtype))
+        parts = (*map(weights_fingerprint, self.models), self.chat_format.fingerprint(), self.limit, str(dtype))
         self.fingerprint = _digest(self.kind, length_norm, *parts)
         for model in self.models:
             move(model.eval().requires_grad_(False), torch.device(device), dtype)
@@ -293,15 +294,6 @@ def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> N
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
     model.to(device)
-
-
-def weights_sample(model: nn.Module) -> str:
-    """A hash of the weights of a model: of their names and shapes, and of 64 values spread over each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.flatten()
-        digest.update(f"{name} {list(parameter.shape)} {flat[:: max(1, len(flat) // 64)].tolist()}".encode())
-    return digest.hexdigest()
 
 
 def _in_batches(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.evaluation.scoring import move, weights_sample
+from rlhf_lightning.evaluation.scoring import move
 from rlhf_lightning.functional.reductions import last_token_index
 from rlhf_lightning.models.backbones import hidden_states, load_config, load_weights, max_positions
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 
 Activation = Literal["softmax", "sigmoid"]
 """`softmax` where a text has one of the labels, `sigmoid` where it may have several."""
@@ -86,7 +87,7 @@ class TextClassifier:
                 "lower stride, or raise max_length"
             )
         self.stride = stride
-        self.weights = weights_sample(self.model)
+        self.weights = weights_fingerprint(self.model)
 
     def __call__(self, texts: Sequence[str], *, prompts: Sequence[str] | None = None) -> list[float | None]:
         """The probability of each text, or None where it failed.

@@ -6,7 +6,6 @@ R rows, T padded tokens, N response tokens of all rows together, H hidden size, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from rlhf_lightning.models.backbones import (
     reason_of,
 )
 from rlhf_lightning.models.directories import replaced_model
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import is_reward_network
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.temperature = temperature
         """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
-        self.base_fingerprint = _fingerprint(model, trained=False)
+        self.base_fingerprint = weights_fingerprint(model, frozen_alone=True)
         """A hash of the weights that are not trained, as loaded: mixed precision may round them later."""
 
     @classmethod
@@ -256,7 +256,7 @@ class FrozenCausalLM:
 
     def __init__(self, network: CausalLM) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.fingerprint = _fingerprint(network.model, trained=True)
+        self.fingerprint = weights_fingerprint(network.model)
         """A hash of its weights, as loaded."""
 
     def match(self, policy: CausalLM) -> None:
@@ -295,16 +295,6 @@ def output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         off = layer.disable_adapters
         layer = layer.original_module if off else layer.modules_to_save[layer.active_adapters[0]]
     return layer.weight, getattr(layer, "bias", None)
-
-
-def _fingerprint(model: nn.Module, *, trained: bool) -> str:
-    """A hash of weights: of their names, shapes, and both ends of each. Of those alone that are frozen, or of all."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if trained or not parameter.requires_grad:
-            flat = parameter.data.flatten()
-            digest.update(f"{name} {list(parameter.shape)} {[*flat[:8].tolist(), *flat[-8:].tolist()]}".encode())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

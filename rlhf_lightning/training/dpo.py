@@ -40,6 +40,7 @@ from rlhf_lightning.models.causal_lm import (
     ResponseLogprobs,
     load_causal_config,
 )
+from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
@@ -64,7 +65,6 @@ from rlhf_lightning.training.optimization import (
     check_optimizer,
     optimizer_and_schedule,
 )
-from rlhf_lightning.training.reference_cache import weights_hash
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
@@ -297,7 +297,7 @@ class DPO(LightningModule):
         network = self.policy if self.reference_source == ADAPTER else self._frozen.network
         config = network.config.to_dict() | {"_name_or_path": None}  # a copy elsewhere is the same model
         key = (
-            weights_hash(network, ignore=("lora_", "modules_to_save")),
+            weights_fingerprint(network, ignore=("lora_", "modules_to_save")),
             sorted(config.items()),
             str(self.trainer.precision),
             self.device.type,

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
 import secrets
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,30 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_PEFT = re.compile(r"base_model\.model\.|\.base_layer|\.original_module")
 _RECORD = np.dtype([("pair", "V16"), ("chosen", "<f4"), ("rejected", "<f4")])
-
-
-def weights_hash(module: nn.Module, *, ignore: Sequence[str] = ()) -> str:
-    """SHA-256 of all parameters and buffers of a model: names, shapes, dtypes and every byte.
-
-    Names that contain one of `ignore` are left out (adapters, where the model below them is meant), and what peft puts
-    into the names of the others does not count.
-    """
-    digest = hashlib.sha256()
-    tensors = {
-        _PEFT.sub("", name): tensor
-        for name, tensor in module.state_dict().items()
-        if not any(part in name for part in ignore)
-    }
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def pair_hash(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ from rlhf_lightning.data.courtesy.make import make_rows
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
 from rlhf_lightning.training import references
-from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash, weights_hash
+from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
 from tests.training.conftest import TRAIN_PAIRS, VAL_PAIRS, weights
 
 LORA = {"lora": {"r": 4, "alpha": 8.0}}
@@ -195,20 +195,13 @@ def test_a_loss_without_a_reference_refuses_a_precomputed_one(build_dpo):
         build_dpo(model={"loss_type": "simpo", "gamma": 0.5, "beta": 2.0, "reference": "precomputed"})
 
 
-def test_hashes_tell_pairs_and_weights_apart(tiny_qwen2):
+def test_hashes_tell_pairs_apart():
     segments = [np.array(part, dtype=np.int32) for part in ([1, 2], [3], [4])]
     same = [part.astype(np.int64) for part in segments]
     assert pair_hash(*segments) == pair_hash(*same)
     moved = [np.array(part, dtype=np.int32) for part in ([1], [2, 3], [4])]
     swapped = [segments[0], segments[2], segments[1]]
     assert len({pair_hash(*parts) for parts in (segments, moved, swapped)}) == 3
-    layer = torch.nn.Linear(2, 2)
-    first = weights_hash(layer)
-    with torch.no_grad():
-        layer.weight[1, 1] += 1e-7
-    assert weights_hash(layer) != first
-    assert weights_hash(layer, ignore=("weight",)) == weights_hash(layer, ignore=("weight",)) != weights_hash(layer)
-    assert weights_hash(layer.bfloat16()) != weights_hash(layer.float())
 
 
 def test_adapters_of_any_kind_share_the_model_below_them(run):
@@ -237,11 +230,3 @@ def test_processes_share_the_work_and_miss_what_they_cannot_see(build_dpo, train
     for batch in datamodule.val_dataloader():
         expected = torch.stack(module.reference_logprobs(batch)[:2], dim=1)
         torch.testing.assert_close(values[batch.index], expected, rtol=0, atol=1e-4)
-
-
-def test_a_single_number_and_an_empty_tensor_are_hashed_too():
-    module = torch.nn.ParameterDict({"scale": torch.tensor(2.0), "none": torch.zeros(0, 3)})
-    first = weights_hash(module)
-    with torch.no_grad():
-        module["scale"].add_(1e-6)
-    assert weights_hash(module) != first
