@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
 import math
 import re
+import reprlib
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
@@ -22,6 +24,7 @@ from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".parquet")
 Split = Literal["train", "val", "test"]
@@ -32,6 +35,15 @@ SPLIT_STEMS: dict[str, tuple[str, ...]] = {
 }
 BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
 """The sets that come with the package, and how their files' names begin."""
+_SIGNATURES = {
+    b"PAR1": ("a parquet file", (".parquet",)),
+    b"\x1f\x8b": ("gzip data", (".jsonl.gz",)),
+    b"ARROW1": ("an Arrow file", ()),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", ()),
+    b"\x28\xb5\x2f\xfd": ("zstd data", ()),
+    b"\xfd7zXZ\x00": ("xz data", ()),
+}
+"""First bytes of a file -> what it is, and the names that it may have here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ".parquet": _parquet_values,
     }
     try:
+        _check_kind(path, suffix)
         for number, values in enumerate(readers[suffix](path)):
             yield Row(values, origin=f"{path}, row {number}", example_id=f"{path.name}:{number}")
     except DataError:
@@ -243,9 +256,28 @@ def _file_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {_not_utf8(error)}") from error
     except gzip.BadGzipFile as error:
-        raise DataError(f"{path}: no gzip data; name it without .gz if it is plain text") from error
+        with path.open("rb") as content:
+            begins_well = content.read(2) == b"\x1f\x8b"
+        fault = "no gzip data; name it without .gz if it is plain text"
+        if begins_well:
+            fault = "after valid gzip data come bytes that are none; cut them off, or copy the file again"
+        raise DataError(f"{path}: {fault}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(_unreadable(path, error)) from error
+
+
+def _check_kind(path: Path, suffix: str) -> None:
+    """Refuse a file whose first bytes are those of another kind than its name says."""
+    with path.open("rb") as content:
+        begin = content.read(64)
+    for signature, (kind, suffixes) in _SIGNATURES.items():
+        if begin.startswith(signature) and suffix not in suffixes:
+            advice = f"name it {suffixes[0]}" if suffixes else f"save it as one of {', '.join(FILE_SUFFIXES)}"
+            raise DataError(f"{path}: is called {suffix}, but by its first bytes it is {kind}; {advice}")
+    if suffix == ".parquet" and begin.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+        raise DataError(
+            f"{path}: is called .parquet, but begins as JSON does; name it .jsonl, or .json if it is one list"
+        )
 
 
 def _jsonl_values(path: Path) -> Iterator[dict[str, Any]]:
@@ -307,12 +339,37 @@ def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         _check_names(path, file.schema_arrow.names)
+        decoders = {f.name: d for f in file.schema_arrow if (d := _json_decoder(f, str(path))) is not None}
         for batch in file.iter_batches():
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield row | {name: decode(row[name]) for name, decode in decoders.items()}
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
     except OverflowError as error:  # a time that Python cannot hold
         raise DataError(f"{path}: a column holds a value beyond Python's types ({_first_line(error)})") from error
+
+
+def _json_decoder(field: pyarrow.Field, origin: str) -> Callable[[Any], Any] | None:
+    """What makes plain values of those of a column that holds JSON, at whatever depth; None where none does.
+
+    Datasets 5 writes such columns (`arrow.json`) where the values of one are not all of one type; each value is then
+    JSON source text, of a text as well.
+    """
+    import pyarrow
+
+    kind = field.type
+    name = getattr(kind, "extension_name", None) or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if name == "arrow.json":
+        return lambda value: None if value is None else _parse_json(value, f"{origin}, column {field.name}")
+    if pyarrow.types.is_struct(kind):
+        inner = {part.name: d for part in kind if (d := _json_decoder(part, origin)) is not None}
+        decoded = lambda value: value | {name: decode(value[name]) for name, decode in inner.items()}  # noqa: E731
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        inner = _json_decoder(kind.value_field, origin)
+        decoded = lambda value: [inner(one) for one in value]  # noqa: E731
+    else:
+        return None
+    return (lambda value: None if value is None else decoded(value)) if inner else None
 
 
 def _hub_rows(source: str, split: Split) -> Iterator[Row]:
@@ -355,9 +412,21 @@ def _split_order(split: Split) -> tuple[str, ...]:
 
 def _parse_json(text: str, origin: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=functools.partial(_object, origin=origin))
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{origin}: not valid JSON ({_first_line(error)})") from error
+
+
+def _object(pairs: list[tuple[str, Any]], *, origin: str) -> dict[str, Any]:
+    """A JSON object, in which no key may stand twice: of its values all but the last would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{origin}: the key {reprlib.repr(twice)} stands twice in one object; keep one of its values")
+    return found
 
 
 def _as_object(value: Any, origin: str) -> dict[str, Any]:

@@ -55,6 +55,98 @@ WRITERS = {
 }
 
 
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+MIXED = [
+    {"prompt": 'Say "hi"\nplease', "chosen": 'He said "yes".\nThen left.', "rejected": says('"No"')},
+    {"prompt": [{"role": "user", "content": "Q?"}], "chosen": says("A\n"), "rejected": "B"},
+    {"prompt": "z", "chosen": "a", "rejected": None},
+]
+INSIDE = [
+    {"prompt": "Q", "chosen": [{"role": "assistant", "content": 'say "x"'}], "rejected": "no"},
+    {"prompt": "R", "chosen": [{"role": "assistant", "content": ["a", "part"]}], "rejected": "no"},
+]
+
+
+@pytest.mark.parametrize("rows", [MIXED, INSIDE], ids=["columns", "inside turns"])
+def test_columns_of_mixed_types_that_datasets_writes_hold_the_values_of_the_jsonl(tmp_path, rows):
+    lines, table = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    lines.write_bytes(jsonl(rows))
+    loaded = datasets.load_dataset("json", data_files=str(lines), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded.to_parquet(str(table))
+    assert "arrow.json" in str(pyarrow.parquet.read_schema(table))  # or this is no such file
+    assert [row.values for row in read_rows(table)] == [row.values for row in read_rows(lines)] == rows
+    (of_lines, report), (of_table, other) = (load_preferences(file, on_bad_rows="drop") for file in (lines, table))
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in of_table] == [
+        (pair.prompt, pair.chosen, pair.rejected) for pair in of_lines
+    ]
+    assert report.rows_kept == other.rows_kept > 0
+    assert {reason: len(found) for reason, found in report.bad_rows.items()} == {
+        reason: len(found) for reason, found in other.bad_rows.items()
+    }
+
+
+def test_json_inside_lists_and_structs_of_a_table_is_decoded_and_broken_json_named(tmp_path):
+    kind = pyarrow.list_(pyarrow.struct([("a", pyarrow.json_()), ("b", pyarrow.large_list(pyarrow.json_()))]))
+    values = [[{"a": '"x"', "b": ["1", None]}, {"a": None, "b": None}, None], None]
+    path = tmp_path / "nested.parquet"
+    storage = pyarrow.list_(pyarrow.struct([("a", pyarrow.string()), ("b", pyarrow.large_list(pyarrow.string()))]))
+    pyarrow.parquet.write_table(pyarrow.table({"c": pyarrow.array(values, storage).cast(kind), "d": [1, 2]}), path)
+    assert [row.values for row in read_rows(path)] == [
+        {"c": [{"a": "x", "b": [1, None]}, {"a": None, "b": None}, None], "d": 1},
+        {"c": None, "d": 2},
+    ]
+    broken = pyarrow.array(['{"a":'], pyarrow.string()).cast(pyarrow.json_())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), path)
+    with pytest.raises(DataError, match=r"nested.parquet, column prompt: not valid JSON"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "chosen": "first", "rejected": "b", "chosen": "last"}',
+        '{"prompt": "a", "chosen": {"role": "assistant", "content": "x", "content": "y"}, "rejected": "b"}',
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, line, name):
+    path = tmp_path / name
+    path.write_bytes(jsonl() + line.encode() if name.endswith("l") else f"[{line}]".encode())
+    with pytest.raises(DataError, match=r"rows.json.*: the key '(chosen|content)' stands twice in one object"):
+        list(read_rows(path))
+
+
+KINDS = {
+    "parquet as jsonl": ("a.jsonl", "parquet", r"by its first bytes it is a parquet file; name it .parquet"),
+    "parquet as csv": ("a.csv", "parquet", r"is a parquet file; name it .parquet"),
+    "parquet as gz": ("a.jsonl.gz", "parquet", r"is a parquet file; name it .parquet"),
+    "jsonl as parquet": ("a.parquet", jsonl(), r"is called .parquet, but begins as JSON does; name it .jsonl"),
+    "json as parquet": ("a.parquet", b" \n" + json.dumps(ROWS).encode(), r"begins as JSON does"),
+    "gzip as jsonl": ("a.jsonl", gzip.compress(jsonl()), r"it is gzip data; name it .jsonl.gz"),
+    "gzip as json": ("a.json", gzip.compress(jsonl()), r"it is gzip data"),
+    "gzip as parquet": ("a.parquet", gzip.compress(jsonl()), r"it is gzip data"),
+    "a spreadsheet": ("a.csv", b"PK\x03\x04rest", r"a zip archive or a spreadsheet; save it as one of .jsonl"),
+    "text as gz": ("a.jsonl.gz", jsonl(), r"no gzip data; name it without .gz"),
+    "junk after gzip": ("a.jsonl.gz", gzip.compress(jsonl()) + b"junk", r"after valid gzip data come bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), KINDS.values(), ids=KINDS)
+def test_a_file_of_another_kind_than_its_name_says_is_told_what_it_is(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_rows(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     path = tmp_path / name
