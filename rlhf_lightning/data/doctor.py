@@ -84,7 +84,11 @@ class RoleDiagnosis:
     bad_rows: dict[str, list[str]]
     """Reason code -> rows that are left out; `too_long` under the configured max_length."""
     messages: list[str]
-    """The first ten of them in words."""
+    """The first ten of them in words, ties aside."""
+    label: str | None
+    """Column that says which of two responses is better, where the rows are laid out so."""
+    columns_unused: list[str]
+    """Columns, and keys of turns such as `prompt[].name`, that nothing was made of."""
     pairs: int
     """Pairs that would be used."""
     rows_cut: list[str]
@@ -218,6 +222,8 @@ def _diagnose_role(
         rows_read=report.rows_read,
         bad_rows=bad_rows,
         messages=messages,
+        label=report.label,
+        columns_unused=report.columns_unused,
         pairs=len(kept),
         rows_cut=rows_cut,
         quantiles=_quantiles(everything, terminator=max_length is not None),

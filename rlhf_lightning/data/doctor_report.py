@@ -57,6 +57,7 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
         ],
         [
             *(f"{role.role}: {role.source}" for role in roles),
+            *(f"{role.role}: {role.label} says which response is chosen." for role in roles if role.label),
             "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
             "model has to beat.",
         ],
@@ -74,6 +75,8 @@ def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
         reasons,
         messages if reasons else ["None."],
     )
+    unused = [(role.role, ", ".join(role.columns_unused)) for role in roles if role.columns_unused]
+    yield Finding("Columns not used", ("role", "columns"), unused, [] if unused else ["None."])
     odd = [
         (role.role, what, f"{len(rows)}", row_numbers(rows, files=role.files))
         for role in roles

@@ -23,7 +23,10 @@ BAD_ROW_REASONS: dict[str, str] = {
     "empty_response": "a response has no text",
     "identical_pair": "chosen and rejected are the same text, so the pair states no preference",
     "prompts_differ": "chosen and rejected answer different prompts",
-    "bad_margin": "the margin is not a finite number",
+    "tie": "neither response is better by the row's label; ties are counted, and left out without being refused",
+    "bad_label": "a label or the scores of the responses contradict themselves, or have no meaning that is known",
+    "bad_margin": "the margin is not a number, or beyond a million",
+    "no_place": "the row says something that a pair has no place for: tools, tool calls, template arguments, reasoning",
     "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
     "template_refused": "the chat template does not take the conversation, for instance its system message",
     "too_long": "prompt head, response and terminator do not fit into max_length, or a prompt into max_prompt_length",
@@ -96,12 +99,16 @@ class LoadReport:
     """Origin of each row whose prompt was cut from the left to fit max_length or max_prompt_length."""
     rows_repeated: list[str] = field(default_factory=list)
     """Origin of each row that was left out because its prompt stood before, where prompts are taken once."""
+    label: str | None = None
+    """Column that says which of two responses is better, where the rows are laid out so."""
+    columns_unused: list[str] = field(default_factory=list)
+    """Columns, and keys of turns such as `prompt[].name`, that nothing was made of."""
 
     def refuse(self, refusal: Refusal) -> None:
         """Count one refused row."""
         assert refusal.reason in BAD_ROW_REASONS, refusal.reason
         self.bad_rows.setdefault(refusal.reason, []).append(refusal.origin)
-        if len(self.first_messages) < 10:
+        if refusal.reason != "tie" and len(self.first_messages) < 10:
             self.first_messages.append(refusal.message)
 
     @property
@@ -115,23 +122,28 @@ class LoadReport:
     def summary(self) -> str:
         """One line: `train.jsonl: 1400 rows read, 7 dropped (empty_response 4, prompts_differ 3)`."""
         text = f"{self.source}: {self.rows_read} rows read"
+        if self.label:
+            text += f", chosen by {self.label}"
         if self.bad_rows:
             counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
             text += f", {self.rows_dropped} dropped ({counts})"
         if self.rows_repeated:
             text += f", {len(self.rows_repeated)} left out whose prompt stood before"
-        return text
+        if self.columns_unused:
+            text += f"; not used: {', '.join(self.columns_unused)}"
+        return " ".join(text.split())
 
     def enforce(self, on_bad_rows: OnBadRows) -> None:
         """Raise `DataError` when no row is usable, or when there are bad rows and the policy is `error`."""
-        if not self.bad_rows or (self.rows_kept and on_bad_rows == "drop"):
+        refused = self.rows_dropped - len(self.bad_rows.get("tie", ()))
+        if (self.rows_kept or not self.rows_dropped) and (on_bad_rows == "drop" or not refused):
             return
-        first = "; ".join(self.first_messages[: 10 if self.rows_kept else 1])
-        more = self.rows_dropped - 10
+        first = "; ".join(self.first_messages[: 10 if self.rows_kept else 1]) or "every one is a tie"
         if not self.rows_kept:
             raise DataError(f"{self.source}: none of its {self.rows_read} rows can be used: {first}")
+        more = refused - 10
         raise DataError(
-            f"{self.source}: {self.rows_dropped} of {self.rows_read} rows cannot be used: {first}"
+            f"{self.source}: {refused} of {self.rows_read} rows cannot be used: {first}"
             + (f"; and {more} more" if more > 0 else "")
             + ". Mend them, or leave them out with on_bad_rows: drop"
         )
@@ -147,6 +159,8 @@ class LoadReport:
             whole.first_messages = (whole.first_messages + report.first_messages)[:10]
             whole.rows_cut += report.rows_cut
             whole.rows_repeated += report.rows_repeated
+            whole.label = whole.label or report.label
+            whole.columns_unused += [name for name in report.columns_unused if name not in whole.columns_unused]
             for reason, origins in report.bad_rows.items():
                 whole.bad_rows[reason] = whole.bad_rows.get(reason, []) + origins
         return whole

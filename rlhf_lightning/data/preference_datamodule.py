@@ -54,7 +54,7 @@ class PreferenceDataModule(LightningDataModule):
         max_length: Longest row in tokens: prompt, response and terminator.
         batch_size: Pairs in one forward pass on one device; two rows each.
         eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
-        columns: Our names (prompt, chosen, rejected, margin, id, source) to the file's columns.
+        columns: Our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         truncation: For pairs over max_length. `keep_response` cuts the prompt from the left and drops what still does
             not fit; `drop` drops the pair; `error` refuses the source.

@@ -2,37 +2,124 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
+from rlhf_lightning.data.conversations import (
+    HH_TURN,
+    BadRow,
+    check_prompt,
+    check_unicode,
+    check_values,
+    implicit_prompt,
+    is_conversation,
+    plain_form,
+    prompt_messages,
+    reply,
+    says_something,
+    unused_keys,
+    with_context,
+)
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
+from rlhf_lightning.data.labels import LAYOUTS, Layout, as_number, label_columns, layout_of, responses_of
 from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, described, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 Example = TypeVar("Example")
-COLUMNS = ("prompt", "chosen", "rejected", "margin", "id", "source")
-PROMPT_COLUMNS = frozenset(("prompt", "conversations", "instruction"))
-"""Columns that a prompt is looked for in, where none is mapped."""
-ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
-"""White space and zero-width characters: two responses that differ only in these at their ends are the same."""
-_LARGEST_MARGIN = 3.4e38  # float32
+COLUMNS = ("prompt", "chosen", "rejected", "system", "history", "margin", "id", "source")
+PROMPT_COLUMNS = ("prompt", "conversations", "instruction")
+"""Columns that a prompt is looked for in, in this order, where none is mapped."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+_SIDES = ("chosen", "rejected")
+_WITHOUT_A_PLACE = {
+    "tools": "remove the column, or write the tools into the system message as the model's chat template does",
+    "chat_template_kwargs": "remove the column, and set data.template_arguments for all rows alike",
+}
+"""Columns that change what a chat template writes, row by row, and what to do instead."""
+_LARGEST_MARGIN = 1e6
+_SCORES = ("score", "rating", "reward")
+_ID_NAME = re.compile(r"(?:^|[_-])(?:id|idx|index|uuid|hash)$", re.IGNORECASE)
 
 
-class BadRow(Exception):
-    """A row that cannot be used: reason code and the rest of the sentence."""
+@dataclass(slots=True)
+class SourceColumns:
+    """What one source calls its columns, which of them were met, and which of them were used."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    mapped: dict[str, str]
+    """Our names (`COLUMNS`) to the source's."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """Every column met so far, with the first of its values that says something."""
+    used: set[str] = field(default_factory=set)
+    keys_unused: dict[str, None] = field(default_factory=dict)
+    """Keys of turns, such as `prompt[].name`, that say something and that nothing was made of."""
+    fallback: str | None = None
+    """A column that is the prompt where nothing else is."""
+    layout: Layout | None = None
+    """The layout of a labelled source (`LAYOUTS`); None where chosen and rejected stand in the rows."""
+
+    def meet(self, row: Row) -> None:
+        """Note the columns of a row. Raises `DataError` where a mapping would overrule the label of a known layout."""
+        known = len(self.found)
+        for name, value in row.values.items():
+            if not says_something(self.found.get(name)):
+                self.found[name] = value
+        if len(self.found) == known:
+            return
+        layout, sides = layout_of(self.found), [self.name(side) for side in _SIDES]
+        if layout and not {*_SIDES}.isdisjoint(self.mapped) and not {*sides}.isdisjoint(layout.responses):
+            raise DataError(
+                f"{row.origin}: columns maps {' and '.join(sides)}, but which of the two is better is said by "
+                f"{' and '.join(layout.labels)}, row by row; leave chosen and rejected out of columns, and it is read "
+                f"({layout.name})"
+            )
+        self.layout = None if any(side in self.found for side in sides) else layout
+        if self.layout and "prompt" in self.mapped:
+            self.layout = self.layout._replace(prompt=self.mapped["prompt"])
+
+    def name(self, ours: str) -> str:
+        """What the source calls one of our columns."""
+        return self.mapped.get(ours, ours)
+
+    def take(self, row: Row, name: str) -> Any:
+        """The value of a column by the source's own name, from now on a used one."""
+        if name in row.values:
+            self.used.add(name)
+            self.keys_unused |= {f"{name}[].{key}": None for key in unused_keys(row.values[name])}
+        return row.values.get(name)
+
+    @property
+    def have_prompts(self) -> bool:
+        """Whether a row so far has a prompt of its own."""
+        return "prompt" in self.mapped or any(name in self.found for name in PROMPT_COLUMNS)
+
+    @property
+    def unused(self) -> list[str]:
+        """Columns, and keys of turns, that nothing was made of."""
+        return [*(str(name) for name in self.found if name not in self.used), *self.keys_unused]
+
+    @property
+    def prompt_candidates(self) -> list[str]:
+        """Columns of texts or conversations that are none of ours, and so may be the prompt."""
+        ours = {self.name(name) for name in ("chosen", "rejected", "margin", "id", "source")}
+        return [
+            str(name) for name, value in self.found.items() if name not in ours and _may_be_prompt(str(name), value)
+        ]
+
+
+def _may_be_prompt(name: str, value: Any) -> bool:
+    if not isinstance(value, str):
+        return is_conversation(value) or (
+            isinstance(value, list) and all(isinstance(one, str) for one in value[:1]) and bool(value)
+        )
+    return (
+        bool(value.strip())
+        and not _ID_NAME.search(name)
+        and not re.fullmatch(r"\s*[-+]?[\d.]+(?:[eE][-+]?\d+)?\s*", value)
+    )
 
 
 def load_preferences(
@@ -48,15 +135,19 @@ def load_preferences(
     - explicit prompt: `prompt`, `chosen`, `rejected` as strings;
     - implicit prompt: no `prompt`; `chosen` and `rejected` are hh-rlhf transcripts (`\\n\\nHuman: ...\\n\\nAssistant:
       ...`) or conversations (lists of `{role, content}`) that share all turns but the last, or plain strings that share
-      their beginning (only where no row of the source has a prompt);
+      their beginning (only where no row of the source has a prompt, or another column of texts that may be one);
     - conversations: `prompt` a list of messages, responses a string, a message or a list that ends with the reply;
     - ShareGPT-like: `conversations` as the prompt, and turns of `{from, value}` for `{role, content}`;
-    - Alpaca-like: `instruction` and `input` as the prompt.
-    Optional columns: `margin` (a finite number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is
-    told apart).
+    - Alpaca-like: `instruction` and `input` as the prompt;
+    - labelled: two responses and a label that says which is better, as PKU-SafeRLHF, HelpSteer3, SHP, AlpacaFarm and
+      Chatbot Arena lay them out (see `LAYOUTS`). Ties are counted, and left out under either policy.
+    Optional columns: `system` or `system_prompt` (a system message), `history` (earlier turns), `margin` (a finite
+    number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is told apart). The report names every
+    column that was not used.
 
-    `columns` maps our names (prompt, chosen, rejected, margin, id, source) to the file's. `on_bad_rows`: `error`
-    refuses the source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+    `columns` maps our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's.
+    `on_bad_rows`: `error` refuses the source and names the first ten bad rows, `drop` leaves them out and counts them
+    in the report.
 
     Returns the examples in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
@@ -92,265 +183,216 @@ def iterate_preferences(
 
     Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
     """
-    columns, found = known_columns(columns), {}
-    yield from validated_rows(source, report, _example, columns=columns, split=split, found=found)
-    check_columns(source, columns, found, needed=("chosen", "rejected"))
+    known = known_columns(columns)
+    yield from validated_rows(source, report, _example, columns=known, split=split)
+    check_columns(source, known, needed=() if known.layout else _SIDES)
 
 
-def known_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """A copy of a mapping of columns. Raises `DataError` when it maps a name that is none of `COLUMNS`."""
+def known_columns(columns: Mapping[str, str] | None, *, fallback: str | None = None) -> SourceColumns:
+    """A mapping of columns. Raises `DataError` when it maps a name that is none of `COLUMNS`."""
     if unknown := sorted(set(columns or {}) - set(COLUMNS)):
         raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
-    return dict(columns or {})
+    return SourceColumns(dict(columns or {}), fallback=fallback)
 
 
 def validated_rows(
     source: str | Path,
     report: LoadReport,
-    make: Callable[..., Example],
+    make: Callable[[Row, SourceColumns], Example],
     *,
-    columns: Mapping[str, str],
+    columns: SourceColumns,
     split: Split,
-    found: dict[str, None],
 ) -> Iterator[Example | Refusal]:
-    """Each row of one source as `make(row, columns, has_prompts=...)` makes it, or as the refusal that this raises.
+    """Each row of one source as `make(row, columns)` makes it, or as the refusal that this raises.
 
-    `has_prompts` says whether this row or one before it has a prompt of its own. The names of all columns are put into
-    `found`. Raises `DataError` when the source cannot be read, or mixes rows with a prompt and rows whose prompt would
-    have to be guessed.
+    Which columns were met and used is noted in `columns`, and at the end in `report`. Raises `DataError` when the
+    source cannot be read, or when a prompt would have to be guessed though other rows, or other columns, may have it.
     """
     guessed: Row | None = None
     for row in read_rows(source, split=split):
         report.rows_read += 1
-        found.update(dict.fromkeys(row.values))
-        has_prompts = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(found)
-        if not has_prompts and is_guess(row, columns):
+        columns.meet(row)
+        if not columns.have_prompts and columns.fallback not in row.values and is_guess(row, columns):
             guessed = guessed or row
-        elif guessed and has_prompts:
+        elif guessed and columns.have_prompts:
             raise DataError(
                 f"{row.origin}: has a prompt, but {guessed.origin} has none: give every row a prompt, or none of them"
             )
+        if guessed and (candidates := columns.prompt_candidates):
+            raise DataError(
+                f"{row.origin}: no column prompt, and the prompt is not guessed from the beginning of chosen and "
+                f"rejected where it may stand in {' or '.join(candidates)}; say which it is with columns: "
+                "{prompt: COLUMN}, or remove them if it is none"
+            )
         try:
-            yield make(row, columns, has_prompts=has_prompts)
+            yield make(row, columns)
         except BadRow as error:
             refusal = Refusal(error.reason, f"{row.origin}: {error}", row.origin)
             report.refuse(refusal)
             yield refusal
+    report.columns_unused = columns.unused
+    report.label = columns.layout.labels[0] if columns.layout else None
 
 
-def check_columns(
-    source: str | Path, columns: Mapping[str, str], found: Mapping[str, None], *, needed: Sequence[str]
-) -> None:
+def check_columns(source: str | Path, columns: SourceColumns, *, needed: Sequence[str]) -> None:
     """A column that no row has, of those needed or mapped, is a mistake in the settings or the file, not in the rows.
 
     Raises `DataError`.
     """
-    needed = {*needed, *columns}
-    missing = [name for name in COLUMNS if name in needed and columns.get(name, name) not in found]
-    if missing:
-        absent = ", ".join(f"{columns.get(name, name)!r} for {name}" for name in missing)
-        if "prompt" not in needed and "prompt" not in found:
-            missing.insert(0, "prompt")
+    found = columns.found
+    needed = {*needed, *columns.mapped}
+    missing = [name for name in COLUMNS if name in needed and columns.name(name) not in found]
+    if not missing:
+        return
+    absent = ", ".join(f"{columns.name(name)!r} for {name}" for name in missing)
+    said = f"{source}: no column {absent}; the columns found are {' '.join(', '.join(found).split())}"
+    if not {*_SIDES}.isdisjoint(missing) and (labels := label_columns(found)):
+        read = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
         raise DataError(
-            f"{source}: no column {absent}; the columns found are {' '.join(', '.join(found).split())}. "
-            f"Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
+            f"{said}. {' and '.join(labels)} may say which response is better, so that no mapping of columns would be "
+            f"right for every row; write chosen and rejected by it (read as they are: the layouts of {read})"
         )
+    if "prompt" not in needed and "prompt" not in found:
+        missing.insert(0, "prompt")
+    raise DataError(f"{said}. Map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}")
 
 
-def is_guess(row: Row, columns: Mapping[str, str]) -> bool:
+def is_guess(row: Row, columns: SourceColumns) -> bool:
     """Whether the prompt of a row without one is guessed, from the common beginning of two plain strings."""
-    sides = [row.values.get(columns.get(name, name)) for name in ("chosen", "rejected")]
-    return all(isinstance(side, str) for side in sides) and not all(map(_HH_TURN.match, sides))
+    sides = [row.values.get(columns.name(side)) for side in _SIDES]
+    return all(isinstance(side, str) for side in sides) and not all(map(HH_TURN.match, sides))
 
 
-def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PreferenceExample:
-    values = {name: row.values.get(columns.get(name, name)) for name in COLUMNS}
-    if has_own_prompt(row, columns, has_prompts=has_prompts):
-        values["prompt"] = prompt_value(row.values, columns)
-        check_values({name: values[name] for name in ("prompt", "chosen", "rejected")})
-        prompt, chosen, rejected = _explicit(values["prompt"], values["chosen"], values["rejected"])
-    else:
-        prompt, chosen, rejected = implicit_prompt(values["chosen"], values["rejected"])
+def _example(row: Row, columns: SourceColumns) -> PreferenceExample:
+    margin = _margin(columns.take(row, columns.name("margin")))
+    source = _source(columns.take(row, columns.name("source")), mapped="source" in columns.mapped)
+    parts = labelled_parts(row, columns) if columns.layout else _unlabelled_parts(row, columns)
+    if columns.layout:
+        for name in columns.layout.labels:
+            columns.take(row, name)
+        preference = columns.layout.preference(row.values)
+        if preference == 0:
+            raise BadRow("tie", BAD_ROW_REASONS["tie"])
+        if preference < 0:
+            parts = parts._replace(chosen=parts.rejected, rejected=parts.chosen)
+        if columns.layout.graded and margin is None:
+            margin = abs(preference)
+    prompt, chosen, rejected = _texts(parts, row, columns)
     _check_texts(prompt, chosen, rejected)
     return PreferenceExample(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        margin=_margin(values["margin"]),
+        margin=margin,
         example_id=id_of(row, columns),
         origin=row.origin,
-        source=_source(values["source"], mapped="source" in columns),
+        source=source,
     )
 
 
-def id_of(row: Row, columns: Mapping[str, str]) -> str:
+class RowParts(NamedTuple):
+    """The values of a row's prompt and of its two responses, before anything is made of them."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    has_prompt: bool
+    """False: the prompt stands within the responses, and `prompt` is None."""
+
+
+def labelled_parts(row: Row, columns: SourceColumns) -> RowParts:
+    """The parts of a row of a labelled source; which response is better is not looked at."""
+    layout = columns.layout
+    for name in (layout.prompt or "turn", *layout.responses):
+        columns.take(row, name)
+    prompt, first, second = responses_of(layout, row.values)
+    inside = prompt is None and not any(isinstance(side, str | None) for side in (first, second))
+    return RowParts(_with_input(prompt, row, columns, name=layout.prompt), first, second, has_prompt=not inside)
+
+
+def _unlabelled_parts(row: Row, columns: SourceColumns) -> RowParts:
+    _check_scores(row.values)
+    own = has_own_prompt(row, columns)
+    prompt = prompt_value(row, columns) if own else None
+    return RowParts(prompt, *(columns.take(row, columns.name(side)) for side in _SIDES), has_prompt=own)
+
+
+def _texts(parts: RowParts, row: Row, columns: SourceColumns) -> tuple[list[Message], str, str]:
+    """Prompt and responses of a row."""
+    if not parts.has_prompt:
+        prompt, chosen, rejected = implicit_prompt(parts.chosen, parts.rejected)
+        return in_context(prompt, row, columns), chosen, rejected
+    values = {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected}
+    check_values(values)
+    own = prompt_messages(parts.prompt)
+    prompt = in_context(own, row, columns)
+    return prompt, *(reply(side, values[side], prompt, own_prompt=own) for side in _SIDES)
+
+
+def in_context(prompt: Sequence[Message], row: Row, columns: SourceColumns) -> list[Message]:
+    """A prompt with what the row's other columns put before it: a system message, earlier turns.
+
+    Raises `BadRow` where a column changes what the chat template writes in a way that is not supported.
+    """
+    for name, advice in _WITHOUT_A_PLACE.items():
+        if says_something(row.values.get(name)) and name not in columns.mapped.values():
+            raise BadRow("no_place", f"the column {name} has no place in a prompt here; {advice}")
+    names = [columns.mapped["system"]] if "system" in columns.mapped else SYSTEM_COLUMNS
+    taken = {columns.mapped.get("prompt"), columns.layout and columns.layout.prompt}
+    system = next((columns.take(row, name) for name in names if says_something(row.values.get(name))), None)
+    history = None if columns.name("history") in taken else columns.take(row, columns.name("history"))
+    return with_context(prompt, system=system, history=history)
+
+
+def id_of(row: Row, columns: SourceColumns) -> str:
     """The row's own id, or where it stands."""
-    own = row.values.get(columns.get("id", "id"))
+    own = columns.take(row, columns.name("id"))
     example_id = row.example_id if own is None else str(own)
-    if _SURROGATE.search(example_id):
-        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+    check_unicode(example_id)
     return example_id
 
 
-def has_own_prompt(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> bool:
+def has_own_prompt(row: Row, columns: SourceColumns) -> bool:
     """Whether a row's prompt stands, or should stand, in a column of its own, and not within the responses."""
-    own = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
-    return own or (has_prompts and is_guess(row, columns))
+    own = "prompt" in columns.mapped or any(name in row.values for name in PROMPT_COLUMNS)
+    return own or (columns.have_prompts and is_guess(row, columns))
 
 
-def prompt_value(values: Mapping[str, Any], columns: Mapping[str, str]) -> Any:
-    """What stands in the prompt's column: the mapped one, else `prompt`, `conversations` or Alpaca's `instruction`.
-
-    Where the column is called `instruction`, a text in `input` belongs to it, after an empty line.
-    """
-    name = columns.get("prompt") or next((n for n in ("prompt", "conversations", "instruction") if n in values), "")
-    value = values.get(name)
-    if name == "instruction" and isinstance(value, str) and isinstance(values.get("input"), str):
-        value = f"{value}\n\n{values['input']}" if values["input"].strip() else value
-    return value
+def prompt_value(row: Row, columns: SourceColumns) -> Any:
+    """What stands in the prompt's column: the mapped one, else the first of `PROMPT_COLUMNS`."""
+    name = columns.mapped.get("prompt") or next((n for n in PROMPT_COLUMNS if n in row.values), "")
+    return _with_input(columns.take(row, name), row, columns, name=name)
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse what is absent, neither text nor messages, or messages written into a text."""
-    if absent := [name for name, value in values.items() if value is None]:
-        raise BadRow("missing_key", f"{', '.join(absent)} absent or null")
-    if wrong := [name for name, value in values.items() if not isinstance(value, str | list | dict)]:
-        found = ", ".join(f"{name} of type {type(values[name]).__name__}" for name in wrong)
-        raise BadRow("wrong_type", f"{found}, not text or a list of messages")
-    if quoted := [name for name, value in values.items() if _is_quoted_conversation(value)]:
-        raise BadRow("bad_messages", f"{', '.join(quoted)} holds a list of messages inside a string; decode it")
-
-
-def _is_quoted_conversation(value: Any) -> bool:
-    """Whether a string is the JSON of a list of messages."""
-    if not (isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value):
-        return False
-    try:
-        turns = json.loads(value)
-    except (ValueError, RecursionError):
-        return False
-    return any(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
-
-
-def check_prompt(prompt: Sequence[Message]) -> None:
-    """Refuse a prompt that says nothing, does not end with the user's turn, or that cannot be encoded."""
-    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
-        raise BadRow("empty_prompt", "the prompt has no text")
-    if prompt[-1]["role"] != "user":
-        raise BadRow("bad_messages", "the prompt does not end with the user's turn")
-    if any(_SURROGATE.search(message["content"]) for message in prompt):
-        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+def _with_input(prompt: Any, row: Row, columns: SourceColumns, *, name: str | None) -> Any:
+    """Where the prompt's column is called `instruction`, a text in `input` belongs to it, after an empty line."""
+    if name != "instruction" or not isinstance(prompt, str) or not isinstance(row.values.get("input"), str):
+        return prompt
+    added = columns.take(row, "input")
+    return f"{prompt}\n\n{added}" if added.strip() else prompt
 
 
 def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
     """Refuse texts that state no preference, or that cannot be encoded."""
     check_prompt(prompt)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
+        if not plain_form(text):
             raise BadRow("empty_response", f"{name} has no text")
-    if chosen.strip(_BLANKS) == rejected.strip(_BLANKS):
+    if plain_form(chosen) == plain_form(rejected):
         raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
-    if _SURROGATE.search(chosen) or _SURROGATE.search(rejected):
-        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+    check_unicode(chosen, rejected)
 
 
-def _explicit(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
-    messages = prompt_messages(prompt)
-    return messages, *(
-        _reply(name, response, messages) for name, response in (("chosen", chosen), ("rejected", rejected))
-    )
-
-
-def prompt_messages(prompt: Any) -> list[Message]:
-    """The turns of a prompt that is a text, an hh-rlhf transcript or a list of messages."""
-    if not isinstance(prompt, str):
-        return _messages("prompt", prompt)
-    if not _HH_TURN.match(prompt):
-        return [{"role": "user", "content": prompt}]
-    messages = _transcript("prompt", prompt)
-    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-        messages.pop()  # the open turn that the responses fill
-    return messages
-
-
-def _reply(name: str, response: Any, prompt: Sequence[Message]) -> str:
-    """The text of a response that may repeat the prompt's turns before it."""
-    if isinstance(response, str) and not response.startswith("\n\nHuman:"):
-        return response
-    messages = _transcript(name, response) if isinstance(response, str) else _messages(name, response)
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
-    if messages[:-1] and not _same_turns(messages[:-1], prompt):
-        raise BadRow("prompts_differ", f"{name} repeats another prompt than the row's")
-    return messages[-1]["content"]
-
-
-def _same_turns(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
-    """Whether turns repeat the prompt; a system message may stand in the prompt alone."""
-    without_system = [message for message in prompt if message["role"] != "system"]
-    return list(turns) in (list(prompt), without_system)
-
-
-def implicit_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
-    """The prompt that two responses share, and what each says after it; what they say is not judged."""
-    check_values({"chosen": chosen, "rejected": rejected})
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not (_HH_TURN.match(chosen) and _HH_TURN.match(rejected)):
-            return _common_beginning(chosen, rejected)
-        conversations = _transcript("chosen", chosen), _transcript("rejected", rejected)
-    elif isinstance(chosen, str) or isinstance(rejected, str):
-        raise BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
-    else:
-        conversations = _messages("chosen", chosen), _messages("rejected", rejected)
-    for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
-        if messages[-1]["role"] != "assistant":
-            raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
-    prompt, other = (messages[:-1] for messages in conversations)
-    if prompt != other:
-        raise BadRow("prompts_differ", "chosen and rejected differ before the last assistant's reply")
-    return prompt, conversations[0][-1]["content"], conversations[1][-1]["content"]
-
-
-def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
-    """Split two strings after the whole words that they share at their beginning."""
-    if chosen == rejected:
-        raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and not chosen[shared - 1].isspace():
-        shared -= 1
-    prompt = chosen[:shared].strip()
-    return [{"role": "user", "content": prompt}], chosen[shared:].strip(), rejected[shared:].strip()
-
-
-def _transcript(name: str, text: str) -> list[Message]:
-    """Turns of an hh-rlhf transcript, each stripped of outer blanks."""
-    parts = _HH_TURN.split(text)
-    assert not parts[0], "callers check that the text begins with a turn"
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[speaker], "content": content.strip()}
-        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-
-
-def _messages(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Message]:
-    """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known."""
-    if not value:
-        raise BadRow("bad_messages", f"{name} is an empty conversation")
-    messages = []
-    for turn in [value] if isinstance(value, Mapping) else value:
-        if not isinstance(turn, Mapping):
-            raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
-        role, content = (turn.get(key, turn.get(other)) for key, other in (("role", "from"), ("content", "value")))
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if not isinstance(content, str):
-            raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
-        if role not in ROLES:
-            raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
-        messages.append({"role": role, "content": content})
-    return messages
+def _check_scores(values: Mapping[str, Any]) -> None:
+    """Refuse a row whose scores of its responses say that the rejected one is better."""
+    for word in _SCORES:
+        for names in (
+            (f"{word}_chosen", f"{word}_rejected"),
+            *((f"chosen{x}{word}", f"rejected{x}{word}") for x in "_-"),
+        ):
+            chosen, rejected = (as_number(values.get(name)) for name in names)
+            if chosen is not None and rejected is not None and chosen < rejected:
+                raise BadRow("bad_label", f"{names[0]} is {chosen:g}, below {names[1]}, {rejected:g}")
 
 
 def _source(value: Any, *, mapped: bool) -> str | None:
@@ -367,10 +409,9 @@ def _source(value: Any, *, mapped: bool) -> str | None:
 def _margin(value: Any) -> float | None:
     if value is None or value == "":
         return None
-    try:
-        margin = float(value)
-    except (TypeError, ValueError, OverflowError):
-        margin = math.nan
-    if isinstance(value, bool) or not abs(margin) <= _LARGEST_MARGIN:
+    margin = None if isinstance(value, bool) else as_number(value)
+    if margin is None:
         raise BadRow("bad_margin", f"margin is {reprlib.repr(value)}, not a finite number")
+    if abs(margin) > _LARGEST_MARGIN:
+        raise BadRow("bad_margin", f"margin is {margin:g}, beyond {_LARGEST_MARGIN:g}, which no reward can reach")
     return margin

@@ -49,11 +49,12 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: Longest prompt in tokens, up to where the assistant's reply begins.
         batch_size: Prompts in one batch on one device.
         eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
-        columns: Our names (prompt, id; chosen and rejected for preference data) to the file's columns.
+        columns: Our names (prompt, system, history, id; chosen and rejected for preference data) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `cut` cuts them from the
             left, after the template's head; `error` refuses the source.
-        unique: Take a prompt once that stands more than once in a role's sources; case and blanks do not count.
+        unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
+            not count.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
             when not given (`transcript` where it has none).
         template_arguments: Handed to the template, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.

@@ -6,19 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.conversations import (
+    check_prompt,
+    check_values,
+    implicit_prompt,
+    prompt_messages,
+    without_reply,
+)
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PromptExample, Refusal
 from rlhf_lightning.data.preferences import (
     PROMPT_COLUMNS,
+    SourceColumns,
     check_columns,
-    check_prompt,
-    check_values,
     has_own_prompt,
     id_of,
-    implicit_prompt,
+    in_context,
     is_guess,
     known_columns,
+    labelled_parts,
     load_examples,
-    prompt_messages,
     prompt_value,
     validated_rows,
 )
@@ -45,11 +51,13 @@ def load_prompts(
       looked at, so a row that makes no pair (an empty response, the same text twice, a bad margin) makes a prompt.
       Where the prompt stands within the responses, both must be there and share it; what they say after it does not
       matter.
-    `id` is kept as `example_id`. With `unique`, a prompt that stands more than once, case and runs of blanks aside, is
-    taken where it stands first, and the report counts the others.
+    `system`, `system_prompt` and `history` are taken as for pairs; `id` is kept as `example_id`. The report names every
+    column that was not used. With `unique`, a prompt that stands more than once, case, runs of blanks and Unicode forms
+    aside, is taken where it stands first, and the report counts the others.
 
-    `columns` maps our names (prompt, chosen, rejected, margin, id, source) to the file's. `on_bad_rows`: `error`
-    refuses the source and names the first ten bad rows, `drop` leaves them out and counts them in the report.
+    `columns` maps our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's.
+    `on_bad_rows`: `error` refuses the source and names the first ten bad rows, `drop` leaves them out and counts them
+    in the report.
 
     Returns the prompts in the order of the rows, and the report. Raises `DataError` when the source cannot be read,
     lacks a column, has no usable row, or has a bad row under `on_bad_rows="error"`.
@@ -71,36 +79,43 @@ def iterate_prompts(
 
     Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
     """
-    columns, found = known_columns(columns), {}
-    yield from validated_rows(source, report, _example, columns=columns, split=split, found=found)
-    check_columns(source, columns, found, needed=())
-    responses = {columns.get(name, name) for name in ("chosen", "rejected")}
-    if "prompt" not in columns and found.keys().isdisjoint({*PROMPT_COLUMNS, "messages", *responses}):
+    known = known_columns(columns, fallback="messages")
+    yield from validated_rows(source, report, _example, columns=known, split=split)
+    check_columns(source, known, needed=())
+    responses = {known.name(name) for name in ("chosen", "rejected")}
+    has_prompts = known.have_prompts or known.layout is not None
+    if not has_prompts and known.found.keys().isdisjoint({"messages", *responses}):
         raise DataError(
             f"{source}: no column prompt, messages, conversations or instruction, nor chosen and rejected; the columns "
-            f"found are {', '.join(map(str, found))}. Map one with columns: {{prompt: COLUMN}}"
+            f"found are {', '.join(map(str, known.found))}. Map one with columns: {{prompt: COLUMN}}"
         )
 
 
-def _example(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> PromptExample:
-    prompt = _prompt(row, columns, has_prompts=has_prompts)
+def _example(row: Row, columns: SourceColumns) -> PromptExample:
+    prompt = in_context(_prompt(row, columns), row, columns)
     check_prompt(prompt)
     return PromptExample(prompt=prompt, example_id=id_of(row, columns), origin=row.origin)
 
 
-def _prompt(row: Row, columns: Mapping[str, str], *, has_prompts: bool) -> list[Message]:
-    chosen, rejected = (row.values.get(columns.get(name, name)) for name in ("chosen", "rejected"))
-    own_column = "prompt" in columns or not PROMPT_COLUMNS.isdisjoint(row.values)
+def _prompt(row: Row, columns: SourceColumns) -> list[Message]:
+    """The prompt that a row has itself, without what its other columns put before it."""
+    if columns.layout:
+        parts = labelled_parts(row, columns)
+        return _own_prompt(parts.prompt) if parts.has_prompt else implicit_prompt(parts.chosen, parts.rejected)[0]
+    sides = [columns.name(name) for name in ("chosen", "rejected")]
+    chosen, rejected = (row.values.get(side) for side in sides)
+    own_column = "prompt" in columns.mapped or any(name in row.values for name in PROMPT_COLUMNS)
     conversations = chosen is not None and rejected is not None and not is_guess(row, columns)
     if "messages" in row.values and not own_column and not conversations:
-        return _without_reply(row.values["messages"])
-    if has_own_prompt(row, columns, has_prompts=has_prompts) or (chosen is None and rejected is None):
-        return _without_reply(prompt_value(row.values, columns))
-    return implicit_prompt(chosen, rejected)[0]
+        return _own_prompt(columns.take(row, "messages"))
+    if has_own_prompt(row, columns) or (chosen is None and rejected is None):
+        return _own_prompt(prompt_value(row, columns))
+    return implicit_prompt(*(columns.take(row, side) for side in sides))[0]
 
 
-def _without_reply(prompt: Any) -> list[Message]:
+def _own_prompt(prompt: Any) -> list[Message]:
     """The turns of a prompt, up to the assistant's reply that it may end with."""
     check_values({"prompt": prompt})
-    messages = prompt_messages(prompt)
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    asked = without_reply(prompt)
+    messages = prompt_messages(asked)
+    return messages[:-1] if asked is prompt and messages[-1]["role"] == "assistant" else messages

@@ -65,8 +65,9 @@ def part_masks(stores: Sequence[TokenStore], part: Part | None, *, val_fraction:
     held = [held_out(store.numbers("prompt_hash"), val_fraction=val_fraction) for store in stores]
     masks = [~mask for mask in held] if part == "train" else held
     if not any(mask.any() for mask in masks):
+        files = ", ".join(store.report.source for store in stores)
         raise DataError(
-            f"splitting {sum(map(len, stores))} {noun}s by prompt with val_fraction {val_fraction} leaves no "
+            f"{files}: splitting {sum(map(len, stores))} {noun}s by prompt with val_fraction {val_fraction} leaves no "
             f"{'training' if part == 'train' else 'validation'} {noun}; give a validation file with val: FILE, or "
             "another val_fraction"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,10 +15,20 @@ Part = Literal["train", "val"]
 """Side of sources that are divided by prompt."""
 
 
+_ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+
+
 def prompt_hash(prompt: Sequence[Message]) -> int:
-    """64 bits of a prompt that ignore case and runs of white space."""
-    text = "\x1e".join(f"{message['role']}\x1f{' '.join(message['content'].split())}" for message in prompt)
+    """64 bits of a prompt that ignore case, runs of white space, zero-width characters and Unicode forms (NFKC)."""
+    text = "\x1e".join(f"{message['role']}\x1f{_words(message['content'])}" for message in prompt)
     return int.from_bytes(hashlib.sha256(text.casefold().encode()).digest()[:8], "big")
+
+
+def _words(text: str) -> str:
+    if not text.isascii():
+        folded = unicodedata.normalize("NFKC", text.translate(_ZERO_WIDTH)).casefold()
+        text = unicodedata.normalize("NFKC", folded)  # folding may leave letters and accents apart
+    return " ".join(text.split())
 
 
 def held_out(prompt_hashes: np.ndarray, *, val_fraction: float) -> np.ndarray:

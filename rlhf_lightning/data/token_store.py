@@ -92,7 +92,7 @@ def write_rows(
                     for name, value in row.items():
                         columns[name].append(value)
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-    ordered.rows_read = report.rows_read
+    ordered.rows_read, ordered.label, ordered.columns_unused = report.rows_read, report.label, report.columns_unused
     details = {"report": asdict(ordered), "tail_length": chat_format.tail_length}
     file.with_name("report.json").write_text(json.dumps(details), encoding="utf-8")
 

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from rlhf_lightning.data.chat_format import ChatFormat
-from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
+from rlhf_lightning.data.conversations import plain_form
+from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.sources import Split, WeightedSource
 from rlhf_lightning.data.splitting import Part, prompt_hash
@@ -117,7 +118,9 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
                 "rejected": [*rejected, chat_format.terminator_id],
                 "margin": pair.margin,
                 "prompt_hash": prompt_hash(pair.prompt),
-                "prompt_text_hash": _text_hash("\x1e".join(f"{m['role']}\x1f{m['content']}" for m in pair.prompt)),
+                "prompt_text_hash": _text_hash(
+                    "\x1e".join(f"{m['role']}\x1f{plain_form(m['content'])}" for m in pair.prompt)
+                ),
                 "chosen_hash": _text_hash(pair.chosen),
                 "rejected_hash": _text_hash(pair.rejected),
                 "chosen_characters": len(pair.chosen),
@@ -128,9 +131,13 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
             }
 
 
+def _plain_turn(turn: Message) -> str:
+    return f"{turn['role']}\x1f{plain_form(turn['content'])}"
+
+
 def _text_hash(text: str) -> int:
-    """64 bits of a text without its outer blanks. Case may be all that a pair is about, so it counts."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+    """64 bits of a text's plain form (see `plain_form`). Case may be all that a pair is about, so it counts."""
+    return int.from_bytes(hashlib.sha256(plain_form(text).encode()).digest()[:8], "big")
 
 
 class PairStore(TokenStore):

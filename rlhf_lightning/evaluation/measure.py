@@ -18,6 +18,7 @@ import torch
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import Message, PreferenceExample, PromptExample
+from rlhf_lightning.data.labels import layout_of
 from rlhf_lightning.data.preferences import load_preferences
 from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.data.sources import read_rows, source_list
@@ -251,7 +252,7 @@ def _check_several(name: str, examples: Sequence[PreferenceExample | PromptExamp
 
 def _has_pairs(source: str, split: str) -> bool:
     first = next(iter(read_rows(source, split=split)), None)
-    return first is not None and {"chosen", "rejected"} <= set(first.values)
+    return first is not None and ({"chosen", "rejected"} <= set(first.values) or layout_of(first.values) is not None)
 
 
 class _Measuring:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_lightning.data.conversations import BadRow, check_prompt, prompt_messages
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.data.preferences import BadRow, check_prompt, prompt_messages
 from rlhf_lightning.data.sources import Row, read_rows
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, bootstrap, wilson

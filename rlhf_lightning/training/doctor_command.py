@@ -22,8 +22,8 @@ from rlhf_lightning.training import program
 
 _USAGE = """rlhf-lightning doctor [SOURCE] [--config FILE.yaml] [--data.KEY VALUE ...] [--json FILE] [--html FILE]
 
-What is in preference data: rows left out and why, lengths and what max_length cuts, padding, copies and contradictions,
-prompts on both sides, length bias, and examples as the model gets them.
+What is in preference data: rows left out and why, columns that are not used, lengths and what max_length cuts, padding,
+copies and contradictions, prompts on both sides, length bias, and examples as the model gets them.
 
 SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one, or
 against the pairs of --data.val; without SOURCE, the training and validation pairs of the configuration or of

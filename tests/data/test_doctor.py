@@ -283,3 +283,27 @@ def test_rows_are_named_by_number_and_by_file_where_there_are_several():
 
 def test_line_ends_are_marked_and_control_characters_written_out():
     assert visible("a\nb\r\n\x1b\t") == "a⏎\nb␍⏎\n\\x1b\\x09"
+
+
+def test_columns_that_are_not_used_are_on_every_page(examine):
+    row = {"prompt": "one", "output": "x", "response_0": "yes", "response_1": "no", "better_response_id": 0}
+    rows = [row, row | {"prompt": "two", "better_response_id": 1, "safer_response_id": 0}]
+    diagnosis = examine(rows, val=[{"prompt": [{"role": "user", "content": "x", "name": "A"}]} | rows[1]])
+    train, val = diagnosis.roles
+    assert (train.label, train.columns_unused) == ("better_response_id", ["output", "safer_response_id"])
+    assert val.columns_unused == ["output", "safer_response_id"]
+    assert asdict(diagnosis)["roles"][0]["columns_unused"] == ["output", "safer_response_id"]
+    console = Console(file=io.StringIO(), width=200)
+    print_diagnosis(diagnosis, console)
+    for page in (html_page(diagnosis), console.file.getvalue()):
+        assert "Columns not used" in page
+        assert "output, safer_response_id" in page
+        assert "better_response_id says which response is chosen" in page
+
+
+def test_ties_are_left_out_and_named(examine):
+    row = {"context": "one", "response1": "yes", "response2": "no", "overall_preference": 1}
+    diagnosis = examine([row, row | {"overall_preference": 0}, row | {"context": "two"}], roles=("train",))
+    (train,) = diagnosis.roles
+    assert {reason: rows_of(origins) for reason, origins in train.bad_rows.items()} == {"tie": [1]}
+    assert (train.pairs, diagnosis.exit_code, train.label) == (2, 1, "overall_preference")

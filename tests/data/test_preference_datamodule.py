@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from collections import Counter
 from types import SimpleNamespace
 
@@ -396,3 +397,29 @@ def test_more_processes_than_pairs_are_refused(make, tmp_path):
         data.train_dataloader()
     with pytest.raises(ConfigurationError, match="1 evaluation pairs cannot be shared by 2 processes"):
         data.val_dataloader()
+
+
+def test_forms_of_one_prompt_stay_on_one_side(make, tmp_path):
+    prompts = [f"Où est le café {number} ?" for number in range(40)]
+    forms = [unicodedata.normalize("NFD", prompt) for prompt in prompts] + [p.replace(" ", "\u200b ") for p in prompts]
+    data = make(write(tmp_path / "a.jsonl", *prompts, *forms), val_fraction=0.2)
+    data.setup("fit")
+    sides = [{int(name.partition(":")[2]) % 40 for name in ids_of(data, role)} for role in ("train", "val")]
+    assert sides[0].isdisjoint(sides[1])
+    assert sum(map(len, sides)) == 40
+
+
+def test_a_fit_names_the_columns_that_it_does_not_use(make, tmp_path, caplog):
+    data = make(write(tmp_path / "a.jsonl", *numbered("p", 30), topic="x", tags=[1]), val_fraction=0.3)
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        data.setup("fit")
+    train_line, val_line, _ = caplog.messages
+    assert "; not used: topic, tags)" in train_line
+    assert "not used" not in val_line
+    assert data.reports["train"].columns_unused == ["topic", "tags"]
+
+
+def test_a_division_that_leaves_nothing_names_the_file(make, tmp_path):
+    data = make(write(tmp_path / "few.jsonl", "one"), val_fraction=0.0001)
+    with pytest.raises(DataError, match=r"few.jsonl: splitting 1 pairs by prompt .* leaves no validation pair"):
+        data.setup("fit")

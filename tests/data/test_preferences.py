@@ -73,6 +73,212 @@ def test_every_shape_of_a_row_gives_the_same_example(load, row):
     assert (report.rows_read, report.rows_kept, report.bad_rows) == (1, 1, {})
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
+EARLIER = [{"role": "user", "content": "One?"}, say("Two.")]
+IN_CONTEXT = {
+    "explicit prompt": GOOD,
+    "implicit conversations": SHAPES["implicit conversations"],
+    "hh transcripts": SHAPES["hh transcripts"],
+    "ShareGPT": SHAPES["ShareGPT"],
+    "Alpaca": SHAPES["Alpaca"],
+    "prompt as text, conversations that repeat it": SHAPES["prompt as text, conversations that repeat it"],
+}
+
+
+@pytest.mark.parametrize("row", IN_CONTEXT.values(), ids=IN_CONTEXT.keys())
+@pytest.mark.parametrize(
+    "history", [[["One?", "Two."]], EARLIER, '[["One?", "Two."]]', "Human: One?\n\nAssistant: Two."]
+)
+def test_a_system_message_and_earlier_turns_may_stand_in_columns_of_their_own(load, row, history):
+    (example,), report = load(row | {"system": "Be kind.", "history": history})
+    assert list(example.prompt) == [SYSTEM, *EARLIER, USER]
+    assert (example.chosen, example.rejected, report.columns_unused) == ("Well.", "No!", [])
+    for nothing in ({"system": "", "history": []}, {"system": None, "history": None}, {"history": "[]"}):
+        assert list(load(row | nothing)[0][0].prompt) == PROMPT
+
+
+def test_a_system_message_has_names_of_its_own(load):
+    assert list(load(GOOD | {"system_prompt": "Be kind."})[0][0].prompt) == [SYSTEM, USER]
+    (example,), report = load(GOOD | {"rules": "Be kind.", "system": "x"}, columns={"system": "rules"})
+    assert (list(example.prompt), report.columns_unused) == ([SYSTEM, USER], ["system"])
+    row = {"prompt": [SYSTEM, USER], "chosen": "Well.", "rejected": "No!", "system": "Be kind."}
+    assert list(load(row)[0][0].prompt) == [SYSTEM, USER]
+    assert list(load(row | {"history": EARLIER})[0][0].prompt) == [SYSTEM, *EARLIER, USER]
+    with pytest.raises(DataError, match="row 1: the system column and the prompt's own system message differ"):
+        load(row, row | {"system": "Be rude."})
+    (example,), _ = load({"history": "Hi there", "chosen": "Well.", "rejected": "No!"}, columns={"prompt": "history"})
+    assert list(example.prompt) == PROMPT
+
+
+@pytest.mark.parametrize("history", ["Earlier words.", [["One?"]], [["One?", 2]], {"a": 1}, 7])
+def test_a_history_that_is_no_list_of_turns_is_refused(load, history):
+    with pytest.raises(DataError, match=r"row 1: .*history"):
+        load(GOOD, GOOD | {"history": history})
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    {
+        "tools": GOOD | {"tools": [{"name": "f"}]},
+        "tools ": GOOD | {"tools": '[{"name": "f"}]'},
+        "chat_template_kwargs": GOOD | {"chat_template_kwargs": {"enable_thinking": False}},
+        "tool_calls": GOOD | {"chosen": [say("Well.") | {"tool_calls": [CALL]}]},
+        "tool_calls ": {
+            "prompt": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+            "chosen": "Well.",
+            "rejected": "No!",
+        },
+        "reasoning_content": GOOD | {"rejected": [say("No!") | {"reasoning_content": "Hm."}]},
+        "reasoning_content ": GOOD | {"prompt": [USER, say("a") | {"reasoning_content": "Hm."}, USER]},
+    }.items(),
+)
+def test_what_has_no_place_in_a_pair_is_refused_by_its_name(load, name, row):
+    with pytest.raises(DataError, match=f"row 1: .*{name.strip()}"):
+        load(GOOD, row)
+    _, report = load(GOOD, row, on_bad_rows="drop")
+    assert list(report.bad_rows) == ["no_place"]
+
+
+def test_what_would_have_no_place_but_says_nothing_is_no_fault(load):
+    empty = {"tools": "[]", "chat_template_kwargs": {"enable_thinking": None}}
+    turn = say("Well.") | {"tool_calls": [], "reasoning_content": None}
+    (example,), _ = load(GOOD | empty | {"chosen": [turn]})
+    assert (list(example.prompt), example.chosen) == (PROMPT, "Well.")
+
+
+def test_turns_of_several_kinds_in_one_table_have_nulls(load):
+    blank = {"role": None, "content": None}
+    row = {
+        "conversations": [{"from": "human", "value": "Hi there"} | blank],
+        "chosen": say("Well.") | {"from": None, "value": None},
+        "rejected": {"from": "gpt", "value": "No!"} | blank,
+    }
+    (example,), _ = load(row)
+    assert (list(example.prompt), example.chosen, example.rejected) == (PROMPT, "Well.", "No!")
+
+
+def test_every_column_that_is_not_used_is_named(load):
+    used = GOOD | {"margin": 1, "id": "a", "source": "b", "system": "S", "history": []}
+    _, report = load(used)
+    assert report.columns_unused == []
+    turn = say("Well.") | {"weight": 0.5, "name": None}
+    _, report = load(GOOD, used | {"category": None, "chosen": [turn], "score": 3}, SHAPES["Alpaca"])
+    assert report.columns_unused == ["category", "score", "chosen[].weight"]
+    assert report.summary().endswith("; not used: category, score, chosen[].weight")
+    _, report = load(SHAPES["Alpaca"] | {"prompt": "Hi there"})
+    assert report.columns_unused == ["instruction", "input"]
+
+
+def test_columns_not_used_are_joined_over_the_sources(tmp_path):
+    for name, row in (("a", GOOD | {"x": 1, "y": 2}), ("b", GOOD | {"y": 3, "z": 4})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    _, report = load_preferences([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert report.columns_unused == ["x", "y", "z"]
+
+
+ANSWERS = {"chosen": "The capital of France is Paris.", "rejected": "The capital of France is Lyon."}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"question": "What is the capital of France?"},
+        {"input": "What is the capital of France?"},
+        {"messages": PROMPT},
+        {"messages": USER},
+        {"turns": ["What is the capital of France?"]},
+        {"system": "Be kind.", "question": "What is it?"},
+        {"id": 3, "margin": 1, "source": "x", "text": "What is it?"},
+    ],
+    ids=lambda others: " ".join(others),
+)
+def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it(load, others):
+    name = list(others)[-1]
+    for rows in ([ANSWERS | others], [ANSWERS, ANSWERS | others], [ANSWERS | {name: None}, ANSWERS | others]):
+        for policy in ("error", "drop"):
+            with pytest.raises(DataError, match=rf"may stand in .*{name}.*; say which it is .*prompt: COL") as caught:
+                load(*rows, on_bad_rows=policy)
+            assert "\n" not in str(caught.value)
+    (example,), _ = load(ANSWERS | others, columns={"prompt": name}) if name != "turns" else ([None], None)
+    assert example is None or example.chosen == ANSWERS["chosen"]
+
+
+def test_a_prompt_is_still_guessed_where_nothing_else_may_be_it(load):
+    others = {"score": 1, "rank": "2", "id": "x", "source": "web", "prompt_id": "ab12", "tags": [], "note": " "}
+    (example,), report = load(ANSWERS | others)
+    assert example.prompt[0]["content"] == "The capital of France is"
+    assert report.columns_unused == ["score", "rank", "prompt_id", "tags", "note"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),
+        ("reward_chosen", "reward_rejected"),
+    ],
+)
+def test_scores_that_prefer_the_rejected_response_are_refused(load, names):
+    scores = dict(zip(names, (1.0, 9.0), strict=True))
+    with pytest.raises(DataError, match=rf"row 1: {names[0]} is 1, below {names[1]}, 9"):
+        load(GOOD, GOOD | scores)
+    assert len(load(GOOD, GOOD | dict(zip(names, ("9", "1"), strict=True)), GOOD | dict.fromkeys(names, 5))[0]) == 3
+
+
+@pytest.mark.parametrize("margin", [1e30, -1e7, "1e30"])
+def test_a_margin_that_no_reward_can_reach_is_refused(load, margin):
+    with pytest.raises(DataError, match=r"row 1: margin is .*, beyond 1e\+06"):
+        load(GOOD | {"margin": 1e6}, GOOD | {"margin": margin})
+
+
+@pytest.mark.parametrize("chosen", ["cafe\u0301", "caf\u00e9\u200b", "ca\u00adf\u00e9", "\ufeffcaf\u00e9"])
+def test_responses_that_look_the_same_are_the_same(load, chosen):
+    with pytest.raises(DataError, match="row 1: chosen and rejected are the same text"):
+        load(GOOD, GOOD | {"chosen": chosen, "rejected": "caf\u00e9"})
+    joined, apart = "\U0001f468\u200d\U0001f469", "\U0001f468\U0001f469"  # a zero-width joiner is seen
+    assert load(GOOD | {"chosen": joined, "rejected": apart})[0][0].chosen == joined
+
+
+TALK = [USER, say("Well.")]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        repr(TALK),
+        repr(TALK[1]),
+        json.dumps(TALK[1]),
+        json.dumps([{"content": "It's", "role": "user"}]),
+        repr([{"content": "It's", "role": "user"}]),
+        repr([{"from": "human", "value": "x"}]),
+        "[{'content': 'Hi', 'role': 'user'}\n {'content': 'Ho', 'role': 'assistant'}]",  # NumPy's
+    ],
+)
+def test_a_conversation_written_out_as_text_is_refused(load, written):
+    for name in ("prompt", "chosen"):
+        with pytest.raises(DataError, match=f"row 1: {name} holds a list of messages inside a string; decode it"):
+            load(GOOD, GOOD | {name: written})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"messages": [{"role": "user", "content": "Hi"}], "model": "m"}',
+        '{"role": "admin", "content": "x"}',
+        "[{'role': 'user'}] is no whole message",
+        "{'role': 'user', 'age': 3}",
+        "[[1, 2], {'a': 'user'}]",
+        "{" * 5000 + "'user'",
+    ],
+)
+def test_code_about_messages_is_a_text(load, text):
+    assert load(GOOD | {"chosen": text})[0][0].chosen == text
+
+
 def test_an_input_belongs_to_its_instruction(load):
     row = {"instruction": "Add up.", "input": "1, 2", "chosen": "3", "rejected": "4"}
     for options in ({}, {"columns": {"prompt": "instruction"}}):
@@ -220,6 +426,11 @@ BAD = {
     "a margin beyond float32": ("bad_margin", "margin is 1e[+]39", GOOD | {"margin": 1e39}),
     "a margin beyond float64": ("bad_margin", "not a finite number", GOOD | {"margin": 10**400}),
     "a margin that is a truth value": ("bad_margin", "margin is True", GOOD | {"margin": True}),
+    "a label against the scores": (
+        *("bad_label", "score_chosen is 1, below"),
+        GOOD | {"score_chosen": 1, "score_rejected": 2},
+    ),
+    "tools": ("no_place", "the column tools has no place", GOOD | {"tools": [{"name": "f"}]}),
     "half of a surrogate pair": ("bad_unicode", "half of a surrogate pair", GOOD | {"chosen": "a \ud83d b"}),
     "half of a surrogate pair in the id": ("bad_unicode", "surrogate", GOOD | {"id": "\udc00"}),
     "half of a surrogate pair in the prompt": ("bad_unicode", "surrogate", GOOD | {"prompt": "a \udc00"}),
@@ -249,7 +460,7 @@ def test_a_bad_row_is_dropped_and_counted_under_its_reason(load, reason, message
 
 
 def test_every_reason_of_this_stage_is_tested():
-    later = {"special_tokens", "template_refused", "too_long"}
+    later = {"special_tokens", "template_refused", "too_long"} | {"tie"}  # of labelled rows alone
     assert {reason for reason, _, _ in BAD.values()} == set(BAD_ROW_REASONS) - later
 
 

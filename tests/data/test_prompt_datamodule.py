@@ -399,3 +399,11 @@ def test_what_a_reward_model_holds_out_of_real_pairs_is_held_out_of_their_prompt
         module.setup("fit")
     for role in ("train", "val"):
         assert set(pairs.pairs[role].numbers("prompt_hash")) == set(data.prompts[role].numbers("prompt_hash"))
+
+
+def test_a_fit_names_the_columns_that_it_does_not_use(make, tmp_path, caplog):
+    data = make(write(tmp_path / "a.jsonl", *numbered("p", 30), answer="x", system="Be brief."), val_fraction=0.3)
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        data.setup("fit")
+    assert "; not used: answer)" in caplog.messages[0]
+    assert data.messages("train", 0)[0] == {"role": "system", "content": "Be brief."}

@@ -154,6 +154,7 @@ BAD = {
         {"chosen": [*REPLIED, say("b")], "rejected": [*REPLIED, say("c")]},
     ),
     "an empty prompt": ("empty_prompt", "the prompt has no text", {"prompt": " \n"}),
+    "tools": ("no_place", "the column tools has no place", {"prompt": "Hi", "tools": [{"name": "f"}]}),
     "a reply alone": ("empty_prompt", "the prompt has no text", {"messages": [say("Well.")]}),
     "another prompt": (
         *("prompts_differ", "differ before the last assistant's reply"),
@@ -182,7 +183,7 @@ def test_a_prompt_that_cannot_be_guessed_is_refused(load):
 
 def test_every_reason_that_a_prompt_can_be_refused_for_is_tested():
     later = {"special_tokens", "template_refused", "too_long"}
-    of_responses = {"empty_response", "identical_pair", "bad_margin"}
+    of_responses = {"empty_response", "identical_pair", "bad_margin", "bad_label", "tie"}
     assert {reason for reason, _, _ in BAD.values()} == set(BAD_ROW_REASONS) - later - of_responses
 
 

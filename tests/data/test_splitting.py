@@ -54,3 +54,25 @@ def test_prompts_that_differ_in_case_and_white_space_alone_are_one(a, b):
 def test_prompts_that_differ_in_words_roles_or_turns_are_two():
     others = (user("ab"), [{"role": "system", "content": "a b"}], [*user("a"), *user("b")])
     assert len({prompt_hash(prompt) for prompt in (user("a b"), *others)}) == 4
+
+
+FORMS = [
+    ("Où est le café ?", "Où est le cafe\u0301 ?"),
+    ("Où est le café ?", "Ou\u0300 est\u200b le caf\u00e9\ufeff ?"),
+    ("한국어", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"),
+    ("ABC 123", "\uff21\uff22\uff23\u3000\uff11\uff12\uff13"),
+    ("fine", "\ufb01ne"),
+    ("plain", "pl\u00adain\u2060"),
+    ("STRASSE", "straße"),
+    ("\u0390", "\u1fd3"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), FORMS)
+def test_forms_of_one_prompt_are_one_prompt(one, other):
+    assert prompt_hash(user(one)) == prompt_hash(user(other))
+
+
+def test_other_letters_are_another_prompt():
+    texts = ["cafe", "café", "cafè", "c a f e", "漢", "字", "é", "e"]
+    assert len({prompt_hash(user(text)) for text in texts}) == len(texts)

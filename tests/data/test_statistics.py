@@ -42,6 +42,11 @@ def test_a_pair_that_stood_before_is_a_duplicate_but_for_its_outer_blanks(pairs_
     assert duplicates(pairs_of(rows)).tolist() == [2, 5]
 
 
+def test_a_copy_in_another_unicode_form_is_a_duplicate(pairs_of):
+    rows = [("caf\u00e9", "n\u00e9", "b"), ("cafe\u0301", "ne\u0301", "b"), ("caf\u00e9\u200b", "n\u00e9", "\ufeffb")]
+    assert duplicates(pairs_of([*rows, ("cafe", "n\u00e9", "b")])).tolist() == [1, 2]
+
+
 def test_both_sides_of_a_contradiction_are_named(pairs_of):
     rows = [("p", "a", "b"), ("q", "a", "b"), ("p", "b", "a"), ("p", "b", "c"), ("p", "b", "a "), ("p", "B", "A")]
     assert contradictions(pairs_of(rows)).tolist() == [0, 2, 4]
