@@ -104,7 +104,7 @@ def _is_quoted_conversation(value: Any) -> bool:
 
 def check_prompt(prompt: Sequence[Message]) -> None:
     """Refuse a prompt that says nothing, does not end with the user's turn, or that cannot be encoded."""
-    if not any(plain_form(message["content"]) for message in prompt if message["role"] == "user"):
+    if not any(message["content"].strip() for message in prompt if message["role"] == "user"):
         raise BadRow("empty_prompt", "the prompt has no text")
     if prompt[-1]["role"] != "user":
         raise BadRow("bad_messages", "the prompt does not end with the user's turn")

@@ -376,7 +376,7 @@ def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
     """Refuse texts that state no preference, or that cannot be encoded."""
     check_prompt(prompt)
     for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not plain_form(text):
+        if not text.strip():
             raise BadRow("empty_response", f"{name} has no text")
     if plain_form(chosen) == plain_form(rejected):
         raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])

@@ -547,3 +547,9 @@ def test_a_message_stays_short_and_on_one_line_whatever_the_row_holds(load):
             load(row)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 600
+
+
+def test_zero_width_blanks_alone_are_a_text_as_the_model_reads_them(load):
+    """Real data has such responses; a tokenizer makes tokens of them."""
+    (example,), _ = load({"prompt": "\u200b", "chosen": "Well.", "rejected": "\u200b"})
+    assert (example.prompt[0]["content"], example.rejected) == ("\u200b", "\u200b")
