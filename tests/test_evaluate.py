@@ -123,7 +123,7 @@ def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(whole, here
     for row in rows:
         prompt = [[{"role": "user", "content": row["prompt"]}]]
         for side in ("before", "after"):
-            own = [x.score for x in scorer(prompt * 3, row["replies"][side])]
+            own = [x.score for x in scorer(prompt * 3, row["replies"][side], row["ended"][side])]
             assert row["rewards"][side] == pytest.approx(own, abs=1e-5)
     wins = [[(a > b) + (a == b) / 2 for a in r["rewards"]["after"] for b in r["rewards"]["before"]] for r in rows]
     assert numbers["policy/win_rate"]["value"] == pytest.approx(np.mean(wins), abs=1e-9)

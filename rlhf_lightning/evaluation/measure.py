@@ -50,7 +50,7 @@ from rlhf_lightning.evaluation.results import (
     ScorerResults,
     Side,
 )
-from rlhf_lightning.evaluation.reward_function import load_function, names_function, reward_scorer
+from rlhf_lightning.evaluation.reward_function import check_text_of, load_function, names_function, reward_scorer
 from rlhf_lightning.evaluation.reward_quality import reward_quality
 from rlhf_lightning.evaluation.rewardbench import SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import (
@@ -152,6 +152,9 @@ def check(settings: EvaluationSettings) -> None:
         raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
     check_devices(device_of(settings), settings.devices)
     _check_models(settings)
+    for name in ("reward", "held_out_reward"):
+        key = f"{name}_chat_template"
+        check_text_of(getattr(settings, f"{name}_model"), getattr(settings, key), f"evaluate: {key}")
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
             raise ConfigurationError(f"evaluate: {name} reads replies of a policy; give policy and prompts")
@@ -288,9 +291,12 @@ class _Measuring:
     def scorers(self) -> list[ScorerResults]:
         """The reward models, and the policy by its implicit reward, on pairs and benchmarks."""
         settings, found = self.settings, []
-        for title, name in (("reward model", settings.reward_model), ("held-out", settings.held_out_reward_model)):
+        for title, name, text in (
+            ("reward model", settings.reward_model, settings.reward_chat_template),
+            ("held-out", settings.held_out_reward_model, settings.held_out_reward_chat_template),
+        ):
             if name is not None:
-                found.append(self._scorer(title, self._made(reward_scorer, name, **self.loading)))
+                found.append(self._scorer(title, self._made(reward_scorer, name, chat_template=text, **self.loading)))
         if settings.implicit_reward:
             scorer = self._made(ImplicitScorer, settings.policy, settings.reference, **self.loading)
             found.append(self._scorer("implicit reward", scorer))
@@ -486,9 +492,14 @@ class _Measuring:
         settings, found = self.settings, []
         if not rows:
             return found
-        for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
+        for name, text in (
+            (settings.reward_model, settings.reward_chat_template),
+            (settings.held_out_reward_model, settings.held_out_reward_chat_template),
+        ):
+            if name is None:
+                continue
             with _timed(f"rewards of the replies by {name}"):
-                scorer = self._made(reward_scorer, name, **self.loading)
+                scorer = self._made(reward_scorer, name, chat_template=text, **self.loading)
                 rewards = {side: self._rewards(scorer, rows, side) for side in rows[0].replies}
                 anchors = self._anchor_rewards(scorer)
             if not found:
@@ -506,11 +517,15 @@ class _Measuring:
         return found
 
     def _rewards(self, scorer: Scorer, rows: Sequence[PromptRow], side: Side) -> np.ndarray:
-        replies = [(prompt.prompt, text) for prompt, row in self._with(rows) for text in row.replies[side]]
+        replies = [
+            (prompt.prompt, text, ended)
+            for prompt, row in self._with(rows)
+            for text, ended in zip(row.replies[side], row.ended[side], strict=True)
+        ]
         return np.array(self._scores(scorer, replies), dtype=np.float64).reshape(len(rows), -1)
 
-    def _scores(self, scorer: Scorer, rows: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
-        """Of prompts and responses, in their order."""
+    def _scores(self, scorer: Scorer, rows: Sequence[tuple[Sequence[Message], str, bool]]) -> list[float]:
+        """Of prompts and responses, in their order, with whether they have ended."""
         return [each.score for each in self.ranks.each(rows, lambda own: scorer(*zip(*own, strict=True)))]
 
     def _anchor_rewards(self, scorer: Scorer) -> dict[str, np.ndarray]:
@@ -520,7 +535,7 @@ class _Measuring:
             return {}
         found = {}
         for side in ("chosen", "rejected"):
-            flat = [(prompt.prompt, getattr(pair, side)) for prompt, own in self._with(pairs) for pair in own]
+            flat = [(prompt.prompt, getattr(pair, side), True) for prompt, own in self._with(pairs) for pair in own]
             scores = iter(self._scores(scorer, flat))
             found[side] = np.array([np.mean([next(scores) for _ in own]) for own in pairs])
         return found

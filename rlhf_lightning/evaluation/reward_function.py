@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.evaluation.reward_text import check_reward_template
 from rlhf_lightning.evaluation.scoring import RewardScorer, Scored, Scorer
 from rlhf_lightning.models.backbones import reason_of
 from rlhf_lightning.tiny import TINY
@@ -30,14 +31,26 @@ def names_function(given: str) -> bool:
     return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
 
 
-def reward_scorer(given: str, *, trust_remote_code: bool = False, **loading: Any) -> Scorer:
+def reward_scorer(
+    given: str, *, chat_template: str | None = None, trust_remote_code: bool = False, **loading: Any
+) -> Scorer:
     """What a `reward_model` key names: `module:function`, or a directory or hub name of a model that scores.
 
-    `loading`: of a `RewardScorer`. Raises `ConfigurationError` or `ModelError` when it names nothing of the kind.
+    `chat_template` and `loading`: of a `RewardScorer`. Raises `ConfigurationError` or `ModelError` when it names
+    nothing of the kind.
     """
+    check_text_of(given, chat_template)
     if names_function(given):
         return FunctionScorer(given)
-    return RewardScorer(given, trust_remote_code=trust_remote_code, **loading)
+    return RewardScorer(given, chat_template=chat_template, trust_remote_code=trust_remote_code, **loading)
+
+
+def check_text_of(given: str | None, chat_template: str | None, key: str = "reward_chat_template") -> None:
+    """Raise `ConfigurationError` for a template that is none, or that nothing would read."""
+    check_reward_template(chat_template, key)
+    if chat_template is not None and (given is None or names_function(given)):
+        reader = "no reward model is given" if given is None else f"{given} gets messages and replies as they are"
+        raise ConfigurationError(f"{key}: {reader}, so nothing reads it; leave the key out")
 
 
 class FunctionScorer:
@@ -57,8 +70,16 @@ class FunctionScorer:
         code = Path(file).read_bytes() if file else b""
         self.fingerprint = hashlib.sha256(name.encode() + b"\0" + code).hexdigest()
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
-        """As `Scorer`. Raises `ModelError` when the function raises, or gives another number of scores."""
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """As `Scorer`; the text of a response is the same, ended or not.
+
+        Raises `ModelError` when the function raises, or gives another number of scores.
+        """
         try:
             scores = [float(score) for score in self.function(prompts, responses)]
         except Exception as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import TRANSCRIPT, ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.evaluation.reward_text import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
 from rlhf_lightning.functional.reductions import last_token_index
 from rlhf_lightning.models.backbones import hidden_states, load_config, max_positions, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -28,6 +30,8 @@ from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 ScorerKind = Literal["Seq. Classifier", "Custom Classifier", "DPO", "DPO Ref. Free"]
 """RewardBench's names for what gave a score."""
@@ -56,8 +60,17 @@ class Scorer(Protocol):
     fingerprint: str
     """A hash of all that decides the scores: weights, format, longest row, dtype. Not the batch size or the device."""
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
-        """The score of each response to the prompt in the same place."""
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """The score of each response to the prompt in the same place.
+
+        One that has not `ended`, being cut at the longest length, is scored as it stands, without an end of turn; all
+        have when not given.
+        """
         ...
 
 
@@ -65,12 +78,16 @@ class RewardScorer:
     """A saved `RewardNetwork`, or an `AutoModelForSequenceClassification` with one label, with its own tokenizer.
 
     Conversations and responses are written in the format of *its* tokenizer, response and terminator included, as in
-    the training of our reward models. A row that is too long loses the beginning of its prompt, after the template's
-    head, and never its response, unless that alone is too long: then its end is kept. The score is read at the last
-    true token, in float32, so that it is the same in any batch and with padding on either side.
+    the training of our reward models, or as `chat_template` says; a line in the log shows it. A row that is too long
+    loses the beginning of its prompt, after the template's head, and never its response, unless that alone is too long:
+    then its end is kept. The score is read at the last true token, in float32, so that it is the same in any batch and
+    with padding on either side.
 
     Args:
         name: Directory or hub name.
+        chat_template: A Jinja file of the whole text, response included; `plain`, the words alone, a line for each
+            turn; `pair`, prompt and response as the tokenizer's two texts; or `transcript`, the built-in format. When
+            not given, the tokenizer's own chat template, and without one the transcript.
         batch_size: Rows at a time.
         max_length: Longest row in tokens; as many as the model has positions for when not given.
         device: Where it computes.
@@ -78,13 +95,14 @@ class RewardScorer:
         trust_remote_code: Run code that comes with the model.
 
     Raises `ModelError` for what is no reward model, and `ConfigurationError` for a `max_length` that it has no
-    positions for.
+    positions for and for a `chat_template` that is none.
     """
 
     def __init__(
         self,
         name: str,
         *,
+        chat_template: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         device: str | torch.device = "cpu",
@@ -93,6 +111,7 @@ class RewardScorer:
     ) -> None:
         self.name = name
         self.batch_size = batch_size
+        check_reward_template(chat_template)
         config = check_scores_rows(name, trust_remote_code=trust_remote_code)
         self.model: nn.Module
         self.kind: ScorerKind
@@ -104,7 +123,16 @@ class RewardScorer:
             self.model = _classifier(name, trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
-        self.chat_format = ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
+        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        self.chat_format: ChatFormat | WrittenText
+        if chat_template in (None, TRANSCRIPT):
+            self.chat_format = ChatFormat(self.tokenizer, chat_template=chat_template)
+        else:
+            self.chat_format = WrittenText(self.tokenizer, chat_template)
+        self.pairs = chat_template == PAIR
+        if self.pairs:
+            check_pair(self.tokenizer, name)
+        self._say_text(chat_template)
         parts = (weights_fingerprint(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
         self.fingerprint = _digest(self.kind, *parts)
         self.to(torch.device(device), dtype)
@@ -114,10 +142,34 @@ class RewardScorer:
         move(self.model, device, dtype)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
         """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
-        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit)
+        rows = self._rows(prompts, responses, ended)
         return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
+
+    def _rows(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool] | None
+    ) -> list[EncodedRow]:
+        if isinstance(self.chat_format, WrittenText):
+            ended = [True] * len(responses) if ended is None else ended
+            return self.chat_format.rows(prompts, responses, ended, limit=self.limit)
+        return encode_rows(self.chat_format, prompts, responses, limit=self.limit, ended=ended)
+
+    def _say_text(self, chat_template: str | None) -> None:
+        """How the text is made, with the ids of an example written out, since a wrong text gives wrong scores."""
+        row = self._rows([[{"role": "user", "content": "PROMPT"}]], ["RESPONSE"], None)[0]
+        source = f"reward_chat_template {chat_template}"
+        if chat_template is None:
+            source = "its tokenizer's chat template"
+            if isinstance(self.chat_format, ChatFormat) and self.chat_format.template is None:
+                source = "the built-in transcript, its tokenizer having no chat template"
+        text = self.tokenizer.decode([*row.prompt, *row.response], clean_up_tokenization_spaces=False)
+        log.info("reward model %s: reads %r, by %s", self.name, text, source)
 
     def _scores(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
@@ -126,13 +178,20 @@ class RewardScorer:
             return self.model(ids, mask)
         head = getattr(self.model, "score", None)
         if head is None:  # an encoder's own pooling, which goes by the mask
-            return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0]
+            types = {"token_type_ids": response_mask.long().to(device)} if self._has_types else {}
+            return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0]
         # A decoder's own pooling goes by the pad id, which may be the terminator's.
         hidden = hidden_states(self.model.base_model, ids, mask)
         last = hidden[torch.arange(len(ids), device=device), last_token_index(mask)]
         if isinstance(head, nn.Linear):
             return F.linear(last.float(), head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
         return head(last)[:, 0]
+
+    @property
+    def _has_types(self) -> bool:
+        """Whether the model is told the two texts of a pair by the types of their tokens."""
+        types = getattr(self.model.config, "type_vocab_size", 0)
+        return self.pairs and types > 1 and "token_type_ids" in self.tokenizer.model_input_names
 
 
 class ImplicitScorer:
@@ -196,9 +255,14 @@ class ImplicitScorer:
             move(model.eval().requires_grad_(False), torch.device(device), dtype)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Scored]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
         """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
-        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit)
+        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit, ended=ended)
         return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
 
     def _scores(self, *rows: Tensor) -> Tensor:
@@ -211,20 +275,17 @@ class ImplicitScorer:
         return responses.averages if self.length_norm == "average" else responses.sums
 
 
-class EncodedRow(NamedTuple):
-    """The ids of a prompt and of one response, as they are scored."""
-
-    prompt: list[int]
-    response: list[int]
-    """Terminator included."""
-    truncated: bool
-    """Whether ids of the conversation were left out."""
-
-
 def encode_rows(
-    chat_format: ChatFormat, prompts: Sequence[Sequence[Message]], responses: Sequence[str], *, limit: int | None
+    chat_format: ChatFormat,
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[str],
+    *,
+    limit: int | None,
+    ended: Sequence[bool] | None = None,
 ) -> list[EncodedRow]:
-    """Rows of at most `limit` tokens.
+    """Rows of at most `limit` tokens, the terminator behind each response that has `ended` (all when not given).
+
+    An encoder's SEP ends every row: it is no sign of the response.
 
     A prompt that is too long is cut as in training (see `ChatFormat.encode_turns`): its head stays, then come the
     latest turns that fit. A response that alone is too long loses its beginning. Raises `DataError` when the chat
@@ -232,9 +293,11 @@ def encode_rows(
     """
     heads = chat_format.encode_turns([(messages, chat_format.prompt_text(messages)) for messages in prompts])
     replies = chat_format.encode([chat_format.response_text(response) for response in responses])
+    if ended is None or chat_format.terminator_id == chat_format.tokenizer.sep_token_id:
+        ended = [True] * len(replies)
     rows = []
-    for (head, turns), reply in zip(heads, replies, strict=True):
-        tail = [*reply, chat_format.terminator_id]
+    for (head, turns), reply, complete in zip(heads, replies, ended, strict=True):
+        tail = [*reply, chat_format.terminator_id] if complete else reply
         if limit is None or len(head) + len(tail) <= limit:
             rows.append(EncodedRow(head, tail, False))
             continue

@@ -27,8 +27,12 @@ class EvaluationSettings:
         reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
             `module:function` of yours, which takes conversations and responses and gives a number for each. It is
             judged on `pairs` and on RewardBench, and it judges the policies.
+        reward_chat_template: The text that it reads: `plain`, the words alone, a line for each turn; `pair`, prompt and
+            response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a Jinja file that
+            writes the whole. When not given, its tokenizer's chat template, else the transcript.
         held_out_reward_model: A second one, trained on other pairs, or a rule that was not trained: a gain that it does
             not see is over-optimization.
+        held_out_reward_chat_template: The same for that one.
         policy: Directory or hub name of a policy after training, whole or LoRA adapters alone.
         reference: The policy before training.
         implicit_reward: Judge `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against `reference`
@@ -71,7 +75,9 @@ class EvaluationSettings:
 
     out: str = "reports/evaluation"
     reward_model: str | None = None
+    reward_chat_template: str | None = None
     held_out_reward_model: str | None = None
+    held_out_reward_chat_template: str | None = None
     policy: str | None = None
     reference: str | None = None
     implicit_reward: bool = False

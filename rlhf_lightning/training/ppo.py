@@ -29,6 +29,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
+from rlhf_lightning.evaluation.reward_function import check_text_of
 from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
@@ -104,6 +105,9 @@ class PPO(LightningModule):
         reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
             label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
             floats.
+        reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
+            `pair`, prompt and reply as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a
+            Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
         advantage: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other replies to the
             same prompt, or `reinforce++`, against the whole rollout.
         value_model: Directory or hub name of what the value model begins as; `shared` is a head on the policy's hidden
@@ -153,6 +157,7 @@ class PPO(LightningModule):
         self,
         backbone: str,
         reward_model: str,
+        reward_chat_template: str | None = None,
         advantage: AdvantageName = "gae",
         value_model: str | None = None,
         value_coef: NonNegativeFloat = 0.1,
@@ -223,6 +228,7 @@ class PPO(LightningModule):
 
     def _check_settings(self) -> None:
         settings = self.hparams
+        check_text_of(settings.reward_model, settings.reward_chat_template, "model.reward_chat_template")
         if settings.kl_target is not None and settings.kl_coef == 0:
             raise ConfigurationError(
                 "model.kl_target: the coefficient that it steers is model.kl_coef, which is 0 and stays so; give a "
@@ -254,6 +260,7 @@ class PPO(LightningModule):
         if self.rewards is None:
             self.rewards = RewardSource(
                 settings.reward_model,
+                chat_template=settings.reward_chat_template,
                 batch_size=settings.generation_batch_size,
                 trust_remote_code=settings.trust_remote_code,
             )
@@ -337,9 +344,7 @@ class PPO(LightningModule):
             return backbone
         config = load_config(scorer.name, trust_remote_code=self.hparams.trust_remote_code)
         chat_format = getattr(self.trainer.datamodule, "chat_format", None)
-        same = chat_format is not None and (
-            scorer.chat_format.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab()
-        )
+        same = chat_format is not None and (scorer.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab())
         decoder = hasattr(scorer.model, "backbone") and config.model_type == self.backbone_config.model_type
         return scorer.name if same and decoder and is_reward_network(config) else backbone
 
@@ -453,7 +458,7 @@ class PPO(LightningModule):
 
     @torch.no_grad()
     def score(self, replies: Replies, role: Role) -> Tensor:
-        """Scores of replies as the reward source gives them, [B] float32.
+        """Scores of replies as the reward source gives them, [B] float32; it is shown an end only where there is one.
 
         Raises `TrainingError` naming the prompts for NaN, and when a function raises or gives too few.
         """
@@ -464,7 +469,7 @@ class PPO(LightningModule):
         ids = [known[index] for index in replies.index]
         try:
             with self.trainer.precision_plugin.forward_context():
-                scores = self.rewards(prompts, texts)
+                scores = self.rewards(prompts, texts, replies.ended.tolist())
         except ModelError as error:
             raise TrainingError(f"model.reward_model: {error}, asked about {first_few(ids)}") from error
         check_scores(scores, ids, self.rewards.name)

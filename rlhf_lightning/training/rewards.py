@@ -25,15 +25,20 @@ class RewardSource:
 
     Args:
         given: `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`).
+        chat_template: Of the text that a model reads (see `RewardScorer`).
         batch_size: Rows of a model at a time.
         trust_remote_code: Run code that comes with a model.
 
     Raises `ConfigurationError` or `ModelError` when `given` names nothing of the kind.
     """
 
-    def __init__(self, given: str, *, batch_size: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, given: str, *, batch_size: int, chat_template: str | None = None, trust_remote_code: bool = False
+    ) -> None:
         self.name = given
-        self.scorer = reward_scorer(given, batch_size=batch_size, trust_remote_code=trust_remote_code)
+        self.scorer = reward_scorer(
+            given, chat_template=chat_template, batch_size=batch_size, trust_remote_code=trust_remote_code
+        )
         self._said = False
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -41,9 +46,17 @@ class RewardSource:
         if isinstance(self.scorer, RewardScorer):
             self.scorer.to(device, dtype)
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> Tensor:
-        """Scores [B], float32, on the CPU. Raises `ModelError` when a function raises, or gives too few."""
-        scored = self.scorer(prompts, responses)
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """Scores [B], float32, on the CPU; those that have not `ended` as they stand (see `Scorer`).
+
+        Raises `ModelError` when a function raises, or gives too few.
+        """
+        scored = self.scorer(prompts, responses, ended)
         cut = sum(each.truncated for each in scored)
         if cut and not self._said:
             self._said = True

@@ -11,8 +11,10 @@ import functools
 import pytest
 import torch
 
+from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.models.generation import Reply
 from rlhf_lightning.training import rollouts
+from tests.evaluation.test_scoring import saved_classifier
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
 
 
@@ -195,3 +197,19 @@ def test_c30_the_first_ratio_is_one_of_another_temperature_too(build_ppo, traine
     for row in recorder.rows:
         assert row["ratio"] == pytest.approx(1, abs=1e-5)
         assert row["clip_fraction"] == 0
+
+
+def test_the_reward_model_is_shown_an_end_only_where_there_is_one(rollout, tiny_bert, tmp_path, monkeypatch):
+    """And its text is the one that the key names."""
+    asked = []
+    saved = saved_classifier(tiny_bert, tmp_path / "classifier")
+    original = RewardScorer.__call__
+
+    def call(self, prompts, responses, ended=None):
+        asked.append((self.chat_format.kind, ended))
+        return original(self, prompts, responses, ended)
+
+    monkeypatch.setattr(RewardScorer, "__call__", call)
+    _, experience, _, _ = rollout(reward_model=str(saved), reward_chat_template="plain")
+    assert asked[1] == ("plain", experience.replies.ended.tolist())
+    assert 0 < sum(asked[1][1]) < 6
