@@ -52,7 +52,7 @@ class PromptDataModule(LightningDataModule):
         columns: Our names (prompt, system, history, id; chosen and rejected for preference data) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `cut` cuts them from the
-            left, after the template's head; `error` refuses the source.
+            left, after the template's head, for the policy and for the reward model alike; `error` refuses the source.
         unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
             not count.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
@@ -137,11 +137,13 @@ class PromptDataModule(LightningDataModule):
             self._log_statistics()
 
     def messages(self, role: Role, index: int) -> list[Message]:
-        """The conversation of a prompt, by its position in the role; whole also where its ids were cut.
+        """The conversation of a prompt, by its position in the role; where its ids were cut, what is left of it.
 
-        A reward model with another tokenizer renders it, and the response after it, in its own way.
+        A reward model with another tokenizer renders it, and the response after it, in its own way: it reads what the
+        policy read.
         """
-        return self.prompts[role].messages(index)
+        decode = functools.partial(self.chat_format.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return self.prompts[role].messages_as_cut(index, decode=decode)
 
     def example_ids(self, role: Role) -> list[str]:
         """The id of each prompt of a role: the row's own, or `file:row`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from rlhf_lightning.data.sources import Split, WeightedSource
 from rlhf_lightning.data.splitting import Part, prompt_hash
 from rlhf_lightning.data.token_store import (
     IDS,
+    Fit,
     TokenizedRows,
     TokenStore,
     fit_prompts,
@@ -29,12 +30,14 @@ from rlhf_lightning.data.token_store import (
 
 PromptTruncation = Literal["cut", "drop", "error"]
 """What to do with a prompt longer than max_prompt_length: `cut` cuts it from the left (see `ChatFormat.encode_turns`)
-and drops it when nothing of its last turn would stay; `drop` drops it; `error` refuses the source."""
+and drops it when nothing of its last turn would stay, or when its turns cannot be told apart; `drop` drops it; `error`
+refuses the source."""
 
 PROMPT_SCHEMA = pa.schema(
     {
         "prompt": IDS,
         "turns": IDS,
+        "divided": pa.bool_(),
         "prompt_hash": pa.uint64(),
         "messages": pa.string(),
         "example_id": pa.string(),
@@ -81,11 +84,22 @@ def _encoded(chunk: Sequence[PromptExample | Refusal], chat_format: ChatFormat) 
         example, prompt = row
         yield {
             **prompt,
+            "divided": _is_divided(example.prompt, prompt["turns"], head=len(chat_format.head_ids)),
             "prompt_hash": prompt_hash(example.prompt),
             "messages": json.dumps(list(example.prompt), ensure_ascii=False),
             "example_id": example.example_id,
             "origin": example.origin,
         }
+
+
+def _is_divided(prompt: Sequence[Message], turns: Sequence[int], *, head: int) -> bool:
+    """Whether `turns` says where each user's turn begins, so that a cut prompt is a conversation again.
+
+    Where a template writes the turns so that they cannot be told apart, it has one place, after the template's `head`
+    ids (see `ChatFormat.encode_turns`).
+    """
+    users = sum(message["role"] == "user" for message in prompt)
+    return len(prompt) == 1 or (len(turns) == users and (users > 1 or turns[0] > head))
 
 
 class PromptStore(TokenStore):
@@ -115,6 +129,30 @@ class TokenizedPrompts(TokenizedRows):
         """The conversation of one prompt, whole also where its ids were cut."""
         return json.loads(self.stores[self.source[index]].text("messages", int(self.rows[index])))
 
+    def messages_as_cut(self, index: int, *, decode: Callable[[list[int]], str]) -> list[Message]:
+        """The conversation of one prompt as its ids have it: where they were cut, without the turns that are gone.
+
+        What stays of a last turn that is cut itself is the text that `decode` makes of its ids.
+        """
+        messages, store, row = self.messages(index), self.stores[self.source[index]], int(self.rows[index])
+        (prompt,) = store.segments(row)
+        if len(prompt) <= self.max_length:
+            return messages
+        users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        begins, place = store.turns(row), store.kept_from(row, len(prompt), room=self.max_length)
+        if place in begins:
+            return [*messages[: users[0]], *messages[users[begins.index(place)] :]]
+        head = prompt[: begins[0]].tolist()
+        words = decode([*head, *prompt[place : len(prompt) - store.tail_length].tolist()])
+        return [*messages[: users[0]], {"role": "user", "content": words.removeprefix(decode(head))}]
+
+
+def _fit(store: PromptStore, max_length: int, *, cut: bool) -> Fit:
+    """What fits, and what is cut: no conversation whose turns cannot be told apart, for a reward model reads them."""
+    fit = fit_prompts(store, room=max_length, cut=cut)
+    blurred = fit.cut & ~store.numbers("divided")
+    return Fit(fit.kept & ~blurred, fit.cut & ~blurred)
+
 
 def select_prompts(
     stores: Sequence[PromptStore],
@@ -131,10 +169,11 @@ def select_prompts(
     Returns the prompts, and a report in which prompts that are too long are refused, and cut and repeated ones named.
     Raises `DataError` when no prompt is left, or when one is too long and `truncation` is `error`.
     """
-    fits = [fit_prompts(store, room=max_length, cut=truncation == "cut") for store in stores]
+    fits = [_fit(store, max_length, cut=truncation == "cut") for store in stores]
 
     def describe(store: PromptStore, row: int) -> str:
-        return f"the prompt has {store.lengths[row, 0]} tokens, max_prompt_length is {max_length}"
+        why = "" if store.numbers("divided")[row] else ", and its turns cannot be told apart in the template"
+        return f"the prompt has {store.lengths[row, 0]} tokens, max_prompt_length is {max_length}{why}"
 
     advice = {"cut": "", "drop": ", or set truncation: cut", "error": ", or set truncation: cut or drop"}[truncation]
     rows, report = fitting_rows(

@@ -192,12 +192,16 @@ class TokenStore:
         """Ids of each column of one row, int32, uncut."""
         return tuple(self._ids(name, row) for name in self.id_columns)
 
+    def turns(self, row: int) -> list[int]:
+        """Where in a row's prompt each user's words begin (see `ChatFormat.encode_turns`)."""
+        return self._ids("turns", row).tolist()
+
     def kept_from(self, row: int, length: int, *, room: int) -> int:
         """Where a prompt of `length` ids goes on after its head, when it is cut to at most `room` ids.
 
         At the earliest user's turn from which on it fits, or within the last one.
         """
-        first, *later = self._ids("turns", row).tolist()
+        first, *later = self.turns(row)
         return next((place for place in later if first + length - place <= room), length - (room - first))
 
     def _ids(self, name: str, row: int) -> np.ndarray:

@@ -103,7 +103,11 @@ def test_messages_are_those_of_the_position_in_a_mixture_where_some_rows_are_lef
     data.setup("fit")
     assert len(data.prompts["train"]) == 7
     assert data.prompts["train"].lengths.max() == 64
-    assert data.messages("train", 1)[0]["content"] == long, "the whole conversation"
+    (message,) = data.messages("train", 1)
+    assert message["content"] == ("word " * 300)[-len(message["content"]) :], "what is left of it"
+    assert data.chat_format.encode_prompts([data.chat_format.prompt_text([message])])[0] == (
+        data.prompts["train"].ids(1).tolist()
+    )
 
 
 def test_fit_reads_training_and_validation_and_nothing_else(make, tmp_path):

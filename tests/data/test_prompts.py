@@ -18,7 +18,7 @@ from rlhf_lightning.data.examples import LoadReport, PromptExample
 from rlhf_lightning.data.prompt_tokenization import PromptStore, select_prompts, tokenize_prompts, write_prompts
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.tokenization import select_pairs, tokenize_source
-from tests.data.chat_formats import FORMATS
+from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
 from tests.data.test_preferences import GOOD, HH, PROMPT, USER, say
 from tests.data.test_preferences import SHAPES as PAIRS
 from tests.data.test_real_data import SHARED
@@ -282,6 +282,46 @@ def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame(name):
     assert len(prompts) == 2, "one id of the messages is enough"
     with pytest.raises(DataError, match=r"1 of 1 prompts do not fit: .*row 0: .*; raise max_prompt_length$"):
         tokenize(rows[:1], chat_format, max_length=whole - 26, truncation="cut")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_messages_of_a_cut_prompt_are_what_its_ids_say(name):
+    """Else a reward model would read turns that the policy never saw."""
+    chat_format = FORMATS[name].chat_format
+    decode = chat_format.tokenizer.decode
+    talk = [USER, say("Earlier."), {"role": "user", "content": "Über more: é?"}, say("And."), USER]
+    for messages in (talk, [{"role": "system", "content": "Be kind."}, *talk], talk[4:]):
+        rows = [example(messages), example("x", row=1)]  # where the first does not fit, there is another
+        whole, _ = tokenize(rows, chat_format, on_bad_rows="drop")
+        if len(whole) == 1:
+            assert messages[0]["role"] == "system", "this template takes no system message"
+            continue
+        everything = [np.ones(2, dtype=bool)]
+        longest, shortest = whole.lengths.tolist()
+        seen = set()
+        for max_length in range(longest, shortest - 1, -1):
+            prompts, _ = select_prompts(whole.stores, everything, max_length=max_length, truncation="cut")
+            if prompts.example_ids[0] == "id-0":
+                read = prompts.messages_as_cut(0, decode=decode)
+                (again,) = chat_format.encode_prompts([chat_format.prompt_text(read)])
+                # A template may trim, or put a blank before, the words that a cut left.
+                texts = [text_of(chat_format, ids).split() for ids in (np.array(again), prompts.ids(0))]
+                assert "".join(texts[0]) == "".join(texts[1])
+                seen.add(len(read))
+        assert len(seen) == (3 if len(messages) > 1 else 1)
+
+
+def test_a_conversation_whose_turns_cannot_be_told_apart_is_left_out_rather_than_cut():
+    numbered = CHATML.replace("m.role + '", "m.role + (loop.index | string if m.role == 'user' else '') + '")
+    chat_format = ChatFormat(byte_tokenizer("<|im_start|> <|im_end|>", numbered, eos_token="<|im_end|>"))
+    system = {"role": "system", "content": "Be kind."}
+    rows = [example("x" * 60), example([USER, say("a"), USER, say("b"), USER], row=1)]
+    rows.append(example([system, system, USER], row=2))
+    prompts, report = tokenize(rows, chat_format, max_length=44, truncation="cut")
+    assert prompts.example_ids == ["id-0"]
+    assert report.bad_rows == {"too_long": ["prompts.jsonl, row 1", "prompts.jsonl, row 2"]}
+    assert "cannot be told apart" in report.first_messages[0]
+    assert len(tokenize(rows, chat_format, max_length=200, truncation="cut")[0]) == 3
 
 
 def test_a_long_prompt_is_dropped_and_counted_by_default_or_refused():
