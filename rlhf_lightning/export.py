@@ -19,8 +19,9 @@ import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
-from rlhf_lightning.training.callbacks import TABLE_ROWS
-from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint, restored_module, search_no_gpu
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
+from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence
+from rlhf_lightning.training.results import TABLE_ROWS
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
@@ -53,7 +54,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     A fresh process loads the directory as a user would and computes the same probe. Returns the largest difference to
     the trainer's own outputs and its unit: nats of log-probability, or units of score.
     Raises `ConfigurationError` for what is no checkpoint, or a directory that holds something else, and `ModelError`
-    when the directory does not load or gives other outputs.
+    when the run has changed no weight or diverged, or the directory does not load or gives other outputs.
     """
     stored = read_checkpoint(ckpt_path, weights=False)
     check_free(directory)
@@ -67,6 +68,9 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     if not merge and not settings.get("lora"):
         raise ConfigurationError(f"--merge false: the checkpoint {ckpt_path} has no adapters; leave it out")
     module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
+    if fault := fault_of_training(module, stored):
+        raise ModelError(f"ckpt_path: {ckpt_path}: {fault}; nothing was exported")
+    warn_of_divergence(stored)
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []
     options += ["4bit"] if module.hparams.get("quantization") else []
@@ -128,7 +132,7 @@ def _model_card(
 ) -> str:
     """README.md of the directory: what it is, the settings, what was measured, and the proof."""
     settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
-    measured = next((v["metrics"] for k, v in stored["callbacks"].items() if k.startswith("Results")), {})
+    measured = metrics_of(stored)
     loader = "RewardNetwork" if kind == "reward" else "AutoModelForCausalLM"
     origin = "rlhf_lightning" if kind == "reward" else "transformers"
     what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"

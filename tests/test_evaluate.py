@@ -283,7 +283,7 @@ def test_the_auroc_is_that_of_fit_and_of_test(here, tmp_path, monkeypatch, evalu
     data = ["--data.train", "pairs.jsonl", "--data.test", "pairs.jsonl", "--trainer.accelerator", "cpu"]
     quiet = ["--seed_everything", "1", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     seen = {}
-    from rlhf_lightning.training.callbacks import Results
+    from rlhf_lightning.training.results import Results
 
     original = Results.on_test_end
 

@@ -17,7 +17,8 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.training.callbacks import ExportBest, Results
+from rlhf_lightning.training.callbacks import ExportBest
+from rlhf_lightning.training.results import Results
 from tests.training.conftest import build, build_dpo, pairs, sgd, trainer  # noqa: F401 (fixtures)
 from tests.training.test_dpo import LORA
 

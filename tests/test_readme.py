@@ -100,7 +100,7 @@ def tables() -> list[list[str]]:
 
 def test_the_table_of_dpo_has_the_rows_that_the_program_prints():
     from rlhf_lightning import DPO
-    from rlhf_lightning.training.callbacks import table_rows
+    from rlhf_lightning.training.results import table_rows
 
     _, rows = tables()
     assert rows == [words for _, words in table_rows(dict.fromkeys(DPO("builtin:tiny").val_metrics, 0.0))]

@@ -1,4 +1,4 @@
-"""Callbacks: the results table, the export of the best network, and the file of predicted scores."""
+"""The results table, the export of the best network, and the file of predicted scores."""
 
 from __future__ import annotations
 
@@ -6,37 +6,23 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free, check_other, end_at
-from rlhf_lightning.training.checkpoints import read_checkpoint, restored_module
+from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
+from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
+from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence
+from rlhf_lightning.training.results import Results, table_rows
 
 log = logging.getLogger(__name__)
-
-TABLE_ROWS = {
-    "loss": "loss",
-    "accuracy": "pairwise accuracy",
-    "auroc": "pooled AUROC",
-    "margin_auroc": "margin AUROC",
-    "calibration_error": "calibration error",
-    "reward": "reward",
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "kl": "log-ratio (k1)",
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy",
-    "response_length": "tokens of a reply",
-    "missing_eos": "replies not ended",
-}
-"""Rows of the results table: metric and its name in words. A run has those that its module measures."""
 
 
 class PairScores(NamedTuple):
@@ -50,67 +36,43 @@ class PairScores(NamedTuple):
     """[B] float32."""
 
 
-class Results(Callback):
-    """Keeps what the last validation or test measured, also inside each checkpoint, as the numbers of its weights."""
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.metrics = state_dict["metrics"]
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.metrics = _metrics(trainer, "val/")
-        if trainer.state.fn == TrainerFn.FITTING:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"val/{k}": v for k, v in self.metrics.items()}, step=trainer.global_step)
-            numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in self._rows())
-            log.info("validation at step %d: %s", trainer.global_step, numbers)
-
-    def _rows(self) -> list[tuple[str, str]]:
-        return table_rows(self.metrics)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.metrics = _metrics(trainer, "test/")
-
-    def of_checkpoint(self, path: Path) -> tuple[dict[str, float], int]:
-        """The metrics that a checkpoint brings along, and its optimizer step."""
-        stored = read_checkpoint(path, weights=False)
-        return stored["callbacks"][self.state_key]["metrics"], stored["global_step"]
-
-
 def print_results(trainer: Trainer) -> None:
     """Print the table of what a run measured, and where its files lie.
 
-    After `fit` these are the numbers of the best checkpoint (of the last when none is monitored).
+    After `fit` these are the numbers of the best checkpoint (of the newest where none is judged).
     """
     results = next((callback for callback in trainer.callbacks if isinstance(callback, Results)), None)
     if results is None or not trainer.is_global_zero:
         return
-    metrics, best = results.metrics, best_checkpoint(trainer)
-    title = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}.get(trainer.state.fn, "last validation")
-    if trainer.state.fn == TrainerFn.FITTING and best is not None:
-        metrics, step = results.of_checkpoint(best)
-        title = f"validation, best checkpoint (step {step})"
-    if metrics:
-        _print_table(title, metrics)
     if trainer.state.fn == TrainerFn.FITTING:
-        print(
-            f"checkpoint:  {_relative(best)}"
-            if best
-            else "checkpoint:  none, the run ended before its first validation"
-        )
+        _print_fit(results, best_checkpoint(trainer))
+    elif results.metrics:
+        _print_table({TrainerFn.TESTING: "test"}.get(trainer.state.fn, "validation"), results.metrics)
     for callback in trainer.callbacks:
         if isinstance(callback, ExportBest) and callback.exported:
             print(f"model:       {_relative(callback.directory)}")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             print(f"TensorBoard: {_relative(logger.log_dir)}")
+
+
+def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
+    """The numbers of a run's best checkpoint; of the last validation where that one was not validated."""
+    if best is None:
+        if results.metrics:
+            _print_table("last validation", results.metrics)
+        print("checkpoint:  none was saved")
+        return
+    stored = read_checkpoint(best.path, weights=False)
+    step, which = stored["global_step"], "last" if best.monitor is None else "best"
+    # A validation at the step of a checkpoint may have come after it.
+    metrics = metrics_of(stored) or results.by_step.get(step, {})
+    if metrics:
+        _print_table(f"validation, {which} checkpoint (step {step})", metrics)
+    elif results.by_step:
+        validated, numbers = max(results.by_step.items())
+        _print_table(f"validation at step {validated} (the checkpoint is of step {step})", numbers)
+    print(f"checkpoint:  {_relative(best.path)}" + ("" if metrics else " (not validated)"))
 
 
 def _print_table(title: str, metrics: dict[str, float]) -> None:
@@ -127,12 +89,6 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def table_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """Metrics of a table and their names in words; a reward model's mean reward says nothing by itself."""
-    hidden = () if "replies" in metrics else ("reward",)
-    return [(name, words) for name, words in TABLE_ROWS.items() if name in metrics and name not in hidden]
-
-
 class ExportBest(Callback):
     """After `fit`, writes the best checkpoint's model and tokenizer as a Hugging Face directory.
 
@@ -145,6 +101,8 @@ class ExportBest(Callback):
         self.directory = Path(directory)
         self.merge = merge
         self.exported = False
+        self.fault: str | None = None
+        """Why nothing was exported, where it was not."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could not be written in the end, before any training. Raises `ConfigurationError`."""
@@ -161,17 +119,26 @@ class ExportBest(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = best_checkpoint(trainer)
-        if best is None:
-            log.warning("%s: nothing is exported, since no checkpoint was saved", self.directory)
-        if not trainer.is_global_zero or best is None:
+        if not trainer.is_global_zero:
             return
-        best_module = restored_module(type(pl_module), best)
-        best_module.export(self.directory, merge=self.merge)
+        self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
+        self.exported = self.fault is None
+        if self.fault:
+            log.warning("%s: nothing is exported: %s", self.directory, self.fault)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule, best: Path) -> str | None:
+        """Write the directory, or return why not."""
+        module = restored_module(type(pl_module), best)
+        stored = read_checkpoint(best, weights=False)
+        if fault := fault_of_training(module, stored):
+            return f"{_relative(best)}: {fault}"
+        warn_of_divergence(stored)
+        module.export(self.directory, merge=self.merge)
         chat_format = getattr(trainer.datamodule, "chat_format", None)
         if chat_format is not None:
             chat_format.save_pretrained(self.directory)
             end_at(self.directory, chat_format.terminator_id)
-        self.exported = True
+        return None
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -217,27 +184,6 @@ class PredictionWriter(BasePredictionWriter):
         half_written.write_text("\n".join(lines) + "\n", encoding="utf-8")
         half_written.replace(path)
         print(f"predictions: {_relative(path)} ({len(lines)} pairs)")
-
-
-def best_checkpoint(trainer: Trainer) -> Path | None:
-    """The best checkpoint of a run, the last one when none is monitored, or None."""
-    callback = next((c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)
-    path = (callback.best_model_path or callback.last_model_path) if callback else ""
-    return Path(path) if path and os.path.exists(path) else None
-
-
-def any_checkpoint(trainer: Trainer) -> bool:
-    """Whether the run has saved one from which it could go on."""
-    paths = [p for c in trainer.checkpoint_callbacks for p in (c.best_model_path, getattr(c, "last_model_path", ""))]
-    return any(path and os.path.exists(path) for path in paths)
-
-
-def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
-    return {
-        name.removeprefix(prefix): float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(prefix)
-    }
 
 
 def _relative(path: str | Path) -> str:

@@ -20,13 +20,18 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.training.results import Results
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "rlhf_lightning"
 """Key of a checkpoint under which `store_origin` writes."""
+
+_WEIGHTS = {"state_dict", "current_model_state"}
+"""Keys of a checkpoint with weights; the second beside an average of them."""
 
 _SHARDS = "checkpoint"
 """Subdirectory of a DeepSpeed checkpoint with its files."""
@@ -173,7 +178,10 @@ def search_no_gpu() -> None:
 
 
 def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint which class made it, from which data and how, and the data's tokenizer and template."""
+    """Write into a checkpoint which class made it, from which data and how, and the data's tokenizer and template.
+
+    Also what was measured of its weights. All of it is in checkpoints of the weights alone, too.
+    """
     trainer, data = module.trainer, module.trainer.datamodule
     chat_format = getattr(data, "chat_format", None)
     training = {"processes": trainer.world_size, "precision": str(trainer.precision)}
@@ -196,13 +204,32 @@ def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         "chat_template": getattr(chat_format, "template", None),
         "training": training,
     }
+    for callback in trainer.callbacks:
+        if isinstance(callback, Results):
+            checkpoint[ORIGIN]["measured"] = callback.record(trainer.global_step)
+        elif isinstance(callback, WeightAveraging) and not has_states(checkpoint):
+            # Lightning asks callbacks for whole checkpoints alone, so the average would be validated and not saved.
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+            for name in ("current_model_state", "averaging_state"):
+                checkpoint.pop(name, None)
+
+
+def has_states(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint has what a run needs to go on, and not the weights alone."""
+    return "callbacks" in checkpoint
+
+
+def metrics_of(checkpoint: dict[str, Any]) -> dict[str, float]:
+    """What was measured of the weights of a checkpoint; empty where they were not validated before it was written."""
+    return checkpoint.get(ORIGIN, {}).get("measured", {}).get("metrics", {})
 
 
 def store_adapters_alone(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Leave the weights below adapters out of a checkpoint; a hash of them stays. Call after `store_origin`."""
     if module.policy.has_adapters:
         trained = _trained(module)
-        checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+        for key in checkpoint.keys() & _WEIGHTS:
+            checkpoint[key] = {name: w for name, w in checkpoint[key].items() if name in trained}
         checkpoint[ORIGIN]["base"] = module.policy.base_fingerprint
 
 
@@ -242,7 +269,8 @@ def complete_adapters(module: LightningModule, checkpoint: dict[str, Any]) -> No
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names = parameters.keys() | dict(module.named_buffers(remove_duplicate=False)).keys()
     own = {name: weights for name, weights in module.state_dict().items() if name in names}
-    checkpoint["state_dict"] = own | checkpoint["state_dict"]
+    for key in checkpoint.keys() & _WEIGHTS:
+        checkpoint[key] = own | checkpoint[key]
 
 
 def check_adapters(module: LightningModule, names: Set[str]) -> None:

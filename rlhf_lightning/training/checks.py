@@ -6,7 +6,8 @@ B pairs.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
@@ -16,7 +17,9 @@ from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.training.callbacks import best_checkpoint
+from rlhf_lightning.training.best import best_checkpoint
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
+from rlhf_lightning.training.results import network_of, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,7 +67,7 @@ def check_finite(module: LightningModule, batch: PreferenceBatch, losses: Tensor
         f"step {module.trainer.global_step}: the loss is {losses.detach()[wrong][0].item()} for the examples "
         f"{', '.join(examples)}{more}; the weights were not changed by it. Lower the learning rate, set "
         "trainer.gradient_clip_val, or look at these examples; "
-        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was saved yet")
+        + (f"the last good checkpoint is {kept.path}" if kept else "no checkpoint was saved yet")
     )
 
 
@@ -120,3 +123,39 @@ def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool =
         "raise model.sft_weight" if sft_weight else "add model.sft_weight (0.2 to 1)",
     )
     return True
+
+
+def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | None:
+    """Why the model of a checkpoint is none that was trained, or None.
+
+    `module` is restored from the checkpoint, and `stored` is what it holds.
+    """
+    network = network_of(module)
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    if wrong := [name for name, parameter in trained if not parameter.isfinite().all()]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        return f"{wrong[0]}{more}: not finite, so the training diverged; lower the learning rate"
+    loss = metrics_of(stored).get("loss", 0.0)
+    if not math.isfinite(loss):
+        return f"its validation loss is {loss}, so the training diverged; lower the learning rate"
+    start = stored.get(ORIGIN, {}).get("measured", {}).get("start")
+    unmoved = getattr(network, "has_adapters", False) and not adapters_moved(network)
+    if unmoved or (start is not None and weights_sum(network) == start):
+        return (
+            f"step {stored['global_step']} has changed no weight, so this is still {module.hparams.backbone} as it was "
+            "loaded; train for more steps, or raise the learning rate"
+        )
+    return None
+
+
+def warn_of_divergence(stored: dict[str, Any]) -> None:
+    """Warn where the validation loss of a checkpoint is far above what the training began with."""
+    loss, first = metrics_of(stored).get("loss"), stored.get(ORIGIN, {}).get("measured", {}).get("first_loss")
+    if loss is not None and first is not None and loss > 2 * abs(first) + 1:
+        log.warning(
+            "warning: step %d has a validation loss of %.4g, and the training began with %.4g: it diverged; lower the "
+            "learning rate",
+            stored["global_step"],
+            loss,
+            first,
+        )

@@ -204,7 +204,9 @@ class DPO(LightningModule):
         self._precomputed: dict[str, Tensor] = {}
         self.train_metrics = self._metrics()
         self.throughput = TokensPerSecond()
-        self.log_ratios = nn.ModuleDict({"chosen": MeanMetric(), "rejected": MeanMetric()})
+        self.log_ratios = nn.ModuleDict(
+            {"chosen": MeanMetric(nan_strategy="disable"), "rejected": MeanMetric(nan_strategy="disable")}
+        )
         self.log_ratio_pairs = PairCount()
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
@@ -419,7 +421,7 @@ class DPO(LightningModule):
             *(f"{what}/{side}" for what in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")),
         ]
         means += ["rewards/margins"] + (["kl"] if self.reference_source is not None else [])
-        metrics: dict[str, Metric] = {name: MeanMetric() for name in means}
+        metrics: dict[str, Metric] = {name: MeanMetric(nan_strategy="disable") for name in means}
         return nn.ModuleDict(metrics | {"rewards/accuracies": PairwiseAccuracy()} | others)
 
     @torch.no_grad()

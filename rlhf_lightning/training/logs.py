@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.metrics import TokensPerSecond
-from rlhf_lightning.training.callbacks import Results
+from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -871,10 +871,10 @@ _STEP_NUMBERS = ("policy_loss", "value_loss", "kl_loss", "approx_kl", "clip_frac
 def _evaluation_metrics() -> nn.ModuleDict:
     """Metrics of a whole split; each is defined in the README under its logged name."""
     metrics: dict[str, Metric] = {
-        "reward": MeanMetric(),
-        "kl": MeanMetric(),
-        "response_length": MeanMetric(),
-        "missing_eos": MeanMetric(),
+        "reward": MeanMetric(nan_strategy="disable"),
+        "kl": MeanMetric(nan_strategy="disable"),
+        "response_length": MeanMetric(nan_strategy="disable"),
+        "missing_eos": MeanMetric(nan_strategy="disable"),
         "replies": ResponseCount(),
     }
     return nn.ModuleDict(metrics)

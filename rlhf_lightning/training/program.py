@@ -19,19 +19,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
-from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.models.reward_network import is_reward_network
-from rlhf_lightning.training.callbacks import (
-    ExportBest,
-    PredictionWriter,
-    Results,
-    any_checkpoint,
-    print_results,
+from rlhf_lightning.training.best import SavingOrder, any_checkpoint
+from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
+from rlhf_lightning.training.checkpoints import (
+    WholeFileIO,
+    check_class,
+    has_states,
+    is_sharded,
+    read_checkpoint,
+    search_no_gpu,
 )
-from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, is_sharded, read_checkpoint, search_no_gpu
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
+from rlhf_lightning.training.results import Results
 from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
@@ -155,6 +158,11 @@ class Program(LightningCLI):
         if ckpt_path in (None, "best", "hpc"):
             return
         check_class(ckpt_path, self.model)
+        if self.subcommand == "fit" and not has_states(read_checkpoint(ckpt_path, weights=False)):
+            raise ConfigurationError(
+                f"ckpt_path: {ckpt_path} holds weights alone (save_weights_only), and no run can go on from them; "
+                "export it and begin a new run with that as model.backbone"
+            )
         if isinstance(self.trainer.strategy, ZeroStrategy):
             self.trainer.strategy.check_checkpoint(ckpt_path, fitting=self.subcommand == "fit")
         elif self.subcommand == "fit" and is_sharded(ckpt_path):
@@ -165,10 +173,17 @@ class Program(LightningCLI):
 
     before_validate = before_test = before_predict = before_fit
 
-    def after_fit(self) -> None:
+    def after_validate(self) -> None:
         print_results(self.trainer)
 
-    after_validate = after_test = after_fit
+    after_test = after_validate
+
+    def after_fit(self) -> None:
+        """Raises `TrainingError` where there was a model to write and none was written."""
+        print_results(self.trainer)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ExportBest) and callback.fault and not self.trainer.fast_dev_run:
+                raise TrainingError(f"{callback.directory}: nothing was exported: {callback.fault}")
 
 
 class ParsedRun(Program):
@@ -203,7 +218,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch(), TrialStep()],
+                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch(), TrialStep(), SavingOrder()],
                 "enable_model_summary": False,
             },
             args=arguments,
@@ -334,6 +349,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Each run has its own directory, so a checkpoint always comes from another one.
     warnings.filterwarnings("ignore", message="The dirpath has changed")
+    # Shards are no part of the weights under any strategy with which an average is taken.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
     # Our batches carry the position of each pair.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # Nothing is turned off: our plans give every epoch the same batches by themselves.

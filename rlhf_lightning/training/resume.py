@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint
+from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +207,9 @@ def resolve_last(config: Namespace) -> None:
             stored = read_checkpoint(path, weights=False)
         except ConfigurationError:
             log.warning("%s: is not whole (cannot be read); looking for the one before it", path)
+            continue
+        if not has_states(stored):
+            log.warning("%s: holds weights alone, from which no run goes on; looking for another one", path)
             continue
         found.append((stored["global_step"], path.stat().st_mtime, path))
     config.ckpt_path = None

@@ -93,10 +93,10 @@ class RewardModel(LightningModule):
         self.network: RewardNetwork | None = None
         self.train_metrics = nn.ModuleDict(
             {
-                "loss": MeanMetric(),
+                "loss": MeanMetric(nan_strategy="disable"),
                 "accuracy": PairwiseAccuracy(),
-                "margin": MeanMetric(),
-                "reward": MeanMetric(),
+                "margin": MeanMetric(nan_strategy="disable"),
+                "reward": MeanMetric(nan_strategy="disable"),
             }
         )
         self.val_metrics = _evaluation_metrics()
@@ -219,13 +219,13 @@ class RewardModel(LightningModule):
 def _evaluation_metrics() -> nn.ModuleDict:
     """Metrics of a whole split; each is defined in the README under its logged name."""
     metrics: dict[str, Metric] = {
-        "loss": MeanMetric(),
+        "loss": MeanMetric(nan_strategy="disable"),
         "accuracy": PairwiseAccuracy(),
         "auroc": PooledAUROC(),
         "margin_auroc": MarginAUROC(),
         "calibration_error": PairwiseCalibrationError(),
-        "margin": MeanMetric(),
-        "reward": MeanMetric(),
+        "margin": MeanMetric(nan_strategy="disable"),
+        "reward": MeanMetric(nan_strategy="disable"),
         "pairs": PairCount(),
     }
     return nn.ModuleDict(metrics)

@@ -71,7 +71,9 @@ class SFT(LightningModule):
         self.lora = None if lora is None else Lora(**lora)
         self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
         self.policy: CausalLM | None = None
-        self.train_metrics = nn.ModuleDict({"loss": MeanMetric(), "lengths/chosen": MeanMetric()})
+        self.train_metrics = nn.ModuleDict(
+            {"loss": MeanMetric(nan_strategy="disable"), "lengths/chosen": MeanMetric(nan_strategy="disable")}
+        )
         self.throughput = TokensPerSecond()
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
@@ -178,10 +180,10 @@ def _chosen_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
 def _evaluation_metrics() -> nn.ModuleDict:
     """Metrics of a whole split; each is defined in the README under its logged name."""
     metrics: dict[str, Metric] = {
-        "loss": MeanMetric(),
+        "loss": MeanMetric(nan_strategy="disable"),
         "perplexity": Perplexity(),
-        "token_accuracy": MeanMetric(),
-        "lengths/chosen": MeanMetric(),
+        "token_accuracy": MeanMetric(nan_strategy="disable"),
+        "lengths/chosen": MeanMetric(nan_strategy="disable"),
         "pairs": PairCount(),
     }
     return nn.ModuleDict(metrics)

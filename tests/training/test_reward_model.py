@@ -19,7 +19,9 @@ from sklearn.metrics import roc_auc_score
 from rlhf_lightning import RewardModel, RewardNetwork
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.reward_network import pooled
-from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, Results
+from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter
+from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint
+from rlhf_lightning.training.results import Results
 from tests.training.conftest import TRAIN_PAIRS, VAL_PAIRS, sgd, weights
 
 
@@ -195,8 +197,8 @@ def fit_with_checkpoint(build, trainer, tmp_path, **settings):
 
 
 def test_test_repeats_the_validation_numbers_of_the_best_checkpoint_exactly(build, trainer, tmp_path):
-    _, results, path = fit_with_checkpoint(build, trainer, tmp_path)
-    stored, _ = results.of_checkpoint(path)
+    _, _, path = fit_with_checkpoint(build, trainer, tmp_path)
+    stored = metrics_of(read_checkpoint(path))
     assert set(stored) == {
         "loss",
         "accuracy",

@@ -1,0 +1,147 @@
+"""Which checkpoint of a run is its best: each is judged by the validation of its own weights."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rlhf_lightning.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+_VALIDATION = "val/"
+
+
+class BestCheckpoint(NamedTuple):
+    """The checkpoint of a run that is exported, and whose numbers are shown."""
+
+    path: Path
+    monitor: str | None
+    """The metric by which it is the best; None for the newest of a run that judges none."""
+
+
+class SavingOrder(Callback):
+    """Lets a checkpoint that a validation metric judges be saved right after a validation, and at no other time.
+
+    Lightning would judge one that is saved after training steps, or at the end of an epoch, by the validation before
+    it, which measured other weights. `every_n_train_steps` and `train_time_interval` still say how often: such a
+    checkpoint is saved by the first validation after each multiple of the steps, or after each interval.
+
+    At the end of a run that has saved no checkpoint, the final weights are saved.
+    """
+
+    def __init__(self) -> None:
+        self.final: Path | None = None
+        """The checkpoint of the final weights, where it was saved here."""
+        self._validated_at = self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated_at": self._validated_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validated_at = state_dict["validated_at"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises `ConfigurationError` for a file name with a number that is not known when the file is written."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and callback.monitor.startswith(_VALIDATION):
+                callback._check_on_train_epoch_end = False
+        for callback in _model_checkpoints(trainer):
+            if _judged_by_validation(callback):
+                callback._save_on_train_epoch_end = False
+            elif "{" + _VALIDATION in (callback.filename or "") and not callback._every_n_epochs:
+                raise ConfigurationError(
+                    f"ModelCheckpoint.filename: {callback.filename} names a validation metric, but the checkpoint is "
+                    "saved between validations; leave the metric out, or give it as monitor"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """After a step, what the last validation measured is of other weights; Lightning then waits for the next."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        for name in [name for name in trainer.callback_metrics if name.startswith(_VALIDATION)]:
+            del trainer.callback_metrics[name]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the same hook of each ModelCheckpoint, since Lightning keeps those at the end of its list."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        before, self._validated_at = self._validated_at, trainer.global_step
+        for callback in _model_checkpoints(trainer):
+            every = callback._every_n_train_steps
+            if every and _judged_by_validation(callback):
+                callback._defer_save_until_validation = self._validated_at // every > before // every
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callbacks = list(_model_checkpoints(trainer))
+        wanted = [callback for callback in callbacks if callback.save_top_k != 0]
+        will_be = any(callback.save_last for callback in callbacks)  # by Lightning, later in this hook
+        if trainer.fast_dev_run or not wanted or will_be or trainer.strategy.broadcast(any_checkpoint(trainer)):
+            return
+        path = trainer.strategy.broadcast(_free(Path(wanted[0].dirpath) / f"final-{trainer.global_step}.ckpt"))
+        trainer.save_checkpoint(path, weights_only=wanted[0].save_weights_only)
+        self.final = path
+        missing = sorted({c.monitor for c in wanted if c.monitor and c.monitor not in trainer.callback_metrics})
+        why = f"{', '.join(missing)} was not measured" if missing else "no ModelCheckpoint was due"
+        log.warning("%s: the final weights, step %d; no other checkpoint, since %s", path, trainer.global_step, why)
+
+
+def best_checkpoint(trainer: Trainer) -> BestCheckpoint | None:
+    """The best checkpoint of the first monitored `ModelCheckpoint`, the newest one when none is monitored, or None.
+
+    One whose monitored metric was no finite number is not the best of anything.
+    """
+    judged, others, last_choice = [], [], []
+    for callback in _model_checkpoints(trainer):
+        if callback.monitor is None:
+            others.append(callback.best_model_path)
+        elif callback.best_model_score is None or math.isfinite(callback.best_model_score):
+            judged.append(BestCheckpoint(Path(callback.best_model_path), callback.monitor))
+        else:
+            last_choice.append(callback.best_model_path)
+        others.append(callback.last_model_path)
+    others += _finals(trainer)
+    for best in judged:
+        if best.path.name and best.path.exists():
+            return best
+    for paths in (others, last_choice):
+        existing = [Path(path) for path in paths if path and os.path.exists(path)]
+        if existing:
+            return BestCheckpoint(max(existing, key=lambda path: path.stat().st_mtime), None)
+    return None
+
+
+def any_checkpoint(trainer: Trainer) -> bool:
+    """Whether the run has saved one from which it could go on."""
+    return best_checkpoint(trainer) is not None
+
+
+def _model_checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:
+    return (callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+
+
+def _finals(trainer: Trainer) -> Iterator[Path]:
+    return (c.final for c in trainer.callbacks if isinstance(c, SavingOrder) and c.final is not None)
+
+
+def _judged_by_validation(callback: ModelCheckpoint) -> bool:
+    return (callback.monitor or "").startswith(_VALIDATION)
+
+
+def _free(path: Path) -> Path:
+    """The path, or one beside it where there is a file already."""
+    beside = (path.with_name(f"{path.stem}-v{number}{path.suffix}") for number in itertools.count(1))
+    return next(each for each in itertools.chain([path], beside) if not each.exists())
