@@ -106,6 +106,15 @@ def test_the_numbers_shown_of_an_unmonitored_checkpoint_are_its_own(build, fit, 
     assert metrics_of(read_checkpoint(best_checkpoint(run).path)) == {}
 
 
+def test_a_checkpoint_that_waits_for_its_validation_is_not_forgotten_when_the_run_goes_on(build, fit, tmp_path):  # noqa: F811
+    for name, path in (("whole", None), ("rest", tmp_path / "newest" / "step=4.ckpt")):
+        newest = ModelCheckpoint(tmp_path / "newest", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        judged = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=4, **JUDGED)
+        fit(build(), newest, judged, ckpt_path=path)
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("whole", "rest")]
+    assert names[0] == names[1] == ["step=12.ckpt", "step=6.ckpt", "step=9.ckpt"]
+
+
 @pytest.mark.parametrize("first", ["judged", "newest"])
 def test_the_judged_checkpoint_is_exported_wherever_it_stands_in_the_list(build, fit, tmp_path, first):  # noqa: F811
     judged = ModelCheckpoint(tmp_path / "judged", monitor="val/loss", mode="max")
