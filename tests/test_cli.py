@@ -139,7 +139,7 @@ def test_a_file_of_torch_that_is_no_checkpoint_is_refused(capsys, tmp_path, cont
 
 def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
-    assert main(["fit", "--config", QUICKSTART, *few]) == 0
+    assert main(["fit", "--config", QUICKSTART, *few, "--model.warmup_ratio", "0"]) == 0
     (checkpoint,) = (tmp_path / "runs").rglob("*.ckpt")
     arguments = ["test", "--config", QUICKSTART, "--ckpt_path", str(checkpoint), "--model.hidden_size", "16"]
     assert "another model" in refusal(capsys, *arguments)
@@ -346,7 +346,7 @@ def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_it
 
 
 def test_sft_runs_on_the_cpu_with_a_tiny_model_and_dpo_goes_on_from_its_directory(capsys, tmp_path):
-    few = ["--data.max_train_pairs", "64", "--trainer.val_check_interval", "1.0"]
+    few = ["--data.max_train_pairs", "64", "--trainer.val_check_interval", "1.0", "--model.warmup_ratio", "0"]
     assert main(["fit", "--config", SFT, *TINY, *few]) == 0
     assert list(table_values(capsys.readouterr().out)) == ["loss", "perplexity", "token accuracy"]
     (run,) = (tmp_path / "runs" / "sft").iterdir()
