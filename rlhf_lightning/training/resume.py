@@ -7,13 +7,14 @@ import logging
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 
@@ -47,6 +48,7 @@ class ProcessStates(Callback):
         self._step_began: dict[str, Any] = {}
         self._validated_at = 0
         self._batches_made, self._epoch = (0, 0), 0
+        self._epoch_to_end: EpochEnd | None = None
 
     def state_dict(self) -> dict[str, int]:
         return {"validated_at": self._validated_at}
@@ -78,6 +80,7 @@ class ProcessStates(Callback):
             (progress["total"]["ready"], progress["current"]["ready"]),
             checkpoint["epoch"],
         )
+        self._epoch_to_end = EpochEnd.of(checkpoint["loops"]["fit_loop"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As late as can be, so that nothing is drawn in between."""
@@ -94,8 +97,14 @@ class ProcessStates(Callback):
         self._loaded = None
         if log_numbers := getattr(pl_module, "log_numbers", None):  # the checkpoint was written before they were
             log_numbers()
+        if self._epoch_to_end is not None:
+            self._epoch_to_end.restore(trainer.fit_loop)
         if self._missed_validation(trainer):
             _validate(trainer)
+        if self._epoch_to_end is not None:
+            self._epoch_to_end.finish(trainer.fit_loop)
+        for callback in trainer.checkpoint_callbacks:  # of this step they would write one more in an accumulation
+            callback._last_global_step_saved = trainer.global_step
 
     def _missed_validation(self, trainer: Trainer) -> bool:
         """Whether the checkpoint was written after a batch and before the validation that is due after it."""
@@ -128,6 +137,52 @@ class ProcessStates(Callback):
             trainer.strategy.remove_checkpoint(older)
 
 
+class EpochEnd(NamedTuple):
+    """The counts of a checkpoint that was written after an epoch's last batch.
+
+    Lightning 2.6 counts the next epoch wrongly when it goes on from one: the checkpoints that it writes then say that
+    their epoch is over, and a second run that goes on from them leaves batches and validations out, or makes them
+    twice (`_FitLoop._restart_stage`). Here the epoch is ended as in an unbroken run, with its hooks, and the next one
+    begins like any other.
+    """
+
+    epochs: int
+    """Those before it."""
+    hooks_ran: bool
+    """Whether it was written within the hooks at the end of the epoch, which are not run again."""
+    batches_that_stepped: int
+    """What loggers count, after the last batch."""
+
+    @classmethod
+    def of(cls, progress: dict[str, Any]) -> EpochEnd | None:
+        """From the state of the loops in a checkpoint; None where batches of the epoch are left."""
+        epoch, batches = progress["epoch_progress"]["current"], progress["epoch_loop.batch_progress"]
+        if not batches["is_last_batch"]:
+            return None
+        hooks_ran = epoch["processed"] == epoch["started"]
+        stepped = progress["epoch_loop.state_dict"]["_batches_that_stepped"]
+        return cls(epoch["started"] - 1, hooks_ran, stepped + (not hooks_ran))
+
+    def restore(self, loop: _FitLoop) -> None:
+        """Take back what Lightning has made of the counts."""
+        for counts in (loop.epoch_progress.total, loop.epoch_progress.current):
+            counts.ready = counts.started = self.epochs + 1
+            counts.processed = counts.completed = self.epochs
+        for counts in (loop.epoch_loop.batch_progress.total, loop.epoch_loop.batch_progress.current):
+            counts.started = counts.processed = counts.completed = counts.ready
+        loop.epoch_loop._batches_that_stepped = self.batches_that_stepped
+
+    def finish(self, loop: _FitLoop) -> None:
+        """End the epoch, and let the next one begin as in a run that was not broken."""
+        if self.hooks_ran:
+            loop.epoch_progress.increment_processed()
+            loop.epoch_progress.increment_completed()
+        else:
+            loop.on_advance_end()
+        for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+            each.on_iteration_done()
+
+
 def _states(module: LightningModule) -> dict[str, Any]:
     """What a process holds in memory alone. Metrics of whole splits begin anew with each validation."""
     metrics = {
@@ -155,12 +210,16 @@ def _batches_of_open_step(trainer: Trainer) -> int:
 
 def _rewind(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> None:
     """Take batches back in all that a checkpoint counts."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (progress["total"], progress["current"]):
+    loops = checkpoint["loops"]["fit_loop"]
+    for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
         counts.update(dict.fromkeys(counts, counts["ready"] - batches))
+    for counts in loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["zero_grad"].values():
+        counts.update({name: count - 1 for name, count in counts.items()})  # once, before the first of them
     data = trainer.datamodule
     if data is not None and "train_loader" in checkpoint.get(type(data).__qualname__, {}):
         checkpoint[type(data).__qualname__]["train_loader"]["batches"] -= batches
+    for position in loops["state_dict"].get("combined_loader", ()):
+        position["batches"] -= batches
 
 
 def _writer(trainer: Trainer, path: Path) -> ModelCheckpoint | None:

@@ -1,0 +1,126 @@
+"""Runs that are broken off several times, each time going on from the newest checkpoint: the curve of an unbroken one.
+
+In one process, so that many places can be tried; test_resume.py kills for real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import random
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
+from rlhf_lightning.training.callbacks import Results
+from rlhf_lightning.training.checkpoints import WholeFileIO
+from rlhf_lightning.training.resume import ProcessStates
+
+LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
+PPO_KEYS = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 4, "epochs": 2, "minibatches": 2}
+KINDS = {
+    "RewardModel": (RewardModel, {"dropout": 0.2}),
+    "SFT": (SFT, LORA),
+    "DPO frozen": (DPO, {"reference": "frozen"}),
+    "DPO adapter": (DPO, LORA),
+    "DPO precomputed": (DPO, {"reference": "precomputed"}),
+    "PPO": (PPO, PPO_KEYS),
+}
+# Six batches an epoch. Epochs end after a checkpoint, inside an accumulation, before a validation that is not due.
+SCHEDULES = [
+    {"max_epochs": 3, "accumulate_grad_batches": 2, "every": 3},
+    {"max_epochs": 3, "accumulate_grad_batches": 2, "every": 1, "val_check_interval": 0.5},
+    {"max_epochs": 3, "every": 2, "val_check_interval": 4, "check_val_every_n_epoch": None},
+    {"max_epochs": 3, "every": 3, "check_val_every_n_epoch": 2},
+    {"max_epochs": -1, "max_steps": 7, "accumulate_grad_batches": 2, "every": 3},
+    {"max_epochs": 3, "every": 6},
+]
+
+
+class BrokenOff(Exception):
+    pass
+
+
+class Breaker(pl.Callback):
+    """Breaks off before a training batch, the first being 1, and keeps what the run measured and counted."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.batches = at, itertools.count(1)
+        self.seen: dict[tuple, object] = {}
+
+    def on_train_batch_start(self, trainer, *_):
+        if next(self.batches) == self.at:
+            raise BrokenOff
+
+    def on_validation_end(self, trainer, module):
+        name = "val/reward" if isinstance(module, PPO) else "val/loss"
+        self.seen["val", trainer.global_step] = float(trainer.callback_metrics[name])
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        counts = {name: n for name, n in checkpoint["loops"]["fit_loop"].items() if "val_loop" not in name}
+        batches, epochs = counts["epoch_loop.batch_progress"]["total"], counts["epoch_progress"]["total"]
+        self.seen["counts", batches["ready"], batches["completed"], epochs["processed"]] = counts
+
+
+@pytest.fixture
+def chain(tmp_path, tiny_qwen2, pairs):
+    """Run a kind on a schedule, broken off before the given batches of its attempts; weights and what was seen."""
+    numbers = itertools.count()
+
+    def run(kind: str, schedule: dict, breaks: list[int]) -> tuple[str, dict]:
+        directory = tmp_path / str(next(numbers))
+        make, settings = KINDS[kind]
+        trainer_settings = dict(schedule)
+        every, monitor = trainer_settings.pop("every"), {"monitor": "val/loss", "mode": "min"}
+        data_class = PreferenceDataModule
+        if make is PPO:
+            every, monitor, data_class = every * 4, {"monitor": "val/reward", "mode": "max"}, PromptDataModule
+        seen: dict = {}
+        for at in [*breaks, None]:
+            pl.seed_everything(7, verbose=False)
+            module = make(str(tiny_qwen2), optimizer=functools.partial(torch.optim.AdamW, lr=0.01), **settings)
+            data = data_class(str(pairs), tokenizer=str(tiny_qwen2), batch_size=2)
+            breaker = Breaker(at)
+            plain = {"dirpath": directory, "enable_version_counter": False}
+            writers = [
+                ModelCheckpoint(filename="best-{step}", **monitor, **plain),
+                ModelCheckpoint(filename="last-{step}", every_n_train_steps=every, **plain),
+            ]
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                plugins=[WholeFileIO()],
+                callbacks=[*writers, Results(), ProcessStates(), breaker],
+                **trainer_settings,
+            )
+            newest = max(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+            with contextlib.suppress(BrokenOff):
+                trainer.fit(module, data, ckpt_path=None if newest is None else str(newest))
+            for name, value in breaker.seen.items():
+                assert seen.setdefault(name, value) == value, name
+        weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters() if p.requires_grad)
+        return hashlib.sha256(weights).hexdigest(), seen
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning: the directory is not empty, PPO steps by itself
+@pytest.mark.parametrize(("kind", "schedule"), list(zip(KINDS, SCHEDULES, strict=True)), ids=list(KINDS))
+def test_a_run_that_is_broken_off_again_and_again_ends_as_an_unbroken_one(chain, kind, schedule):
+    whole, seen = chain(kind, schedule, [])
+    draw = random.Random(kind)
+    breaks = [7, 7, draw.randint(2, 12)]  # twice after an epoch's last batch, then anywhere
+    weights, again = chain(kind, schedule, breaks)
+    assert weights == whole, breaks
+    assert again.keys() == seen.keys(), breaks
+    for place, numbers in seen.items():
+        assert again[place] == numbers, (breaks, place)
