@@ -24,7 +24,7 @@ _QUOTED_TURN = re.compile(
 _QUOTED_KEYS = [
     [re.compile(rf"""['"]{key}['"]\s*:""") for key in keys] for keys in (("role", "content"), ("from", "value"))
 ]
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
 _JOINERS = "\u200c\u200d"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _JOINERS
@@ -45,7 +45,7 @@ def plain_form(text: str) -> str:
     Two texts of one plain form look the same to a reader.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text.translate(_INVISIBLE))
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
     return text.strip(_BLANKS)
 
 

@@ -41,7 +41,12 @@ _WITHOUT_A_PLACE = {
 }
 """Columns that change what a chat template writes, row by row, and what to do instead."""
 _LARGEST_MARGIN = 1e6
-_SCORES = ("score", "rating", "reward")
+_SCORES = [
+    (pattern.format("chosen", word), pattern.format("rejected", word))
+    for word in ("score", "rating", "reward")
+    for pattern in ("{1}_{0}", "{0}_{1}", "{0}-{1}")
+]
+"""Columns that may hold the scores of the two responses."""
 _ID_NAME = re.compile(r"(?:^|[_-])(?:id|idx|index|uuid|hash)$", re.IGNORECASE)
 
 
@@ -86,10 +91,12 @@ class SourceColumns:
 
     def take(self, row: Row, name: str) -> Any:
         """The value of a column by the source's own name, from now on a used one."""
+        value = row.values.get(name)
         if name in row.values:
             self.used.add(name)
-            self.keys_unused |= {f"{name}[].{key}": None for key in unused_keys(row.values[name])}
-        return row.values.get(name)
+        if isinstance(value, list | dict):
+            self.keys_unused |= {f"{name}[].{key}": None for key in unused_keys(value)}
+        return value
 
     @property
     def have_prompts(self) -> bool:
@@ -321,6 +328,12 @@ def _texts(parts: RowParts, row: Row, columns: SourceColumns) -> tuple[list[Mess
     """Prompt and responses of a row."""
     if not parts.has_prompt:
         prompt, chosen, rejected = implicit_prompt(parts.chosen, parts.rejected)
+        if not prompt and (candidates := columns.prompt_candidates):
+            raise BadRow(
+                "empty_prompt",
+                f"chosen and rejected hold no turn before the reply; if the prompt stands in {' or '.join(candidates)}, "
+                "say so with columns: {prompt: COLUMN}",
+            )
         return in_context(prompt, row, columns), chosen, rejected
     values = {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected}
     check_values(values)
@@ -385,12 +398,9 @@ def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
 
 def _check_scores(values: Mapping[str, Any]) -> None:
     """Refuse a row whose scores of its responses say that the rejected one is better."""
-    for word in _SCORES:
-        for names in (
-            (f"{word}_chosen", f"{word}_rejected"),
-            *((f"chosen{x}{word}", f"rejected{x}{word}") for x in "_-"),
-        ):
-            chosen, rejected = (as_number(values.get(name)) for name in names)
+    for names in _SCORES:
+        if names[0] in values and names[1] in values:
+            chosen, rejected = (as_number(values[name]) for name in names)
             if chosen is not None and rejected is not None and chosen < rejected:
                 raise BadRow("bad_label", f"{names[0]} is {chosen:g}, below {names[1]}, {rejected:g}")
 

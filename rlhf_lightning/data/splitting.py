@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +16,7 @@ Part = Literal["train", "val"]
 """Side of sources that are divided by prompt."""
 
 
-_ZERO_WIDTH = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+_ZERO_WIDTH = re.compile("[\u00ad\u200b\u200c\u200d\u2060\ufeff]")
 
 
 def prompt_hash(prompt: Sequence[Message]) -> int:
@@ -26,7 +27,7 @@ def prompt_hash(prompt: Sequence[Message]) -> int:
 
 def _words(text: str) -> str:
     if not text.isascii():
-        folded = unicodedata.normalize("NFKC", text.translate(_ZERO_WIDTH)).casefold()
+        folded = unicodedata.normalize("NFKC", _ZERO_WIDTH.sub("", text)).casefold()
         text = unicodedata.normalize("NFKC", folded)  # folding may leave letters and accents apart
     return " ".join(text.split())
 
