@@ -392,7 +392,7 @@ class PPO(LightningModule):
         self._show(phase="rollout")
         experience, numbers = self._experience(batch)
         drawn = time.perf_counter()
-        self._show(phase="update", reward=numbers["reward"], kl=numbers["kl"])
+        self._show(phase="update", **{name: numbers[name] for name in ("reward", "reward_with_kl", "kl")})
         numbers |= self._update(experience)
         if self.hparams.kl_target is not None:
             replies = len(experience.replies.rows) * self.trainer.world_size
@@ -532,8 +532,7 @@ class PPO(LightningModule):
         )
         scores = self.score(replies, "train")
         mask, logprobs, reference, values = self.token_numbers(replies)
-        kl = torch.where(mask, kl_estimate(logprobs, reference, estimator="k1"), 0)
-        kl_k3 = torch.where(mask, kl_estimate(logprobs, reference, estimator="k3"), 0)
+        kl, kl_k3 = (torch.where(mask, kl_estimate(logprobs, reference, estimator=name), 0) for name in ("k1", "k3"))
         shaped = self.shaped_scores(scores, replies.ended.to(self.device))
         # In float64: a large score must not round the KL beside it away.
         in_reward = 0.0 if settings.advantage in WITH_KL_IN_LOSS else self.kl_coef
@@ -744,14 +743,19 @@ class PPO(LightningModule):
         )
         scores = self.score(replies, stage)
         mask, logprobs, reference, _ = self.token_numbers(replies, values=False)
+        k1, k3 = (torch.where(mask, kl_estimate(logprobs, reference, estimator=name), 0) for name in ("k1", "k3"))
+        # The same yardstick at every validation: without moving moments, and with the coefficient of the settings.
+        penalties = self.hparams.missing_eos_penalty * (~replies.ended).float().to(self.device)
+        penalties += self.hparams.kl_coef * self._penalized_kl(k1, k3, mask)
         values = {
             "reward": scores,
-            "kl": torch.where(mask, kl_estimate(logprobs, reference, estimator="k1"), 0).sum(dim=1),
+            "reward_with_kl": scores - penalties,
+            "kl": k1.sum(dim=1),
             "response_length": replies.lengths.float().to(self.device),
             "missing_eos": (~replies.ended).float().to(self.device),
         }
         update_metrics(metrics, values, scores)
-        log_split(self, stage, metrics, shown=("reward", "kl"))
+        log_split(self, stage, metrics, shown=("reward", "reward_with_kl", "kl"))
 
     # ---- checkpoints
 
@@ -839,8 +843,8 @@ class PPO(LightningModule):
             board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")
         if not sys.stderr.isatty():
             log.info(
-                "rollout %d (step %d): reward %.4f, KL %.3f, length %.1f, clipped %.3f",
-                *(self.rollouts, trainer.global_step, numbers["reward"], numbers["kl"]),
+                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f",
+                *(self.rollouts, trainer.global_step, numbers["reward"], numbers["reward_with_kl"], numbers["kl"]),
                 *(numbers["response_length"], numbers["clip_fraction"]),
             )
 
@@ -872,6 +876,7 @@ def _evaluation_metrics() -> nn.ModuleDict:
     """Metrics of a whole split; each is defined in the README under its logged name."""
     metrics: dict[str, Metric] = {
         "reward": MeanMetric(nan_strategy="disable"),
+        "reward_with_kl": MeanMetric(nan_strategy="disable"),
         "kl": MeanMetric(nan_strategy="disable"),
         "response_length": MeanMetric(nan_strategy="disable"),
         "missing_eos": MeanMetric(nan_strategy="disable"),

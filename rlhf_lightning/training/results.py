@@ -19,6 +19,7 @@ TABLE_ROWS = {
     "margin_auroc": "margin AUROC",
     "calibration_error": "calibration error",
     "reward": "reward",
+    "reward_with_kl": "less penalty and KL",
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
     "kl": "log-ratio (k1)",

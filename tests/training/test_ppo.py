@@ -232,6 +232,29 @@ def test_the_reward_that_is_learned_from_is_the_score_less_penalty_and_kl(build_
         assert row["reward_with_kl"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"advantage": "grpo", "samples_per_prompt": 2}], ids=["sum", "per token"])
+def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(build_ppo, trainer, settings):
+    """Per reply: score - penalty - kl_coef * KL; whatever the steered coefficient and the moments are by then."""
+    module, data = build_ppo(kl_coef=0.3, missing_eos_penalty=0.7, max_new_tokens=12, **settings)
+    fitter = trainer(limit_val_batches=0)
+    fitter.fit(module, data)
+    module.kl_control.value = 7.0
+    module.moments.update(10, 5.0, 100.0)
+    kept, evaluated = [], module.token_numbers
+    module.token_numbers = lambda replies, values: (
+        kept.append((replies, *evaluated(replies, values=values))) or kept[-1][1:]
+    )
+    numbers = trainer().validate(module, data, verbose=False)[0]
+    values = []
+    for replies, _, logprobs, reference, _ in kept:
+        for i, length in enumerate(replies.lengths.tolist()):
+            d = (logprobs - reference)[i, :length].double()
+            kl = (torch.expm1(-d) + d).mean() if settings else d.sum()
+            values.append(-0.7 * (not replies.ended[i]) - 0.3 * kl.item())
+    assert abs(numbers["val/kl"]) > 0.01
+    assert numbers["val/reward_with_kl"] == pytest.approx(numbers["val/reward"] + sum(values) / len(values), abs=1e-4)
+
+
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_equal_rewards_teach_nothing(build_ppo, trainer, advantage, normalize):
