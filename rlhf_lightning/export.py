@@ -112,18 +112,19 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
 
 def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> None:
     """The tokenizer of the training, with its chat template, so that the model is asked as it was trained."""
-    from rlhf_lightning.data.chat_format import TRANSCRIPT, ChatFormat, load_tokenizer
+    from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+    from rlhf_lightning.data.chat_text import TRANSCRIPT
 
     if origin["tokenizer"] is None:
         return
     tokenizer = load_tokenizer(origin["tokenizer"], trust_remote_code=trust_remote_code)
-    if origin["chat_template"] is None:
-        chat_format = ChatFormat(tokenizer, chat_template=TRANSCRIPT)
-        chat_format.save_pretrained(directory)
-    else:
-        tokenizer.chat_template = origin["chat_template"]
-        tokenizer.save_pretrained(directory)
-        chat_format = ChatFormat(tokenizer)
+    tokenizer.chat_template = origin["chat_template"]
+    chat_format = ChatFormat(
+        tokenizer,
+        chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
+        template_arguments=origin.get("template_arguments"),  # checkpoints of before have none
+    )
+    chat_format.save_pretrained(directory)
     end_at(directory, chat_format.terminator_id)
 
 

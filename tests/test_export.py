@@ -106,19 +106,24 @@ def test_export_best_writes_the_best_checkpoint(checkpoint, tmp_path, build_dpo,
     assert AutoTokenizer.from_pretrained(tmp_path / "best").chat_template
 
 
-def test_a_template_of_the_run_is_exported_with_the_model(checkpoint, tmp_path, monkeypatch):
+def test_a_template_of_the_run_is_exported_with_the_model_and_with_the_arguments_it_had(
+    checkpoint, tmp_path, monkeypatch
+):
     template = (
-        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{{ tone | default('') }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     (tmp_path / "mine.jinja").write_text(template)
-    path = checkpoint("build_dpo", data={"chat_template": str(tmp_path / "mine.jinja")})
+    options = {"chat_template": str(tmp_path / "mine.jinja"), "template_arguments": {"tone": "Be kind."}}
+    path = checkpoint("build_dpo", data=options)
     (tmp_path / "mine.jinja").unlink()
     own = DPO.load_from_checkpoint(path).policy
     outputs = probe.log_probs(own.model, own.config.vocab_size)  # the fresh process costs time
     monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs)
     export_checkpoint(path, tmp_path / "exported")
-    assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template == template
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert asked == "Be kind.[user] Hi<|im_end|>\n"
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -1,21 +1,18 @@
-"""Conversations -> token ids: prompt ids, response ids and one terminator id; never a second look at joined text."""
+"""Conversations -> token ids: those of the whole rendered text, split where the prompt ends; and back to text."""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import copy
-import datetime
 import functools
 import hashlib
 import itertools
-import json
-import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_lightning.data.chat_text import _PROBE, _USER_PROBE, TRANSCRIPT_TEMPLATE, ChatText
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.hub import use_cache_without_network
@@ -24,22 +21,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TRANSCRIPT = "transcript"
-"""Name of the built-in plain format, for tokenizers without a chat template."""
-_TRANSCRIPT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
-    "{% else %}{{ '\n\nAssistant:' + ('' if message['content'][:1].isspace() else ' ') + message['content'] }}"
-    "{% if loop.last and not add_generation_prompt %}{{ TERMINATOR }}{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-"""The plain format in Jinja, for the tokenizers of exported models."""
-_CLOCKS = (datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2032, 11, 29, 20, 47, 58))
-
-_USER_PROBE = "PROBEUSERPROBE"
-_REPLY_PROBE = "PROBEREPLYPROBE"
-_OWN_ARGUMENTS = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt")
-_PROBE = [{"role": "user", "content": _USER_PROBE}]
+_RULES = 2
+"""Number of the rules by which texts become ids and ids texts, for fingerprints; other rules get another number."""
+_CONTEXT = 16
+"""Ids of a prompt before a reply that decide how its first ones are read."""
+_NEIGHBOURS = ("\n", "a", ".", "1", "-")
+"""Texts before a response whose own tokens end where they end, so that what follows is in the midst of a text."""
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -78,20 +65,65 @@ def load_chat_format(
     return ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
 
 
-class ChatFormat:
-    """How a tokenizer writes a conversation, as ids: `prompt`, then a response, then one `terminator`.
+class EncodedPrompt(NamedTuple):
+    """A prompt as a policy goes on from it."""
 
-    Uses the tokenizer's chat template, the Jinja file `chat_template`, or, when there is neither or `chat_template` is
-    `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. The terminator is what the template puts
-    right after an assistant's reply (Qwen: `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training
-    row is the one at which a sampled answer ends; without a template it is the tokenizer's EOS, or SEP for an encoder.
-    A response is stripped where the template strips replies. `template_arguments` are handed to the template, such as
-    `{enable_thinking: false}` (Qwen 3) or `{date_string: 26 Jul 2024}` (Llama 3.1).
+    messages: Sequence[Message]
+    text: str
+    """Its `generation_text`."""
+    ids: list[int]
+    turns: list[int]
+    """Where in the ids each user's words begin (see `ChatFormat.encode_turns`)."""
 
-    Raises `ModelError` when the tokenizer has no terminator, when a template rewrites the prompt once a reply follows
-    it, so that prompt ids would be no prefix of the whole, or when it writes today's date, so that a run would differ
-    from day to day; `DataError` when the template cannot be rendered; `ConfigurationError` for an argument that no
-    template can read.
+
+class EncodedResponses(NamedTuple):
+    """The ids of a prompt, and of each response to it."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    """Each with the terminator."""
+
+
+class _Border(NamedTuple):
+    """How every prompt ends: what a format writes after the last user's words, from its last added token on."""
+
+    text: str
+    ids: list[int]
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether some prompt's ids end so; where the words before may have changed the first of them, the rest."""
+        own = self.ids[len(self.ids) // 2 :]
+        return bool(own) and list(ids[-len(own) :]) == own
+
+
+class _Waiting(NamedTuple):
+    """A response that is to be encoded."""
+
+    place: int
+    text: str
+    """Of its prompt."""
+    border: _Border
+    turn: str
+    """What follows, the end of the turn included."""
+    terminator: list[int]
+    """What no text holds."""
+
+
+class ChatFormat(ChatText):
+    """How a tokenizer writes a conversation, as ids: a prompt, then a response, then one `terminator`.
+
+    The ids of a row are those of its whole text (see `ChatText`), up to the terminator, with exactly one start token
+    where the tokenizer has one. They are split where the generation prompt ends, so that those of the prompt are the
+    same for each response, and are those that a policy is asked with. There are two exceptions. Where a token would
+    reach over the end of the prompt, as `\\n\\n` does when a response begins with a line break, the prompt keeps its
+    own ids, and the response has those that its text has in the midst of another: a policy that is asked with the
+    prompt could sample no others. And where the generation prompt writes a thought, opened or empty, with which one of
+    the responses to a prompt does not begin, the prompt ends before it.
+
+    The terminator is the token that the template puts after an assistant's reply (Qwen: `<|im_end|>`, Llama 3:
+    `<|eot_id|>`), so that the last token of a training row is the one at which a sampled answer ends. Where it writes
+    none, and without a template, it is the tokenizer's EOS, or SEP for an encoder. Raises `ModelError` when there is
+    none, and what `ChatText` raises.
     """
 
     def __init__(
@@ -101,60 +133,39 @@ class ChatFormat:
         chat_template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.template_arguments = _checked_arguments(template_arguments or {})
-        self.template = self._choose_template(chat_template)
-        self.start_ids = self._start_ids()
-        self.prompt_tail = ""
-        self.response_lead = " "
-        self.strips_responses = False
-        self.terminator_id = self._measure_reply()
-        self.head_ids, self.tail_length = self._prompt_frame()
-        self._control_tokens = self._control_token_pattern()
+        super().__init__(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
+        self.terminator_id = self._choose_terminator()
+        self.start_ids = self._find_start_ids()
+        before, _, after = self.generation_text(_PROBE).partition(_USER_PROBE)
+        self.head_ids = self.encode_prompts([before])[0]
+        """The ids before the first message of a prompt. A cut from the left must not lose them."""
+        self.tail_length = len(self._ids([after])[0])
+        """The number of ids after the last message of a prompt, which no cut must lose either."""
+        self._prompt_border = self._border(self.prompt_text)
+        self._generation_border = self._border(self.generation_text) if self.opening else self._prompt_border
 
     @property
     def pad_id(self) -> int:
         """Id to fill padding with. Nothing reads it: masks come from lengths."""
         return self.terminator_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the assistant's reply begins."""
-        if self.template is None:
-            return _transcript_text(messages)
-        return self._render(messages, add_generation_prompt=True) + self.prompt_tail
-
-    def response_text(self, response: str) -> str:
-        """The response with the blank, if any, that the format puts before it."""
-        text = response.strip() if self.strips_responses else response
-        return text if text[:1].isspace() else self.response_lead + text
-
-    def control_token_in(self, texts: Iterable[str]) -> str | None:
-        """The first control token written out in one of the texts, or None. It would be encoded as a command."""
-        if self._control_tokens is None:
-            return None
-        found = (self._control_tokens.search(text) for text in texts)
-        return next((match.group() for match in found if match), None)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without any token that is not in the text."""
-        core = self._core()
-        if core is None:
-            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    @functools.cached_property
-    def unseen(self) -> list[str]:
-        """Differences between texts that vanish in the token ids: of `line breaks` and blanks, of `capitals`."""
-        probes = {"line breaks": ("a\nb", "a b"), "capitals": ("A", "a")}
-        encoded = {name: self.encode(both) for name, both in probes.items()}
-        return [name for name, (first, second) in encoded.items() if first == second]
+    # ---- texts -> ids
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each `prompt_text`, with exactly one start token where the tokenizer has one."""
-        return [self._started(ids) for ids in self.encode(texts)]
+        """Token ids of each text from its beginning, with exactly one start token where the tokenizer has one."""
+        return [self._started(ids) for ids in self._ids(texts)]
 
-    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[list[int], list[int]]]:
-        """Ids of each prompt (its messages and its `prompt_text`), and where in them each user's words begin.
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as they are after a prompt: of each `response_text`, without the terminator."""
+        border = self._prompt_border
+        encoded = self._ids([border.text + text for text in texts])
+        return [
+            ids[len(border.ids) :] if border.ids and _begins(ids, border.ids) else self._in_the_midst(text)
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
+
+    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[EncodedPrompt]:
+        """Ids of each prompt (its messages and its `generation_text`), and where in them each user's words begin.
 
         A cut from the left keeps what stands before the first place: start token, system message, header. It goes on at
         a later place, or within the last turn, so that no words come under the header of another role. Where a template
@@ -162,7 +173,9 @@ class ChatFormat:
         """
         core = self._core()
         if core is None:
-            return [(ids, [self._shared_head(ids)]) for ids in self.encode_prompts([text for _, text in prompts])]
+            encoded = self.encode_prompts([text for _, text in prompts])
+            rows = zip(prompts, encoded, strict=True)
+            return [EncodedPrompt(messages, text, ids, [self._shared_head(ids)]) for (messages, text), ids in rows]
         encodings = core.encode_batch([text for _, text in prompts], add_special_tokens=False)
         found = []
         for (messages, text), encoding in zip(prompts, encodings, strict=True):
@@ -170,8 +183,92 @@ class ChatFormat:
             places = self._text_places(messages, text) if len(messages) > 1 else None
             tokens = None if places is None else _tokens_at(places, [begin for begin, _ in encoding.offsets])
             added = len(ids) - len(encoding.ids)
-            found.append((ids, [self._shared_head(ids)] if tokens is None else [token + added for token in tokens]))
+            turns = [self._shared_head(ids)] if tokens is None else [token + added for token in tokens]
+            found.append(EncodedPrompt(messages, text, ids, turns))
         return found
+
+    def encode_responses(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        responses: Sequence[Sequence[str]],
+        *,
+        ended: Sequence[bool] | None = None,
+        refuse: bool = True,
+    ) -> list[EncodedResponses | DataError]:
+        """Ids of the responses to each prompt, or why the template does not take them (see `turn_text`).
+
+        Those to a prompt have no terminator where they have not `ended` (all have when not given). Without `refuse` a
+        response that the template would change is written as it stands: what a policy wrote has to be scored.
+        """
+        found: list[EncodedResponses | DataError] = []
+        waiting: list[_Waiting] = []
+        for prompt, its, whole in zip(prompts, responses, ended or itertools.repeat(True), strict=False):
+            text = prompt.text[: len(prompt.text) - len(self.opening)]
+            try:
+                turns = [self._turn(prompt.messages, text, response, refuse=refuse) for response in its]
+            except DataError as error:
+                found.append(error)
+                continue
+            if not whole:
+                turns = [turn.removesuffix(self.response_trail) for turn in turns]
+            ids, border = prompt.ids, self._generation_border
+            if all(turn.startswith(self.opening) for turn in turns):
+                turns, text = [turn[len(self.opening) :] for turn in turns], prompt.text
+            else:
+                (ids,), border = self.encode_prompts([text]), self._prompt_border
+            end = self.end or "" if whole else ""
+            terminator = [self.terminator_id] if whole and not self.end else []
+            waiting += [_Waiting(len(found), text, border, turn + end, terminator) for turn in turns]
+            found.append(EncodedResponses(ids, []))
+        # From the last added token of a prompt on, ids do not depend on what is before it.
+        encoded = self._ids([one.border.text + one.turn for one in waiting])
+        for (place, text, border, turn, terminator), ids in zip(waiting, encoded, strict=True):
+            prompt = found[place].prompt
+            known = text.endswith(border.text) and border.ends(prompt) and _begins(ids, border.ids)
+            response = ids[len(border.ids) :] if known else self._after_prompt(text, prompt, turn)
+            found[place].responses.append([*response, *terminator])
+        return found
+
+    def _turn(self, messages: Sequence[Message], text: str, response: str, *, refuse: bool) -> str:
+        try:
+            return self.turn_text(messages, text, response)
+        except DataError:
+            if refuse:
+                raise
+            return response + self.response_trail
+
+    def says_nothing(self, response: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer knows no part of a response, which has these ids."""
+        return len(ids) <= self._frame_length and not self._ids([response])[0]
+
+    @functools.cached_property
+    def _frame_length(self) -> int:
+        """Ids at most of a response without words."""
+        frame = self.opening + self.response_lead + self.response_trail
+        return len(self._ids([frame])[0]) + 2
+
+    def _after_prompt(self, text: str, prompt: Sequence[int], turn: str) -> list[int]:
+        """Ids of a turn after the text of a prompt, which has these ids."""
+        (whole,) = self.encode_prompts([text + turn])
+        return whole[len(prompt) :] if _begins(whole, prompt) else self._in_the_midst(turn)
+
+    def _in_the_midst(self, text: str) -> list[int]:
+        """Ids of a text that follows another, none of whose tokens begin in that.
+
+        A tokenizer of the SentencePiece kind puts a blank before a text that stands alone.
+        """
+        for neighbour in _NEIGHBOURS:
+            own, both = self._ids([neighbour, neighbour + text])
+            if _begins(both, own):
+                return both[len(own) :]
+        return self._ids([text])[0]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text that stands alone, without any token that is not in the text."""
+        core = self._core()
+        if core is None:
+            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _core(self) -> Tokenizer | None:
         """The fast tokenizer, set to leave nothing out and to add nothing; it may bring such settings of its own."""
@@ -180,6 +277,15 @@ class ChatFormat:
             core.no_truncation()
             core.no_padding()
         return core
+
+    def _started(self, ids: list[int]) -> list[int]:
+        start = self.start_ids
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+    def _border(self, text_of: Callable[[Sequence[Message]], str]) -> _Border:
+        text = text_of(_PROBE).rpartition(_USER_PROBE)[2]
+        last = max((match.start() for match in self._added_pattern.finditer(text)), default=0)
+        return _Border(text[last:], self._ids([text[last:]])[0])
 
     def _shared_head(self, ids: Sequence[int]) -> int:
         """Number of ids at a prompt's beginning that belong to the template, up to the words of the first message."""
@@ -204,26 +310,52 @@ class ChatFormat:
         return places if text[place:] == self._between.get((before, "")) else None
 
     @functools.cached_property
-    def _between(self) -> dict[tuple[str, str], str]:
-        """What the format writes between the words of two roles, before the first ("") and after the last ("")."""
-        found: dict[tuple[str, str], str] = {}
-        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
-            probes = [{"role": role, "content": f"PROBE{number}PROBE"} for number, role in enumerate(roles)]
-            try:
-                rest = self.prompt_text(probes)
-            except DataError:  # a template that knows no system message, or one turn alone
-                continue
-            before = ""
-            for probe in probes:
-                between, _, rest = rest.partition(probe["content"])
-                found.setdefault((before, probe["role"]), between)
-                before = probe["role"]
-            found.setdefault((before, ""), rest)
-        return found
+    def unseen(self) -> list[str]:
+        """Differences between texts that vanish in the token ids: of `line breaks` and blanks, of `capitals`."""
+        probes = {"line breaks": ("a\nb", "a b"), "capitals": ("A", "a")}
+        encoded = {name: self._ids(both) for name, both in probes.items()}
+        return [name for name, (first, second) in encoded.items() if first == second]
 
-    def _started(self, ids: list[int]) -> list[int]:
-        start = self.start_ids
-        return ids if ids[: len(start)] == start else [*start, *ids]
+    # ---- ids -> texts
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ids that follow others, with its leading blanks and with control tokens."""
+        before = [int(index) for index in before[-_CONTEXT:]]
+        ids = [int(index) for index in ids]
+        context = self.tokenizer.decode(before, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False)
+        if text.startswith(context):
+            return text[len(context) :]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def reply_text(self, prompt: Sequence[int], reply: Sequence[int]) -> str:
+        """The response that a policy's reply to a prompt is, both in ids.
+
+        Where there is one whose `response_text` is that of the reply, it is that: its ids are the reply's, up to the
+        ways to write one text in tokens. Else it is the reply's text, without control tokens and without what the
+        format puts around a response.
+        """
+        reply = [int(index) for index in reply]
+        ended = reply[-1:] == [self.terminator_id]
+        reply = reply[:-1] if ended else reply
+        trail = self.response_trail if ended else ""
+        opened = "" if "</" in self.opening else self.opening  # a thought that the reply is in the midst of
+        written = self.decode_after(prompt, reply)
+        whole = self.opening + written + ("" if ended else self.response_trail)
+        for text in (written.removeprefix(self.response_lead), written):
+            text = (opened + text).removesuffix(trail)
+            if self.control_token_in([text]) is None and self._is_written(text, whole):
+                return text
+        known = self.decode_after(prompt, [index for index in reply if index not in self.control_ids])
+        return opened + known.removeprefix(self.response_lead).removesuffix(trail)
+
+    def _is_written(self, response: str, text: str) -> bool:
+        try:
+            return self.response_text(response) == text
+        except DataError:
+            return False
+
+    # ---- what is kept
 
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a conversation becomes."""
@@ -236,16 +368,17 @@ class ChatFormat:
                 self.tokenizer.save_pretrained(directory)
                 for file in sorted(Path(directory).iterdir()):
                     digest.update(file.read_bytes())
-        rules = (self.template, sorted(self.template_arguments.items()), self.start_ids, self.terminator_id)
-        spelling = (self.prompt_tail, self.response_lead, self.strips_responses, self.head_ids, self.tail_length)
-        digest.update(repr((*rules, *spelling, self.tokenizer.special_tokens_map)).encode())
+        rules = (_RULES, self.template, sorted(self.template_arguments.items()), self.start_ids, self.terminator_id)
+        spelling = (self.prompt_tail, self.opening, self.response_lead, self.response_trail, self.end)
+        frame = (self.head_ids, self.tail_length, sorted(self.control_ids))
+        digest.update(repr((*rules, *spelling, *frame, self.tokenizer.special_tokens_map)).encode())
         return digest.hexdigest()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the tokenizer with the template that was used, so that the model is asked as it was trained.
 
         `apply_chat_template` of what is written gives the ids of a prompt as they were trained on. Those of a whole
-        conversation end with what the template writes after a reply, around the terminator.
+        conversation end with what the template writes after the terminator.
         """
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = self._exported_template()
@@ -254,122 +387,43 @@ class ChatFormat:
     def _exported_template(self) -> str:
         """The template, with what training added to its text written into it: arguments, start tokens, prompt tail."""
         end, *start = self.tokenizer.convert_ids_to_tokens([self.terminator_id, *self.start_ids])
-        template = self.template or _TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
+        template = self.template or TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
         # Each line ends with a block, after which Jinja, as transformers sets it up, leaves out the line end.
         for name, value in self.template_arguments.items():
             if name.isidentifier() and name in template:
                 template = f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n{template}"
-        if self.encode([self.prompt_text(_PROBE)])[0][: len(start)] != self.start_ids:
-            template = f"{{% if true %}}{{{{ {''.join(start)!r} }}}}{{% endif %}}\n{template}"
+        prompt = self.generation_text(_PROBE)
+        if self._ids([prompt])[0][: len(start)] != self.start_ids:
+            # After a token that is written out, some tokenizers leave out the blank that a text begins with.
+            starts = ["".join(start), "".join(start) + " "]
+            same = (text for text in starts if self._ids([text + prompt]) == self.encode_prompts([prompt]))
+            template = f"{{% if true %}}{{{{ {next(same, starts[0])!r} }}}}{{% endif %}}\n{template}"
         if self.prompt_tail:
             tail = f"{{{{ {self.prompt_tail!r} if add_generation_prompt else '' }}}}"
             template = template.removesuffix("\n") + tail  # Jinja leaves the last line end out as well
         return template
 
-    def _choose_template(self, chat_template: str | None) -> str | None:
-        if chat_template == TRANSCRIPT:
-            return None
-        if chat_template is None:
-            own = self.tokenizer.chat_template
-            if isinstance(own, dict) and "default" not in own:
-                raise ModelError(
-                    f"{self.tokenizer.name_or_path}: the tokenizer has the chat templates {', '.join(own)} and none of "
-                    "them is the default; name one with chat_template: FILE.jinja"
-                )
-            return own["default"] if isinstance(own, dict) else own
-        path = Path(chat_template).expanduser()
-        if not path.is_file():
-            raise DataError(f"chat_template: {chat_template} is neither a Jinja file nor {TRANSCRIPT!r}")
-        return path.read_text(encoding="utf-8")
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, template: str | None = None) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template or self.template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template_arguments,
-            )
-        except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
-            roles = ", ".join(message["role"] for message in messages)
-            reason = " ".join(str(error).split())
-            raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
-
-    def _start_ids(self) -> list[int]:
+    def _find_start_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text: [BOS], [CLS] or nothing."""
-        plain = self.encode(["x"])[0]
+        plain = self._ids(["x"])[0]
         whole = self.tokenizer("x")["input_ids"]
         return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
-    def _measure_reply(self) -> int:
-        """Find out what stands between prompt and response; return the id after the response."""
+    def _choose_terminator(self) -> int:
         tokenizer = self.tokenizer
-        fallback = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        if self.template is None:
-            return self._checked_terminator(fallback)
-        reply = {"role": "assistant", "content": _REPLY_PROBE}
-        self._refuse_dates(_PROBE)
-        with contextlib.suppress(DataError):  # a template for single turns alone
-            self._refuse_rewriting([*_PROBE, {"role": "assistant", "content": "An earlier reply."}, *_PROBE], reply)
-        prompt, whole = self._refuse_rewriting(_PROBE, reply)
-        padded = {"role": "assistant", "content": f"\n\t{_REPLY_PROBE}\t\n"}
-        self.strips_responses = padded["content"] not in self._render([*_PROBE, padded], add_generation_prompt=False)
-        lead, _, after = whole[len(prompt) :].partition(_REPLY_PROBE)
-        if lead.strip():  # a header of the reply that the template leaves out of its generation prompt
-            self.prompt_tail, self.response_lead = lead, ""
-        else:
-            self.response_lead = lead
-        return self._checked_terminator(next((i for i in self.encode([after])[0] if i in self.control_ids), fallback))
-
-    def _refuse_dates(self, messages: Sequence[Message]) -> None:
-        """Render under two clocks."""
-        first, second = (
-            self._render(messages, add_generation_prompt=True, template=_with_clock(self.template, clock))
-            for clock in _CLOCKS
-        )
-        if first != second:
-            advice = "give a copy with a fixed date: chat_template: FILE.jinja"
-            if "date_string" in self.template:
-                advice = 'fix it with template_arguments: {date_string: "26 Jul 2024"}'
-            raise ModelError(f"the chat template writes the current date, so a run differs from day to day; {advice}")
-
-    def _refuse_rewriting(self, prompt: Sequence[Message], reply: Message) -> tuple[str, str]:
-        """A prompt alone and with its reply, as texts of which the first begins the second."""
-        alone = self._render(prompt, add_generation_prompt=True)
-        whole = self._render([*prompt, reply], add_generation_prompt=False)
-        if not whole.startswith(alone) or reply["content"] not in whole:
-            raise ModelError(
-                "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
-                f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"
-            )
-        return alone, whole
-
-    def _checked_terminator(self, terminator: int | None) -> int:
+        if self.end is not None:
+            return self._added_tokens[self.end]
+        terminator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if terminator is None:
             raise ModelError(
-                f"{self.tokenizer.name_or_path}: the tokenizer has neither an EOS nor a SEP token, so the end of a "
+                f"{tokenizer.name_or_path}: the tokenizer has neither an EOS nor a SEP token, so the end of a "
                 "response cannot be marked; set eos_token in its tokenizer_config.json"
             )
         return terminator
 
-    def _prompt_frame(self) -> tuple[list[int], int]:
-        """The ids before the first message of a prompt, and the number of those after the last.
 
-        A cut from the left must not lose them.
-        """
-        before, _, after = self.prompt_text(_PROBE).partition(_USER_PROBE)
-        return self.encode_prompts([before])[0], len(self.encode([after])[0])
-
-    @functools.cached_property
-    def control_ids(self) -> set[int]:
-        """Ids of the tokenizer's control tokens."""
-        added = self.tokenizer.added_tokens_decoder
-        return set(self.tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
-
-    def _control_token_pattern(self) -> re.Pattern[str] | None:
-        tokens = [token for token in self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)) if token]
-        return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+def _begins(ids: Sequence[int], beginning: Sequence[int]) -> bool:
+    return list(ids[: len(beginning)]) == list(beginning)
 
 
 def _tokens_at(places: Sequence[tuple[int, int]], begins: Sequence[int]) -> list[int] | None:
@@ -377,39 +431,3 @@ def _tokens_at(places: Sequence[tuple[int, int]], begins: Sequence[int]) -> list
     tokens = [bisect.bisect_left(begins, blank) for blank, _ in places]
     whole = all(token < len(begins) and begins[token] <= word for token, (_, word) in zip(tokens, places, strict=True))
     return tokens if whole else None
-
-
-def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a template, which must be plain values: transformers hands it `<date>` in place of a date."""
-    for name, value in arguments.items():
-        if name in _OWN_ARGUMENTS:
-            raise ConfigurationError(f"template_arguments: {name} is what this program itself hands to the template")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"template_arguments: {name} is a {type(value).__name__}, which no template can read; give text, "
-                "numbers, true, false, or lists and mappings of them"
-            ) from error
-    return dict(arguments)
-
-
-def _with_clock(template: str, clock: datetime.datetime) -> str:
-    """A template that is told another time by `strftime_now`, which transformers gives templates to read the date.
-
-    A macro takes that function's place: a function among the template's arguments would become text.
-    """
-    time = "format | replace('%-', '%')"
-    for letter in "aAbBcdfHIjmMpSUwWxXyYzZ":
-        time += f" | replace('%{letter}', {clock.strftime(f'%{letter}')!r})"
-    return f"{{% macro strftime_now(format) %}}{{{{ {time} }}}}{{% endmacro %}}\n{template}"
-
-
-def _transcript_text(messages: Sequence[Message]) -> str:
-    names = {"user": "Human", "assistant": "Assistant"}
-    text = ""
-    for message in messages:
-        role, content = message["role"], message["content"]
-        blank = "" if role == "assistant" and content[:1].isspace() else " "  # as in response_text
-        text += content if role == "system" else f"\n\n{names[role]}:{blank}{content}"
-    return text + "\n\nAssistant:"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
 from rlhf_lightning.data.loader import TrainingPlan
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
@@ -141,11 +141,8 @@ class Words:
 
     terminator_id = pad_id = tail_length = 0
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
+    def generation_text(self, messages: Sequence[Message]) -> str:
         return "\n\n".join(message["content"] for message in messages)
-
-    def response_text(self, response: str) -> str:
-        return response
 
     def control_token_in(self, texts: Iterable[str]) -> None:
         return None
@@ -154,8 +151,20 @@ class Words:
         # What a word is called does not matter; that equal texts stay equal does.
         return [[hash(word) & 0x7FFFFFFF for word in text.split()] for text in texts]
 
-    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[tuple[list[int], list[int]]]:
-        return [(ids, [0]) for ids in self.encode([text for _, text in prompts])]
+    def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[EncodedPrompt]:
+        return [
+            EncodedPrompt(*prompt, ids, [0])
+            for prompt, ids in zip(prompts, self.encode([text for _, text in prompts]), strict=True)
+        ]
+
+    def encode_responses(
+        self, prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[str]]
+    ) -> list[EncodedResponses]:
+        sides = [[[*ids, self.terminator_id] for ids in self.encode(its)] for its in responses]
+        return [EncodedResponses(prompt.ids, its) for prompt, its in zip(prompts, sides, strict=True)]
+
+    def says_nothing(self, response: str, ids: Sequence[int]) -> bool:
+        return len(ids) == 1
 
     def fingerprint(self) -> str:
         return "words"
@@ -281,19 +290,21 @@ def _token_samples(pairs: TokenizedPairs, chat_format: ChatFormat) -> list[Sampl
     samples = []
     for position, origin in zip(positions, origins, strict=True):
         prompt, *sides = pairs.segments(position)
-        rows = [[*_decoded(prompt, chat_format, "prompt"), *_decoded(ids, chat_format, "response")] for ids in sides]
+        before = _decoded([], prompt.tolist(), chat_format, "prompt")
+        rows = [[*before, *_decoded(prompt.tolist(), ids.tolist(), chat_format, "response")] for ids in sides]
         samples.append(Sample(origin, *rows))
     return samples
 
 
-def _decoded(ids: np.ndarray, chat_format: ChatFormat, kind: Kind) -> list[Piece]:
-    """Texts of a row's stretch, its control tokens apart."""
-    control, decode = chat_format.control_ids, chat_format.tokenizer.decode
+def _decoded(before: list[int], ids: list[int], chat_format: ChatFormat, kind: Kind) -> list[Piece]:
+    """Texts of a row's stretch that comes after other ids, its control tokens apart."""
     pieces = []
-    for is_control, group in itertools.groupby(ids.tolist(), key=lambda token: token in control):
+    for is_control, group in itertools.groupby(ids, key=lambda token: token in chat_format.control_ids):
         run = list(group)
-        texts = [decode([token]) for token in run] if is_control else [decode(run)]
-        pieces += [Piece(text, "control" if is_control else kind, kind == "response") for text in texts]
+        for part in [[token] for token in run] if is_control else [run]:
+            text = chat_format.decode_after(before, part)
+            pieces.append(Piece(text, "control" if is_control else kind, kind == "response"))
+            before = [*before, *part]
     return pieces
 
 

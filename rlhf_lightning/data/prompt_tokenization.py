@@ -83,8 +83,9 @@ def _encoded(chunk: Sequence[PromptExample | Refusal], chat_format: ChatFormat) 
             continue
         example, prompt = row
         yield {
-            **prompt,
-            "divided": _is_divided(example.prompt, prompt["turns"], head=len(chat_format.head_ids)),
+            "prompt": prompt.ids,
+            "turns": prompt.turns,
+            "divided": _is_divided(example.prompt, prompt.turns, head=len(chat_format.head_ids)),
             "prompt_hash": prompt_hash(example.prompt),
             "messages": json.dumps(list(example.prompt), ensure_ascii=False),
             "example_id": example.example_id,

@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 
-from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
 from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint
 from rlhf_lightning.data.splitting import Part
@@ -113,8 +113,8 @@ def _chunks(rows: Iterable[Example | Refusal]) -> Iterator[list[Example | Refusa
 
 def with_prompt_ids(
     chunk: Sequence[Example | Refusal], chat_format: ChatFormat
-) -> list[tuple[Example, dict[str, list[int]]] | Refusal]:
-    """Each row with the columns `prompt` (ids) and `turns` (see `ChatFormat.encode_turns`), in order.
+) -> list[tuple[Example, EncodedPrompt] | Refusal]:
+    """Each row with the ids of its prompt (see `ChatFormat.encode_turns`), in order.
 
     Refused are rows that hold a control token, or that the chat template does not take.
     """
@@ -122,8 +122,8 @@ def with_prompt_ids(
     # Neighbours often share a prompt.
     texts = {text: example.prompt for example, text in (row for row in rows if not isinstance(row, Refusal))}
     encoded = chat_format.encode_turns([(prompt, text) for text, prompt in texts.items()])
-    columns = {text: {"prompt": ids, "turns": turns} for text, (ids, turns) in zip(texts, encoded, strict=True)}
-    return [row if isinstance(row, Refusal) else (row[0], columns[row[1]]) for row in rows]
+    prompts = dict(zip(texts, encoded, strict=True))
+    return [row if isinstance(row, Refusal) else (row[0], prompts[row[1]]) for row in rows]
 
 
 def _with_prompt_text(example: Example, chat_format: ChatFormat) -> tuple[Example, str] | Refusal:
@@ -131,9 +131,14 @@ def _with_prompt_text(example: Example, chat_format: ChatFormat) -> tuple[Exampl
         message = f"{example.origin}: a text contains the control token {token!r}"
         return Refusal("special_tokens", message, example.origin)
     try:
-        return example, chat_format.prompt_text(example.prompt)
+        return example, chat_format.generation_text(example.prompt)
     except DataError as error:
-        return Refusal("template_refused", f"{example.origin}: {error}", example.origin)
+        return template_refusal(example, error)
+
+
+def template_refusal(example: Example, error: DataError) -> Refusal:
+    """What becomes of a row that the chat template does not take."""
+    return Refusal("template_refused", f"{example.origin}: {error}", example.origin)
 
 
 class TokenStore:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.chat_text import TURN_MARKERS
 from rlhf_lightning.data.conversations import plain_form
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
@@ -25,10 +25,12 @@ from rlhf_lightning.data.token_store import (
     TokenStore,
     fit_prompts,
     fitting_rows,
+    template_refusal,
     tokenized_directory,
     with_prompt_ids,
     write_rows,
 )
+from rlhf_lightning.errors import DataError
 
 Truncation = Literal["keep_response", "drop", "error"]
 """What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left (see
@@ -49,15 +51,11 @@ PAIR_SCHEMA = pa.schema(
         "rejected_hash": pa.uint64(),
         "chosen_characters": pa.int32(),
         "rejected_characters": pa.int32(),
-        "foreign_tokens": pa.bool_(),
+        "foreign_tokens": pa.bool_(),  # often a leak of another model's format
         "example_id": pa.string(),
         "origin": pa.string(),
     }
 )
-_FOREIGN_TOKENS = re.compile(
-    r"<\|\w+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<</?SYS>>|### (?:Human|Assistant|Instruction|Response):"
-)
-"""Control tokens and role markers of well-known models; in a text they are often a leak of another model's format."""
 
 
 def tokenize_source(
@@ -83,9 +81,9 @@ def write_pairs(
 ) -> None:
     """Encode rows, a chunk at a time, into `directory`.
 
-    Both sides of a pair get the same prompt and the same terminator. Refused, and counted in `report` in the order of
-    the rows, are pairs that hold a control token, that the chat template does not take, or whose sides are empty or
-    the same to the tokenizer.
+    Both sides of a pair get the same prompt and the same terminator (see `ChatFormat`). Refused, and counted in
+    `report` in the order of the rows, are pairs that hold a control token, that the chat template does not take, or
+    whose sides are empty or the same to the tokenizer.
     """
     write_rows(directory / PairStore.file_name, rows, report, chat_format, schema=PAIR_SCHEMA, encode=_encoded)
 
@@ -93,19 +91,20 @@ def write_pairs(
 def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatFormat) -> Iterator[dict | Refusal]:
     """Columns of each pair of a chunk, or why it is refused, in order."""
     rows = with_prompt_ids(chunk, chat_format)
-    readable = [row[0] for row in rows if not isinstance(row, Refusal)]
-    sides = iter(
-        chat_format.encode(
-            [chat_format.response_text(text) for pair in readable for text in (pair.chosen, pair.rejected)]
-        )
-    )
+    readable = [row for row in rows if not isinstance(row, Refusal)]
+    responses = [(pair.chosen, pair.rejected) for pair, _ in readable]
+    encoded = iter(chat_format.encode_responses([prompt for _, prompt in readable], responses))
     for row in rows:
         if isinstance(row, Refusal):
             yield row
             continue
         pair, prompt = row
-        chosen, rejected = next(sides), next(sides)
-        if not (chosen and rejected):
+        ids = next(encoded)
+        if isinstance(ids, DataError):
+            yield template_refusal(pair, ids)
+            continue
+        chosen, rejected = ids.responses
+        if chat_format.says_nothing(pair.chosen, chosen) or chat_format.says_nothing(pair.rejected, rejected):
             message = f"{pair.origin}: a response has no text that the tokenizer knows"
             yield Refusal("empty_response", message, pair.origin)
         elif chosen == rejected:
@@ -113,9 +112,10 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
             yield Refusal("identical_pair", message, pair.origin)
         else:
             yield {
-                **prompt,
-                "chosen": [*chosen, chat_format.terminator_id],
-                "rejected": [*rejected, chat_format.terminator_id],
+                "prompt": ids.prompt,
+                "turns": prompt.turns,
+                "chosen": chosen,
+                "rejected": rejected,
                 "margin": pair.margin,
                 "prompt_hash": prompt_hash(pair.prompt),
                 "prompt_text_hash": _text_hash(
@@ -125,7 +125,7 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
                 "rejected_hash": _text_hash(pair.rejected),
                 "chosen_characters": len(pair.chosen),
                 "rejected_characters": len(pair.rejected),
-                "foreign_tokens": any(map(_FOREIGN_TOKENS.search, pair.texts)),
+                "foreign_tokens": any(map(TURN_MARKERS.search, pair.texts)),
                 "example_id": pair.example_id,
                 "origin": pair.origin,
             }

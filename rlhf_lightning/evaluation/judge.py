@@ -360,7 +360,7 @@ class PolicyJudge:
     def __call__(self, questions: list[str]) -> list[str]:
         """The reply to each question; `TOO_LONG` to one that does not fit, which is cut for nobody."""
         form = self.chat_format
-        texts = [form.prompt_text([{"role": "user", "content": question}]) for question in questions]
+        texts = [form.generation_text([{"role": "user", "content": question}]) for question in questions]
         ids = form.encode_prompts(texts)
         asked = [place for place, row in enumerate(ids) if self.room is None or len(row) <= self.room]
         device = next(self.policy.parameters()).device
@@ -375,7 +375,7 @@ class PolicyJudge:
         )
         found = [TOO_LONG] * len(questions)
         for place, reply in zip(asked, replies, strict=True):
-            found[place] = form.tokenizer.decode(reply.ids, skip_special_tokens=True)
+            found[place] = form.reply_text(ids[place], reply.ids.tolist())
         return found
 
 

@@ -42,7 +42,7 @@ class GeneratedReply:
     sample: int
     """Its number among the replies to its prompt, from 0."""
     text: str
-    """Without control tokens, and without the blank that the chat format puts before it."""
+    """See `ChatFormat.reply_text`."""
     tokens: int
     """Terminator included."""
     ended: bool
@@ -116,7 +116,10 @@ def generate_replies(
             terminator_id=chat_format.terminator_id,
             pad_id=chat_format.pad_id,
         )
-        return [_reply(chat_format, *key, reply.ids.tolist()) for key, reply in zip(part, drawn, strict=True)]
+        return [
+            _reply(chat_format, key, encoded[key[0]].tolist(), reply.ids.tolist())
+            for key, reply in zip(part, drawn, strict=True)
+        ]
 
     at_a_time = keep_every * ranks.size
     for start in range(0, len(missing), at_a_time):
@@ -137,7 +140,7 @@ def _encoded(
     for prompt in prompts:
         if token := chat_format.control_token_in(prompt.texts):
             raise DataError(f"{prompt.origin}: the prompt holds the control token {token!r}; leave it out")
-    rows = chat_format.encode_prompts([chat_format.prompt_text(prompt.prompt) for prompt in prompts])
+    rows = chat_format.encode_prompts([chat_format.generation_text(prompt.prompt) for prompt in prompts])
     for prompt, row in zip(prompts, rows, strict=True):
         if limit is not None and len(row) + max_new_tokens > limit:
             raise ConfigurationError(
@@ -147,11 +150,9 @@ def _encoded(
     return {prompt.example_id: torch.tensor(row, device=device) for prompt, row in zip(prompts, rows, strict=True)}
 
 
-def _reply(chat_format: ChatFormat, prompt_id: str, sample: int, ids: list[int]) -> GeneratedReply:
-    ended = ids[-1] == chat_format.terminator_id
-    text = chat_format.tokenizer.decode(ids, skip_special_tokens=True)
-    text = text.removeprefix(chat_format.response_lead)
-    return GeneratedReply(prompt_id, sample, text, len(ids), ended, tuple(ids))
+def _reply(chat_format: ChatFormat, key: tuple[str, int], prompt: list[int], ids: list[int]) -> GeneratedReply:
+    text, ended = chat_format.reply_text(prompt, ids), ids[-1] == chat_format.terminator_id
+    return GeneratedReply(*key, text, len(ids), ended, tuple(ids))
 
 
 def _hash(value: Any) -> str:
@@ -242,7 +243,7 @@ def kl_of_replies(
     reference nor adapters.
     """
     other = policy if reference is None else reference if isinstance(reference, CausalLM) else reference.network
-    texts = {prompt.example_id: chat_format.prompt_text(prompt.prompt) for prompt in prompts}
+    texts = {prompt.example_id: chat_format.generation_text(prompt.prompt) for prompt in prompts}
     if absent := [reply.prompt_id for reply in replies if reply.prompt_id not in texts]:
         raise ConfigurationError(f"kl: a reply to the prompt {absent[0]!r}, which is not among the prompts")
     encoded = dict(zip(texts, chat_format.encode_prompts(list(texts.values())), strict=True))

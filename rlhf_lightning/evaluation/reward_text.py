@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlhf_lightning.data.chat_format import TRANSCRIPT
+from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 

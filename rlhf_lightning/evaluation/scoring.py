@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.data.chat_format import TRANSCRIPT, ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.evaluation.reward_text import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
@@ -283,27 +284,27 @@ def encode_rows(
     limit: int | None,
     ended: Sequence[bool] | None = None,
 ) -> list[EncodedRow]:
-    """Rows of at most `limit` tokens, the terminator behind each response that has `ended` (all when not given).
+    """Rows of at most `limit` tokens, of the same ids as in training (see `ChatFormat`).
 
-    An encoder's SEP ends every row: it is no sign of the response.
+    The terminator is behind each response that has `ended` (all when not given). An encoder's SEP ends every row: it is
+    no sign of the response.
 
     A prompt that is too long is cut as in training (see `ChatFormat.encode_turns`): its head stays, then come the
     latest turns that fit. A response that alone is too long loses its beginning. Raises `DataError` when the chat
-    template does not take a conversation.
+    template does not take a prompt; a response that it would change is written as it stands.
     """
-    heads = chat_format.encode_turns([(messages, chat_format.prompt_text(messages)) for messages in prompts])
-    replies = chat_format.encode([chat_format.response_text(response) for response in responses])
     if ended is None or chat_format.terminator_id == chat_format.tokenizer.sep_token_id:
-        ended = [True] * len(replies)
+        ended = [True] * len(responses)
+    heads = chat_format.encode_turns([(messages, chat_format.generation_text(messages)) for messages in prompts])
+    encoded = chat_format.encode_responses(heads, [[each] for each in responses], ended=ended, refuse=False)
     rows = []
-    for (head, turns), reply, complete in zip(heads, replies, ended, strict=True):
-        tail = [*reply, chat_format.terminator_id] if complete else reply
+    for prompt, (head, (tail,)) in zip(heads, encoded, strict=True):
         if limit is None or len(head) + len(tail) <= limit:
             rows.append(EncodedRow(head, tail, False))
             continue
         tail = tail[-(limit - 1) :]  # a token before it, so that its first one has a log-prob
         room = limit - len(tail)
-        first, *later = turns
+        first, *later = prompt.turns
         if room > first + chat_format.tail_length:
             place = next((place for place in later if first + len(head) - place <= room), len(head) - (room - first))
             head = head[:first] + head[place:]
@@ -313,8 +314,19 @@ def encode_rows(
     return rows
 
 
-def padded(rows: Sequence[EncodedRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [R, T] int64, and the masks [R, T] bool of all tokens and of the response's."""
+class PaddedRows(NamedTuple):
+    """R rows, padded on the right to T tokens."""
+
+    input_ids: Tensor
+    """[R, T] int64"""
+    attention_mask: Tensor
+    """[R, T] bool"""
+    response_mask: Tensor
+    """[R, T] bool"""
+
+
+def padded(rows: Sequence[EncodedRow], pad_id: int) -> PaddedRows:
+    """Rows for a forward pass."""
     width = max(len(row.prompt) + len(row.response) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     mask, response_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
@@ -323,7 +335,7 @@ def padded(rows: Sequence[EncodedRow], pad_id: int) -> tuple[Tensor, Tensor, Ten
         ids[place, :length] = torch.tensor([*row.prompt, *row.response])
         mask[place, :length] = True
         response_mask[place, len(row.prompt) : length] = True
-    return ids, mask, response_mask
+    return PaddedRows(ids, mask, response_mask)
 
 
 def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:

@@ -202,6 +202,7 @@ def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
         "class": type(module).__name__,
         "tokenizer": getattr(data, "tokenizer_source", None),
         "chat_template": getattr(chat_format, "template", None),
+        "template_arguments": getattr(chat_format, "template_arguments", {}),
         "training": training,
     }
     for callback in trainer.callbacks:

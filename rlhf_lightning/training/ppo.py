@@ -476,11 +476,9 @@ class PPO(LightningModule):
         return scores.to(self.device)
 
     def _text(self, replies: Replies, i: int) -> str:
-        """A reply as text, without control tokens and without the blank that the chat format puts before it."""
-        chat_format = self.trainer.datamodule.chat_format
-        ids = replies.rows[i][replies.prompt_lengths[i] :].tolist()
-        text = chat_format.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.removeprefix(chat_format.response_lead)
+        """A reply as text (see `ChatFormat.reply_text`)."""
+        ids, start = replies.rows[i].tolist(), replies.prompt_lengths[i]
+        return self.trainer.datamodule.chat_format.reply_text(ids[:start], ids[start:])
 
     @torch.no_grad()
     def token_numbers(self, replies: Replies, *, values: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -857,12 +855,15 @@ class PPO(LightningModule):
 
     def _samples(self, replies: Replies, scores: Tensor, kl: Tensor) -> None:
         """A few replies with their rewards, as the text `replies`."""
-        decode = self.trainer.datamodule.chat_format.tokenizer.decode
+        chat_format = self.trainer.datamodule.chat_format
         for board in self._boards():
             lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
             for i in range(min(4, len(replies.rows))):
-                prompt = decode(replies.rows[i][: replies.prompt_lengths[i]].tolist())
-                reply = decode(replies.rows[i][replies.prompt_lengths[i] :].tolist())
+                ids, start = replies.rows[i].tolist(), replies.prompt_lengths[i]
+                prompt, reply = (
+                    chat_format.tokenizer.decode(ids[:start]),
+                    chat_format.decode_after(ids[:start], ids[start:]),
+                )
                 reply += "" if replies.ended[i] else " [not ended]"
                 lines.append(f"| {cell(prompt)} | {cell(reply)} | {scores[i]:.3f} | {kl[i]:.2f} |")
             board.experiment.add_text("replies", "\n".join(lines), self.trainer.global_step)

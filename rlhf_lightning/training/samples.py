@@ -75,13 +75,12 @@ class Samples(Callback):
                 terminator_id=chat_format.terminator_id,
                 pad_id=chat_format.pad_id,
             )
-        decode = chat_format.tokenizer.decode
         now = [
-            decode(reply) if reply[-1] == chat_format.terminator_id else f"{decode(reply)} [not ended]"
-            for reply in replies
+            chat_format.decode_after(prompt, reply) + ("" if reply[-1] == chat_format.terminator_id else " [not ended]")
+            for prompt, reply in zip(prompts, replies, strict=True)
         ]
         self._first = self._first or now
-        columns = zip([decode(prompt) for prompt in prompts], self._first, now, strict=True)
+        columns = zip([chat_format.tokenizer.decode(prompt) for prompt in prompts], self._first, now, strict=True)
         rows = ["| prompt | at the start | now |", "|---|---|---|"]
         rows += [f"| {' | '.join(map(cell, row))} |" for row in columns]
         for board in boards:

@@ -92,12 +92,12 @@ FORMATS = {
         _chatml(WITHOUT_GENERATION_PROMPT, eos_token="<|im_end|>"), CHATML_PROMPT, "Well.<|im_end|>"
     ),
     "template with an empty thought": KnownFormat(
-        _chatml(THINKING, eos_token="<|im_end|>"), CHATML_PROMPT + "<think>\n\n</think>\n\n", "Well.<|im_end|>"
+        _chatml(THINKING, eos_token="<|im_end|>"), CHATML_PROMPT, "<think>\n\n</think>\n\nWell.<|im_end|>"
     ),
     "template with a blank before the end": KnownFormat(
         _chatml(BLANK_BEFORE_END, eos_token="<|endoftext|>"),
         CHATML_PROMPT.replace("<|im_end|>", "\n<|im_end|>"),
-        "Well.<|im_end|>",
+        "Well.\n<|im_end|>",
     ),
     "llama 3": KnownFormat(
         byte_tokenizer(
@@ -114,7 +114,7 @@ FORMATS = {
     "llama 2": KnownFormat(
         byte_tokenizer("<s> </s>", LLAMA2, adds="<s> $A", bos_token="<s>", eos_token="</s>"),
         "<s>[INST] Hi there [/INST]",
-        " Well.</s>",
+        " Well. </s>",
     ),
     "zephyr": KnownFormat(
         byte_tokenizer("<s> </s>", ZEPHYR, adds="<s> $A", bos_token="<s>", eos_token="</s>", pad_token="</s>"),

@@ -100,7 +100,7 @@ def test_a_conversation_is_written_turn_by_turn():
     [
         ("qwen", " Well.\n", " Well.\n<|im_end|>"),
         ("llama 3", " Well.\n", "Well.<|eot_id|>"),
-        ("llama 2", "\nWell. ", " Well.</s>"),
+        ("llama 2", "\nWell. ", " Well. </s>"),
         ("plain without bos", " Well.", " Well.<|endoftext|>"),
         ("plain without bos", "\nWell.", "\nWell.<|endoftext|>"),
     ],

@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_lightning.data.chat_format import TRANSCRIPT
+from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.evaluation.reward_function import check_text_of
 from rlhf_lightning.evaluation.scoring import RewardScorer
