@@ -5,20 +5,23 @@ R rows, T tokens.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.packed_attention import PACKED, packed_hidden_states, register
+from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
+from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -28,8 +31,10 @@ AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_at
 """`packed` lays the rows of a batch end to end, so that nothing is computed on padding; the others are those of
 transformers."""
 
-# Position embeddings of the RoBERTa family begin after the padding index.
-_POSITION_OFFSET_FAMILY = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet")
+_first_positions: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+"""The position of a row's first token, by backbone; None where the backbone is given no positions."""
+_checked: dict[tuple[str, str], int | None] = {}
+"""The same by configuration and attention, of the models that this process has checked."""
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -71,7 +76,7 @@ def load_backbone(
     from transformers import AutoModel
 
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
-    return load_weights(
+    backbone = load_weights(
         AutoModel,
         name_or_path,
         config,
@@ -79,6 +84,8 @@ def load_backbone(
         trust_remote_code=trust_remote_code,
         **no_pooler(config),
     )
+    check_rows(backbone, name_or_path)
+    return backbone
 
 
 def load_weights(
@@ -120,8 +127,7 @@ def load_weights(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
             f"{missing[0]}; they would stay random. Give the directory or name of a whole model"
         )
-    if attn_implementation == PACKED:
-        _check_packing(model.base_model, name_or_path)
+    keep_routers_still(model)
     return model.train()
 
 
@@ -143,7 +149,7 @@ def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: 
     `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Positions are counted over the mask, so that
     padding on either side changes nothing.
     """
-    (last,) = _states(backbone, input_ids, attention_mask, every_layer=False)
+    (last,) = _states(backbone, input_ids, attention_mask)
     return last
 
 
@@ -162,12 +168,25 @@ def normalised(states: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _states(
-    backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, every_layer: bool
+    backbone: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    every_layer: bool = False,
+    packed: bool | None = None,
 ) -> tuple[Tensor, ...]:
-    position_ids = None
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + _position_offset(backbone.config)
-    if backbone.config._attn_implementation == PACKED:
+    if packed is None:
+        packed = backbone.config._attn_implementation == PACKED
+    groups = _rows_of_one_scale(backbone.config, attention_mask)
+    if len(groups) > 1:
+        rows = [(input_ids[group], attention_mask[group]) for group in groups]
+        parts = [_states(backbone, *part, every_layer=every_layer, packed=packed) for part in rows]
+        place = torch.cat(groups).argsort()
+        return tuple(torch.cat(states)[place] for states in zip(*parts, strict=True))
+    if rope_limits(backbone.config):
+        forget_longest_row(backbone)
+    position_ids = _position_ids(backbone, attention_mask)
+    if packed:
         return packed_hidden_states(backbone, input_ids, attention_mask, position_ids, every_layer=every_layer)
     arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     if every_layer:
@@ -176,10 +195,93 @@ def _states(
     return output.hidden_states if every_layer else (output.last_hidden_state,)
 
 
+def _position_ids(backbone: PreTrainedModel, attention_mask: Tensor) -> Tensor | None:
+    """Positions [R, T] counted over the mask, as the backbone counts; None where it is given none."""
+    if backbone not in _first_positions:
+        takes_them = "position_ids" in inspect.signature(backbone.forward).parameters
+        _first_positions[backbone] = _declared_first_position(backbone) if takes_them else None
+    first = _first_positions[backbone]
+    return None if first is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first
+
+
+def _declared_first_position(backbone: nn.Module) -> int:
+    """Position embeddings with a padding index begin after it, as RoBERTa's; others at 0."""
+    for name, layer in backbone.named_modules():
+        if name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None:
+            return layer.padding_idx + 1
+    return 0
+
+
+def _rows_of_one_scale(config: PretrainedConfig, attention_mask: Tensor) -> list[Tensor]:
+    """The rows of a mask [R, T] in groups that one pass may hold, as int64 positions; nearly always one group.
+
+    Some rotary frequencies go by the longest row of a pass: LongRoPE (arXiv 2402.13753) has one set up to a length and
+    another beyond it, dynamic NTK scaling one for every length beyond. Each row gets those that it has alone.
+    """
+    rows = torch.arange(len(attention_mask), device=attention_mask.device)
+    limits = [(kind, limit) for kind, limit in rope_limits(config) if attention_mask.shape[1] > limit]
+    if not limits:
+        return [rows]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, length in enumerate(attention_mask.sum(dim=1).tolist()):
+        beyond = (0 if length <= limit else length if kind == "dynamic" else 1 for kind, limit in limits)
+        groups.setdefault(tuple(beyond), []).append(row)
+    return [rows[group] for group in groups.values()]
+
+
+def rope_limits(config: PretrainedConfig) -> list[tuple[str, int]]:
+    """Kinds of rotary frequencies that change with the length of a row, each with the length from which on."""
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for settings in (given, *(value for value in given.values() if isinstance(value, dict))):
+        kind = settings.get("rope_type") or ""
+        if kind == "longrope":
+            found.append((kind, settings["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            found.append(("dynamic", config.max_position_embeddings))
+    return found
+
+
+def forget_longest_row(backbone: nn.Module) -> None:
+    """Give rotary frequencies of dynamic NTK scaling back their first value: they keep that of the longest row."""
+    for layer in backbone.modules():
+        if not hasattr(layer, "original_max_seq_len"):
+            continue
+        for name in [name for name in (*layer._buffers, *vars(layer)) if name.endswith("original_inv_freq")]:
+            prefix = name.removesuffix("original_inv_freq")
+            getattr(layer, f"{prefix}inv_freq").copy_(getattr(layer, name))
+            setattr(layer, f"{prefix}max_seq_len_cached", layer.original_max_seq_len)
+
+
+def keep_routers_still(model: nn.Module) -> None:
+    """Let routers of experts that draw random numbers in training (jitter) stay in eval mode, as dropout is off."""
+    for layer in model.modules():
+        if any("jitter" in name for name in vars(layer)):
+            layer.train = functools.partial(_train_children_alone, layer)
+
+
+def _train_children_alone(layer: nn.Module, mode: bool = True) -> nn.Module:
+    layer.training = False
+    for child in layer.children():
+        child.train(mode)
+    return layer
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """Longest row that the backbone has positions for, or None when it says nothing of a limit."""
+    from transformers import AutoModel
+
     limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else limit - _position_offset(config)
+    limit = limit if limit and limit > 0 else None  # XLNet: -1
+    if limit is None or type(config) not in AutoModel._model_mapping:
+        return limit
+    try:
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception:  # what cannot be made has no embeddings either; loading it will say why
+        return limit
+    return limit - _declared_first_position(backbone)
 
 
 def switch_dropout_off(config: PretrainedConfig) -> None:
@@ -192,23 +294,67 @@ def switch_dropout_off(config: PretrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
-@torch.no_grad()
-def _check_packing(backbone: PreTrainedModel, name: str) -> None:
-    """Raise `ModelError` when a model's rows are not the same packed as alone, measured on a few tokens."""
-    ids = torch.arange(12, device=backbone.device).view(2, 6) % backbone.config.get_text_config().vocab_size
-    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3], device=ids.device)
-    packed = hidden_states(backbone, ids, mask)
-    for row, length in enumerate((6, 3)):
-        alone = hidden_states(backbone, ids[row : row + 1, :length], mask[row : row + 1, :length])[0]
-        if not (packed[row, :length] - alone).abs().max() <= 1e-5 * alone.abs().max():
-            raise ModelError(
-                f"{name}: the rows of a {backbone.config.model_type} model see each other when they are packed; use "
-                "attn_implementation: sdpa"
-            )
+def check_rows(backbone: PreTrainedModel, name: str) -> None:
+    """Find out how a backbone counts positions, and refuse one whose numbers for a row are not the row's own.
+
+    A row alone, as transformers itself computes it, is compared with the row padded on either side beside another one
+    (in train mode, as it will be trained) and, where rows are to be packed, packed. Once for each configuration in a
+    process. Raises `ModelError`.
+    """
+    config = backbone.config
+    key = (config.to_json_string(use_diff=False), str(config._attn_implementation))
+    if key in _checked:
+        _first_positions[backbone] = _checked[key]
+        return
+    training, kind = backbone.training, config.model_type
+    probe = probe_of(config, positions=max_positions(config.get_text_config()), device=backbone.device)
+    try:
+        with exact_arithmetic():
+            alone = tuple(_alone(backbone.eval(), row) for row in probe.rows)
+            noise = rounding(backbone, lambda: _alone(backbone, probe.rows[0]), alone[0])
+            error = _find_first_position(backbone.train(), probe, alone, noise)
+            if not error <= noise:
+                raise ModelError(
+                    f"{name}: the numbers of a {kind} model for a row of tokens change with padding and the rows "
+                    f"beside it, or from pass to pass (by {error:.2g} of their size); use another model"
+                )
+            if config._attn_implementation == PACKED:
+                check_windows(backbone, name, lambda: _states(backbone, probe.ids[:1], probe.mask[:1]))
+                error = probe.error(hidden_states(backbone, probe.ids, probe.mask), alone)
+                if not error <= noise:
+                    raise ModelError(
+                        f"{name}: the rows of a {kind} model see each other when they are packed (by {error:.2g} of "
+                        "their size); use attn_implementation: sdpa"
+                    )
+    except ModelError:
+        raise
+    except Exception as error:  # an architecture that wants other input, or rows of certain lengths, may raise anything
+        raise ModelError(f"{name}: a {kind} model that does not run on rows of tokens ({reason_of(error)})") from error
+    finally:
+        backbone.train(training)
+    _checked[key] = _first_positions[backbone]
 
 
-def _position_offset(config: PretrainedConfig) -> int:
-    return config.pad_token_id + 1 if config.model_type in _POSITION_OFFSET_FAMILY else 0
+def _alone(backbone: PreTrainedModel, row: Tensor) -> Tensor:
+    """States [T, H] of a row of ids [T], with neither mask nor positions."""
+    forget_longest_row(backbone)
+    return backbone(input_ids=row[None]).last_hidden_state[0]
+
+
+def _find_first_position(backbone: PreTrainedModel, probe: Probe, alone: tuple[Tensor, Tensor], noise: float) -> float:
+    """Set the position of a row's first token so that padding changes nothing. Returns the error that is left."""
+    ways: list[int | None] = [None]
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        ways = [*dict.fromkeys((_declared_first_position(backbone), 0, 2)), None]  # 2: YOSO, MRA, Nystromformer
+    errors: dict[int | None, float] = {}
+    for way in ways:
+        _first_positions[backbone] = way
+        (states,) = _states(backbone, probe.ids, probe.mask, packed=False)
+        errors[way] = probe.error(states, alone)
+        if errors[way] <= noise:
+            return errors[way]
+    _first_positions[backbone] = min(errors, key=errors.__getitem__)
+    return min(errors.values())
 
 
 def no_pooler(config: PretrainedConfig) -> dict[str, bool]:

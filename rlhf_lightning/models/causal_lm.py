@@ -22,6 +22,7 @@ from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, s
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
 from rlhf_lightning.models.backbones import (
     AttentionImplementation,
+    check_rows,
     hidden_states,
     load_config,
     load_weights,
@@ -145,6 +146,7 @@ class CausalLM(nn.Module):
             trust_remote_code=trust_remote_code,
             **extra,
         )
+        check_rows(decoder(model), name_or_path)
         temperature = _measured_temperature(model, name_or_path)
         if lora is not None:
             model = with_adapters(model, lora)
@@ -176,7 +178,7 @@ class CausalLM(nn.Module):
         # The first token of a row has no token before it that could predict it.
         mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
         check_not_empty(mask.sum(dim=1))
-        hidden = hidden_states(inner_model(self.model).base_model, input_ids, attention_mask)
+        hidden = hidden_states(decoder(self.model), input_ids, attention_mask)
         return ResponseStates(hidden[:, :-1][mask[:, 1:]], input_ids[mask], mask)
 
     def logprobs(self, states: ResponseStates) -> ResponseLogprobs:
@@ -288,6 +290,20 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def decoder(model: nn.Module) -> PreTrainedModel:
+    """The part of a language model, wrapped by peft or not, that makes hidden states.
+
+    Raises `ModelError` where it is no part of its own.
+    """
+    model = inner_model(model)
+    found = model.base_model
+    if found is model:  # Llama 4 names its part by the name that it has beside an image tower
+        found = getattr(model, "model", model)
+    if found is model:
+        raise ModelError(f"a {model.config.model_type} model without a decoder of its own, whose states could be read")
+    return found
+
+
 def output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [V, H] and bias [V] of the layer that makes logits, as trained by now or, with adapters off, as loaded."""
     layer = inner_model(model).get_output_embeddings()
@@ -310,8 +326,8 @@ def _measured_temperature(model: PreTrainedModel, name: str) -> float:
         raise ModelError(f"{name}: a {kind} model without a linear output layer; give a causal language model")
     ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % text_config.vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
-    hidden = hidden_states(model.base_model, ids, mask)
-    other_end = hidden_states(model.base_model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1), mask)
+    hidden = hidden_states(decoder(model), ids, mask)
+    other_end = hidden_states(decoder(model), torch.cat([ids[:, :-1], ids[:, :1]], dim=1), mask)
     if not torch.allclose(hidden[:, :-1], other_end[:, :-1], rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
         raise ModelError(f"{name}: an encoder ({kind}), where a token sees those after it; give a decoder")
     product = F.linear(hidden.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())

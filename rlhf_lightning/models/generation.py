@@ -6,14 +6,25 @@ V vocabulary. Prompts and replies are ragged: 1-D int64 ids, never padded tensor
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.models.causal_lm import CausalLM, inner_model
+from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models.backbones import forget_longest_row, max_positions, rope_limits
+from rlhf_lightning.models.causal_lm import CausalLM, decoder, inner_model
+from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of
+
+_NEW_TOKENS = 2
+"""Of a probe: the first follows a prompt, the second is made from what the model kept of it."""
+_LARGEST_ERROR = {torch.float32: 1e-3}
+"""Share of the scores of a probe that rounding may account for, by the weights' dtype."""
+_LARGEST_ERROR_IN_HALF = 0.1
+_checked: set[str] = set()
+"""Configurations whose replies were found not to change with their company."""
 
 
 class Reply(NamedTuple):
@@ -81,14 +92,25 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         options = {"max_new_tokens": max_new_tokens, "terminator_id": terminator_id, "pad_id": pad_id}
         with _ready_to_generate(policy):
-            for start in range(0, len(order), self.batch_size):
-                part = order[start : start + self.batch_size]
+            if self.batch_size > 1 and len(prompts) > 1:
+                _check_company(policy)
+            for part in self._batches(policy, order, [len(prompt) + max_new_tokens for prompt in prompts]):
                 drawing = _Drawing([seeds[i] for i in part], temperature) if temperature > 0 else None
                 for i, reply in zip(
                     part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True
                 ):
                     found[i] = Reply(reply)
         return found
+
+    def _batches(self, policy: CausalLM, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        """Parts of the prompts; one that may grow beyond a length that changes the model is a part of its own."""
+        limit = min((limit for _, limit in rope_limits(policy.config)), default=None)
+        together = [place for place in order if limit is None or lengths[place] <= limit]
+        for start in range(0, len(together), self.batch_size):
+            yield together[start : start + self.batch_size]
+        for place in order:
+            if limit is not None and lengths[place] > limit:
+                yield [place]
 
 
 def greedy_replies(
@@ -138,7 +160,7 @@ class _Drawing:
 def _generate(
     policy: CausalLM,
     prompts: Sequence[Tensor],
-    drawing: _Drawing | None,
+    drawing: Callable[[Tensor, Tensor], Tensor] | None,
     *,
     max_new_tokens: int,
     terminator_id: int,
@@ -157,6 +179,8 @@ def _generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
+    if rope_limits(policy.config):
+        forget_longest_row(decoder(policy.model))
     out = policy.model.generate(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -166,6 +190,46 @@ def _generate(
     ended = out == terminator_id
     first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, out.shape[1])
     return [row[:length] for row, length in zip(out, first.tolist(), strict=True)]
+
+
+def _check_company(policy: CausalLM) -> None:
+    """Refuse a policy whose replies change with the prompts beside them, measured once for each configuration.
+
+    Some recurrent layers let padding into their state while text is generated, though not in a plain pass. The scores
+    of two tokens after a padded prompt are compared with those after the prompt alone. Raises `ModelError`.
+    """
+    config, weight = policy.config, next(policy.parameters())
+    key = config.to_json_string(use_diff=False)
+    if key in _checked:
+        return
+    positions = max_positions(config.get_text_config())
+    room = None if positions is None else positions - _NEW_TOKENS
+    rows = probe_of(config, positions=room, device=weight.device).rows
+    same = int(rows[0][0])
+    with exact_arithmetic(), torch.autocast(weight.device.type, enabled=False):
+        batch = _scores_of_probe(policy, rows, same)
+        alone = torch.cat([_scores_of_probe(policy, (row,), same) for row in rows])
+    error = max(difference(*pair) for pair in zip(batch, alone, strict=True))
+    if not error <= _LARGEST_ERROR.get(weight.dtype, _LARGEST_ERROR_IN_HALF):
+        raise ModelError(
+            f"the replies of a {config.model_type} model change with the prompts beside them (scores by {error:.2g} of "
+            "their size); use another model, or generate one reply at a time"
+        )
+    _checked.add(key)
+
+
+def _scores_of_probe(policy: CausalLM, prompts: Sequence[Tensor], same: int) -> Tensor:
+    """Scores [R, 2, V] after each prompt, and after the token `same` behind it."""
+    scores: list[Tensor] = []
+
+    def keep(_: Tensor, now: Tensor) -> Tensor:
+        scores.append(now.float())
+        forced = torch.full_like(now, -torch.inf)
+        forced[:, same] = 0
+        return forced
+
+    _generate(policy, prompts, keep, max_new_tokens=_NEW_TOKENS, terminator_id=-1, pad_id=same)
+    return torch.stack(scores, dim=1)
 
 
 @contextmanager

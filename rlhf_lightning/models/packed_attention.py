@@ -8,6 +8,8 @@ together, H hidden size, D size of a head.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,17 +23,64 @@ PACKED = "packed"
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+_packing: ContextVar[bool] = ContextVar("packing", default=False)
+"""Whether the backbone now sees rows that lie end to end."""
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+"""Whether masks tell of their windows, and attention compares (see `check_windows`)."""
+
+
 def register() -> None:
     """Make `packed` known to transformers as an attention implementation."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        # Rows end to end have none; generation, which pads, has one.
-        return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+        # Rows end to end have none; a plain call, as in generation, has sdpa's.
+        if attention_mask is None and _packing.get():
+            return _told_window(kwargs["mask_function"], kwargs.get("local_size")) if _looking.get() else None
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, mask)
+
+
+def check_windows(backbone: nn.Module, name: str, run: Callable[[], object]) -> None:
+    """Refuse a backbone whose windows or chunks come through the mask, which packed attention has none of.
+
+    `run` lets it see one packed row, of any length: each mask tells how far back a token of a long row would see, and
+    the attention whether it was told the same. Raises `ModelError`.
+    """
+    token = _looking.set(True)
+    try:
+        run()
+    except _Unseen as error:
+        raise ModelError(
+            f"{name}: a {backbone.config.model_type} model has {error}, which its rows would not have when they are "
+            "packed; use attn_implementation: sdpa"
+        ) from error
+    finally:
+        _looking.reset(token)
+
+
+class _Unseen(Exception):
+    """A window that attention is not told of."""
+
+
+def _told_window(sees: Callable[..., Tensor], size: int | None) -> Tensor | None:
+    """What a mask says of tokens behind a token of a long row: None for all of them, else [1, 1, 1, 1] int64.
+
+    `sees` (row, head, token, other) is the mask as a function, `size` its window or chunk. The number is that of the
+    tokens that are seen, the token itself included; 0 where it is another one for another token.
+    """
+    first, length = torch.tensor(0), 2 * (size or 32)
+    reaches = []
+    for last in (length - 1, length):
+        seen = sees(first, first, torch.tensor(last), torch.arange(last + 1)).expand(last + 1)
+        reach = int(seen.flip(0).int().cumprod(0).sum())
+        reaches.append(reach if reach == int(seen.sum()) else 0)
+    if size is None and reaches == [length, length + 1]:
+        return None
+    return torch.full((1, 1, 1, 1), reaches[0] if reaches[0] == reaches[1] else 0)
 
 
 def packed_hidden_states(
@@ -52,15 +101,19 @@ def packed_hidden_states(
     arguments: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids[attention_mask][None]}
     if every_layer:
         arguments["output_hidden_states"] = True
-    output = backbone(
-        input_ids=input_ids[attention_mask][None],
-        use_cache=False,
-        cu_seq_lens_q=ends,
-        cu_seq_lens_k=ends,
-        max_length_q=longest,
-        max_length_k=longest,
-        **arguments,
-    )
+    packing = _packing.set(True)
+    try:
+        output = backbone(
+            input_ids=input_ids[attention_mask][None],
+            use_cache=False,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=longest,
+            max_length_k=longest,
+            **arguments,
+        )
+    finally:
+        _packing.reset(packing)
     states = output.hidden_states if every_layer else (output.last_hidden_state,)
     rows, mask = (*attention_mask.shape, states[0].shape[-1]), attention_mask[..., None]
     return tuple(state.new_zeros(rows).masked_scatter(mask, state[0]) for state in states)
@@ -92,6 +145,11 @@ def packed_attention(
 
         others |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    if _looking.get() and (attention_mask is None or attention_mask.shape == (1, 1, 1, 1)):
+        told, attention_mask = (None if attention_mask is None else int(attention_mask)), None
+        if told != sliding_window:
+            size = {None: "no windows", 0: "chunks or the like"}.get(told, f"windows of {told} tokens")
+            raise _Unseen(f"{size} through its mask alone")
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if unknown or attention_mask is not None or dropout:
         what = (unknown or ["a mask" if attention_mask is not None else "dropout"])[0]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf_lightning.models.backbones import hidden_states, layer_states, no_pooler, normalised, reason_of
-from rlhf_lightning.models.causal_lm import Lora, inner_model, output_layer, with_adapters
+from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
 from rlhf_lightning.models.reward_network import Pooling, RewardHead, head_input_size
 
 if TYPE_CHECKING:
@@ -175,7 +175,10 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
         live = _Live([*weights, ids, mask])
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:
-                backbone, every_layer = inner_model(model).base_model, shape.pooling == "layers"
+                backbone, every_layer = (
+                    decoder(model) if head is None else inner_model(model),
+                    shape.pooling == "layers",
+                )
                 if shape.packed:  # one kernel over all rows takes as much as over one row of their length
                     output = backbone(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
                     states = normalised(output.hidden_states) if every_layer else [output.last_hidden_state]

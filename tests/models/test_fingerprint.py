@@ -21,7 +21,7 @@ def changed(tiny_qwen2, tmp_path_factory):
     row[len(row) // 2 + 3] = torch.nextafter(row[len(row) // 2 + 3], torch.tensor(9.0))
     directory = tmp_path_factory.mktemp("changed") / "model"
     policy.save_pretrained(directory)
-    for file in tiny_qwen2.glob("*token*"):
+    for file in [*tiny_qwen2.glob("*token*"), *tiny_qwen2.glob("*.jinja")]:
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
 
