@@ -15,8 +15,10 @@ ROLES = ("system", "user", "assistant")
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _TURN_KEYS = frozenset(("role", "content", "from", "value"))
-_WITHOUT_A_PLACE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Keys of a turn that say something which neither a prompt nor a response has a place for."""
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn for what the assistant thought before it replied; they have a place in a response alone."""
+_CALLS = ("tool_calls", "function_call")
+"""Keys of a turn that neither a prompt nor a response has a place for."""
 _QUOTED_TURN = re.compile(
     r"""\[?\s*\{\s*['"](?:role|content|from|value)['"]\s*:.*(?<=['"])(?:system|user|assistant|human|gpt)['"].*\}\s*\]?$""",
     re.DOTALL,
@@ -70,7 +72,14 @@ def unused_keys(value: Any) -> Iterator[str]:
     """Keys of the turns of a conversation, beside role and content, that say something."""
     for turn in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         if isinstance(turn, Mapping):
-            yield from (str(key) for key, said in turn.items() if key not in _TURN_KEYS and says_something(said))
+            known = _TURN_KEYS.union(_REASONING)
+            yield from (str(key) for key, said in turn.items() if key not in known and says_something(said))
+
+
+def has_reasoning(value: Any) -> bool:
+    """Whether a turn of a conversation has its reasoning in a key of its own."""
+    turns = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
+    return any(isinstance(turn, Mapping) and says_something(_said(turn, *_REASONING)) for turn in turns)
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -145,7 +154,7 @@ def reply(name: str, response: Any, prompt: Sequence[Message], *, own_prompt: Se
     """
     if isinstance(response, str) and not response.startswith("\n\nHuman:"):
         return response
-    messages = transcript(name, response) if isinstance(response, str) else messages_of(name, response)
+    messages = transcript(name, response) if isinstance(response, str) else messages_of(name, response, replies=True)
     if messages[-1]["role"] != "assistant":
         raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
     if messages[:-1] and not (_same_turns(messages[:-1], prompt) or _same_turns(messages[:-1], own_prompt)):
@@ -169,7 +178,7 @@ def implicit_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], str, str
     elif isinstance(chosen, str) or isinstance(rejected, str):
         raise BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
     else:
-        conversations = messages_of("chosen", chosen), messages_of("rejected", rejected)
+        conversations = messages_of("chosen", chosen, replies=True), messages_of("rejected", rejected, replies=True)
     for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
         if messages[-1]["role"] != "assistant":
             raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
@@ -203,21 +212,27 @@ def transcript(name: str, text: str) -> list[Message]:
     ]
 
 
-def messages_of(name: str, value: Sequence[Any] | Mapping[str, Any]) -> list[Message]:
-    """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known."""
+def messages_of(name: str, value: Sequence[Any] | Mapping[str, Any], *, replies: bool = False) -> list[Message]:
+    """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known.
+
+    With `replies`, the last turn is a response, and reasoning in a key of its own stands before its text as
+    `<think>...</think>`.
+    """
     if not value:
         raise BadRow("bad_messages", f"{name} is an empty conversation")
-    return [_message(name, turn) for turn in ([value] if isinstance(value, Mapping) else value)]
+    turns = [value] if isinstance(value, Mapping) else value
+    return [_message(name, turn, is_reply=replies and turn is turns[-1]) for turn in turns]
 
 
-def _message(name: str, turn: Any) -> Message:
+def _message(name: str, turn: Any, *, is_reply: bool) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
-    if lost := [key for key in _WITHOUT_A_PLACE if says_something(turn.get(key))]:
+    keys = _CALLS if is_reply else (*_CALLS, *_REASONING)
+    if lost := [key for key in keys if says_something(turn.get(key))]:
         raise BadRow(
             "no_place",
-            f"{name} holds a turn with {lost[0]}, for which a pair has no place; write it into the content as the "
-            "model's chat template writes it, or remove it",
+            f"{name} holds a turn with {lost[0]}, for which it has no place; write it into the content as the model's "
+            "chat template writes it, or remove it",
         )
     role, content = _said(turn, "role", "from"), _said(turn, "content", "value")
     if isinstance(content, list) and len(content) == 1:
@@ -227,7 +242,16 @@ def _message(name: str, turn: Any) -> Message:
     role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
-    return {"role": role, "content": content}
+    reasoning = _said(turn, *_REASONING)
+    return {"role": role, "content": _thought(name, reasoning, content) if says_something(reasoning) else content}
+
+
+def _thought(name: str, reasoning: Any, content: str) -> str:
+    """A response after its reasoning, as Qwen 3 and DeepSeek write both into one text."""
+    if not isinstance(reasoning, str) or "</think>" in content:
+        raise BadRow("bad_messages", f"{name} holds reasoning that is no text, or that stands in the content as well")
+    newline = "\n"
+    return f"<think>\n{reasoning.strip(newline)}\n</think>\n\n{content.lstrip(newline)}"
 
 
 def _said(turn: Mapping[str, Any], *keys: str) -> Any:

@@ -26,7 +26,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "tie": "neither response is better by the row's label; ties are counted, and left out without being refused",
     "bad_label": "a label or the scores of the responses contradict themselves, or have no meaning that is known",
     "bad_margin": "the margin is not a number, or beyond a million",
-    "no_place": "the row says something that a pair has no place for: tools, tool calls, template arguments, reasoning",
+    "no_place": "the row holds tools, calls, template arguments or reasoning that a pair or template has no place for",
     "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
     "template_refused": "the chat template does not take the conversation, for instance its system message",
     "too_long": "prompt head, response and terminator do not fit into max_length, or a prompt into max_prompt_length",
@@ -51,6 +51,8 @@ class PreferenceExample:
     """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
     source: str | None = None
     """What the data calls the place that the pair was taken from; accuracy is told apart by it."""
+    has_reasoning: bool = False
+    """Whether a response begins with `<think>...</think>` that stood in `reasoning_content`."""
 
     @property
     def texts(self) -> list[str]:

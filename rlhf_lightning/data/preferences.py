@@ -15,6 +15,7 @@ from rlhf_lightning.data.conversations import (
     check_prompt,
     check_unicode,
     check_values,
+    has_reasoning,
     implicit_prompt,
     is_conversation,
     plain_form,
@@ -149,8 +150,8 @@ def load_preferences(
     - labelled: two responses and a label that says which is better, as PKU-SafeRLHF, HelpSteer3, SHP, AlpacaFarm and
       Chatbot Arena lay them out (see `LAYOUTS`). Ties are counted, and left out under either policy.
     Optional columns: `system` or `system_prompt` (a system message), `history` (earlier turns), `margin` (a finite
-    number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is told apart). The report names every
-    column that was not used.
+    number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is told apart). A response's
+    `reasoning_content` stands before its text as `<think>...</think>`. The report names every column that was not used.
 
     `columns` maps our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's.
     `on_bad_rows`: `error` refuses the source and names the first ten bad rows, `drop` leaves them out and counts them
@@ -294,6 +295,7 @@ def _example(row: Row, columns: SourceColumns) -> PreferenceExample:
         example_id=id_of(row, columns),
         origin=row.origin,
         source=source,
+        has_reasoning=has_reasoning(parts.chosen) or has_reasoning(parts.rejected),
     )
 
 

@@ -142,8 +142,7 @@ class PromptDataModule(LightningDataModule):
         A reward model with another tokenizer renders it, and the response after it, in its own way: it reads what the
         policy read.
         """
-        decode = functools.partial(self.chat_format.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return self.prompts[role].messages_as_cut(index, decode=decode)
+        return self.prompts[role].messages_as_cut(index, self.chat_format)
 
     def example_ids(self, role: Role) -> list[str]:
         """The id of each prompt of a role: the row's own, or `file:row`."""

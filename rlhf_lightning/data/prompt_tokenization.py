@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -130,10 +130,10 @@ class TokenizedPrompts(TokenizedRows):
         """The conversation of one prompt, whole also where its ids were cut."""
         return json.loads(self.stores[self.source[index]].text("messages", int(self.rows[index])))
 
-    def messages_as_cut(self, index: int, *, decode: Callable[[list[int]], str]) -> list[Message]:
+    def messages_as_cut(self, index: int, chat_format: ChatFormat) -> list[Message]:
         """The conversation of one prompt as its ids have it: where they were cut, without the turns that are gone.
 
-        What stays of a last turn that is cut itself is the text that `decode` makes of its ids.
+        What stays of a last turn that is cut itself is the text of its ids.
         """
         messages, store, row = self.messages(index), self.stores[self.source[index]], int(self.rows[index])
         (prompt,) = store.segments(row)
@@ -143,9 +143,8 @@ class TokenizedPrompts(TokenizedRows):
         begins, place = store.turns(row), store.kept_from(row, len(prompt), room=self.max_length)
         if place in begins:
             return [*messages[: users[0]], *messages[users[begins.index(place)] :]]
-        head = prompt[: begins[0]].tolist()
-        words = decode([*head, *prompt[place : len(prompt) - store.tail_length].tolist()])
-        return [*messages[: users[0]], {"role": "user", "content": words.removeprefix(decode(head))}]
+        words = chat_format.decode_after(prompt[: begins[0]], prompt[place : len(prompt) - store.tail_length])
+        return [*messages[: users[0]], {"role": "user", "content": words}]
 
 
 def _fit(store: PromptStore, max_length: int, *, cut: bool) -> Fit:

@@ -90,7 +90,7 @@ def write_pairs(
 
 def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatFormat) -> Iterator[dict | Refusal]:
     """Columns of each pair of a chunk, or why it is refused, in order."""
-    rows = with_prompt_ids(chunk, chat_format)
+    rows = with_prompt_ids([_with_place(row, chat_format) for row in chunk], chat_format)
     readable = [row for row in rows if not isinstance(row, Refusal)]
     responses = [(pair.chosen, pair.rejected) for pair, _ in readable]
     encoded = iter(chat_format.encode_responses([prompt for _, prompt in readable], responses))
@@ -129,6 +129,18 @@ def _encoded(chunk: Sequence[PreferenceExample | Refusal], chat_format: ChatForm
                 "example_id": pair.example_id,
                 "origin": pair.origin,
             }
+
+
+def _with_place(row: PreferenceExample | Refusal, chat_format: ChatFormat) -> PreferenceExample | Refusal:
+    """A row, or why it is refused: its reasoning has no place in a template that does not know `<think>`."""
+    if isinstance(row, Refusal) or not row.has_reasoning or not isinstance(chat_format, ChatFormat):
+        return row
+    if chat_format.template is not None and "</think>" in chat_format.template:
+        return row
+    message = (
+        f"{row.origin}: reasoning_content has no place in the chat template; write it into the content, or remove it"
+    )
+    return Refusal("no_place", message, row.origin)
 
 
 def _plain_turn(turn: Message) -> str:

@@ -131,7 +131,6 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
             "chosen": "Well.",
             "rejected": "No!",
         },
-        "reasoning_content": GOOD | {"rejected": [say("No!") | {"reasoning_content": "Hm."}]},
         "reasoning_content ": GOOD | {"prompt": [USER, say("a") | {"reasoning_content": "Hm."}, USER]},
     }.items(),
 )
@@ -142,9 +141,24 @@ def test_what_has_no_place_in_a_pair_is_refused_by_its_name(load, name, row):
     assert list(report.bad_rows) == ["no_place"]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_the_reasoning_of_a_response_stands_before_its_text(load, key):
+    row = GOOD | {"chosen": [USER, say("\nWell.") | {key: "\nHm.\n"}], "rejected": say("No!") | {key: None}}
+    for prompt in ({}, {"prompt": PROMPT}):
+        (example,), report = load(row | prompt)
+        assert example.chosen == "<think>\nHm.\n</think>\n\nWell."
+        assert (example.rejected, example.has_reasoning, report.columns_unused) == ("No!", True, [])
+    (example,), _ = load(GOOD | {"chosen": say("A") | {key: "x"}, "rejected": say("A") | {key: "y"}})
+    assert example.rejected == "<think>\ny\n</think>\n\nA"
+    assert not load(GOOD)[0][0].has_reasoning
+    for wrong in (say("<think>a</think>b") | {key: "x"}, say("b") | {key: ["x"]}):
+        with pytest.raises(DataError, match="row 1: chosen holds reasoning that is no text, or"):
+            load(GOOD, GOOD | {"chosen": wrong})
+
+
 def test_what_would_have_no_place_but_says_nothing_is_no_fault(load):
     empty = {"tools": "[]", "chat_template_kwargs": {"enable_thinking": None}}
-    turn = say("Well.") | {"tool_calls": [], "reasoning_content": None}
+    turn = say("Well.") | {"tool_calls": [], "reasoning_content": ""}
     (example,), _ = load(GOOD | empty | {"chosen": [turn]})
     assert (list(example.prompt), example.chosen) == (PROMPT, "Well.")
 

@@ -288,7 +288,6 @@ def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame(name):
 def test_the_messages_of_a_cut_prompt_are_what_its_ids_say(name):
     """Else a reward model would read turns that the policy never saw."""
     chat_format = FORMATS[name].chat_format
-    decode = chat_format.tokenizer.decode
     talk = [USER, say("Earlier."), {"role": "user", "content": "Über more: é?"}, say("And."), USER]
     for messages in (talk, [{"role": "system", "content": "Be kind."}, *talk], talk[4:]):
         rows = [example(messages), example("x", row=1)]  # where the first does not fit, there is another
@@ -302,7 +301,7 @@ def test_the_messages_of_a_cut_prompt_are_what_its_ids_say(name):
         for max_length in range(longest, shortest - 1, -1):
             prompts, _ = select_prompts(whole.stores, everything, max_length=max_length, truncation="cut")
             if prompts.example_ids[0] == "id-0":
-                read = prompts.messages_as_cut(0, decode=decode)
+                read = prompts.messages_as_cut(0, chat_format)
                 (again,) = chat_format.encode_prompts([chat_format.prompt_text(read)])
                 # A template may trim, or put a blank before, the words that a cut left.
                 texts = [text_of(chat_format, ids).split() for ids in (np.array(again), prompts.ids(0))]

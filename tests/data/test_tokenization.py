@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +318,14 @@ def test_a_directory_without_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match=f"{tmp_path}: no tokenizer could be loaded.*; give the hub name") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_reasoning_needs_a_template_that_knows_thoughts():
+    reasoned = replace(example(chosen="<think>\nHm.\n</think>\n\nWell.", row=7), has_reasoning=True)
+    for chat_format in (QWEN, FORMATS["plain with bos"].chat_format):
+        with pytest.raises(DataError, match=r"1 of 2 .*row 7: reasoning_content has no place in the chat template"):
+            tokenize([example(), reasoned], chat_format)
+    thinking = CHATML.replace("m.content +", "(m.content.split('</think>')[-1] if not loop.last else m.content) +")
+    chat_format = ChatFormat(byte_tokenizer("<|im_start|> <|im_end|>", thinking, eos_token="<|im_end|>"))
+    pairs, _ = tokenize([reasoned], chat_format)
+    assert texts_of(pairs, chat_format)[1] == "<think>\nHm.\n</think>\n\nWell.<|im_end|>"
