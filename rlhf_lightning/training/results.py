@@ -91,8 +91,8 @@ def table_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def network_of(module: LightningModule) -> nn.Module:
-    """What is trained and exported of a module: its policy, or its reward network."""
-    return module.policy if hasattr(module, "policy") else module.network
+    """What is trained and exported of a module: its policy, its reward network, or all of a module of the user's."""
+    return next((getattr(module, name) for name in ("policy", "network") if hasattr(module, name)), module)
 
 
 @torch.no_grad()
