@@ -239,7 +239,8 @@ def validated_rows(
             report.refuse(refusal)
             yield refusal
     report.columns_unused = columns.unused
-    report.label = columns.layout.labels[0] if columns.layout else None
+    label = columns.layout.labels[0] if columns.layout else None
+    report.label = label if label in columns.used else None  # prompts are read whoever wins
 
 
 def check_columns(source: str | Path, columns: SourceColumns, *, needed: Sequence[str]) -> None:

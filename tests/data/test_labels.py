@@ -134,6 +134,7 @@ def test_the_prompts_are_read_whoever_wins(write, name):
     first, second, ties, _ = LAYOUTS[name]
     prompts, report = load_prompts(write(first, *ties, second), unique=False)
     assert [list(prompt.prompt) for prompt in prompts] == [[user("Q")]] * (2 + len(ties))
+    assert report.label is None
     assert set(report.columns_unused) >= {name for name in first if name.startswith(("winner", "labels", "preference"))}
 
 
