@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import restricted_number_type
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
 Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
 Schedule = Literal["constant", "linear", "cosine"]
 """Learning rate after the warm-up: held, or down to 0 in a line or along half a cosine."""
 
-_TRANSFORMERS_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_FEW_STEPS = 10
+"""Optimizer steps of a whole run below which a model has hardly left its start."""
+
+
+def learning_rate_factor(step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+    """What the learning rate of an optimizer step, counted from 0, is multiplied by.
+
+    It rises from 1 / warmup_steps to 1, so that no step is made at 0, and is then held, or falls to 0 at `total_steps`,
+    which no step reaches.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[schedule]
 
 
 def check_optimizer(optimizer: OptimizerCallable) -> None:
@@ -46,19 +64,51 @@ def optimizer_and_schedule(
     each batch. The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError`
     when the number of steps is not known beforehand.
     """
-    from transformers import get_scheduler
-
     total_steps = module.trainer.estimated_stepping_batches
     if math.isinf(total_steps):
         raise ConfigurationError("trainer: set max_epochs or max_steps; the schedule needs an end")
     total_steps *= steps_per_batch
     if module.trainer.max_steps != -1:
         total_steps = min(total_steps, module.trainer.max_steps)
+    warmup_steps, total_steps = math.ceil(warmup_ratio * total_steps), int(total_steps)
+    _warn_of_few_steps(module.trainer, total_steps)
     built = optimizer(groups or [parameter for parameter in module.parameters() if parameter.requires_grad])
-    scheduler = get_scheduler(
-        _TRANSFORMERS_NAMES[schedule],
-        built,
-        num_warmup_steps=math.ceil(warmup_ratio * total_steps),
-        num_training_steps=int(total_steps),
+    factor = functools.partial(
+        learning_rate_factor, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
     )
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, factor), "interval": "step"}}
+
+
+def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:
+    """Say that a run is too short to change much, and what would make it longer."""
+    if trainer.fast_dev_run or not 0 < steps < _FEW_STEPS:
+        return
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    log.warning(
+        "warning: this run makes %d optimizer step%s in all (%d batch%s an epoch, %d to a step), few to learn in; for "
+        "more, lower trainer.accumulate_grad_batches or data.batch_size, or raise trainer.max_epochs or "
+        "trainer.max_steps",
+        *(steps, "s"[: steps != 1], batches, "es"[: 2 * (batches != 1)], accumulate),
+    )
+
+
+def warn_of_another_schedule(trainer: Trainer) -> None:
+    """Say what a run that goes on from a checkpoint changes, or cannot change, of its learning rate.
+
+    The optimizer goes on with the settings of its checkpoint, whatever the configuration says; the schedule is laid
+    over all steps of the run as it is now. Call once the states of the checkpoint have been restored.
+    """
+    (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+    group, scheduler = optimizer.param_groups[0], config.scheduler
+    plain = {name: given for name, given in optimizer.defaults.items() if isinstance(given, (int, float))}
+    kept = {name: group.get("initial_lr" if name == "lr" else name, given) for name, given in plain.items()}
+    if other := [f"{name} {kept[name]:g}, not {plain[name]:g}" for name in plain if kept[name] != plain[name]]:
+        log.warning("ckpt_path: the optimizer goes on as in its run, with %s", ", ".join(other))
+    now, then = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch), group["lr"]
+    if not math.isclose(now, then, rel_tol=1e-6, abs_tol=1e-12):
+        log.warning(
+            "ckpt_path: this run is not as long as that of its checkpoint, and its schedule spans all of its steps: at "
+            "step %d the learning rate goes from %.3g to %.3g; to have none of that, export the checkpoint and begin a "
+            "new run with that as model.backbone",
+            *(trainer.global_step, then, now),
+        )

@@ -32,6 +32,7 @@ from rlhf_lightning.training.checkpoints import (
     search_no_gpu,
 )
 from rlhf_lightning.training.dpo import DPO
+from rlhf_lightning.training.last_validation import LastValidation
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.results import Results
@@ -218,7 +219,15 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
-                "callbacks": [Results(), PredictionWriter(), ProcessStates(), StepWatch(), TrialStep(), SavingOrder()],
+                "callbacks": [
+                    Results(),
+                    PredictionWriter(),
+                    SavingOrder(),  # before what it validates anew, which it would forget
+                    LastValidation(),
+                    ProcessStates(),
+                    StepWatch(),
+                    TrialStep(),
+                ],
                 "enable_model_summary": False,
             },
             args=arguments,

@@ -20,6 +20,8 @@ from torchmetrics import Metric
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint
+from rlhf_lightning.training.last_validation import validate
+from rlhf_lightning.training.optimization import warn_of_another_schedule
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ class ProcessStates(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As late as can be, so that nothing is drawn in between."""
         self._replace_older(trainer)
+        if trainer.ckpt_path is not None:
+            warn_of_another_schedule(trainer)
         if self._loaded is None:
             return
         for name, states in self._loaded["metrics"].items():
@@ -100,7 +104,7 @@ class ProcessStates(Callback):
         if self._epoch_to_end is not None:
             self._epoch_to_end.restore(trainer.fit_loop)
         if self._missed_validation(trainer):
-            _validate(trainer)
+            validate(trainer)
         if self._epoch_to_end is not None:
             self._epoch_to_end.finish(trainer.fit_loop)
         for callback in trainer.checkpoint_callbacks:  # of this step they would write one more in an accumulation
@@ -191,15 +195,6 @@ def _states(module: LightningModule) -> dict[str, Any]:
         if isinstance(metric, Metric) and not name.startswith(("val_", "test_")) and metric.update_called
     }
     return {"random": _random_states(), "metrics": metrics, "logged_step": getattr(module, "logged_step", 0)}
-
-
-def _validate(trainer: Trainer) -> None:
-    """A validation as the training loop makes it between batches."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
 
 
 def _batches_of_open_step(trainer: Trainer) -> int:

@@ -471,9 +471,9 @@ def test_adapters_that_do_not_move_stop_the_run(build_dpo, trainer):
         trainer().fit(module, datamodule)
 
 
-def test_a_warm_up_that_begins_at_0_is_no_reason_to_stop(build_dpo, trainer):
-    module, _ = trained(build_dpo, trainer, model=LORA | {"warmup_ratio": 0.5}, limit_val_batches=0)
-    assert module._moved
+def test_a_learning_rate_of_0_is_no_reason_to_stop(build_dpo, trainer):
+    module, _ = trained(build_dpo, trainer, model=LORA | {"optimizer": sgd(0.0)}, limit_val_batches=0)
+    assert not module._moved
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
@@ -492,8 +492,7 @@ def test_chosen_responses_that_fall_with_the_rejected_ones_are_warned_of_once(
     with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
         settings = {"callbacks": [Worse()], "log_every_n_steps": 1, "limit_val_batches": 0}
         trained(build_dpo, trainer, model={"loss_type": loss_type, "optimizer": sgd(1e-6)}, **settings)
-    (record,) = (record for record in caplog.records if record.name.startswith("rlhf_lightning"))
-    assert "became less likely together" in record.message
+    (record,) = (record for record in caplog.records if "became less likely together" in record.message)
     assert min(map(float, re.findall(r"[\d.]+(?= (?:and|nats))", record.message))) > 20
     assert "add model.sft_weight" in record.message
     assert "dpop" in record.message

@@ -1,4 +1,4 @@
-"""Which batches Lightning's loops get from the data: each pass begins at the beginning, whatever came before it."""
+"""What Lightning's loops get from the data, and when they validate: from the beginning, and after the last step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import PreferenceDataModule, PromptDataModule
+from rlhf_lightning.training.last_validation import LastValidation
 from tests.training.conftest import VAL_PAIRS
 
 
@@ -55,7 +56,7 @@ def plain(pairs, tiny_qwen2):
             return self.weight**2
 
         def validation_step(self, batch, batch_idx):
-            pass
+            self.log("val/step", float(self.trainer.global_step), batch_size=1)
 
         test_step = validation_step
 
@@ -124,3 +125,63 @@ def test_a_second_run_on_the_same_data_does_not_go_on_where_the_first_was_restor
     trainer(max_epochs=2, callbacks=[fresh]).fit(module, data)
     assert restored.train == [whole.train[0][4:], whole.train[1]]
     assert fresh.train == whole.train
+
+
+class Validated(pl.Callback):
+    """The optimizer steps at which there was a validation; ends the run after some step."""
+
+    def __init__(self, stop_at: int = -1) -> None:
+        self.steps: list[int] = []
+        self.stop_at = stop_at
+
+    def on_validation_end(self, trainer, pl_module):
+        self.steps.append(trainer.global_step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.global_step == self.stop_at
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"max_epochs": 2}, [6, 12]),
+        ({"max_steps": 4}, [4]),
+        ({"max_steps": 6}, [6]),
+        ({"max_steps": 9, "max_epochs": -1}, [6, 9]),
+        ({"val_check_interval": 4}, [4, 6]),
+        ({"val_check_interval": 0.5, "max_epochs": 2}, [3, 6, 9, 12]),
+        ({"val_check_interval": 4, "max_steps": 5}, [4, 5]),
+        ({"val_check_interval": 5, "accumulate_grad_batches": 2}, [2, 3]),
+        ({"val_check_interval": 3, "accumulate_grad_batches": 4}, [0, 2]),
+        ({"check_val_every_n_epoch": 2, "max_epochs": 3}, [12, 18]),
+        ({"check_val_every_n_epoch": 5, "max_epochs": 2}, [12]),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 10, "max_epochs": -1}, [4, 8, 10]),
+        ({"limit_train_batches": 4, "val_check_interval": 3}, [3, 4]),
+        ({"limit_val_batches": 0, "max_steps": 4}, []),
+        ({"stop_at": 4, "max_epochs": 2}, [4]),
+        ({"stop_at": 4, "max_epochs": 2, "check_val_every_n_epoch": 2}, [4]),
+    ],
+)
+def test_the_last_step_is_validated_once_however_the_run_ends(plain, trainer, settings, steps):
+    validated = Validated(settings.pop("stop_at", -1))
+    trainer(**settings, callbacks=[validated, LastValidation()]).fit(*plain())
+    assert validated.steps == steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 3}, {"check_val_every_n_epoch": 2}])
+def test_the_checkpoint_of_the_last_step_is_judged_by_its_own_validation(plain, trainer, tmp_path, settings):
+    save = ModelCheckpoint(tmp_path, monitor="val/step", mode="max", filename="{step}")
+    run = trainer(max_steps=10, max_epochs=3, callbacks=[save, LastValidation()], enable_checkpointing=True, **settings)
+    run.fit(*plain())
+    assert (save.best_model_path, float(save.best_model_score)) == (str(tmp_path / "step=10.ckpt"), 10.0)
+
+
+def test_the_last_validation_leaves_a_checkpoint_from_which_a_longer_run_goes_on(plain, trainer, tmp_path):
+    """It ended inside an epoch, whose last two batches are still to come."""
+    save = ModelCheckpoint(tmp_path, monitor="val/step", mode="max", filename="{step}")
+    settings = {"callbacks": [save, LastValidation()], "enable_checkpointing": True, "val_check_interval": 3}
+    trainer(max_steps=4, max_epochs=-1, **settings).fit(*plain())
+    longer, whole = Seen(), Seen()
+    trainer(max_epochs=2, callbacks=[whole]).fit(*plain())
+    trainer(max_epochs=2, callbacks=[longer]).fit(*plain(), ckpt_path=save.best_model_path)
+    assert longer.train == [whole.train[0][4:], whole.train[1]]

@@ -142,9 +142,9 @@ def test_logged_training_numbers_are_means_over_all_pairs_since_the_last_log(bui
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1]),
-        ("linear", [0, 1 / 4, 2 / 4, 3 / 4, 1, 3 / 4, 2 / 4, 1 / 4]),
-        ("cosine", [0, 1 / 4, 2 / 4, 3 / 4, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3))]),
+        ("constant", [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 4, 2 / 4, 3 / 4, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [1 / 4, 2 / 4, 3 / 4, 1, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3))]),
     ],
 )
 def test_learning_rate_rises_over_the_warm_up_and_then_follows_the_schedule(build, trainer, schedule, expected):

@@ -1,0 +1,88 @@
+"""The learning rate over a run, and over one that goes on; and what is said of both."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.training.optimization import learning_rate_factor
+from rlhf_lightning.training.resume import ProcessStates
+from tests.training.conftest import sgd, weights
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rest"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+    ],
+)
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 5])
+def test_the_factor_rises_from_one_part_and_then_follows_the_schedule(schedule, rest, warmup_steps):
+    settings = {"schedule": schedule, "warmup_steps": warmup_steps, "total_steps": warmup_steps + 4}
+    factors = [learning_rate_factor(step, **settings) for step in range(warmup_steps + 4)]
+    assert factors[:warmup_steps] == [(step + 1) / warmup_steps for step in range(warmup_steps)]
+    assert factors[warmup_steps:] == pytest.approx(rest, abs=1e-15)
+    assert min(factors) > 0
+    assert learning_rate_factor(warmup_steps + 9, **settings) == (1 if schedule == "constant" else 0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_of_one_step_or_two_changes_the_weights_in_each(build, trainer, schedule, steps):
+    module, data = build(model={"schedule": schedule, "warmup_ratio": 0.1, "optimizer": sgd(0.1)})
+    module.configure_model()
+    seen = [weights(module)]
+    module.on_before_zero_grad = lambda optimizer: seen.append(weights(module))
+    trainer(max_steps=steps, limit_val_batches=0).fit(module, data)
+    seen.append(weights(module))
+    assert len({tuple(each.tolist()) for each in seen}) == steps + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"accumulate_grad_batches": 16}, "1 optimizer step in all (6 batches an epoch, 16 to a step)"),
+        ({"max_epochs": 1}, "6 optimizer steps in all (6 batches an epoch, 1 to a step)"),
+        ({"max_epochs": 2}, None),
+        ({"max_steps": 3, "max_epochs": 9}, "3 optimizer steps in all"),
+        ({"fast_dev_run": True}, None),
+    ],
+)
+def test_a_run_of_few_steps_is_warned_of(build, trainer, caplog, settings, warned):
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        trainer(limit_val_batches=0, **settings).fit(*build())
+    said = [record.message for record in caplog.records if "optimizer step" in record.message]
+    assert len(said) == (warned is not None)
+    assert all(warned in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "lr", "expected"),
+    [
+        ("linear", 2, 0.1, ["at step 6 the learning rate goes from 0 to 0.05"]),
+        ("constant", 2, 0.1, []),
+        ("constant", 2, 0.3, ["with lr 0.1, not 0.3"]),
+        ("cosine", 3, 0.1, ["at step 6 the learning rate goes from 0 to 0.075"]),
+    ],
+)
+def test_a_longer_run_from_a_checkpoint_says_what_becomes_of_the_learning_rate(
+    build, trainer, tmp_path, caplog, schedule, epochs, lr, expected
+):
+    def run(epochs, lr, **path):
+        module, data = build(model={"schedule": schedule, "optimizer": functools.partial(torch.optim.SGD, lr=lr)})
+        fitted = trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[ProcessStates()])
+        fitted.fit(module, data, **path)
+        return fitted
+
+    run(1, 0.1).save_checkpoint(tmp_path / "end.ckpt")
+    with caplog.at_level(logging.WARNING, logger="rlhf_lightning"):
+        run(epochs, lr, ckpt_path=tmp_path / "end.ckpt")
+    said = [record.message for record in caplog.records if record.message.startswith("ckpt_path")]
+    assert len(said) == len(expected)
+    assert all(words in line for words, line in zip(expected, said, strict=True)), said
