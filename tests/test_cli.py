@@ -130,6 +130,23 @@ def test_a_misspelt_monitor_is_refused_before_the_training(capsys, tmp_path):
     assert "val/auroc" in line
 
 
+@pytest.mark.parametrize(
+    ("callback", "monitor"),
+    [("ModelCheckpoint", "train/aurok"), ("EarlyStopping", "val_loss"), ("EarlyStopping", "step")],
+)
+def test_what_is_never_logged_cannot_be_monitored(capsys, callback, monitor):
+    arguments = [f"--trainer.callbacks+={callback}", f"--trainer.callbacks.monitor={monitor}"]
+    line = refusal(capsys, "fit", "--config", QUICKSTART, *arguments)
+    assert f"{callback}.monitor is {monitor!r}; use one of val/loss, " in line
+    assert "train/loss" in line
+
+
+def test_an_interval_of_validation_longer_than_an_epoch_is_refused_in_a_line(capsys):
+    line = refusal(capsys, "fit", "--config", QUICKSTART, "--trainer.val_check_interval", "76")
+    assert "`val_check_interval` (76) must be less than or equal to the number of the training batches (75)" in line
+
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
 def test_a_file_of_torch_that_is_no_checkpoint_is_refused(capsys, tmp_path, content):
     torch.save(content, tmp_path / "other.ckpt")

@@ -57,7 +57,13 @@ from rlhf_lightning.training.checks import (
     check_tokens_fit,
     warn_of_falling_chosen,
 )
-from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
+from rlhf_lightning.training.logs import (
+    let_monitor_means,
+    log_parameters,
+    log_split,
+    log_training_means,
+    update_metrics,
+)
 from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
@@ -376,6 +382,11 @@ class DPO(LightningModule):
             self._warned = self._warned or warn_of_falling_chosen(**means, sft_weight=has_sft)
             for metric in (*self.log_ratios.values(), self.log_ratio_pairs):
                 metric.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        let_monitor_means(self, self.train_metrics)
+
+    on_train_epoch_end = on_validation_epoch_start
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val", self.val_metrics)

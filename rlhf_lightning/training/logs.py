@@ -67,6 +67,7 @@ def log_training_means(
         values |= _peak_memory(module.device)
         throughput.reset()
     values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+    let_monitor(module, values)
     for logger in module.loggers:
         logger.log_metrics(values, step=step)
     trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
@@ -76,6 +77,20 @@ def log_training_means(
     for metric in metrics.values():
         metric.reset()
     return values
+
+
+def let_monitor(module: LightningModule, values: dict[str, float]) -> None:
+    """Give numbers to the callbacks that monitor one, such as `EarlyStopping`, under their logged names."""
+    module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+
+def let_monitor_means(module: LightningModule, metrics: nn.ModuleDict) -> None:
+    """The same of the means over all pairs since the last log; where there are none, those of the last log stay.
+
+    For the times at which callbacks look: a validation, and the end of an epoch.
+    """
+    updated = {f"train/{name}": metric for name, metric in metrics.items() if metric.update_called}
+    let_monitor(module, {name: metric.compute().item() for name, metric in updated.items()})
 
 
 def log_parameters(model: nn.Module, config: PretrainedConfig, name: str) -> None:

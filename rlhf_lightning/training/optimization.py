@@ -62,9 +62,14 @@ def optimizer_and_schedule(
 
     `groups` are torch's parameter groups, where there is more than one; `steps_per_batch` optimizer steps are made of
     each batch. The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError`
-    when the number of steps is not known beforehand.
+    when the number of steps is not known beforehand, or an epoch is too short for `val_check_interval`.
     """
-    total_steps = module.trainer.estimated_stepping_batches
+    try:
+        total_steps = module.trainer.estimated_stepping_batches
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise ConfigurationError(f"trainer: {str(error).strip()}") from error
     if math.isinf(total_steps):
         raise ConfigurationError("trainer: set max_epochs or max_steps; the schedule needs an end")
     total_steps *= steps_per_batch

@@ -61,7 +61,7 @@ from rlhf_lightning.training.checkpoints import (
     warn_of_other_settings,
 )
 from rlhf_lightning.training.checks import check_schedule, start_tolerance
-from rlhf_lightning.training.logs import log_parameters, log_split, update_metrics
+from rlhf_lightning.training.logs import let_monitor, log_parameters, log_split, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
 from rlhf_lightning.training.pictures import Point, reward_against_kl
 from rlhf_lightning.training.references import (
@@ -834,6 +834,7 @@ class PPO(LightningModule):
         values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self.device.type == "cuda":
             values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        let_monitor(self, values)
         for logger in self.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         for board in self._boards():

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -239,6 +240,8 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     except OSError as error:
         raise ConfigurationError(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned"):
+            raise ConfigurationError(f"EarlyStopping.monitor: {error}") from error
         if "loading state_dict" not in str(error):
             raise
         raise ConfigurationError(
@@ -295,10 +298,16 @@ def _essence(message: str) -> str:
 
 def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
     """Refuse a misspelt metric before the first validation would. Raises `ConfigurationError`."""
-    known = [f"val/{name}" for name in getattr(model, "val_metrics", ())]
+    if type(model) not in CLASSES:
+        return  # one of the user's own may log what it likes
+    known = [f"val/{name}" for name in model.val_metrics]
+    learned = [f"train/{name}" for name in getattr(model, "train_metrics", ())]
+    known += learned
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
-        if known and monitor is not None and monitor.startswith("val/") and monitor not in known:
+        logged = monitor in known or (not learned and str(monitor).startswith("train/"))
+        counted = isinstance(callback, ModelCheckpoint) and monitor in ("step", "epoch")
+        if monitor is not None and not logged and not counted:
             name = type(callback).__name__
             raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
 

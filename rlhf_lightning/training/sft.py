@@ -27,7 +27,13 @@ from rlhf_lightning.training.checkpoints import (
     warn_of_other_settings,
 )
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
-from rlhf_lightning.training.logs import log_parameters, log_split, log_training_means, update_metrics
+from rlhf_lightning.training.logs import (
+    let_monitor_means,
+    log_parameters,
+    log_split,
+    log_training_means,
+    update_metrics,
+)
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
 
 
@@ -135,6 +141,11 @@ class SFT(LightningModule):
     def log_numbers(self) -> None:
         """Log the training numbers, if it is time to."""
         log_training_means(self, self.train_metrics, shown={"loss": "loss"}, throughput=self.throughput)
+
+    def on_validation_epoch_start(self) -> None:
+        let_monitor_means(self, self.train_metrics)
+
+    on_train_epoch_end = on_validation_epoch_start
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val", self.val_metrics)

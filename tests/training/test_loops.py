@@ -7,7 +7,7 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from rlhf_lightning import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.training.last_validation import LastValidation
@@ -185,3 +185,46 @@ def test_the_last_validation_leaves_a_checkpoint_from_which_a_longer_run_goes_on
     trainer(max_epochs=2, callbacks=[whole]).fit(*plain())
     trainer(max_epochs=2, callbacks=[longer]).fit(*plain(), ckpt_path=save.best_model_path)
     assert longer.train == [whole.train[0][4:], whole.train[1]]
+
+
+class Monitored(EarlyStopping):
+    """Keeps what it looked at, and never stops."""
+
+    def __init__(self, monitor: str, **settings) -> None:
+        super().__init__(monitor, patience=99, **settings)
+        self.seen: list[float] = []
+
+    def _evaluate_stopping_criteria(self, current):
+        self.seen.append(current.item())
+        return super()._evaluate_stopping_criteria(current)
+
+
+@pytest.mark.parametrize("kind", ["build", "build_dpo", "build_sft"])
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"log_every_n_steps": 50}, [(0, 6), (0, 12)]),
+        ({"log_every_n_steps": 0}, [(0, 6), (0, 12)]),
+        ({"log_every_n_steps": 3}, [(3, 6), (9, 12)]),
+        ({"log_every_n_steps": 5, "val_check_interval": 0.5}, [(0, 3), (5, 6), (5, 9), (10, 12)]),
+        ({"log_every_n_steps": 50, "limit_val_batches": 0}, [(0, 6), (0, 12)]),
+    ],
+)
+def test_callbacks_that_monitor_the_training_loss_see_it(request, trainer, kind, settings, parts):
+    """The mean over the pairs of the batches since the last log: 2 pairs a batch, and 1 in the last of an epoch."""
+    losses, seen = [], Monitored("train/loss")
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append((outputs["loss"].item() / batch.weight.item(), batch.pairs))
+
+    module, data = request.getfixturevalue(kind)()
+    trainer(max_epochs=2, callbacks=[Losses(), seen], **settings).fit(module, data)
+    expected = [sum(x * n for x, n in losses[a:b]) / sum(n for _, n in losses[a:b]) for a, b in parts]
+    assert seen.seen == pytest.approx(expected, rel=1e-5)
+
+
+def test_checkpoints_are_chosen_by_the_training_loss(build, trainer, tmp_path):
+    save, seen = ModelCheckpoint(tmp_path, monitor="train/loss", save_top_k=2), Monitored("train/loss")
+    trainer(max_epochs=3, callbacks=[save, seen], enable_checkpointing=True).fit(*build())
+    assert sorted(float(score) for score in save.best_k_models.values()) == pytest.approx(sorted(seen.seen)[:2])
