@@ -146,7 +146,6 @@ def test_an_interval_of_validation_longer_than_an_epoch_is_refused_in_a_line(cap
     assert "`val_check_interval` (76) must be less than or equal to the number of the training batches (75)" in line
 
 
-
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])
 def test_a_file_of_torch_that_is_no_checkpoint_is_refused(capsys, tmp_path, content):
     torch.save(content, tmp_path / "other.ckpt")

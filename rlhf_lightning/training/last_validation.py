@@ -30,7 +30,9 @@ class LastValidation(Callback):
     ) -> None:
         """Before the epoch ends, where checkpoints are saved and training is stopped by what was validated."""
         loop = trainer.fit_loop
-        last = trainer.global_step >= trainer.max_steps if trainer.max_steps != -1 else False
+        last = trainer.should_stop and loop._can_stop_early
+        if trainer.max_steps != -1:
+            last |= trainer.global_step >= trainer.max_steps
         if trainer.max_epochs not in (None, -1):
             last |= loop.epoch_loop.batch_progress.is_last_batch and trainer.current_epoch + 1 >= trainer.max_epochs
         if last and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):

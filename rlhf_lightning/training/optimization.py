@@ -105,7 +105,8 @@ def warn_of_another_schedule(trainer: Trainer) -> None:
     """
     (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
     group, scheduler = optimizer.param_groups[0], config.scheduler
-    plain = {name: given for name, given in optimizer.defaults.items() if isinstance(given, (int, float))}
+    defaults = getattr(optimizer, "optimizer", optimizer).defaults  # DeepSpeed's own is around the one that was given
+    plain = {name: given for name, given in defaults.items() if isinstance(given, (int, float))}
     kept = {name: group.get("initial_lr" if name == "lr" else name, given) for name, given in plain.items()}
     if other := [f"{name} {kept[name]:g}, not {plain[name]:g}" for name in plain if kept[name] != plain[name]]:
         log.warning("ckpt_path: the optimizer goes on as in its run, with %s", ", ".join(other))
