@@ -34,6 +34,7 @@ from rlhf_lightning.training.checkpoints import (
 )
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.last_validation import LastValidation
+from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.results import Results
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 # Imported so that their bare names resolve in YAML and on the command line.
 CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
 register()
+replace_in_later_layers()
 
 
 class Parser(LightningArgumentParser):
