@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,11 +17,16 @@ from torch import Tensor
 
 import rlhf_lightning
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
+from rlhf_lightning.models.backbones import counts_from_padding
+from rlhf_lightning.models.causal_lm import decoder
+from rlhf_lightning.models.directories import check_free, check_other, end_at, pad_with, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence
 from rlhf_lightning.training.results import TABLE_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
@@ -76,7 +81,9 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     options += ["4bit"] if module.hparams.get("quantization") else []
     with replaced_model(directory) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
-        _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)
+        pad_id = _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)
+        if pad_id is not None and not counts_from_padding(_backbone(module)):
+            pad_with(made, pad_id)
         difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
         if not difference < _LARGEST_DIFFERENCE:
             raise ModelError(
@@ -86,6 +93,10 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
         card = _model_card(made, Path(directory).resolve().name, stored, kind, difference, merged=merge)
         (made / "README.md").write_text(card, encoding="utf-8")
     return difference, _UNITS[kind]
+
+
+def _backbone(module: LightningModule) -> PreTrainedModel:
+    return decoder(module.policy.model) if hasattr(module, "policy") else module.network.backbone
 
 
 @torch.no_grad()
@@ -110,13 +121,16 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
         return load_file(file)["outputs"]
 
 
-def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> None:
-    """The tokenizer of the training, with its chat template, so that the model is asked as it was trained."""
+def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> int | None:
+    """The tokenizer of the training, with its chat template, so that the model is asked as it was trained.
+
+    Returns the id that it pads with; None when the training had no tokenizer.
+    """
     from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
     from rlhf_lightning.data.chat_text import TRANSCRIPT
 
     if origin["tokenizer"] is None:
-        return
+        return None
     tokenizer = load_tokenizer(origin["tokenizer"], trust_remote_code=trust_remote_code)
     tokenizer.chat_template = origin["chat_template"]
     chat_format = ChatFormat(
@@ -126,6 +140,7 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
     )
     chat_format.save_pretrained(directory)
     end_at(directory, chat_format.terminator_id)
+    return chat_format.pad_id
 
 
 def _model_card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import re
 import shutil
 
@@ -83,8 +84,11 @@ def test_exported_log_probs_are_those_of_the_trainer(request, build_dpo, trainer
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight, "tied weights stay tied"
 
 
-def test_a_reward_model_is_exported_too(checkpoint, tmp_path, capsys):
-    path, out = checkpoint("build"), tmp_path / "exported"
+def test_a_reward_model_is_exported_too(checkpoint, tmp_path, capsys, tiny_qwen2):
+    start = shutil.copytree(tiny_qwen2, tmp_path / "start")
+    settings = json.loads((start / "config.json").read_text()) | {"pad_token_id": None, "attention_dropout": 0.5}
+    (start / "config.json").write_text(json.dumps(settings))
+    path, out = checkpoint("build", model={"backbone": str(start)}), tmp_path / "exported"
     assert main(["export", "--ckpt_path", path, "--out", str(out)]) == 0
     assert "largest difference 0 units of score" in capsys.readouterr().out
     network, own = RewardNetwork.from_pretrained(out), RewardModel.load_from_checkpoint(path).network.eval()
@@ -92,6 +96,9 @@ def test_a_reward_model_is_exported_too(checkpoint, tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(network(*rows), own(*rows))
     assert "from rlhf_lightning import RewardNetwork" in (out / "README.md").read_text()
+    written = json.loads((out / "config.json").read_text())
+    assert written["pad_token_id"] == AutoTokenizer.from_pretrained(out).pad_token_id
+    assert (written["attention_dropout"], written["use_cache"]) == (0.5, settings["use_cache"])
 
 
 @pytest.mark.parametrize("merge", [True, False])

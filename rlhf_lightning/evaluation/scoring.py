@@ -22,9 +22,10 @@ from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.evaluation.reward_text import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
-from rlhf_lightning.functional.reductions import last_token_index
-from rlhf_lightning.models.backbones import hidden_states, load_config, max_positions, reason_of
+from rlhf_lightning.models.backbones import load_config, max_positions, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.directories import adapters_alone
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.tiny import resolve_model
@@ -121,7 +122,7 @@ class RewardScorer:
             self.model = RewardNetwork.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
         else:
             self.kind = "Seq. Classifier"
-            self.model = _classifier(name, trust_remote_code)
+            self.model = load_classifier(name, config, trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
         self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -177,13 +178,11 @@ class RewardScorer:
         ids, mask = ids.to(device), mask.to(device)
         if isinstance(self.model, RewardNetwork):
             return self.model(ids, mask)
-        head = getattr(self.model, "score", None)
+        head = token_head(self.model)
         if head is None:  # an encoder's own pooling, which goes by the mask
             types = {"token_type_ids": response_mask.long().to(device)} if self._has_types else {}
             return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0]
-        # A decoder's own pooling goes by the pad id, which may be the terminator's.
-        hidden = hidden_states(self.model.base_model, ids, mask)
-        last = hidden[torch.arange(len(ids), device=device), last_token_index(mask)]
+        last = last_states(self.model, ids, mask)
         if isinstance(head, nn.Linear):
             return F.linear(last.float(), head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
         return head(last)[:, 0]
@@ -344,23 +343,30 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
     Adapters are put on the model that their `adapter_config.json` names. Raises `ModelError`.
     """
     path = Path(resolve_model(name)).expanduser()
-    adapters = path / "adapter_config.json"
-    if not adapters.is_file() or (path / "config.json").is_file():
+    if not adapters_alone(path):
         return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ModelError(f"{name}: LoRA adapters need the package peft; pip install peft") from error
-    base = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{name}: its adapter_config.json names no base model; export with --merge true")
     try:
         network = CausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
             wrapped = PeftModel.from_pretrained(network.model, str(path))
-    except (ModelError, OSError, ValueError, RuntimeError) as error:
+            loaded = wrapped.load_adapter(str(path), wrapped.active_adapter)  # again, since this one tells
+    except (ModelError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
+    for what, keys in (
+        ("of its adapters are not in its file", loaded.missing_keys),
+        ("in its file have no place in the model", loaded.unexpected_keys),
+    ):
+        if keys:
+            raise ModelError(f"{name}: {len(keys)} weights {what}, the first {sorted(keys)[0]}; give whole adapters")
     return CausalLM(wrapped, temperature=network.temperature)
 
 
@@ -427,16 +433,3 @@ def check_scores_rows(name: str, *, trust_remote_code: bool = False) -> Pretrain
             "label, or call it from a module:function"
         )
     return config
-
-
-def _classifier(name: str, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            str(Path(resolve_model(name)).expanduser()) if Path(name).expanduser().exists() else name,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:
-        raise ModelError(f"{name}: its weights could not be loaded ({reason_of(error)})") from error

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.evaluation.scoring import move
-from rlhf_lightning.functional.reductions import last_token_index
-from rlhf_lightning.models.backbones import hidden_states, load_config, load_weights, max_positions
+from rlhf_lightning.models.backbones import load_config, max_positions
+from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 
 Activation = Literal["softmax", "sigmoid"]
@@ -61,8 +61,6 @@ class TextClassifier:
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
-        from transformers import AutoModelForSequenceClassification
-
         self.name = name
         self.batch_size = batch_size
         self.activation = activation
@@ -73,8 +71,8 @@ class TextClassifier:
             asked = absent[0] if labels else "none"
             raise ConfigurationError(f"{name}: label {asked!r} is not one of its labels, {', '.join(known)}")
         self.label_ids = [known.index(label) for label in labels]
-        self.model = load_weights(AutoModelForSequenceClassification, name, config, trust_remote_code=trust_remote_code)
-        move(self.model.eval().requires_grad_(False), torch.device(device), dtype)
+        self.model = load_classifier(name, config, trust_remote_code=trust_remote_code)
+        move(self.model, torch.device(device), dtype)
         self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         if not self.tokenizer.is_fast:
             raise ModelError(f"{name}: its tokenizer has no fast version, which cuts windows; give one that has")
@@ -140,10 +138,9 @@ class TextClassifier:
 
     def _logits(self, ids: Tensor, mask: Tensor, kinds: Tensor) -> Tensor:
         """[W, L], for ids, mask (bool) and token types, all [W, T]."""
-        head = getattr(self.model, "score", None)
-        if head is not None:  # a decoder's own pooling goes by the pad id, which may be that of a true token
-            hidden = hidden_states(self.model.base_model, ids, mask)
-            return head(hidden[torch.arange(len(ids), device=ids.device), last_token_index(mask)])
+        head = token_head(self.model)
+        if head is not None:
+            return head(last_states(self.model, ids, mask))
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         arguments = {"token_type_ids": kinds} if types > 1 and "token_type_ids" in self._inputs() else {}
         return self.model(input_ids=ids, attention_mask=mask.long(), **arguments).logits

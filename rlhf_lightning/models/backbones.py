@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import weakref
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
+from rlhf_lightning.models.directories import adapters_alone, adapters_beside_weights
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
 from rlhf_lightning.tiny import resolve_model
@@ -45,9 +47,10 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     from transformers import AutoConfig
 
     path = resolve_model(name_or_path)
-    if _is_local(path) and not (Path(path) / "config.json").is_file():
+    alone = adapters_alone(path)
+    if _is_local(path) and (alone or not (Path(path) / "config.json").is_file()):
         what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"
-        if (Path(path) / "adapter_config.json").is_file():
+        if alone:
             what = "LoRA adapters alone; export their checkpoint with --merge true"
         raise ModelError(f"{name_or_path}: {what}; give a Hugging Face model directory or the name of a hub model")
     if not Path(path).exists():
@@ -122,12 +125,15 @@ def load_weights(
         raise ModelError(f"{name_or_path}: its weights could not be loaded ({reason_of(error)})") from error
     finally:
         report.setLevel(level)
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub model: its files cannot be looked at
+        raise ModelError(adapters_beside_weights(name_or_path))
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
             f"{missing[0]}; they would stay random. Give the directory or name of a whole model"
         )
     keep_routers_still(model)
+    model.published_settings = _published_settings(name_or_path, trust_remote_code=trust_remote_code)
     return model.train()
 
 
@@ -202,6 +208,11 @@ def _position_ids(backbone: PreTrainedModel, attention_mask: Tensor) -> Tensor |
         _first_positions[backbone] = _declared_first_position(backbone) if takes_them else None
     first = _first_positions[backbone]
     return None if first is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first
+
+
+def counts_from_padding(backbone: nn.Module) -> bool:
+    """Whether its positions begin after the padding index, so that another one would give other numbers."""
+    return _declared_first_position(backbone) > 0
 
 
 def _declared_first_position(backbone: nn.Module) -> int:
@@ -285,13 +296,53 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def switch_dropout_off(config: PretrainedConfig) -> None:
-    """Set every dropout rate of a configuration to 0.
+    """Set every dropout rate of a configuration to 0, those of the configurations inside of it too.
 
     Dropout makes the score of a response a random number in training, and two passes over one pair differ.
     """
-    for name, value in list(vars(config).items()):
-        if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for path in _dropouts(config):
+        holder = config
+        for key in path[:-1]:
+            holder = getattr(holder, key)
+        setattr(holder, path[-1], 0.0)
+
+
+def _dropouts(config: PretrainedConfig) -> dict[tuple[str, ...], float]:
+    """Dropout rates by their keys, each with the keys of the configurations that it stands in."""
+    from transformers import PretrainedConfig
+
+    found: dict[tuple[str, ...], float] = {}
+    for key, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            found |= {(key, *path): rate for path, rate in _dropouts(value).items()}
+        elif isinstance(value, float) and ("drop" in key or key.endswith("pdrop")):
+            found[(key,)] = value
+    return found
+
+
+def _published_settings(name_or_path: str, *, trust_remote_code: bool) -> dict[tuple[str, ...], Any]:
+    """What `load_config` changes, as it stands in the model's own configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+    changed: dict[tuple[str, ...], Any] = dict(_dropouts(config))
+    if hasattr(config, "use_cache"):
+        changed["use_cache",] = config.use_cache
+    return changed
+
+
+def write_published_settings(model: nn.Module, directory: str | Path) -> None:
+    """Put back into a saved configuration what `load_config` changed for training: dropout rates and `use_cache`."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():  # adapters alone
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for path, value in getattr(model, "published_settings", {}).items():
+        holder = settings
+        for key in path[:-1]:
+            holder = holder.setdefault(key, {})
+        holder[path[-1]] = value
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_rows(backbone: PreTrainedModel, name: str) -> None:

@@ -27,6 +27,7 @@ from rlhf_lightning.models.backbones import (
     load_config,
     load_weights,
     reason_of,
+    write_published_settings,
 )
 from rlhf_lightning.models.directories import replaced_model
 from rlhf_lightning.models.fingerprint import weights_fingerprint
@@ -217,6 +218,7 @@ class CausalLM(nn.Module):
             model = self.model = model.merge_and_unload()
         with replaced_model(directory) as made:
             model.save_pretrained(made, max_shard_size="5GB")
+            write_published_settings(inner_model(model), made)
             (made / "README.md").unlink(missing_ok=True)  # peft's model card, a form to be filled in
         return Path(directory).expanduser()
 
@@ -231,6 +233,7 @@ class CausalLM(nn.Module):
         weights = {name: weight.to(dtype) for name, weight in self._merged_weights().items()}
         with replaced_model(directory) as made:
             model.save_pretrained(made, state_dict=weights, max_shard_size="5GB")
+            write_published_settings(model, made)
 
     @torch.no_grad()
     def _merged_weights(self) -> dict[str, Tensor]:

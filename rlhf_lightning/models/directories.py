@@ -10,11 +10,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.errors import ConfigurationError, ModelError
 
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 _MARK = "rlhf_lightning.json"
 """Stands in a directory that this package wrote, and so may replace."""
+
+
+_WEIGHTS = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin.index.json",
+)
+
+
+def adapters_alone(directory: str | Path) -> bool:
+    """Whether a directory holds adapters of another model, and no whole weights.
+
+    Raises `ModelError` where it holds both: transformers would put the adapters on weights that may have them already.
+    """
+    directory = Path(directory).expanduser()
+    if not (directory / "adapter_config.json").is_file():
+        return False
+    if any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(adapters_beside_weights(str(directory)))
+    return True
+
+
+def adapters_beside_weights(name: str) -> str:
+    """Why a model with both is refused, and what to do."""
+    return (
+        f"{name}: holds whole weights and adapters beside them, and does not say whether the weights have the adapters "
+        "in them already; remove adapter_config.json if they have, or else the whole weights, so that the adapters are "
+        "put on the model that adapter_config.json names"
+    )
 
 
 def check_free(directory: str | Path) -> bool:
@@ -88,6 +118,19 @@ def end_at(directory: str | Path, terminator_id: int) -> None:
     if terminator_id not in known:
         settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pad_with(directory: str | Path, pad_id: int) -> None:
+    """Write the id that the tokenizer pads with into the settings of the model in a directory, where it has some.
+
+    transformers' own classifiers find the last token of a row by it.
+    """
+    for name in ("config.json", "generation_config.json"):
+        path = Path(directory) / name
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["pad_token_id"] = pad_id
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _umask() -> int:

@@ -21,6 +21,7 @@ from rlhf_lightning.models.backbones import (
     layer_states,
     load_backbone,
     load_config,
+    write_published_settings,
 )
 from rlhf_lightning.models.directories import replaced_model
 
@@ -195,6 +196,7 @@ class RewardNetwork(nn.Module):
         """
         with replaced_model(directory) as made:
             self.backbone.save_pretrained(made, state_dict=self._named_tensors(), max_shard_size="5GB")
+            write_published_settings(self.backbone, made)
             config_file = made / "config.json"
             config = json.loads(config_file.read_text(encoding="utf-8"))
             config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
