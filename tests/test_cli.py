@@ -244,6 +244,64 @@ def test_later_files_and_then_flags_win(capsys, tmp_path):
     assert config["model"]["init_args"]["backbone"] == "builtin:tiny"
 
 
+def optimizer_of(capsys, directory, *arguments, kind="DPO", optimizer=None) -> torch.optim.Optimizer:
+    """What is built of a configuration with this optimizer, or with none, and of arguments after it."""
+    model = {"backbone": "builtin:tiny"} | ({"optimizer": optimizer} if optimizer else {})
+    model |= {"reward_model": "module:function"} if kind == "PPO" else {}
+    data = {"class_path": "PromptDataModule" if kind == "PPO" else "PreferenceDataModule"}
+    config = {"model": {"class_path": kind, "init_args": model}, "data": data | {"init_args": {"train": "x.jsonl"}}}
+    (directory / "of.yaml").write_text(yaml.safe_dump(config))
+    resolved = printed_config(capsys, "fit", "--config", "of.yaml", *arguments)["model"]["init_args"]["optimizer"]
+    kind = getattr(torch.optim, resolved["class_path"].rpartition(".")[2])
+    return kind([torch.nn.Parameter(torch.zeros(1))], **resolved["init_args"])
+
+
+def plain(kind: type[torch.optim.Optimizer], **given) -> dict:
+    return kind([torch.nn.Parameter(torch.zeros(1))], **given).defaults
+
+
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+DECAYING = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5, "weight_decay": 0.25, "eps": 0.125}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "expected"),
+    [
+        (SGD, [], plain(torch.optim.SGD, lr=0.5)),
+        ({"class_path": "SGD"}, [], plain(torch.optim.SGD)),
+        ("Adagrad", [], plain(torch.optim.Adagrad)),
+        ({"class_path": "AdamW", "init_args": {"weight_decay": 0.25}}, [], plain(torch.optim.AdamW, weight_decay=0.25)),
+        (None, ["--model.optimizer", "AdamW"], plain(torch.optim.AdamW)),
+        (None, ["--model.optimizer.lr", "0.5"], plain(torch.optim.Adam, lr=0.5)),
+        (DECAYING, ["--model.optimizer.lr", "0.25"], plain(torch.optim.AdamW, lr=0.25, weight_decay=0.25, eps=0.125)),
+        (DECAYING, ["--model.optimizer", "RMSprop"], plain(torch.optim.RMSprop)),
+        (DECAYING, ["--model.optimizer", "ASGD", "--model.optimizer.lr=0.25"], plain(torch.optim.ASGD, lr=0.25)),
+        (DECAYING, ["--model.optimizer.lr=0.25", "--model.optimizer", "ASGD"], plain(torch.optim.ASGD, lr=0.25)),
+        (DECAYING, ["--model.optimizer.class_path=ASGD"], plain(torch.optim.ASGD)),
+    ],
+)
+def test_an_optimizer_inherits_nothing_from_another(capsys, tmp_path, optimizer, arguments, expected):
+    assert optimizer_of(capsys, tmp_path, *arguments, optimizer=optimizer).defaults == expected
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("RewardModel", 2e-5), ("DPO", 5e-6), ("SFT", 1e-5), ("PPO", 1e-6)])
+def test_without_an_optimizer_it_is_adam_of_which_none_inherits_anything(capsys, tmp_path, kind, lr):
+    assert optimizer_of(capsys, tmp_path, kind=kind).defaults == plain(torch.optim.Adam, lr=lr)
+    for name in ("AdamW", "SGD"):
+        built = optimizer_of(capsys, tmp_path, kind=kind, optimizer={"class_path": name, "init_args": {"lr": 0.5}})
+        assert built.defaults == plain(getattr(torch.optim, name), lr=0.5)
+
+
+def test_an_overlay_changes_an_optimizer_or_replaces_it(capsys, tmp_path):
+    def overlay(optimizer) -> dict:
+        (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}}))
+        return optimizer_of(capsys, tmp_path, "--config", "overlay.yaml", optimizer=DECAYING).defaults
+
+    assert overlay(SGD) == plain(torch.optim.SGD, lr=0.5)
+    for same in ({"init_args": {"lr": 0.25}}, {"class_path": "AdamW", "init_args": {"lr": 0.25}}):
+        assert overlay(same) == plain(torch.optim.AdamW, lr=0.25, weight_decay=0.25, eps=0.125)
+
+
 def test_bare_class_names_and_any_torch_optimizer_resolve(capsys):
     config = printed_config(
         capsys, "fit", "--config", QUICKSTART, "--model.optimizer", "RMSprop", "--model.optimizer.momentum", "0.9"

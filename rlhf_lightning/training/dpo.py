@@ -146,7 +146,8 @@ class DPO(LightningModule):
         reference_cache: Where precomputed log-probs are kept; `~/.cache/rlhf_lightning/references` when not given.
         lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
         quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
-        optimizer: Any torch optimizer with its arguments.
+        optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
+            learning rate 5e-6 when none is named.
         schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
@@ -168,7 +169,7 @@ class DPO(LightningModule):
         reference_cache: str | None = None,
         lora: Lora | None = None,
         quantization: Quantization | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-6),
         schedule: Schedule = "linear",
         warmup_ratio: Fraction = 0.1,
         attn_implementation: AttentionImplementation | None = None,

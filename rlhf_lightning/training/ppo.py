@@ -145,7 +145,8 @@ class PPO(LightningModule):
             given.
         lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
         quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
-        optimizer: Any torch optimizer with its arguments; their learning rate is the policy's.
+        optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
+            learning rate 1e-6 when none is named. The learning rate is the policy's.
         schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
@@ -187,7 +188,7 @@ class PPO(LightningModule):
         reference: str | None = None,
         lora: Lora | None = None,
         quantization: Quantization | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, eps=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-6),
         schedule: Schedule = "linear",
         warmup_ratio: Fraction = 0.0,
         attn_implementation: AttentionImplementation | None = None,

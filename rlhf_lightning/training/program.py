@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+import torch
+from jsonargparse import Namespace, _typehints
+from jsonargparse._util import import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -63,6 +65,28 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigurationError(_essence(message)) from ex
+
+
+def _discard_of_another_class(parser_or_action: Any, before: Any, now: Any) -> None:
+    """jsonargparse lets arguments of a class live on in another one that is named after it, where they fit.
+
+    An optimizer would so get the weight decay or the learning rate of the one that it replaces, our default or that of
+    an earlier file. It begins with torch's own defaults instead.
+    """
+    changed = before and "init_args" in before and before["class_path"] != now["class_path"]
+    if changed and _is_optimizer(now["class_path"]):
+        before["init_args"] = Namespace()
+    else:
+        _discard_what_does_not_fit(parser_or_action, before, now)
+
+
+def _is_optimizer(class_path: str) -> bool:
+    named = import_object(class_path)
+    return isinstance(named, type) and issubclass(named, torch.optim.Optimizer)
+
+
+_discard_what_does_not_fit = _typehints.discard_init_args_on_class_path_change
+_typehints.discard_init_args_on_class_path_change = _discard_of_another_class
 
 
 class SaveConfig(SaveConfigCallback):
@@ -271,7 +295,22 @@ def _configurations_first(arguments: Sequence[str]) -> list[str]:
             files += [argument, rest.pop(0)]
         else:
             (files if argument.startswith(("-c=", "--config=")) else others).append(argument)
-    return [command, *files, *others]
+    return [command, *files, *_optimizer_before_its_arguments(others)]
+
+
+def _optimizer_before_its_arguments(arguments: list[str]) -> list[str]:
+    """Keys on the command line, an optimizer's class before the arguments that it would else begin anew without."""
+    for key in ("--model.optimizer", "--model.init_args.optimizer"):
+        names = (key, f"{key}.class_path")
+        of_it = [
+            i for i, each in enumerate(arguments) if each.startswith(f"{key}.") and each.split("=")[0] not in names
+        ]
+        named = next((i for i, each in enumerate(arguments) if each.split("=")[0] in names), None)
+        if named is not None and of_it and of_it[0] < named:
+            taken = arguments[named : named + (1 if "=" in arguments[named] else 2)]
+            rest = arguments[:named] + arguments[named + len(taken) :]
+            arguments = rest[: of_it[0]] + taken + rest[of_it[0] :]
+    return arguments
 
 
 def _essence(message: str) -> str:

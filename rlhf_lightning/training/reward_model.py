@@ -60,7 +60,8 @@ class RewardModel(LightningModule):
         centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
             different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
         use_margin: Subtract each pair's margin from the difference of its rewards in the loss.
-        optimizer: Any torch optimizer with its arguments.
+        optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
+            learning rate 2e-5 when none is named.
         schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: Of the backbone; what transformers prefers when not given. `packed` computes nothing on
@@ -81,7 +82,7 @@ class RewardModel(LightningModule):
         label_smoothing: Smoothing = 0.0,
         centering: NonNegativeFloat = 0.0,
         use_margin: bool = False,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-5),
         schedule: Schedule = "linear",
         warmup_ratio: Fraction = 0.03,
         attn_implementation: AttentionImplementation | None = None,

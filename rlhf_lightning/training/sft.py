@@ -48,7 +48,8 @@ class SFT(LightningModule):
         backbone: Model to start from: hub name or directory of any causal language model, or `builtin:tiny`.
         lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
         quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
-        optimizer: Any torch optimizer with its arguments.
+        optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
+            learning rate 1e-5 when none is named.
         schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
@@ -61,7 +62,7 @@ class SFT(LightningModule):
         backbone: str,
         lora: Lora | None = None,
         quantization: Quantization | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
         schedule: Schedule = "cosine",
         warmup_ratio: Fraction = 0.03,
         attn_implementation: AttentionImplementation | None = None,
