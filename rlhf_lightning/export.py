@@ -22,7 +22,7 @@ from rlhf_lightning.models.causal_lm import decoder
 from rlhf_lightning.models.directories import check_free, check_other, end_at, pad_with, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
-from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence
+from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.results import TABLE_ROWS
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
     if fault := fault_of_training(module, stored):
         raise ModelError(f"ckpt_path: {ckpt_path}: {fault}; nothing was exported")
+    warn_of_start(stored)
     warn_of_divergence(stored)
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []

@@ -34,7 +34,8 @@ class SavingOrder(Callback):
 
     Lightning would judge one that is saved after training steps, or at the end of an epoch, by the validation before
     it, which measured other weights. `every_n_train_steps` and `train_time_interval` still say how often: such a
-    checkpoint is saved by the first validation after each multiple of the steps, or after each interval.
+    checkpoint is saved by the first validation after each multiple of the steps, or after each interval. Where a run
+    begins with a validation, the start is saved too: it may be the best.
 
     At the end of a run that has saved no checkpoint, the final weights are saved.
     """
@@ -80,9 +81,12 @@ class SavingOrder(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         before, self._validated_at = self._validated_at, trainer.global_step
-        for callback in _model_checkpoints(trainer):
+        for callback in filter(_judged_by_validation, _model_checkpoints(trainer)):
             every = callback._every_n_train_steps
-            if every and _judged_by_validation(callback):
+            if trainer.global_step == 0:  # the start, of which Lightning thinks that it has been saved
+                callback._last_global_step_saved = -1
+                callback._defer_save_until_validation = True
+            elif every:
                 callback._defer_save_until_validation = self._validated_at // every > before // every
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

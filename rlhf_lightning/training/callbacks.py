@@ -19,7 +19,7 @@ from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free, check_other, end_at
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
-from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence
+from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.results import Results, table_rows
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
     # A validation at the step of a checkpoint may have come after it.
     metrics = metrics_of(stored) or results.by_step.get(step, {})
     if metrics:
-        _print_table(f"validation, {which} checkpoint (step {step})", metrics)
+        _print_table(f"validation, {which} checkpoint (step {step}{'' if step else ', the start'})", metrics)
     elif results.by_step:
         validated, numbers = max(results.by_step.items())
         _print_table(f"validation at step {validated} (the checkpoint is of step {step})", numbers)
@@ -91,6 +91,8 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
 
 class ExportBest(Callback):
     """After `fit`, writes the best checkpoint's model and tokenizer as a Hugging Face directory.
+
+    Where a run begins with a validation and none after it is better, that is its start, and a warning says so.
 
     Args:
         directory: Where to; an earlier export there is replaced, anything else is left alone and refused.
@@ -132,6 +134,7 @@ class ExportBest(Callback):
         stored = read_checkpoint(best, weights=False)
         if fault := fault_of_training(module, stored):
             return f"{_relative(best)}: {fault}"
+        warn_of_start(stored)
         warn_of_divergence(stored)
         module.export(self.directory, merge=self.merge)
         chat_format = getattr(trainer.datamodule, "chat_format", None)

@@ -138,6 +138,8 @@ def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | 
     loss = metrics_of(stored).get("loss", 0.0)
     if not math.isfinite(loss):
         return f"its validation loss is {loss}, so the training diverged; lower the learning rate"
+    if stored["global_step"] == 0 and metrics_of(stored):
+        return None  # the start of a run that validated it; see `warn_of_start`
     start = stored.get(ORIGIN, {}).get("measured", {}).get("start")
     unmoved = getattr(network, "has_adapters", False) and not adapters_moved(network)
     if unmoved or (start is not None and weights_sum(network) == start):
@@ -146,6 +148,15 @@ def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | 
             "loaded; train for more steps, or raise the learning rate"
         )
     return None
+
+
+def warn_of_start(stored: dict[str, Any]) -> None:
+    """Warn where a checkpoint was validated and saved before the first step."""
+    if stored["global_step"] == 0:
+        log.warning(
+            "warning: step 0 has the weights that the run began with; where that is the best checkpoint, no later "
+            "validation was better"
+        )
 
 
 def warn_of_divergence(stored: dict[str, Any]) -> None:

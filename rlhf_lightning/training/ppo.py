@@ -61,6 +61,7 @@ from rlhf_lightning.training.checkpoints import (
     warn_of_other_settings,
 )
 from rlhf_lightning.training.checks import check_schedule, start_tolerance
+from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.logs import let_monitor, log_parameters, log_split, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
 from rlhf_lightning.training.pictures import Point, reward_against_kl
@@ -140,6 +141,9 @@ class PPO(LightningModule):
         normalize_scores: Divide scores by the standard deviation of all so far, after taking off their mean.
         score_clip: Largest size of a score, after that.
         max_grad_norm: Gradients are clipped to it; 0 leaves them.
+        validate_at_start: Validate before the first step, in place of Lightning's sanity check: the "before" of a run,
+            whose weights may be the best checkpoint. It costs one reply to each held-out prompt, as every validation
+            does; a run that goes on from a checkpoint does not repeat it.
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
             given.
@@ -185,6 +189,7 @@ class PPO(LightningModule):
         normalize_scores: bool = False,
         score_clip: PositiveFloat | None = None,
         max_grad_norm: NonNegativeFloat = 1.0,
+        validate_at_start: bool = True,
         reference: str | None = None,
         lora: Lora | None = None,
         quantization: Quantization | None = None,
@@ -258,6 +263,8 @@ class PPO(LightningModule):
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)
         settings = self.hparams
+        if settings.validate_at_start:
+            self.trainer.num_sanity_val_steps = 0
         if self.rewards is None:
             self.rewards = RewardSource(
                 settings.reward_model,
@@ -360,6 +367,12 @@ class PPO(LightningModule):
             strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
         self._move_frozen()
         log.info("reward: %s; reference: %s", self.rewards.name, self.reference_source)
+
+    def on_train_start(self) -> None:
+        trainer = self.trainer
+        anew = trainer.ckpt_path is None and trainer.global_step == 0 and not trainer.fast_dev_run
+        if self.hparams.validate_at_start and trainer.enable_validation and anew:
+            validate(trainer)
 
     def _move_frozen(self) -> None:
         half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))

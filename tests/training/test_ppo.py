@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.cli import main
 from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.training.best import SavingOrder
+from rlhf_lightning.training.callbacks import ExportBest
+from rlhf_lightning.training.results import Results
+from rlhf_lightning.training.resume import ProcessStates
 from rlhf_lightning.training.rewards import RewardSource
 from tests.models.vllm_stand_in import StandIn
 from tests.programs import run
@@ -163,6 +169,47 @@ def test_a_run_that_was_broken_goes_on_as_if_it_had_not_been(build_ppo, trainer,
     assert [*first.curve, *recorder.curve] == curve.curve
     assert torch.equal(weights(module), weights(whole))
     assert module.kl_coef == whole.kl_coef != 0.05
+
+
+def validated(trainer, made, *, callbacks=(), ckpt_path=None, **settings):
+    """Fit with the program's own callbacks; the steps that were validated, and the rollouts."""
+    module, data = made
+    results, recorder = Results(), Recorder()
+    own = [results, SavingOrder(), ProcessStates(), recorder, *callbacks]
+    fitter = trainer(callbacks=own, enable_checkpointing=bool(callbacks), limit_val_batches=1, **settings)
+    fitter.fit(module, data, ckpt_path=ckpt_path)
+    return module, results, recorder
+
+
+def test_a_run_begins_with_a_validation_that_changes_nothing_else(build_ppo, trainer):
+    plain, _, one = validated(trainer, build_ppo(validate_at_start=False))
+    module, results, other = validated(trainer, build_ppo(), num_sanity_val_steps=2)
+    assert list(results.by_step) == [0, 12]
+    assert results.by_step[0]["kl"] == pytest.approx(0, abs=1e-3)
+    assert results.by_step[0]["replies"] == 6
+    assert other.curve == one.curve
+    assert torch.equal(weights(module), weights(plain))
+
+
+def test_the_start_can_be_the_best_checkpoint_and_is_exported_with_a_word(build_ppo, trainer, tmp_path, caplog):
+    """By a monitor to which every step does harm; a run that goes on from it does not validate it again."""
+    judge = ModelCheckpoint(tmp_path / "kept", filename="best-{step}", monitor="val/kl", mode="min")
+    module, data = build_ppo()
+    module.configure_model()
+    start = weights(module.policy)
+    whole, results, curve = validated(
+        trainer, (module, data), callbacks=[judge, ExportBest(str(tmp_path / "out"))], max_epochs=2
+    )
+    assert list(results.by_step) == [0, 12, 24]
+    assert Path(judge.best_model_path).name == "best-step=0.ckpt"
+    exported = CausalLM.from_pretrained(str(tmp_path / "out"))
+    assert torch.equal(weights(exported), start)
+    assert not torch.equal(weights(whole.policy), start)
+    assert "step 0 has the weights that the run began with" in caplog.text
+    again, later, rest = validated(trainer, build_ppo(), ckpt_path=judge.best_model_path, max_epochs=2)
+    assert list(later.by_step) == [12, 24]
+    assert rest.curve == curve.curve
+    assert torch.equal(weights(again), weights(whole))
 
 
 def test_the_rule_is_learned(build_ppo, trainer):
@@ -473,5 +520,5 @@ def test_two_processes_draw_and_learn_what_one_does(tmp_path, lines_of_one, stra
     """The same replies, rewards and steps: every printed digit."""
     if strategy == "zero2":
         pytest.importorskip("deepspeed")
-    assert len(lines_of_one) == 3
+    assert len(lines_of_one) == 4
     assert rollout_lines(tmp_path, "--trainer.strategy", strategy, processes=2) == lines_of_one
