@@ -358,8 +358,9 @@ def check_rows(backbone: PreTrainedModel, name: str) -> None:
         _first_positions[backbone] = _checked[key]
         return
     training, kind = backbone.training, config.model_type
-    probe = probe_of(config, positions=max_positions(config.get_text_config()), device=backbone.device)
+    check_attention_type(config, name)
     try:
+        probe = probe_of(config, positions=max_positions(config.get_text_config()), device=backbone.device)
         with exact_arithmetic():
             alone = tuple(_alone(backbone.eval(), row) for row in probe.rows)
             noise = rounding(backbone, lambda: _alone(backbone, probe.rows[0]), alone[0])
@@ -384,6 +385,22 @@ def check_rows(backbone: PreTrainedModel, name: str) -> None:
     finally:
         backbone.train(training)
     _checked[key] = _first_positions[backbone]
+
+
+def check_attention_type(config: PretrainedConfig, name: str) -> None:
+    """Refuse attention that is another one from some length on, longer than a row that could be tried at load.
+
+    BigBird's blocks stay full attention once a short batch has come; Reformer's buckets are as many as the first long
+    batch wants. Raises `ModelError`.
+    """
+    sparse = getattr(config, "attention_type", None) == "block_sparse"
+    if sparse or "lsh" in getattr(config, "attn_layers", ()):
+        way = "write attention_type original_full into its config.json, or use another model"
+        raise ModelError(
+            f"{name}: the numbers of a {config.model_type} model with {'block-sparse' if sparse else 'LSH'} attention "
+            "change with the longest row of a batch and with the batches before it; "
+            f"{way if sparse else 'use another model'}"
+        )
 
 
 def _alone(backbone: PreTrainedModel, row: Tensor) -> Tensor:

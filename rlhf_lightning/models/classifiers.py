@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.reductions import last_token_index
-from rlhf_lightning.models.backbones import check_rows, hidden_states, load_weights, max_positions, reason_of
+from rlhf_lightning.models.backbones import (
+    check_attention_type,
+    check_rows,
+    hidden_states,
+    load_weights,
+    max_positions,
+    reason_of,
+)
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of, rounding
 
 if TYPE_CHECKING:
@@ -31,6 +38,7 @@ def load_classifier(name_or_path: str, config: PretrainedConfig, *, trust_remote
     model = model.eval().requires_grad_(False)
     if token_head(model) is not None:
         check_rows(model.base_model, name_or_path)
+    check_attention_type(config, name_or_path)
     _check_scores(model, name_or_path)
     return model
 
@@ -52,13 +60,13 @@ def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 def _check_scores(model: PreTrainedModel, name: str) -> None:
     """Compare the scores of rows padded on the right with those that the model itself gives each row alone."""
     config = model.config
-    probe = probe_of(config, positions=max_positions(config.get_text_config()), device=model.device)
-    head, ids, mask = token_head(model), probe.ids[[0, 2]], probe.mask[[0, 2]]
 
     def alone(row: Tensor) -> Tensor:
         return model(input_ids=row[None]).logits
 
     try:
+        probe = probe_of(config, positions=max_positions(config.get_text_config()), device=model.device)
+        head, ids, mask = token_head(model), probe.ids[[0, 2]], probe.mask[[0, 2]]
         with exact_arithmetic():
             expected = torch.cat([alone(row) for row in probe.rows])
             noise = rounding(model, lambda: torch.cat([alone(row) for row in probe.rows]), expected)

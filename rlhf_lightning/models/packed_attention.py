@@ -37,7 +37,7 @@ def register() -> None:
     def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         # Rows end to end have none; a plain call, as in generation, has sdpa's.
         if attention_mask is None and _packing.get():
-            return _told_window(kwargs["mask_function"], kwargs.get("local_size")) if _looking.get() else None
+            return _told_window(**kwargs) if _looking.get() else None
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -66,19 +66,22 @@ class _Unseen(Exception):
     """A window that attention is not told of."""
 
 
-def _told_window(sees: Callable[..., Tensor], size: int | None) -> Tensor | None:
+def _told_window(
+    *, mask_function: Callable[..., Tensor], local_size: int | None = None, device: torch.device | None = None, **_: Any
+) -> Tensor | None:
     """What a mask says of tokens behind a token of a long row: None for all of them, else [1, 1, 1, 1] int64.
 
-    `sees` (row, head, token, other) is the mask as a function, `size` its window or chunk. The number is that of the
-    tokens that are seen, the token itself included; 0 where it is another one for another token.
+    `mask_function` (row, head, token, other) says what is seen, `local_size` is its window or chunk. The number is that
+    of the tokens that are seen, the token itself included; 0 where it is another one for another token.
     """
-    first, length = torch.tensor(0), 2 * (size or 32)
+    first, length = torch.tensor(0, device=device), 2 * (local_size or 32)
     reaches = []
     for last in (length - 1, length):
-        seen = sees(first, first, torch.tensor(last), torch.arange(last + 1)).expand(last + 1)
+        others = torch.arange(last + 1, device=device)
+        seen = mask_function(first, first, others[-1], others).expand(last + 1)
         reach = int(seen.flip(0).int().cumprod(0).sum())
         reaches.append(reach if reach == int(seen.sum()) else 0)
-    if size is None and reaches == [length, length + 1]:
+    if local_size is None and reaches == [length, length + 1]:
         return None
     return torch.full((1, 1, 1, 1), reaches[0] if reaches[0] == reaches[1] else 0)
 

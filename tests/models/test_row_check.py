@@ -134,7 +134,7 @@ REFUSED = {
         {
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
-            "attn_layers": ["local", "lsh"],
+            "attn_layers": ["local", "local"],
             "num_attention_heads": 2,
             "attention_head_size": 16,
             "feed_forward_size": 48,
@@ -143,6 +143,12 @@ REFUSED = {
             "lsh_attn_chunk_length": 8,
         },
         "does not run on rows of tokens",
+    ),
+    "sparse attention in long batches alone": ("big_bird", SIZE | {"attention_type": "block_sparse"}, "longest row"),
+    "buckets for the first long batch": (
+        "reformer",
+        {"vocab_size": VOCABULARY, "axial_pos_embds": False},
+        "longest row",
     ),
     "another input": ("lilt", ENCODER, "does not run on rows of tokens"),
 }
