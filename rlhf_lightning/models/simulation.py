@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_lightning.models.backbones import hidden_states, layer_states, no_pooler, normalised, reason_of
 from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
+from rlhf_lightning.models.precision import widened_at_once
 from rlhf_lightning.models.reward_network import Pooling, RewardHead, head_input_size
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Weights:
     trained: int
     quantizable: int
     """Those of linear layers other than the output layer, which QLoRA holds in 4 bits."""
+    widened: int
+    """Those that are float32 at a time in a forward pass of the backbone where halves compute in float32."""
+    output_layer: int
+    """Those of a policy's output layer."""
 
 
 class Pass(NamedTuple):
@@ -90,7 +95,13 @@ def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
     linear = [layer for layer in inner_model(model).modules() if isinstance(layer, nn.Linear)]
     out = None if head is not None else inner_model(model).get_output_embeddings()
     frozen = [layer.weight.numel() for layer in linear if layer is not out and not layer.weight.requires_grad]
-    return Weights(sum(p.numel() for p in parameters), sum(trained), sum(frozen))
+    return Weights(
+        total=sum(parameter.numel() for parameter in parameters),
+        trained=sum(trained),
+        quantizable=sum(frozen),
+        widened=widened_at_once(inner_model(model) if out is None else decoder(model)),
+        output_layer=0 if out is None else out.weight.numel(),
+    )
 
 
 def simulate(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:

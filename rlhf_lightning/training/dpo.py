@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,6 +42,7 @@ from rlhf_lightning.models.causal_lm import (
     load_causal_config,
 )
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
@@ -305,15 +307,21 @@ class DPO(LightningModule):
             self._frozen.match(self.policy)
         network = self.policy if self.reference_source == ADAPTER else self._frozen.network
         config = network.config.to_dict() | {"_name_or_path": None}  # a copy elsewhere is the same model
-        key = (
-            weights_fingerprint(network, ignore=("lora_", "modules_to_save")),
-            sorted(config.items()),
-            str(self.trainer.precision),
-            self.device.type,
-        )
+        weights = weights_fingerprint(network, ignore=("lora_", "modules_to_save"))
         for role in roles:
-            directory = self.hparams.reference_cache
-            self._precomputed[role] = precomputed_logprobs(self, self._reference, role, key, cache_dir=directory)
+            # In training as the policy is computed, so that the rounding of the two cancels where they are equal.
+            training, precision = role == "train", str(self.trainer.precision)
+            if not training and precision in ("16-mixed", "bf16-mixed"):
+                precision = "32-true"
+            self._precomputed[role] = precomputed_logprobs(
+                self,
+                self._reference,
+                role,
+                (weights, sorted(config.items()), precision, self.device.type),
+                precision=precision,
+                arithmetic=self.trainer.precision_plugin.forward_context if training else self._float32,
+                cache_dir=self.hparams.reference_cache,
+            )
         self._frozen = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -396,7 +404,8 @@ class DPO(LightningModule):
         self._evaluation_step(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
-        return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
+        with self._float32():
+            return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
@@ -421,8 +430,16 @@ class DPO(LightningModule):
 
     on_predict_start = on_test_start
 
+    def _float32(self) -> AbstractContextManager:
+        """For what is judged by: a log-ratio near the start is smaller than the rounding of mixed precision."""
+        if self._frozen is None:
+            return float32_arithmetic(self.policy)
+        self._frozen.match(self.policy)
+        return float32_arithmetic(self.policy, self._frozen.network)
+
     def _evaluation_step(self, batch: PreferenceBatch, stage: Role, metrics: nn.ModuleDict) -> None:
-        policy, reference = self(batch), self.reference_logprobs(batch, stage)
+        with self._float32():
+            policy, reference = self(batch), self.reference_logprobs(batch, stage)
         self._update(metrics, self.losses(policy, reference), policy, reference)
         log_split(self, stage, metrics, shown=("loss", "rewards/accuracies"))
 

@@ -141,11 +141,16 @@ class Estimator:
             loading = 4 * weights.total * (2 if run.reference in ("copy", "precomputed") else 1)
             on_host["loading, float32"] = loading * run.processes_per_machine
         training = self._pass(shape, "growing" if first_batch_brings_them else "training")
-        inference = self._pass(replace(shape, rows=run.eval_rows, gradient_checkpointing=False), "inference")
+        in_float32 = replace(shape, half_weights=False, autocast=False, gradient_checkpointing=False)
+        inference = self._pass(replace(in_float32, rows=run.eval_rows), "inference")
+        wide = 4 if shape.half_weights else 0  # bytes of a half while it is used in float32
+        evaluation = max(
+            inference.peak + wide * weights.widened, inference.kept + inference.head + wide * weights.output_layer
+        )
         passes = training.peak
         if run.reference in ("adapter", "copy"):  # runs while the policy's activations wait for their backward pass
             passes = max(passes, training.kept + self._reference_pass(shape).peak)
-        cache = cache_bytes(self.config, run.sample_tokens, size_of_number=2 if run.half else 4)
+        cache = cache_bytes(self.config, run.sample_tokens, size_of_number=4)
         always = held + master + states + (copy if run.reference == "copy" else 0)
         stay = 0 if first_batch_brings_them else gradients
         device = {
@@ -158,7 +163,7 @@ class Estimator:
             "reference model": copy if run.reference == "copy" else 0,
             "activations": training.kept,
             "logits and their gradients": training.head,
-            "evaluation batch": inference.peak,
+            "evaluation batch": evaluation,
             "generation cache": cache,
         }
         # DeepSpeed has let go of the gradients by the time its optimizer steps; DDP's buckets stay.
@@ -166,12 +171,12 @@ class Estimator:
         phases = {
             "training batch": always + stay + buckets + passes,
             "optimizer step": always + unstepped + step,
-            "validation": always + inference.peak,
+            "validation": always + evaluation,
         }
         if run.sample_tokens:
-            phases["samples"] = always + cache
+            phases["samples"] = always + cache + wide * (weights.widened + weights.output_layer)
         if run.reference == "precomputed":
-            phases["reference pass"] = always + copy + inference.peak
+            phases["reference pass"] = always + copy + evaluation
         stored = trained if shape.lora else weights.total
         checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * trained
         return Footprint(weights, device, phases, on_host, checkpoint, 4 * weights.total)

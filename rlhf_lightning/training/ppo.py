@@ -50,6 +50,7 @@ from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
 from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, zero_last_layer
 from rlhf_lightning.models.vllm_engine import VLLMEngine
@@ -375,7 +376,9 @@ class PPO(LightningModule):
             validate(trainer)
 
     def _move_frozen(self) -> None:
-        half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+        half = None
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # whose mixed precision holds the policy so, too
+            half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
         self.rewards.to(self.device, half)
         if self._frozen is not None:
             self._frozen.match(self.policy)
@@ -443,7 +446,7 @@ class PPO(LightningModule):
         chat_format = self.trainer.datamodule.chat_format
         positions = [index for index in batch.index.tolist() for _ in range(samples)]
         prompts = [ids for ids in batch.input_ids for _ in range(samples)]
-        with self.trainer.precision_plugin.forward_context():
+        with self._arithmetic():
             replies = self.engine.draw(
                 self.policy,
                 prompts,
@@ -482,7 +485,7 @@ class PPO(LightningModule):
         known = data.example_ids(role)
         ids = [known[index] for index in replies.index]
         try:
-            with self.trainer.precision_plugin.forward_context():
+            with self._arithmetic():
                 scores = self.rewards(prompts, texts, replies.ended.tolist())
         except ModelError as error:
             raise TrainingError(f"model.reward_model: {error}, asked about {first_few(ids)}") from error
@@ -504,7 +507,7 @@ class PPO(LightningModule):
         for start in range(0, len(order), size):
             part = order[start : start + size]
             own = mask[part]
-            with self.trainer.precision_plugin.forward_context():
+            with self._arithmetic():
                 rows = padded_rows(replies.taken(part), pad_id=self._pad_id, device=self.device)
                 logprobs, estimates = self._policy_and_values(rows, values=values)
                 reference = self._reference_logprobs(rows)
@@ -512,6 +515,13 @@ class PPO(LightningModule):
                 if flat is not None:
                     target[part] = laid_out(flat.float(), own)
         return mask, *made
+
+    def _arithmetic(self) -> AbstractContextManager:
+        """Of passes without gradients: in a rollout as in its updates, so that ratios begin at 1; else float32."""
+        if self.trainer.training:
+            return self.trainer.precision_plugin.forward_context()
+        reference = None if self._frozen is None else self._frozen.network
+        return float32_arithmetic(self.policy, reference, self.rewards.model)
 
     def _policy_and_values(self, rows: Any, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
         """Log-probs and values of N reply tokens, [N] each, in one pass over R rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +47,19 @@ def split_precomputed(given: str | None) -> tuple[bool, str | None]:
 
 @torch.no_grad()
 def precomputed_logprobs(
-    module: LightningModule, reference: Reference, role: str, key: Sequence[object], *, cache_dir: str | None
+    module: LightningModule,
+    reference: Reference,
+    role: str,
+    key: Sequence[object],
+    *,
+    precision: str,
+    arithmetic: Callable[[], AbstractContextManager],
+    cache_dir: str | None,
 ) -> Tensor:
     """Summed log-probs of both responses of each pair of a role, [P, 2] float32, nats, found in the cache or computed.
 
-    `reference` computes them; `key` names it and its way to compute. The processes share the work. A few of those found
+    `reference` computes them inside of `arithmetic()`, whose rounding is that of the Trainer's `precision`; `key` names
+    it and its way to compute. The processes share the work. A few of those found
     are computed again: raises `TrainingError` when they differ, or when another process's are not seen here.
     """
     trainer, data = module.trainer, module.trainer.datamodule
@@ -63,11 +72,11 @@ def precomputed_logprobs(
     def computed(positions: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
         for batch in data.batches(role, positions):
             batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.forward_context():
+            with arithmetic():
                 sums = reference(batch.input_ids, batch.attention_mask, batch.response_mask).sums
             yield batch.index.tolist(), torch.stack(sums.chunk(2), dim=1).float().cpu()
 
-    _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, str(trainer.precision))
+    _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, precision)
     done: list[int] = []
     began = time.monotonic()
     # By position, since what is missing differs from process to process once one of them has begun to write.

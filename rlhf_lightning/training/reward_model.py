@@ -27,6 +27,7 @@ from rlhf_lightning.metrics import (
     PooledAUROC,
 )
 from rlhf_lightning.models.backbones import AttentionImplementation, load_config
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
@@ -196,7 +197,8 @@ class RewardModel(LightningModule):
         self._evaluation_step(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
-        return PairScores(batch.index, *self(batch))
+        with float32_arithmetic(self.network):
+            return PairScores(batch.index, *self(batch))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         store_origin(self, checkpoint)
@@ -223,7 +225,8 @@ class RewardModel(LightningModule):
         self.network.save_pretrained(directory)
 
     def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
-        chosen, rejected = self(batch)
+        with float32_arithmetic(self.network):
+            chosen, rejected = self(batch)
         _update(metrics, self.losses(batch, chosen, rejected), chosen, rejected)
         log_split(self, stage, metrics, shown=("loss", "auroc"))
 

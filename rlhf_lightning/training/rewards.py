@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import TrainingError
@@ -40,6 +40,11 @@ class RewardSource:
             given, chat_template=chat_template, batch_size=batch_size, trust_remote_code=trust_remote_code
         )
         self._said = False
+
+    @property
+    def model(self) -> nn.Module | None:
+        """What computes the scores; None for a function."""
+        return self.scorer.model if isinstance(self.scorer, RewardScorer) else None
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Move a model there, its weights in `dtype` where one is given."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.generation import greedy_replies
+from rlhf_lightning.models.precision import float32_arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Samples(Callback):
         pairs, chat_format = trainer.datamodule.pairs["val"], trainer.datamodule.chat_format
         positions = np.linspace(0, len(pairs) - 1, min(self.prompts, len(pairs))).astype(int)
         prompts = [torch.from_numpy(pairs.segments(i)[0].astype(np.int64)).to(pl_module.device) for i in positions]
-        with trainer.precision_plugin.forward_context():
+        with float32_arithmetic(pl_module.policy):
             replies = greedy_replies(
                 pl_module.policy,
                 prompts,

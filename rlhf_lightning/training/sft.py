@@ -19,6 +19,7 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.metrics import PairCount, Perplexity, TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, ResponseLogprobs, load_causal_config
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import (
     complete_adapters,
@@ -156,7 +157,8 @@ class SFT(LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         """Log-probabilities of both responses of each pair."""
-        responses = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        with float32_arithmetic(self.policy):
+            responses = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
         return PairScores(batch.index, *responses.sums.chunk(2))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -172,11 +174,13 @@ class SFT(LightningModule):
         self.policy.save_pretrained(directory, merge=merge)
 
     def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
-        states = self.policy.states(*_chosen_rows(batch))
-        responses = self.policy.logprobs(states)
+        with float32_arithmetic(self.policy):
+            states = self.policy.states(*_chosen_rows(batch))
+            responses = self.policy.logprobs(states)
+            most_likely = self.policy.most_likely(states)
         values = {
             "loss": -responses.averages,
-            "token_accuracy": (self.policy.most_likely(states) == states.targets).float(),
+            "token_accuracy": (most_likely == states.targets).float(),
             "lengths/chosen": responses.lengths.float(),
             "perplexity": (-responses.sums, responses.lengths),
         }

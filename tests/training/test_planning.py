@@ -97,6 +97,16 @@ def test_the_copies_of_the_weights_are_the_arithmetic_of_the_strategy(
     assert footprint.phases["optimizer step"] == pytest.approx(at_the_step * weights, rel=1e-6)
 
 
+def test_validation_counts_activations_and_a_layer_in_float32(estimator, weights):
+    """One layer of Llama-3-8B and the last norm, or the output layer, beside halves; nothing beside float32 weights."""
+    half, full = (estimator.footprint(run(strategy="zero2", half=half)) for half in (True, False))
+    layer = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert half.weights.widened == layer + 4096
+    assert half.weights.output_layer == 4096 * 128256
+    more = half.device["evaluation batch"] - full.device["evaluation batch"]
+    assert 4 * half.weights.widened <= more <= 4 * half.weights.output_layer
+
+
 def test_gradients_are_divided_by_stage_2_alone(estimator, weights):
     gradients = [
         estimator.footprint(run(strategy=name, processes=4)).device["gradients"] for name in ("zero1", "zero2")
@@ -172,8 +182,8 @@ def test_the_advice_fits_and_none_of_its_changes_can_be_left_out(estimator):
 
 def test_smaller_batches_keep_the_pairs_of_an_optimizer_step(estimator):
     big = run(shape={"rows": 12, "tokens": 1024, "lora": Lora(), "gradient_checkpointing": True}, accumulate=5)
-    small = estimator.footprint(replace(big, shape=replace(big.shape, rows=4))).peak
-    found = estimator.nearest(big, lambda footprint: footprint.peak <= small)
+    small = estimator.footprint(replace(big, shape=replace(big.shape, rows=4))).phases["training batch"]
+    found = estimator.nearest(big, lambda footprint: footprint.phases["training batch"] <= small)
     assert found.keys == {"data.batch_size": "2", "trainer.accumulate_grad_batches": "15"}
 
 

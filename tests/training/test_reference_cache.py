@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +113,8 @@ def test_whatever_could_change_a_log_prob_is_computed_again(run, change, tmp_pat
     used = sum(map(len, module._precomputed.values()))
     if everything is None:
         assert computed == 0 < used
+    elif change == "precision":
+        assert computed == len(module._precomputed["train"]) < used, "validation is float32 in any"
     elif everything:
         assert computed == used > 0
     else:
@@ -220,7 +223,8 @@ def test_processes_share_the_work_and_miss_what_they_cannot_see(build_dpo, train
         seen = {"global_rank": rank, "world_size": 2, "strategy": strategy, "precision": "32-true"}
         process = SimpleNamespace(**seen, precision_plugin=run.precision_plugin, datamodule=datamodule)
         own = SimpleNamespace(trainer=process)
-        return references.precomputed_logprobs(own, module._reference, "val", ("key",), cache_dir=str(cache))
+        how = {"precision": "32-true", "arithmetic": nullcontext, "cache_dir": str(cache)}
+        return references.precomputed_logprobs(own, module._reference, "val", ("key",), **how)
 
     with pytest.raises(TrainingError, match=r"of other processes are not seen here; give model.reference_cache"):
         share(1, tmp_path / "a")

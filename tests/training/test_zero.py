@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
+from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, restored_module, shard_files
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
@@ -108,6 +109,27 @@ def test_policy_and_frozen_reference_are_equal_bit_for_bit_in_half_precision(bui
     buffers = dict(module._frozen.network.named_buffers())
     assert {b.dtype for name, b in buffers.items() if "inv_freq" in name} == {torch.float32}
     assert {b.dtype for name, b in module.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), HALVES.items())
+def test_validation_is_float32_arithmetic_on_the_weights_as_held(build_dpo, trainer, with_val, precision, dtype):
+    """Of half precision there is the rounding of the weights alone, of policy and reference."""
+    found = []
+    for strategy, bits in (("auto", "32-true"), ("zero2", precision)):
+        module, datamodule = build_dpo(data=with_val)
+        module.configure_model()
+        reference = CausalLM.from_pretrained(module.hparams.backbone)
+        generator = torch.Generator().manual_seed(5)
+        for parameter in module.policy.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        if strategy == "auto":
+            for parameter in (*module.policy.parameters(), *reference.parameters()):
+                parameter.data = parameter.data.to(dtype).float()
+        module._frozen = FrozenCausalLM(reference)
+        run = trainer(strategy=strategy, precision=bits)
+        found += run.validate(module, datamodule=datamodule, verbose=False)
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert found[1] == pytest.approx(found[0], rel=1e-6, abs=2e-5)
 
 
 def test_floating_point_tensors_of_a_batch_stay_float32(build, trainer, with_val):

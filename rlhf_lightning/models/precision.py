@@ -1,0 +1,116 @@
+"""Arithmetic in float32 of models that mixed precision would compute in halves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def float32_arithmetic(*models: nn.Module | None) -> Iterator[None]:
+    """Inside, forward passes of the models compute in float32; for passes without gradients.
+
+    Autocast is off, so that float32 weights give what they give without mixed precision. Weights that are held as
+    halves, as DeepSpeed holds them, are widened block by block while they are used; they stay rounded. Those of 4 bits
+    are dequantized to float32.
+    """
+    present = [model for model in models if model is not None]
+    with ExitStack() as stack:
+        for device_type in {parameter.device.type for model in present for parameter in model.parameters()}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        for model in present:
+            stack.enter_context(_widened(model))
+            stack.enter_context(_dequantized_to_float32(model))
+        yield
+
+
+def widened_at_once(model: nn.Module) -> int:
+    """Most weights that are float32 at a time in a forward pass of a model whose weights are halves."""
+    (_, beside), *parts = _parts(model, _token_embeddings(model))
+    outside = set(beside)
+    blocks = [sum(each.numel() for each in parameters if each not in outside) for _, parameters in parts]
+    return sum(parameter.numel() for parameter in beside) + max(blocks, default=0)
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Inside, weights that are halves are float32 while a module that may read them runs."""
+    tables = _token_embeddings(model)
+    hooks = [table.register_forward_hook(_as_float32) for table in tables if table.weight.dtype in HALVES]
+    for part, parameters in _parts(model, tables):
+        if halves := [parameter for parameter in parameters if parameter.dtype in HALVES]:
+            hooks += _widening(part, halves)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _as_float32(_: nn.Module, __: tuple, looked_up: Tensor) -> Tensor:
+    return looked_up.float()
+
+
+def _widening(part: nn.Module, parameters: list[nn.Parameter]) -> list[RemovableHandle]:
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def widen(*_) -> None:
+        for parameter in parameters:
+            if parameter.dtype in HALVES:  # not already, by a module around this one
+                kept[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def narrow(*_) -> None:
+        for parameter, half in kept.items():
+            parameter.data = half
+        kept.clear()
+
+    return [part.register_forward_pre_hook(widen), part.register_forward_hook(narrow, always_call=True)]
+
+
+def _parts(module: nn.Module, tables: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Modules and the weights that they read: each block of a list its own, each module around it all others.
+
+    Without the `tables` of token embeddings: what is looked up in them can be widened instead.
+    """
+    if isinstance(module, nn.ModuleList):
+        yield from ((block, list(block.parameters())) for block in module)
+        return
+    below = list(module.modules())
+    lists = [each for each in below if isinstance(each, nn.ModuleList)]
+    elsewhere = [*lists, *(table for table in tables if table in below)]
+    theirs = {parameter for each in elsewhere for parameter in each.parameters()}
+    yield module, [parameter for parameter in module.parameters() if parameter not in theirs]
+    for child in module.children() if lists else ():
+        if child not in tables:
+            yield from _parts(child, tables)
+
+
+def _token_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of token embeddings: large, and read by a look-up alone. With adapters they are other modules."""
+    tables = []
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            with suppress(NotImplementedError):
+                tables.append(module.get_input_embeddings())
+    return [table for table in dict.fromkeys(tables) if type(table) is nn.Embedding]
+
+
+@contextmanager
+def _dequantized_to_float32(model: nn.Module) -> Iterator[None]:
+    """Inside, bitsandbytes' linear layers compute in float32."""
+    layers = [layer for layer in model.modules() if getattr(layer, "compute_dtype", None) in HALVES]
+    before = [layer.compute_dtype for layer in layers]
+    for layer in layers:
+        layer.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for layer, dtype in zip(layers, before, strict=True):
+            layer.compute_dtype = dtype
