@@ -7,12 +7,14 @@ import copy
 import functools
 import hashlib
 import itertools
+import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_lightning.data.chat_text import _PROBE, _USER_PROBE, TRANSCRIPT_TEMPLATE, ChatText
+from rlhf_lightning.data.chat_text import PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.hub import use_cache_without_network
@@ -136,7 +138,7 @@ class ChatFormat(ChatText):
         super().__init__(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
         self.terminator_id = self._choose_terminator()
         self.start_ids = self._find_start_ids()
-        before, _, after = self.generation_text(_PROBE).partition(_USER_PROBE)
+        before, _, after = self.generation_text(PROBE).partition(USER_PROBE)
         self.head_ids = self.encode_prompts([before])[0]
         """The ids before the first message of a prompt. A cut from the left must not lose them."""
         self.tail_length = len(self._ids([after])[0])
@@ -203,7 +205,8 @@ class ChatFormat(ChatText):
         found: list[EncodedResponses | DataError] = []
         waiting: list[_Waiting] = []
         for prompt, its, whole in zip(prompts, responses, ended or itertools.repeat(True), strict=False):
-            text = prompt.text[: len(prompt.text) - len(self.opening)]
+            text = prompt.text.removesuffix(self.opening)
+            opening = prompt.text[len(text) :]
             try:
                 turns = [self._turn(prompt.messages, text, response, refuse=refuse) for response in its]
             except DataError as error:
@@ -212,8 +215,8 @@ class ChatFormat(ChatText):
             if not whole:
                 turns = [turn.removesuffix(self.response_trail) for turn in turns]
             ids, border = prompt.ids, self._generation_border
-            if all(turn.startswith(self.opening) for turn in turns):
-                turns, text = [turn[len(self.opening) :] for turn in turns], prompt.text
+            if all(turn.startswith(opening) for turn in turns):
+                turns, text = [turn[len(opening) :] for turn in turns], prompt.text
             else:
                 (ids,), border = self.encode_prompts([text]), self._prompt_border
             end = self.end or "" if whole else ""
@@ -283,7 +286,7 @@ class ChatFormat(ChatText):
         return ids if ids[: len(start)] == start else [*start, *ids]
 
     def _border(self, text_of: Callable[[Sequence[Message]], str]) -> _Border:
-        text = text_of(_PROBE).rpartition(_USER_PROBE)[2]
+        text = text_of(PROBE).rpartition(USER_PROBE)[2]
         last = max((match.start() for match in self._added_pattern.finditer(text)), default=0)
         return _Border(text[last:], self._ids([text[last:]])[0])
 
@@ -324,9 +327,30 @@ class ChatFormat(ChatText):
         ids = [int(index) for index in ids]
         context = self.tokenizer.decode(before, clean_up_tokenization_spaces=False)
         text = self.tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False)
-        if text.startswith(context):
-            return text[len(context) :]
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if not text.startswith(context):
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = text[len(context) :]
+        if self._blank_behind_tokens:
+            tokens = self._splitting_tokens
+            start = ["^"] if before[-1:] and before[-1] in tokens.values() else []
+            places = "|".join([*start, *map(re.escape, tokens)])
+            text = re.sub(f"({places}){self._blank_behind_tokens}", r"\1", text)
+        return text
+
+    @functools.cached_property
+    def _splitting_tokens(self) -> dict[str, int]:
+        """Added tokens, but for the unknown one: it is the id of some text, not a token within it."""
+        return {token: index for token, index in self._added_tokens.items() if index != self.tokenizer.unk_token_id}
+
+    @functools.cached_property
+    def _blank_behind_tokens(self) -> str:
+        """Pattern of what some tokenizers put behind every added token, and so before each text that follows one."""
+        token = next(iter(self._splitting_tokens), "")
+        texts = [f"{token}x", f"{token} x"]
+        first, second = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in self._ids(texts))
+        if not token or first != f"{token} x":
+            return ""
+        return " " if second == f"{token}  x" else " (?! )"  # before a text that begins with one too, or not there
 
     def reply_text(self, prompt: Sequence[int], reply: Sequence[int]) -> str:
         """The response that a policy's reply to a prompt is, both in ids.
@@ -339,15 +363,17 @@ class ChatFormat(ChatText):
         ended = reply[-1:] == [self.terminator_id]
         reply = reply[:-1] if ended else reply
         trail = self.response_trail if ended else ""
-        opened = "" if "</" in self.opening else self.opening  # a thought that the reply is in the midst of
+        opened = self.opening if self._is_opened else ""
         written = self.decode_after(prompt, reply)
         whole = self.opening + written + ("" if ended else self.response_trail)
-        for text in (written.removeprefix(self.response_lead), written):
-            text = (opened + text).removesuffix(trail)
+        bare = written.removeprefix(self.response_lead)
+        for text in (bare, opened + written) if bare != written else (opened + written,):
+            text = text.removesuffix(trail)
             if self.control_token_in([text]) is None and self._is_written(text, whole):
                 return text
         known = self.decode_after(prompt, [index for index in reply if index not in self.control_ids])
-        return opened + known.removeprefix(self.response_lead).removesuffix(trail)
+        known = known.removesuffix(trail)
+        return opened + known if opened else known.removeprefix(self.response_lead)
 
     def _is_written(self, response: str, text: str) -> bool:
         try:
@@ -383,6 +409,10 @@ class ChatFormat(ChatText):
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = self._exported_template()
         tokenizer.save_pretrained(directory)
+        if getattr(tokenizer, "legacy", False):  # transformers 5.24 loses it, and with it blanks behind special tokens
+            file = Path(directory) / "tokenizer_config.json"
+            settings = json.loads(file.read_text(encoding="utf-8")) | {"legacy": True}
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _exported_template(self) -> str:
         """The template, with what training added to its text written into it: arguments, start tokens, prompt tail."""
@@ -392,7 +422,7 @@ class ChatFormat(ChatText):
         for name, value in self.template_arguments.items():
             if name.isidentifier() and name in template:
                 template = f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n{template}"
-        prompt = self.generation_text(_PROBE)
+        prompt = self.generation_text(PROBE)
         if self._ids([prompt])[0][: len(start)] != self.start_ids:
             # After a token that is written out, some tokenizers leave out the blank that a text begins with.
             starts = ["".join(start), "".join(start) + " "]

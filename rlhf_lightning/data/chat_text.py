@@ -41,11 +41,13 @@ _BRACKETED = re.compile(r"[<\[{|｜].+[>\]}|｜]")
 
 _CLOCKS = (datetime.datetime(2001, 2, 3, 4, 5, 6), datetime.datetime(2032, 11, 29, 20, 47, 58))
 _OWN_ARGUMENTS = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt")
-_USER_PROBE = "PROBEUSERPROBE"
-_REPLY_PROBE = "PROBEREPLYPROBE"
+USER_PROBE = "PROBEUSERPROBE"
+REPLY_PROBE = "PROBEREPLYPROBE"
 _THOUGHT_PROBE = "PROBETHOUGHTPROBE"
-_PROBE = [{"role": "user", "content": _USER_PROBE}]
+PROBE = [{"role": "user", "content": USER_PROBE}]
+_EARLIER_PROBE = "PROBEEARLIERPROBE"
 _THINK, _END_THINK = "<think>", "</think>"
+_OPENS_THOUGHT = re.compile(r"<(?:\w+:)?think(?:ing)?>|\[THINK\]|◁think▷")
 
 
 class ChatText:
@@ -90,10 +92,7 @@ class ChatText:
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The conversation up to where the assistant's turn begins. Raises `DataError` as the template does."""
-        text = self.generation_text(messages)
-        if not text.endswith(self.opening):
-            raise DataError("the chat template ends the prompt of this conversation in another way than of others")
-        return text[: len(text) - len(self.opening)]
+        return self.generation_text(messages).removesuffix(self.opening)
 
     def generation_text(self, messages: Sequence[Message]) -> str:
         """The conversation up to where a policy goes on: `prompt_text` and `opening`."""
@@ -103,7 +102,7 @@ class ChatText:
 
     def response_text(self, response: str) -> str:
         """What stands between `prompt_text` and the end of the turn. Raises `DataError` as `turn_text` does."""
-        return self.turn_text(_PROBE, self._probe_text, response)
+        return self.turn_text(PROBE, self._probe_text, response)
 
     def turn_text(self, messages: Sequence[Message], prompt_text: str, response: str) -> str:
         """`response_text` of a response to these messages, of which `prompt_text` is known.
@@ -122,6 +121,8 @@ class ChatText:
                 return self._with_own_thought(response)
             raise DataError("the chat template changes the words of the response")
         if text.count(_THINK) > response.count(_THINK) > 0:
+            if self._is_opened and response.lstrip().startswith(self.opening.strip()):
+                return self._with_own_thought(response)
             raise DataError("the chat template writes an empty thought before a response that has one of its own")
         return text
 
@@ -191,12 +192,17 @@ class ChatText:
 
     @functools.cached_property
     def _probe_text(self) -> str:
-        return self.prompt_text(_PROBE)
+        return self.prompt_text(PROBE)
+
+    @property
+    def _is_opened(self) -> bool:
+        """Whether a policy goes on in the midst of a thought."""
+        return bool(self.opening) and "/" not in self.opening
 
     def _with_own_thought(self, response: str) -> str:
-        """A response with its thought, in a template that would leave it out."""
+        """A response with its thought, in a template that would leave that out, or open it twice."""
         opening, tag = self.opening, self.opening.strip()
-        if not opening or _END_THINK in opening:
+        if not self._is_opened:
             response = self.response_lead + response
         elif not response.startswith(opening):
             own = response.lstrip()
@@ -205,19 +211,25 @@ class ChatText:
 
     def _measure(self) -> None:
         """Find out what stands between prompt and response, and after it."""
-        reply = {"role": "assistant", "content": _REPLY_PROBE}
-        self._refuse_dates(_PROBE)
+        reply = {"role": "assistant", "content": REPLY_PROBE}
+        self._refuse_dates(PROBE)
+        between = ""
         with contextlib.suppress(DataError):  # a template for single turns alone
-            self._prompt_and_whole([*_PROBE, {"role": "assistant", "content": "An earlier reply."}, *_PROBE], reply)
-        prompt, whole, begin = self._prompt_and_whole(_PROBE, reply)
+            earlier = {"role": "assistant", "content": _EARLIER_PROBE}
+            text, _, _ = self._prompt_and_whole([*PROBE, earlier, *PROBE], reply)
+            between = text.partition(_EARLIER_PROBE)[2].partition(USER_PROBE)[0]
+        prompt, whole, begin = self._prompt_and_whole(PROBE, reply)
         self.opening = prompt[begin:]
-        lead, _, after = whole[begin:].partition(_REPLY_PROBE)
-        if lead.strip() and prompt == self._render(_PROBE, add_generation_prompt=False):
+        lead, _, after = whole[begin:].partition(REPLY_PROBE)
+        if lead.strip() and prompt == self._render(PROBE, add_generation_prompt=False):
             self.prompt_tail = lead.partition(_THINK)[0].rstrip(" ")
             lead = lead[len(self.prompt_tail) :]
         self.response_lead = lead.removeprefix(self.opening)
         self._closing = after
-        if end := self._added_pattern.search(after):
+        ends = list(self._added_pattern.finditer(after))
+        if ends:
+            # The last that an earlier reply has too; more of them end the conversation (Phi 3), not the turn.
+            end = next((end for end in reversed(ends) if between.startswith(after[: end.end()])), ends[0])
             self.end, self.response_trail, self._closing = end.group(), after[: end.start()], after[end.start() :]
         elif after.strip():
             raise ModelError(
@@ -225,9 +237,9 @@ class ChatText:
                 "sampled reply would have nothing to stop at; use a tokenizer that has it as a token, or give a "
                 f"template that ends a reply with eos_token: chat_template: FILE.jinja, or {TRANSCRIPT}"
             )
-        thought = f"{_THINK}\n{_THOUGHT_PROBE}\n{_END_THINK}\n\n{_REPLY_PROBE}"
+        thought = f"{_THINK}\n{_THOUGHT_PROBE}\n{_END_THINK}\n\n{REPLY_PROBE}"
         with contextlib.suppress(DataError):
-            text = self._render([*_PROBE, {"role": "assistant", "content": thought}], add_generation_prompt=False)
+            text = self._render([*PROBE, {"role": "assistant", "content": thought}], add_generation_prompt=False)
             self._keeps_thoughts = _THOUGHT_PROBE in text
             self._reads_thoughts = text.count(_THINK) <= 1
 
@@ -235,13 +247,13 @@ class ChatText:
         """A prompt alone and with its reply, and where in the first the assistant's turn begins."""
         alone = self._render(prompt, add_generation_prompt=True)
         whole = self._render([*prompt, reply], add_generation_prompt=False)
-        words_end = alone.rfind(_USER_PROBE) + len(_USER_PROBE)
+        words_end = alone.rfind(USER_PROBE) + len(USER_PROBE)
         begin = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
-        thought = alone.find(_THINK, words_end)
-        if thought >= 0:
-            begin = min(begin, thought)
-        opens_thought = alone[begin:].startswith(_THINK)
-        if reply["content"] not in whole or begin < words_end or not (begin == len(alone) or opens_thought):
+        thought = _OPENS_THOUGHT.search(alone, words_end)
+        if thought:
+            begin = min(begin, thought.start())
+        fits = begin == len(alone) or (thought and begin == thought.start())
+        if reply["content"] not in whole or begin < words_end or not fits:
             raise ModelError(
                 "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
                 f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"

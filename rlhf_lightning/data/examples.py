@@ -27,8 +27,8 @@ BAD_ROW_REASONS: dict[str, str] = {
     "bad_label": "a label or the scores of the responses contradict themselves, or have no meaning that is known",
     "bad_margin": "the margin is not a number, or beyond a million",
     "no_place": "the row holds tools, calls, template arguments or reasoning that a pair or template has no place for",
-    "special_tokens": "a text contains a control token of the tokenizer, such as its end-of-sequence token",
-    "template_refused": "the chat template does not take the conversation, for instance its system message",
+    "special_tokens": "a text contains a control token, such as the end-of-sequence token or a mark of the template",
+    "template_refused": "the chat template does not take the conversation, or changes the words of a response",
     "too_long": "prompt head, response and terminator do not fit into max_length, or a prompt into max_prompt_length",
 }
 """Every reason for which a row is refused, with the sentence that explains it."""

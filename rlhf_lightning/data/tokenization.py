@@ -14,7 +14,7 @@ import pyarrow as pa
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TURN_MARKERS
 from rlhf_lightning.data.conversations import plain_form
-from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, Refusal
+from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.sources import Split, WeightedSource
 from rlhf_lightning.data.splitting import Part, prompt_hash
@@ -141,10 +141,6 @@ def _with_place(row: PreferenceExample | Refusal, chat_format: ChatFormat) -> Pr
         f"{row.origin}: reasoning_content has no place in the chat template; write it into the content, or remove it"
     )
     return Refusal("no_place", message, row.origin)
-
-
-def _plain_turn(turn: Message) -> str:
-    return f"{turn['role']}\x1f{plain_form(turn['content'])}"
 
 
 def _text_hash(text: str) -> int:
