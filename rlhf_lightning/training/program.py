@@ -7,15 +7,23 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from jsonargparse import Namespace, _typehints
-from jsonargparse._util import import_object
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -54,6 +62,8 @@ log = logging.getLogger(__name__)
 CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
+# What a run is told may hold an Enum (the default of Timer's interval), which no YAML has.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class Parser(LightningArgumentParser):
@@ -65,28 +75,6 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigurationError(_essence(message)) from ex
-
-
-def _discard_of_another_class(parser_or_action: Any, before: Any, now: Any) -> None:
-    """jsonargparse lets arguments of a class live on in another one that is named after it, where they fit.
-
-    An optimizer would so get the weight decay or the learning rate of the one that it replaces, our default or that of
-    an earlier file. It begins with torch's own defaults instead.
-    """
-    changed = before and "init_args" in before and before["class_path"] != now["class_path"]
-    if changed and _is_optimizer(now["class_path"]):
-        before["init_args"] = Namespace()
-    else:
-        _discard_what_does_not_fit(parser_or_action, before, now)
-
-
-def _is_optimizer(class_path: str) -> bool:
-    named = import_object(class_path)
-    return isinstance(named, type) and issubclass(named, torch.optim.Optimizer)
-
-
-_discard_what_does_not_fit = _typehints.discard_init_args_on_class_path_change
-_typehints.discard_init_args_on_class_path_change = _discard_of_another_class
 
 
 class SaveConfig(SaveConfigCallback):
@@ -164,6 +152,7 @@ class Program(LightningCLI):
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
         _refuse_wrong_numbers(self.trainer)
+        _refuse_callbacks(self.trainer)
         _check_monitors(self.trainer, self.model)
         self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))
         for callback in self.trainer.callbacks:
@@ -351,6 +340,35 @@ def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
         if monitor is not None and not logged and not counted:
             name = type(callback).__name__
             raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
+
+
+_REFUSED_CALLBACKS = {
+    LearningRateFinder: "it sets an attribute `lr` of the model, which is a key of model.optimizer here; compare short "
+    "runs with --model.optimizer.lr",
+    BatchSizeFinder: "it goes on from its trials in the middle of the data; ask `rlhf-lightning plan`, and set "
+    "data.batch_size",
+    StochasticWeightAveraging: "its average is neither validated nor in any checkpoint; use EMAWeightAveraging or "
+    "WeightAveraging, whose average is both",
+    BackboneFinetuning: "it wants the module to have its layers before they are loaded; set model.freeze_backbone of a "
+    "RewardModel, or model.lora",
+    ModelPruning: "it prunes before the weights are loaded, and its masks are in no exported model; prune an exported "
+    "one",
+}
+"""Lightning's callbacks that do not go with the modules of this package: why, and what to do instead."""
+
+
+def _refuse_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks that would fail, or change the weights beside checkpoints. Raises `ConfigurationError`."""
+    for callback in trainer.callbacks:
+        name = type(callback).__name__
+        for kind, reason in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ConfigurationError(f"trainer.callbacks: {name} is not supported: {reason}")
+        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ZeroStrategy):
+            raise ConfigurationError(
+                f"trainer.callbacks: {name} is not supported under DeepSpeed, which saves the weights without the "
+                "average; use trainer.strategy ddp"
+            )
 
 
 def _refuse_wrong_numbers(trainer: Trainer) -> None:
