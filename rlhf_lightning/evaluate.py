@@ -233,9 +233,10 @@ def _scores(results: EvaluationResults) -> list[str]:
     lines = []
     for scorer in results.scorers:
         if (quality := scorer.quality) is not None:
-            lines.append(
-                f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
-            )
+            line = f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
+            if (rounding := scorer.rounding) is not None:
+                line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} beside sd {rounding.sd:.2g}"
+            lines.append(line)
         if (bench := scorer.rewardbench) is not None:
             parts = [f"{name} {value.value:.3f}" for name, value in bench.table.sections.items()]
             total = "not measured" if bench.table.total is None else f"{bench.table.total.value:.3f}"

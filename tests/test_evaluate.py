@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -21,10 +22,12 @@ from rlhf_lightning.cli import main
 from rlhf_lightning.data import load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.courtesy.make import make_rows
+from rlhf_lightning.evaluate import parse
 from rlhf_lightning.evaluation import measure
 from rlhf_lightning.evaluation.rewardbench import SUBSETS
 from rlhf_lightning.evaluation.rewardbench_run import lite_rows, load_rewardbench
-from rlhf_lightning.evaluation.scoring import RewardScorer
+from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer
+from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
@@ -518,3 +521,41 @@ def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1, done.stderr
     assert "broken.jsonl: no column 'rejected'" in done.stderr
+
+
+def test_scores_are_float32_unless_asked_otherwise_and_the_shipped_configuration_does_not_ask():
+    assert EvaluationSettings().dtype == "float32"
+    assert parse(["--config", str(ROOT / "configs" / "evaluate.yaml")]).dtype == "float32"
+
+
+def test_half_precision_prints_its_error_beside_the_numbers(evaluated, capsys):
+    """The error is that of the scores that were written, against float32's."""
+    names = ["--reward_model", "models/reward", "--policy", "models/after", "--reference", "models/before"]
+    others = ["--implicit_reward", "true", "--pairs", "pairs.jsonl", "--refusal_prompts", "null"]
+    out, numbers = evaluated(*names, *others, "--dtype", "bfloat16")
+    printed = capsys.readouterr().out
+    pairs, _ = load_preferences("pairs.jsonl", split="val")
+    pairs = [pairs[place] for place in np.linspace(0, PAIRS - 1, 16).astype(int)]
+    rows = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    for prefix, make in (
+        ("rm", functools.partial(RewardScorer, "models/reward")),
+        ("implicit", functools.partial(ImplicitScorer, "models/after", "models/before")),
+    ):
+        full, half = (
+            np.array([each.score for each in make(dtype=dtype, batch_size=16)(*zip(*rows, strict=True))])
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        rms = np.sqrt(np.mean((half - full) ** 2))
+        assert numbers[f"{prefix}/rounding_rms"] == pytest.approx(rms, rel=1e-3)
+        assert numbers[f"{prefix}/rounding_sd"] == pytest.approx(full.std(), rel=1e-4)
+        assert f"rms error of a score {rms:.2g} beside sd {full.std():.2g}" in printed
+        assert f"off by {rms:.2g} (rms)" in (out / "report.md").read_text()
+
+
+def test_half_precision_prints_its_error_where_replies_alone_are_scored(evaluated):
+    names = ["--reward_model", "models/reward", "--policy", "models/after", "--refusal_prompts", "null"]
+    out, _ = evaluated(
+        *names, "--prompts", "prompts.jsonl", "--samples", "2", "--max_new_tokens", "4", "--dtype", "bfloat16"
+    )
+    notes = json.loads((out / "metrics.json").read_text())["notes"]
+    assert any("bfloat16" in note and "measured on 14 rows" in note for note in notes)

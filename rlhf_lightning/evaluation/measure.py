@@ -64,6 +64,7 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     run_rewardbench2,
     score_rows,
 )
+from rlhf_lightning.evaluation.rounding import ROWS, Rounding, Row, measured_rounding, spread
 from rlhf_lightning.evaluation.scoring import (
     ImplicitScorer,
     Scorer,
@@ -84,6 +85,7 @@ from rlhf_lightning.evaluation.toxicity import toxicity_change as change_of_toxi
 from rlhf_lightning.models.causal_lm import CausalLM, load_causal_config
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.models.precision import float32_arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -296,13 +298,15 @@ class _Measuring:
             ("held-out", settings.held_out_reward_model, settings.held_out_reward_chat_template),
         ):
             if name is not None:
-                found.append(self._scorer(title, self._made(reward_scorer, name, chat_template=text, **self.loading)))
+                make = partial(reward_scorer, name, chat_template=text, **self.loading)
+                found.append(self._scorer(title, make))
         if settings.implicit_reward:
-            scorer = self._made(ImplicitScorer, settings.policy, settings.reference, **self.loading)
-            found.append(self._scorer("implicit reward", scorer))
+            make = partial(ImplicitScorer, settings.policy, settings.reference, **self.loading)
+            found.append(self._scorer("implicit reward", make))
         return found
 
-    def _scorer(self, title: str, scorer: Scorer) -> ScorerResults:
+    def _scorer(self, title: str, make: Callable[..., Scorer]) -> ScorerResults:
+        scorer = self._made(make)
         data, settings, ranks = self.data, self.settings, self.ranks
         self.fingerprints[f"{title}: {scorer.name}"] = scorer.fingerprint
         file = self.kept / f"scores-{scorer.fingerprint[:16]}.jsonl"
@@ -323,7 +327,27 @@ class _Measuring:
         if data.prior:
             with _timed(f"{title}: prior sets"):
                 prior = run_prior_sets(scorer, data.prior, scores_file=file, ranks=ranks)
-        return ScorerResults(title, scorer.name, quality, scores, bench, bench2, prior)
+        rounding = self._rounding(title, make, scorer, self._sample())
+        return ScorerResults(title, scorer.name, quality, scores, bench, bench2, prior, rounding)
+
+    def _rounding(
+        self, title: str, make: Callable[..., Scorer], scorer: Scorer, rows: Sequence[Row]
+    ) -> Rounding | None:
+        """The error of the scores of a model in half precision, which a note says; None in float32."""
+        dtype = self.settings.dtype
+        if dtype == "float32" or not rows or names_function(scorer.name):
+            return None
+        with _timed(f"{title}: the error of {dtype}"):
+            found = self._made(partial(measured_rounding, make, scorer, rows, dtype=dtype))
+        self.notes.append(found.sentence(f"{title} {scorer.name}"))
+        return found
+
+    def _sample(self) -> list[Row]:
+        """Rows of all that is scored, in pairs: of the pairs, or else of a benchmark."""
+        data = self.data
+        pairs = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in data.pairs]
+        pairs = pairs or [(row.prompt, row.responses) for row in data.rewardbench or data.rewardbench2 or data.prior]
+        return [(prompt, text) for prompt, texts in spread(pairs, ROWS // 2) for text in texts[:2]]
 
     def _note(self, sentence: str, complete: bool) -> None:
         if not complete and sentence not in self.notes:
@@ -477,7 +501,12 @@ class _Measuring:
             measured = partial(
                 kl_of_replies, after, before, chat_format, self.data.prompts, batch_size=settings.batch_size
             )
-            found = self.ranks.each(replies["after"], measured)
+            with float32_arithmetic(after, before):
+                found = self.ranks.each(replies["after"], measured)
+        if settings.dtype != "float32":
+            self.notes.append(
+                f"KL: computed in float32 of policies with weights rounded to {settings.dtype}, in which they answered"
+            )
         shape = (len(rows), settings.samples)
         exact, k1, tokens = (
             np.array([getattr(each, name) for each in found], dtype=np.float64).reshape(shape)
@@ -499,9 +528,13 @@ class _Measuring:
             if name is None:
                 continue
             with _timed(f"rewards of the replies by {name}"):
-                scorer = self._made(reward_scorer, name, chat_template=text, **self.loading)
+                make = partial(reward_scorer, name, chat_template=text, **self.loading)
+                scorer = self._made(make)
                 rewards = {side: self._rewards(scorer, rows, side) for side in rows[0].replies}
                 anchors = self._anchor_rewards(scorer)
+            if not self._sample():  # else it was measured where the scorer was judged
+                replies = [(prompt.prompt, text) for prompt, row in self._with(rows) for text in row.replies["after"]]
+                self._rounding("rewards of", make, scorer, spread(replies, ROWS))
             if not found:
                 for place, row in enumerate(rows):
                     rows[place] = replace(row, rewards={side: of[place].tolist() for side, of in rewards.items()})
@@ -553,7 +586,6 @@ class _Measuring:
             toxic_labels=settings.toxic_labels or "auto",
             batch_size=settings.batch_size,
             device=self.ranks.device,
-            dtype=self.dtype,
             trust_remote_code=settings.trust_remote_code,
         )
         scores: dict[Side, np.ndarray] = {}
@@ -587,7 +619,6 @@ class _Measuring:
                 refusal_label=settings.refusal_label,
                 batch_size=settings.batch_size,
                 device=self.ranks.device,
-                dtype=self.dtype,
                 trust_remote_code=settings.trust_remote_code,
             )
             method = classifier.method

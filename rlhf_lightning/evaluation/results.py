@@ -15,6 +15,7 @@ from rlhf_lightning.evaluation.policy import CLAIMED_POINTS, BestOfN, KLSummary,
 from rlhf_lightning.evaluation.refusal import RefusalChange, RefusalSummary, Safety
 from rlhf_lightning.evaluation.reward_quality import AUROC_TARGET, RewardQuality
 from rlhf_lightning.evaluation.rewardbench_run import PriorSetsResult, RewardBench2Result, RewardBenchResult
+from rlhf_lightning.evaluation.rounding import Rounding
 from rlhf_lightning.evaluation.toxicity import LexiconSummary, ToxicityChange, ToxicitySummary
 
 Side = Literal["before", "after"]
@@ -42,6 +43,8 @@ class ScorerResults:
     rewardbench: RewardBenchResult | None = None
     rewardbench2: RewardBench2Result | None = None
     prior_sets: PriorSetsResult | None = None
+    rounding: Rounding | None = None
+    """Of half precision; None in float32."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +281,8 @@ def metrics(results: EvaluationResults) -> dict[str, Estimate | float | int]:
 
 
 def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Estimate | float | int | None]]:
+    if (rounding := scorer.rounding) is not None:
+        yield from (("rounding_rms", rounding.rms), ("rounding_sd", rounding.sd))
     if (quality := scorer.quality) is not None:
         yield from (("auroc", quality.auroc), ("accuracy", quality.accuracy), ("auroc_margin", quality.auroc_margin))
         yield from (("ece", quality.calibration.ece), ("brier", quality.calibration.brier), ("ties", quality.ties))

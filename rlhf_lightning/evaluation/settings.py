@@ -68,7 +68,9 @@ class EvaluationSettings:
         device: Where it computes; a GPU where there is one when not given.
         devices: Processes on this machine, each with a device of its own (the CPU is shared), the whole model, and a
             share of the rows. It changes no number, but for rounding.
-        dtype: Of the weights. Scores are float32 in any case, yet bfloat16 weights tie more pairs.
+        dtype: Of the weights and arithmetic of language and reward models; classifiers are float32. Halves take half of
+            the memory and have an error that may be as large as what is looked for: the report gives it, measured on a
+            few rows that are scored in float32 as well.
         seed: Of drawn replies and resamples.
         trust_remote_code: Run code that comes with models.
     """
