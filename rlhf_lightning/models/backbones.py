@@ -371,13 +371,7 @@ def check_rows(backbone: PreTrainedModel, name: str) -> None:
                     f"beside it, or from pass to pass (by {error:.2g} of their size); use another model"
                 )
             if config._attn_implementation == PACKED:
-                check_windows(backbone, name, lambda: _states(backbone, probe.ids[:1], probe.mask[:1]))
-                error = probe.error(hidden_states(backbone, probe.ids, probe.mask), alone)
-                if not error <= noise:
-                    raise ModelError(
-                        f"{name}: the rows of a {kind} model see each other when they are packed (by {error:.2g} of "
-                        "their size); use attn_implementation: sdpa"
-                    )
+                _check_packing(backbone, name, probe, alone, noise)
     except ModelError:
         raise
     except Exception as error:  # an architecture that wants other input, or rows of certain lengths, may raise anything
@@ -385,6 +379,27 @@ def check_rows(backbone: PreTrainedModel, name: str) -> None:
     finally:
         backbone.train(training)
     _checked[key] = _first_positions[backbone]
+
+
+def _check_packing(
+    backbone: PreTrainedModel, name: str, probe: Probe, alone: tuple[Tensor, Tensor], noise: float
+) -> None:
+    """Refuse a backbone whose rows are not the same packed as alone. Raises `ModelError`."""
+    kind = backbone.config.model_type
+    try:
+        check_windows(backbone, name, lambda: _states(backbone, probe.ids[:1], probe.mask[:1]))
+        error = probe.error(hidden_states(backbone, probe.ids, probe.mask), alone)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers refuses some, each in its own way
+        raise ModelError(
+            f"{name}: the rows of a {kind} model cannot be packed ({reason_of(error)}); use attn_implementation: sdpa"
+        ) from error
+    if not error <= noise:
+        raise ModelError(
+            f"{name}: the rows of a {kind} model see each other when they are packed (by {error:.2g} of their size); "
+            "use attn_implementation: sdpa"
+        )
 
 
 def check_attention_type(config: PretrainedConfig, name: str) -> None:

@@ -151,6 +151,7 @@ class CausalLM(nn.Module):
         temperature = _measured_temperature(model, name_or_path)
         if lora is not None:
             model = with_adapters(model, lora)
+            _check_adapters(model, lora)
         if gradient_checkpointing:
             inner_model(model).activation_checkpointing_enable()
         return cls(model.train(), temperature=temperature)
@@ -395,6 +396,19 @@ def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
                 "would no longer once trained; leave them out"
             )
     return wrapped
+
+
+@torch.no_grad()
+def _check_adapters(model: nn.Module, lora: Lora) -> None:
+    """Refuse adapters on layers that give more than a tensor, as Llama 4's routers. Raises `ModelError`."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=inner_model(model).device)
+    try:
+        hidden_states(decoder(model), ids, ids.bool())
+    except Exception as error:  # peft asks for nothing, and fails in the middle of a layer
+        raise ModelError(
+            f"model.lora.targets: adapters on {lora.targets} do not run in a {inner_model(model).config.model_type} "
+            f"model ({reason_of(error)}); name other layers, such as [q_proj, v_proj]"
+        ) from error
 
 
 def four_bits() -> Any:

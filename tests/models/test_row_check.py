@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models import backbones, generation
 from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone, load_config, max_positions
-from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.models.reward_network import RewardNetwork
 
@@ -231,6 +231,24 @@ def test_windows_that_come_through_the_mask_alone_are_refused_when_packed(tmp_pa
     CausalLM.from_pretrained(directory)
     with pytest.raises(ModelError, match=f"{kind} model has .* through its mask alone"):
         CausalLM.from_pretrained(directory, attn_implementation="packed")
+
+
+def test_what_transformers_itself_refuses_to_pack_is_refused_in_a_line(tmp_path):
+    pair = {f"linear_{what}": size for what, size in zip(("num_value_heads", "num_key_heads"), (4, 2), strict=True)}
+    settings = DECODER | EXPERTS | pair | {"head_dim": 8, "num_experts": 2, "moe_intermediate_size": 16}
+    settings |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16}
+    settings |= {"layer_types": ["linear_attention", "full_attention"]}
+    directory = saved(tmp_path, "qwen3_next", settings, AutoModelForCausalLM)
+    CausalLM.from_pretrained(directory)
+    with pytest.raises(ModelError, match=r"rows of a qwen3_next model (cannot be packed|see each other)"):
+        CausalLM.from_pretrained(directory, attn_implementation="packed")
+
+
+def test_adapters_on_a_router_are_refused_in_a_line(tmp_path):
+    directory = saved(tmp_path, "llama4_text", WINDOWS["llama4_text"](8), AutoModelForCausalLM)
+    CausalLM.from_pretrained(directory, lora=Lora(r=2, targets=["q_proj"]))
+    with pytest.raises(ModelError, match=r"adapters on all-linear do not run in a llama4_text model"):
+        CausalLM.from_pretrained(directory, lora=Lora(r=2))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "olmo3", "qwen2_moe"])
