@@ -236,8 +236,12 @@ class BatchLoader:
         return self.state_dict() if self._restored else None
 
     def go_on_at(self, position: dict[str, int]) -> None:
-        """The same for a position that says what it counts in. Raises `ConfigurationError` when that is another."""
-        _check_layout(position, self.plan)
+        """The same for a position that says what it counts in. Raises `ConfigurationError` when that is another.
+
+        The beginning of a run is that of any other: Lightning's search for a batch size goes back to it.
+        """
+        if position["epoch"] > 0 or position["batches"] > 0:
+            _check_layout(position, self.plan)
         self.load_state_dict(position)
 
     def __len__(self) -> int:

@@ -92,12 +92,21 @@ def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> No
         )
 
 
-def check_schedule(module: LightningModule) -> None:
-    """Stop when the schedule has not gone on once with each optimizer step. Raises `TrainingError`."""
-    schedule, step = module.lr_schedulers(), module.trainer.global_step
-    if schedule is not None and schedule.last_epoch != step:
+def schedule_lead(module: LightningModule) -> int:
+    """Steps by which the schedule is ahead of the optimizer: 0, but while Lightning's Tuner tries things out."""
+    schedule = module.lr_schedulers()
+    return 0 if schedule is None else schedule.last_epoch - module.trainer.global_step
+
+
+def check_schedule(module: LightningModule, lead: int) -> None:
+    """Stop when the schedule has not gone on once with each optimizer step. Raises `TrainingError`.
+
+    `lead` is that of the beginning.
+    """
+    step, gone = module.trainer.global_step, schedule_lead(module) - lead
+    if gone != 0:
         raise TrainingError(
-            f"step {step}: the learning-rate schedule has gone {schedule.last_epoch} steps, not {step}; an optimizer "
+            f"step {step}: the learning-rate schedule has gone {step + gone} steps, not {step}; an optimizer "
             "step or a step of the schedule was left out, by a callback or the strategy"
         )
 

@@ -57,9 +57,11 @@ from rlhf_lightning.training.checks import (
     check_schedule,
     check_start,
     check_tokens_fit,
+    schedule_lead,
     warn_of_falling_chosen,
 )
 from rlhf_lightning.training.logs import (
+    begin_log,
     let_monitor_means,
     log_parameters,
     log_split,
@@ -70,6 +72,7 @@ from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
     Smoothing,
+    begin_with_found_rate,
     check_optimizer,
     optimizer_and_schedule,
 )
@@ -220,9 +223,12 @@ class DPO(LightningModule):
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
         self.logged_step = 0
+        self.lr: float | None = None
+        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
         self._batch_began = 0.0
         self._learning_rate = 0.0
         self._steps_without_move = 0
+        self._schedule_lead = 0
         self._start_checked = self._moved = self._warned = False
 
     def setup(self, stage: str) -> None:
@@ -259,6 +265,8 @@ class DPO(LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        begin_log(self, self.train_metrics)
+        begin_with_found_rate(self)
         log_parameters(self.policy, self.policy.config, self.hparams.backbone)
         self._precompute("train", "val")
         settings = self.loss_settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
@@ -366,6 +374,9 @@ class DPO(LightningModule):
         """The mean loss of a batch of training pairs, of which nothing is logged."""
         return self.losses(self(batch), self.reference_logprobs(batch, "train")).mean()
 
+    def on_train_start(self) -> None:
+        self._schedule_lead = schedule_lead(self)
+
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()
 
@@ -374,7 +385,7 @@ class DPO(LightningModule):
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self._check_adapters()
-        check_schedule(self)
+        check_schedule(self, self._schedule_lead)
         seconds = time.perf_counter() - self._batch_began
         self.throughput.update(batch.attention_mask.sum(), seconds)
         self.log_numbers()

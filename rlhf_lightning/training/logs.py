@@ -43,6 +43,13 @@ def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, sh
         )
 
 
+def begin_log(module: LightningModule, metrics: nn.ModuleDict) -> None:
+    """Forget what an earlier run of the module, or a search for a batch size or learning rate, has fed."""
+    module.logged_step = 0
+    for metric in metrics.values():
+        metric.reset()
+
+
 def log_training_means(
     module: LightningModule,
     metrics: nn.ModuleDict,

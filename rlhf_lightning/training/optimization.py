@@ -78,10 +78,33 @@ def optimizer_and_schedule(
     warmup_steps, total_steps = math.ceil(warmup_ratio * total_steps), int(total_steps)
     _warn_of_few_steps(module.trainer, total_steps)
     built = optimizer(groups or [parameter for parameter in module.parameters() if parameter.requires_grad])
+    _take_found_rate(module, built)
     factor = functools.partial(
         learning_rate_factor, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
     )
     return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, factor), "interval": "step"}}
+
+
+def begin_with_found_rate(module: LightningModule) -> None:
+    """Let a learning rate that Lightning's `LearningRateFinder` found as a callback reach the schedule too.
+
+    It comes after `configure_optimizers`; call on the start of a fit.
+    """
+    for optimizer, config in zip(module.trainer.optimizers, module.trainer.lr_scheduler_configs, strict=True):
+        if _take_found_rate(module, optimizer):
+            scheduler = config.scheduler
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
+def _take_found_rate(module: LightningModule, optimizer: torch.optim.Optimizer) -> bool:
+    """Give an optimizer the `lr` of its module, where there is one. Returns whether there was."""
+    found = getattr(module, "lr", None)
+    if found is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = found
+    return found is not None
 
 
 def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:

@@ -61,7 +61,7 @@ from rlhf_lightning.training.checkpoints import (
     store_origin,
     warn_of_other_settings,
 )
-from rlhf_lightning.training.checks import check_schedule, start_tolerance
+from rlhf_lightning.training.checks import check_schedule, schedule_lead, start_tolerance
 from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.logs import let_monitor, log_parameters, log_split, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
@@ -230,6 +230,7 @@ class PPO(LightningModule):
         self._frozen: FrozenCausalLM | None = None
         self._reference_fingerprint: str | None = None
         self._checked_start = False
+        self._schedule_lead = 0
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
 
@@ -370,6 +371,7 @@ class PPO(LightningModule):
         log.info("reward: %s; reference: %s", self.rewards.name, self.reference_source)
 
     def on_train_start(self) -> None:
+        self._schedule_lead = schedule_lead(self)
         trainer = self.trainer
         anew = trainer.ckpt_path is None and trainer.global_step == 0 and not trainer.fast_dev_run
         if self.hparams.validate_at_start and trainer.enable_validation and anew:
@@ -428,7 +430,7 @@ class PPO(LightningModule):
         self._log(numbers)
 
     def on_train_batch_end(self, outputs, batch: PromptBatch, batch_idx: int) -> None:
-        check_schedule(self)
+        check_schedule(self, self._schedule_lead)
 
     @property
     def kl_coef(self) -> float:

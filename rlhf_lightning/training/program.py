@@ -343,10 +343,10 @@ def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
 
 
 _REFUSED_CALLBACKS = {
-    LearningRateFinder: "it sets an attribute `lr` of the model, which is a key of model.optimizer here; compare short "
-    "runs with --model.optimizer.lr",
-    BatchSizeFinder: "it goes on from its trials in the middle of the data; ask `rlhf-lightning plan`, and set "
-    "data.batch_size",
+    LearningRateFinder: "its rate would stand in no config.yaml; find one with `lr_find` of Lightning's Tuner, from "
+    "Python, and set model.optimizer.lr",
+    BatchSizeFinder: "the schedule is laid out before it looks; ask `rlhf-lightning plan`, or `scale_batch_size` of "
+    "Lightning's Tuner, from Python, and set data.batch_size",
     StochasticWeightAveraging: "its average is neither validated nor in any checkpoint; use EMAWeightAveraging or "
     "WeightAveraging, whose average is both",
     BackboneFinetuning: "it wants the module to have its layers before they are loaded; set model.freeze_backbone of a "

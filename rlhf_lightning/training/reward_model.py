@@ -33,13 +33,21 @@ from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import (
+    begin_log,
     let_monitor_means,
     log_parameters,
     log_split,
     log_training_means,
     update_metrics,
 )
-from rlhf_lightning.training.optimization import Fraction, Schedule, Smoothing, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.optimization import (
+    Fraction,
+    Schedule,
+    Smoothing,
+    begin_with_found_rate,
+    check_optimizer,
+    optimizer_and_schedule,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +118,8 @@ class RewardModel(LightningModule):
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
         self.logged_step = 0
+        self.lr: float | None = None
+        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)
@@ -143,6 +153,8 @@ class RewardModel(LightningModule):
             self.network.backbone.activation_checkpointing_enable()
 
     def on_fit_start(self) -> None:
+        begin_log(self, self.train_metrics)
+        begin_with_found_rate(self)
         log_parameters(self.network, self.backbone_config, self.hparams.backbone)
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
         head = head if self.trainer.ckpt_path is None else "the checkpoint's"

@@ -29,13 +29,20 @@ from rlhf_lightning.training.checkpoints import (
 )
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import (
+    begin_log,
     let_monitor_means,
     log_parameters,
     log_split,
     log_training_means,
     update_metrics,
 )
-from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.optimization import (
+    Fraction,
+    Schedule,
+    begin_with_found_rate,
+    check_optimizer,
+    optimizer_and_schedule,
+)
 
 
 class SFT(LightningModule):
@@ -86,6 +93,8 @@ class SFT(LightningModule):
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
         self.logged_step = 0
+        self.lr: float | None = None
+        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
         self._batch_began = 0.0
 
     def setup(self, stage: str) -> None:
@@ -110,6 +119,8 @@ class SFT(LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        begin_log(self, self.train_metrics)
+        begin_with_found_rate(self)
         log_parameters(self.policy, self.policy.config, self.hparams.backbone)
 
     def configure_optimizers(self):

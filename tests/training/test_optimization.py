@@ -6,8 +6,11 @@ import functools
 import logging
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 
 from rlhf_lightning.training.optimization import learning_rate_factor
 from rlhf_lightning.training.resume import ProcessStates
@@ -86,3 +89,49 @@ def test_a_longer_run_from_a_checkpoint_says_what_becomes_of_the_learning_rate(
     said = [record.message for record in caplog.records if record.message.startswith("ckpt_path")]
     assert len(said) == len(expected)
     assert all(words in line for words, line in zip(expected, said, strict=True)), said
+
+
+class Fits(pl.Callback):
+    """The learning rates of all optimizer steps, and how many pairs each batch had."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.pairs: list[int] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.pairs.append(batch.pairs)
+
+
+@pytest.mark.parametrize("kind", ["build", "build_dpo", "build_sft"])
+def test_lightning_s_tuner_finds_a_batch_size_and_a_learning_rate_and_the_run_begins_with_them(request, trainer, kind):
+    module, data = request.getfixturevalue(kind)(model={"schedule": "linear"})
+    module.configure_model()
+    start = weights(module)
+    fits = Fits()
+    fitted = trainer(max_epochs=2, limit_val_batches=0, callbacks=[fits])
+    tuner = Tuner(fitted)
+    assert tuner.scale_batch_size(module, datamodule=data, init_val=1, max_trials=3, steps_per_trial=1) == 4
+    found = tuner.lr_find(module, datamodule=data, num_training=9, min_lr=1e-7, max_lr=1e-2)
+    rate = found.suggestion(skip_begin=1)
+    module.lr = rate
+    assert torch.equal(weights(module), start)
+    fitted.fit(module, data)
+    assert fits.pairs == [4, 4, 3, 4, 4, 3]
+    assert fits.rates == pytest.approx([rate * (6 - step) / 6 for step in range(6)])
+    whole, again = request.getfixturevalue(kind)(model={"schedule": "linear", "optimizer": sgd(rate)})
+    again.batch_size = 4
+    trainer(max_epochs=2, limit_val_batches=0).fit(whole, again)
+    assert torch.equal(weights(module), weights(whole))
+    means = [each.train_metrics["loss"].compute().item() for each in (module, whole)]
+    assert means[0] == means[1]
+
+
+def test_a_learning_rate_found_by_a_callback_is_that_of_the_schedule(build, trainer):
+    module, data = build(model={"schedule": "linear"}, data={"batch_size": 1})
+    finder, fits = LearningRateFinder(num_training_steps=20, min_lr=1e-7, max_lr=1e-2), Fits()
+    trainer(max_epochs=2, limit_val_batches=0, callbacks=[finder, fits]).fit(module, data)
+    assert finder.optimal_lr.suggestion() == module.lr > 0
+    assert fits.rates == pytest.approx([module.lr * (22 - step) / 22 for step in range(22)])
