@@ -31,6 +31,7 @@ from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
+from tests.evaluation.kept import kept_entries
 from tests.evaluation.test_toxicity import make_classifier  # noqa: F401 (a fixture)
 from tests.patience import PATIENCE
 from tests.programs import run
@@ -146,7 +147,8 @@ def test_the_numbers_are_those_of_the_scores_and_of_the_kept_replies(whole, here
 @torch.no_grad()
 def kl_of_kept_replies(out: Path, row: dict) -> list[float]:
     """KL(after, before) summed along each reply after to a prompt, from the ids that were kept."""
-    lines = [json.loads(line) for line in (out / "kept" / "replies-after.jsonl").read_text().splitlines()[1:]]
+    (file,) = (each for each in (out / "kept").glob("replies-after-*") if "refusal" not in each.name)
+    lines = [entry for _, entry in kept_entries(file)]
     before, after = (CausalLM.from_pretrained(f"models/{side}").eval() for side in ("before", "after"))
     form = ChatFormat(load_tokenizer("models/after"))
     (prompt,) = form.encode_prompts([form.prompt_text([{"role": "user", "content": row["prompt"]}])])
@@ -266,8 +268,9 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
     assert not (tmp_path / "cut" / "metrics.json").exists()
     _, again = evaluated(*ALL, out=tmp_path / "cut")
     assert again == whole.numbers
-    lines = [line for file in (tmp_path / "cut" / "kept").iterdir() for line in file.read_text().splitlines()]
-    assert len(lines) == len(set(lines))
+    for file in (tmp_path / "cut" / "kept").iterdir():
+        keys = [key for key, _ in kept_entries(file)]
+        assert len(keys) == len(set(keys))
 
 
 def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, whole, tmp_path, monkeypatch):
@@ -510,8 +513,9 @@ def check_same(one: Path, many: Path, device: str) -> None:
         assert (row["id"], row["replies"]) == (other["id"], other["replies"])
     for kept in ("scores-*", "judge-*", "replies-*"):
         for file in (one / "kept").glob(kept):
-            lines = [(out / "kept" / file.name).read_text().splitlines() for out in (one, many)]
-            assert len(lines[0]) == len(lines[1]) == len({line.split('"score')[0] for line in lines[1]}), file.name
+            keys = [[key for key, _ in kept_entries(out / "kept" / file.name)] for out in (one, many)]
+            assert sorted(keys[0]) == sorted(keys[1]), file.name
+            assert len(keys[1]) == len(set(keys[1])), file.name
 
 
 def test_a_failure_in_one_of_several_processes_is_one_line(evaluated, here, tmp_path):  # noqa: F811

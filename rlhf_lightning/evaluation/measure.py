@@ -445,6 +445,7 @@ class _Measuring:
         samples: int,
         temperature: float,
     ) -> list[GeneratedReply]:
+        model = weights_fingerprint(policy)
         with _timed(f"replies {label}: {len(prompts)} x {samples}"):
             return generate_replies(
                 policy,
@@ -455,8 +456,8 @@ class _Measuring:
                 max_new_tokens=self.settings.max_new_tokens,
                 seed=self.settings.seed,
                 engine=TransformersEngine(self.settings.batch_size),
-                model=weights_fingerprint(policy),
-                file=self.kept / f"replies-{label}.jsonl",
+                model=model,
+                file=self.kept / f"replies-{label}-{model[:16]}.jsonl",
                 keep_every=4 * self.settings.batch_size,
                 ranks=self.ranks,
             )

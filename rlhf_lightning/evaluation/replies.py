@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
 from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation.ledger import Ledger
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.scoring import EncodedRow, padded
 from rlhf_lightning.functional.kl import exact_kl, kl_estimate
@@ -29,7 +29,6 @@ from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, output_layer
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 
-_FORMAT = "rlhf_lightning replies 1"
 _CHUNK = 512
 """Reply tokens whose logits exist at a time, of both models."""
 
@@ -71,11 +70,11 @@ def generate_replies(
     Reply k to a prompt has the seed of (seed, prompt id, k), so it depends neither on the batch nor on the other
     prompts, and two policies are drawn with the same noise. Temperature 0 takes the most likely tokens.
 
-    With `file` (JSON lines) replies are appended as they come, and the same call goes on where one was killed: replies
-    to the same prompts with the same settings are read from it, more samples or prompts are added. `model` is the
-    caller's fingerprint of the weights; with another one, or other settings, the file is begun anew. Each of the
-    processes draws a share of the replies, and the first of them has the file, to which it appends the `keep_every`
-    replies of each.
+    With `file` (see `Ledger`) replies are appended as they come, and the same call goes on where one was killed:
+    replies to the same prompts with the same settings are read from it, more samples or prompts are added. `model` is
+    the caller's fingerprint of the weights; with another one, or other settings, other replies are drawn and kept
+    beside them. Each of the processes draws a share of the replies, and the first of them has the file, to which it
+    appends the `keep_every` replies of each.
 
     Raises `ConfigurationError` for impossible settings, prompts of the same id, or a prompt for which the model has too
     few positions; `DataError` for a prompt that holds a control token, and for a file that holds something else.
@@ -101,9 +100,10 @@ def generate_replies(
         "dtype": str(next(policy.parameters()).dtype),
     }
     wanted = [(prompt.example_id, sample) for prompt in prompts for sample in range(samples)]
+    ledger = Ledger(file, _hash(settings), [field.name for field in fields(GeneratedReply)], ranks)
     hashes = {name: _hash(ids.tolist()) for name, ids in encoded.items()}
-    found = {} if file is None else ranks.once(lambda: _kept(Path(file), settings, hashes))
-    missing = [key for key in wanted if key not in found]
+    places = {key: f"{hashes[key[0]]} {key[1]} {key[0]}" for key in wanted}
+    missing = [key for key in wanted if places[key] not in ledger.known]
     missing.sort(key=lambda key: len(encoded[key[0]]))  # prompts of like length share a batch
 
     def draw(part: Sequence[tuple[str, int]]) -> list[GeneratedReply]:
@@ -125,11 +125,9 @@ def generate_replies(
     for start in range(0, len(missing), at_a_time):
         part = missing[start : start + at_a_time]
         made = ranks.each(part, draw)
-        found |= dict(zip(part, made, strict=True))
-        if file is not None:
-            rows = [{**asdict(reply), "prompt": hashes[reply.prompt_id]} for reply in made]
-            ranks.once(lambda rows=rows: _append(Path(file), settings, rows))
-    return [found[key] for key in wanted]
+        ledger.add({places[key]: asdict(reply) for key, reply in zip(part, made, strict=True)})
+    found = (ledger.known[places[key]] for key in wanted)
+    return [GeneratedReply(**{**entry, "ids": tuple(entry["ids"])}) for entry in found]
 
 
 def _encoded(
@@ -157,57 +155,6 @@ def _reply(chat_format: ChatFormat, key: tuple[str, int], prompt: list[int], ids
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _header(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"format": _FORMAT, "fingerprint": _hash(settings), "settings": settings}
-
-
-def _kept(file: Path, settings: dict[str, Any], hashes: dict[str, str]) -> dict[tuple[str, int], GeneratedReply]:
-    """Replies of an earlier call that are still asked for. A line that a kill tore is cut off the file."""
-    if not file.exists() or file.stat().st_size == 0:
-        return {}
-    whole, end, torn = file.read_bytes().rpartition(b"\n")
-    lines = (whole + end).splitlines()
-    header = _parsed(lines[0]) if lines else None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        if not lines and torn.startswith(b'{"format": "'):  # killed within the very first line
-            file.unlink()
-            return {}
-        raise DataError(f"{file}: the file is none of replies, and would be replaced; give another name")
-    if header.get("fingerprint") != _header(settings)["fingerprint"]:
-        file.unlink()
-        return {}
-    if torn:
-        os.truncate(file, len(whole) + len(end))
-    found: dict[tuple[str, int], GeneratedReply] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        values = _parsed(line)
-        try:
-            prompt = values.pop("prompt")
-            reply = GeneratedReply(**{**values, "ids": tuple(values["ids"])})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{file}, line {number}: no reply; delete the file to draw all of them again") from error
-        if hashes.get(reply.prompt_id) == prompt:
-            found.setdefault((reply.prompt_id, reply.sample), reply)
-    return found
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _append(file: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Lines, which are on the disk when it returns; the header comes first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        lines = rows if out.tell() else [_header(settings), *rows]
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from rlhf_lightning.evaluation.rewardbench import SUBSETS, SUBSETS_2, rewardbenc
 from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import greedy_replies
+from tests.evaluation.kept import kept_entries
 
 QUESTION = [{"role": "user", "content": "Which is longer?"}]
 
@@ -189,11 +190,11 @@ def test_replies_are_kept_and_no_question_is_asked_twice(tmp_path):
         run_judge(first, rows, name="longest", replies_file=file)
     assert len(first.asked) == 128
     with file.open("a") as torn:
-        torn.write('{"maker": "longest", "key"')
+        torn.write('{"crc32": "89abcdef", "maker": "lon')
     second = Scripted(longest)
     assert run_judge(second, rows, name="longest", replies_file=file) == whole
     assert sorted(first.asked + second.asked) == sorted(set(first.asked + second.asked))
-    assert len(file.read_text().splitlines()) == 184
+    assert len(kept_entries(file)) == 184
     other = Scripted(lambda question: "[[A]]")
     run_judge(other, rows, name="first", replies_file=file)
     assert len(other.asked) == 184

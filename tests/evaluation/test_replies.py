@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -18,6 +17,7 @@ from rlhf_lightning.evaluation.replies import GeneratedReply, generate_replies, 
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
+from tests.evaluation.kept import kept_entries
 
 TEXTS = [
     "Hello?",
@@ -115,17 +115,16 @@ def test_a_killed_run_goes_on_and_ends_like_an_unbroken_one(draw, tmp_path):
     engine = StoppingEngine(2)
     with pytest.raises(Killed):
         draw(engine=engine, file=file, keep_every=3)
-    kept = file.read_bytes().splitlines()
-    assert (len(kept), engine.drawn) == (1 + 6, 6)
-    file.write_bytes(file.read_bytes() + b'{"prompt_id": "p4", "sam')
+    kept = file.read_bytes()
+    assert (len(kept_entries(file)), engine.drawn) == (6, 6)
+    file.write_bytes(kept + b'{"crc32": "1234')
     engine = StoppingEngine()
     replies = draw(engine=engine, file=file, keep_every=3)
     assert engine.drawn == 4
     assert replies == draw()
-    lines = file.read_bytes().splitlines()
-    assert lines[:7] == kept
-    rows = [json.loads(line) for line in lines[1:]]
-    assert sorted((row["prompt_id"], row["sample"]) for row in rows) == [(f"p{i}", k) for i in range(5) for k in (0, 1)]
+    assert file.read_bytes().startswith(kept)
+    rows = [(entry["prompt_id"], entry["sample"]) for _, entry in kept_entries(file)]
+    assert sorted(rows) == [(f"p{i}", k) for i in range(5) for k in (0, 1)]
     assert draw(engine=StoppingEngine(0), file=file) == replies
 
 
@@ -133,7 +132,7 @@ def test_a_line_that_stands_twice_counts_once(draw, tmp_path):
     file = tmp_path / "replies.jsonl"
     replies = draw(file=file)
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    file.write_text("".join([*lines, *lines[1:]]), encoding="utf-8")
+    file.write_text("".join([*lines, *lines]), encoding="utf-8")
     assert draw(engine=StoppingEngine(0), file=file) == replies
 
 
@@ -148,14 +147,14 @@ def test_more_samples_and_more_prompts_are_added_to_the_file(draw, tmp_path):
 @pytest.mark.parametrize(
     "changed", [{"model": "other"}, {"temperature": 0.7}, {"max_new_tokens": 11}, {"seed": 4}], ids=str
 )
-def test_other_settings_begin_the_file_anew(draw, tmp_path, changed):
+def test_other_settings_draw_others_and_keep_both(draw, tmp_path, changed):
     file = tmp_path / "replies.jsonl"
-    draw(file=file)
+    before = draw(file=file)
     engine = StoppingEngine()
     draw(engine=engine, file=file, **changed)
     assert engine.drawn == 10
-    assert len(file.read_bytes().splitlines()) == 11
     assert draw(engine=StoppingEngine(0), file=file, **changed) == draw(**changed)
+    assert draw(engine=StoppingEngine(0), file=file) == before
 
 
 def test_a_reply_to_other_words_under_the_same_id_is_drawn_again(draw, tmp_path):
@@ -172,17 +171,19 @@ def test_a_reply_to_other_words_under_the_same_id_is_drawn_again(draw, tmp_path)
 def test_a_file_of_something_else_is_not_replaced(draw, tmp_path, content):
     file = tmp_path / "letter.txt"
     file.write_text(content)
-    with pytest.raises(DataError, match=r"letter\.txt: the file is none of replies"):
+    with pytest.raises(DataError, match=r"letter\.txt: not written by an evaluation"):
         draw(file=file)
     assert file.read_text() == content
 
 
-def test_a_file_killed_within_its_header_begins_anew(draw, tmp_path):
+def test_a_file_killed_within_its_first_line_begins_anew(draw, tmp_path):
     file = tmp_path / "replies.jsonl"
     draw(PROMPTS[:1], file=file)
-    file.write_bytes(file.read_bytes()[:30])
-    assert draw(PROMPTS[:1], file=file) == draw(PROMPTS[:1])
-    assert len(file.read_bytes().splitlines()) == 3
+    whole = file.read_bytes()
+    for length in (3, 30):
+        file.write_bytes(whole[:length])
+        assert draw(PROMPTS[:1], file=file) == draw(PROMPTS[:1])
+        assert file.read_bytes() == whole
 
 
 def test_impossible_settings_and_prompts_are_refused_in_one_line(draw):

@@ -36,6 +36,7 @@ from rlhf_lightning.evaluation.rewardbench_run import (
 )
 from rlhf_lightning.evaluation.scoring import ImplicitScorer, Scored
 from tests.conftest import SHARED_DATA
+from tests.evaluation.kept import kept_entries
 
 REWARDBENCH = SHARED_DATA / "rewardbench"
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,16 +174,16 @@ def test_a_run_that_is_interrupted_goes_on_and_scores_nothing_twice(tmp_path):
     first = LengthScorer(calls=2)
     with pytest.raises(KeyboardInterrupt):
         score_rows(first, rows, stored)
-    assert len(stored.read_text().splitlines()) == 128 == len(first.scored) / 2
+    assert len(kept_entries(stored)) == 128 == len(first.scored) / 2
     second = LengthScorer()
     assert score_rows(second, rows, stored) == whole
     assert sorted(first.scored + second.scored) == sorted(text for row in rows for text in row.responses)
-    assert len(stored.read_text().splitlines()) == len(rows)
+    assert len(kept_entries(stored)) == len(rows)
     third = LengthScorer(calls=0)
     assert score_rows(third, rows, stored) == whole
 
 
-@pytest.mark.parametrize("torn", ['{"maker": "length", "key": "12', "{", '{"a": 1}'])
+@pytest.mark.parametrize("torn", ['{"crc32": "12345678", "maker": "length", "ent', "{", '{"a": 1}'])
 def test_a_line_that_was_not_written_to_its_end_is_dropped(tmp_path, file, torn):
     rows = load_rewardbench(file)
     stored = tmp_path / "scores.jsonl"
@@ -193,7 +194,7 @@ def test_a_line_that_was_not_written_to_its_end_is_dropped(tmp_path, file, torn)
     assert score_rows(scorer, rows, stored) == score_rows(LengthScorer(), rows)
     assert len(scorer.scored) == 2 * 26
     assert stored.read_text().startswith(before)
-    assert len([json.loads(line) for line in stored.read_text().splitlines()]) == 46
+    assert len(kept_entries(stored)) == 46
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path):
@@ -206,7 +207,7 @@ from rlhf_lightning.evaluation.rewardbench_run import load_rewardbench, score_ro
 class Killed(LengthScorer):
     def __call__(self, prompts, responses):
         if self.scored:
-            open({str(tmp_path / "scores.jsonl")!r}, "a").write('{{"maker": "length", "key": "')
+            open({str(tmp_path / "scores.jsonl")!r}, "a").write('{{"crc32": "00')
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(prompts, responses)
 score_rows(Killed(), load_rewardbench({str(path)!r}), {str(tmp_path / "scores.jsonl")!r})
@@ -243,10 +244,10 @@ def test_a_row_whose_text_changed_is_scored_anew(tmp_path, file):
 
 def test_scores_files_of_another_kind_are_refused_and_left_as_they_are(tmp_path, file):
     stored = tmp_path / "notes.jsonl"
-    stored.write_text('{"maker": "length"}\nan unfinished')
-    with pytest.raises(DataError, match=r"notes.jsonl, line 1: not written by"):
+    stored.write_text('{"name": "length"}\nan unfinished')
+    with pytest.raises(DataError, match=r"notes.jsonl: not written by"):
         score_rows(LengthScorer(), load_rewardbench(file), stored)
-    assert stored.read_text() == '{"maker": "length"}\nan unfinished'
+    assert stored.read_text() == '{"name": "length"}\nan unfinished'
 
 
 def test_a_score_that_is_not_finite_is_refused_with_its_row(file):
