@@ -84,7 +84,14 @@ class SaveConfig(SaveConfigCallback):
         pass
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, trainer.state.fn)
+        """Beside the checkpoints, where the logger has no directory: MLflow's at a database or a server."""
+        if trainer.log_dir is not None:
+            super().setup(trainer, pl_module, trainer.state.fn)
+        elif trainer.is_global_zero:
+            saved = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+            directory = Path(saved[0]).parent if saved else Path(trainer.default_root_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, directory / self.config_filename, skip_none=False, overwrite=True)
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _save
 
@@ -266,9 +273,15 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
         ) from error
     except ValueError as error:
         # The parser wraps what a constructor raises in a ValueError of its own.
-        if (ours := _user_error_behind(error)) is None:
+        if ours := _user_error_behind(error):
+            raise ours from error
+        if (reason := _refusal_of_a_library(error)) is None:
             raise
-        raise ours from error
+        raise ConfigurationError(reason) from error
+    except Exception as error:
+        if (library := type(error).__module__.split(".")[0]) not in _LOGGING_LIBRARIES:
+            raise
+        raise ConfigurationError(f"trainer.logger: {library}: {error}"[:400]) from error
 
 
 def _configurations_first(arguments: Sequence[str]) -> list[str]:
@@ -391,6 +404,16 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+_LOGGING_LIBRARIES = ("mlflow", "wandb", "comet_ml", "neptune")
+
+
+def _refusal_of_a_library(error: BaseException) -> str | None:
+    """Why the constructor of a callback or logger refused its arguments; None where it was none, or our own fault."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)[:400] if isinstance(error, MisconfigurationException | ImportError) else None
 
 
 @contextmanager

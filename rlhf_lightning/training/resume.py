@@ -301,7 +301,8 @@ def _directories(config: Namespace) -> list[Path]:
 def _log_directory(config: Namespace) -> Path | None:
     logger = config.trainer.logger
     arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
-    if not arguments or arguments.get("save_dir") is None:
+    versioned = str(getattr(logger, "class_path", "")).endswith(("TensorBoardLogger", "CSVLogger"))
+    if not versioned or not arguments or arguments.get("save_dir") is None:
         return None
     return Path(arguments["save_dir"]) / (arguments.get("name") or "")
 
