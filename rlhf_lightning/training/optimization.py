@@ -112,11 +112,12 @@ def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:
     if trainer.fast_dev_run or not 0 < steps < _FEW_STEPS:
         return
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    # With max_steps and no max_epochs the batches of an epoch are not counted before the first.
+    counted = "" if math.isinf(batches) else f"{batches:.0f} batch{'es'[: 2 * (batches != 1)]} an epoch, "
     log.warning(
-        "warning: this run makes %d optimizer step%s in all (%d batch%s an epoch, %d to a step), few to learn in; for "
-        "more, lower trainer.accumulate_grad_batches or data.batch_size, or raise trainer.max_epochs or "
-        "trainer.max_steps",
-        *(steps, "s"[: steps != 1], batches, "es"[: 2 * (batches != 1)], accumulate),
+        "warning: this run makes %d optimizer step%s in all (%s%d to a step), few to learn in; for more, lower "
+        "trainer.accumulate_grad_batches or data.batch_size, or raise trainer.max_epochs or trainer.max_steps",
+        *(steps, "s"[: steps != 1], counted, accumulate),
     )
 
 
