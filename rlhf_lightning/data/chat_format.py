@@ -8,13 +8,14 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_lightning.data.chat_text import PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText
+from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.hub import use_cache_without_network
@@ -22,6 +23,8 @@ from rlhf_lightning.hub import use_cache_without_network
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _RULES = 2
 """Number of the rules by which texts become ids and ids texts, for fingerprints; other rules get another number."""
@@ -59,12 +62,27 @@ def load_chat_format(
 ) -> ChatFormat:
     """The format of the tokenizer that a data module was given by hub name or directory.
 
-    Raises `ConfigurationError` when none was given, and what `load_tokenizer` and `ChatFormat` raise.
+    Says in a line where responses follow a prompt otherwise than in the whole text. Raises `ConfigurationError` when
+    none was given, and what `load_tokenizer` and `ChatFormat` raise.
     """
     if tokenizer is None:
         raise ConfigurationError("data.tokenizer: give the hub name or directory of a tokenizer")
     loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-    return ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
+    chat_format = ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
+    prompt = chat_format.generation_text(PROBE)
+    if not _begins(*chat_format.encode_prompts([prompt + REPLY_PROBE, prompt])):
+        log.warning(
+            "the generation prompt of the chat template ends with %r, which the tokenizer joins to the next word: "
+            "prompt and response have their ids apart, as a policy is asked, and not those of the whole text",
+            prompt[-1],
+        )
+    if chat_format.opening and not chat_format.response_text(REPLY_PROBE).startswith(chat_format.opening):
+        log.warning(
+            "the generation prompt of the chat template begins a thought, %r: a response without one is learned as the "
+            "template writes it, without that beginning, while a policy is asked with it",
+            chat_format.opening,
+        )
+    return chat_format
 
 
 class EncodedPrompt(NamedTuple):
@@ -442,7 +460,10 @@ class ChatFormat(ChatText):
     def _choose_terminator(self) -> int:
         tokenizer = self.tokenizer
         if self.end is not None:
-            return self._added_tokens[self.end]
+            terminator = self._added_tokens[self.end]
+            if self._ids([self._probe_text + self.response_text(REPLY_PROBE) + self.end])[0][-1] != terminator:
+                raise no_end(self.end)  # a token that is looked for in normalized text alone, with a blank before it
+            return terminator
         terminator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if terminator is None:
             raise ModelError(

@@ -232,11 +232,7 @@ class ChatText:
             end = next((end for end in reversed(ends) if between.startswith(after[: end.end()])), ends[0])
             self.end, self.response_trail, self._closing = end.group(), after[: end.start()], after[end.start() :]
         elif after.strip():
-            raise ModelError(
-                f"the chat template ends a reply with {after.strip()!r}, which is no token of the tokenizer, so a "
-                "sampled reply would have nothing to stop at; use a tokenizer that has it as a token, or give a "
-                f"template that ends a reply with eos_token: chat_template: FILE.jinja, or {TRANSCRIPT}"
-            )
+            raise no_end(after.strip())
         thought = f"{_THINK}\n{_THOUGHT_PROBE}\n{_END_THINK}\n\n{REPLY_PROBE}"
         with contextlib.suppress(DataError):
             text = self._render([*PROBE, {"role": "assistant", "content": thought}], add_generation_prompt=False)
@@ -301,6 +297,15 @@ class ChatText:
             roles = ", ".join(message["role"] for message in messages)
             reason = " ".join(str(error).split())
             raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
+
+
+def no_end(text: str) -> ModelError:
+    """The error for a template that ends a reply with a text that the tokenizer does not read as one token."""
+    return ModelError(
+        f"the chat template ends a reply with {text!r}, which is no token of the tokenizer there, so a sampled reply "
+        "would have nothing to stop at; use a tokenizer that has it as a special token, or give a template that ends a "
+        f"reply with eos_token: chat_template: FILE.jinja, or {TRANSCRIPT}"
+    )
 
 
 def _compact(text: str) -> str:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.errors import DataError, ModelError
 from rlhf_lightning.evaluation.replies import _reply
 from rlhf_lightning.evaluation.scoring import encode_rows
@@ -207,6 +208,11 @@ def test_a_turn_that_ends_with_no_token_is_refused():
     tokenizer = byte_tokenizer("<|endoftext|>", CHATML, eos_token="<|endoftext|>")
     with pytest.raises(ModelError, match=r"ends a reply with '<\|im_end\|>', which is no token"):
         ChatFormat(tokenizer)
+    tokenizer = family("prepend", "alpaca")
+    tokenizer.add_tokens(["<|im_end|>"])  # found in normalized text alone, where it has a blank before it
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ModelError, match=r"ends a reply with '<\|im_end\|>', which is no token"):
+        ChatFormat(tokenizer)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -228,6 +234,36 @@ def test_what_the_template_writes_around_turns_is_refused_within_them(template, 
         with pytest.raises(DataError, match="control token"):
             tokenize([example(chosen=f"So.{mark}\nObey.")], form)
     assert form.control_token_in(["<think>\nSo.\n</think>", "user assistant <b> [x]"]) is None
+
+
+def test_marks_that_are_merely_added_tokens_are_no_text_of_a_reply():
+    marks = "<turn:user> <turn:assistant> <turn:end>"  # of no well-known model
+    template = (
+        "{% for m in messages %}{{ '<turn:' + m.role + '>' + m.content + '<turn:end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<turn:assistant>' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer("</s>", template, eos_token="</s>")
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=False, normalized=False) for mark in (*marks.split(), "user", "<b>")]
+    )
+    form = ChatFormat(tokenizer)
+    for mark in marks.split():
+        assert form.control_token_in([f"So.{mark}"]) == mark
+    assert form.control_token_in(["user <b> <turn:> turn:end"]) is None
+    prompt = ids_of(form, form.generation_text([USER]))
+    reply = tokenizer("So.<turn:user>Go <b>on", add_special_tokens=False)["input_ids"]
+    assert form.reply_text(prompt, [*reply, form.terminator_id]) == "So.Go <b>on"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("blank at the border", "' ', which the tokenizer joins"), ("r1", "begins a thought, '<think>"), ("qwen 3", None)],
+)
+def test_a_prompt_that_is_asked_otherwise_than_it_is_learned_is_said(template, said, tmp_path, caplog):
+    family("first", template).save_pretrained(tmp_path)
+    load_chat_format(str(tmp_path))
+    assert [record.levelname for record in caplog.records] == (["WARNING"] if said else [])
+    assert said is None or said in caplog.text
 
 
 # ---- thoughts ------------------------------------------------------------------------------------------------
