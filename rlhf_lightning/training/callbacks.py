@@ -63,7 +63,7 @@ def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
             _print_table("last validation", results.metrics)
         print("checkpoint:  none was saved")
         return
-    stored = read_checkpoint(best.path, weights=False)
+    stored = read_checkpoint(best.path, weights=False, verified=False)  # written a moment ago, and for a table alone
     step, which = stored["global_step"], "last" if best.monitor is None else "best"
     # A validation at the step of a checkpoint may have come after it.
     metrics = metrics_of(stored) or results.by_step.get(step, {})

@@ -258,7 +258,7 @@ def resolve_last(config: Namespace) -> None:
     found: list[tuple[int, float, Path]] = []
     for path in candidates:
         try:
-            stored = read_checkpoint(path, weights=False)
+            stored = read_checkpoint(path, weights=False, verified=False)
         except ConfigurationError:
             log.warning("%s: is not whole (cannot be read); looking for the one before it", path)
             continue

@@ -1,0 +1,98 @@
+"""A flipped bit in a checkpoint is found by whatever reads it, before a number comes of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.evaluate import run as evaluate
+from rlhf_lightning.export import export_checkpoint
+from rlhf_lightning.training.callbacks import ExportBest
+from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint, restored_module
+from tests.training.conftest import build, pairs, trainer  # noqa: F401 (fixtures)
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart" / "reward_model.yaml")
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def flip_a_weight(path: Path) -> None:
+    """In the middle, among the weights, of which a flipped bit makes another number and no error of torch."""
+    before = torch.load(path, weights_only=True)["state_dict"]
+    flip(path, path.stat().st_size // 3 * 8)
+    after = torch.load(path, weights_only=True)["state_dict"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture
+def checkpoint(build, trainer, tmp_path) -> Path:  # noqa: F811
+    """Of a reward model after one step of plain SGD, so that nearly all of it is weights."""
+    run = trainer(max_steps=1)
+    run.fit(*build())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    return tmp_path / "one.ckpt"
+
+
+def test_every_reader_refuses_a_checkpoint_with_a_flipped_bit(checkpoint, build, trainer, tmp_path, capsys):  # noqa: F811
+    module = build()[0]
+    restored_module(type(module), checkpoint)  # what was whole before is looked at again
+    flip_a_weight(checkpoint)
+    ours = trainer(plugins=[WholeFileIO()])
+    readers = [
+        lambda: read_checkpoint(checkpoint),
+        lambda: restored_module(type(module), checkpoint),
+        lambda: export_checkpoint(checkpoint, tmp_path / "exported"),
+        lambda: evaluate(["--reward_model", str(checkpoint), "--pairs", "builtin:courtesy", "--out", str(tmp_path)]),
+        lambda: ours.fit(*build(), ckpt_path=checkpoint),
+        lambda: ours.validate(*build(), ckpt_path=checkpoint),
+    ]
+    for reader in readers:
+        with pytest.raises(
+            ConfigurationError, match=r"one\.ckpt is not whole \(one\.ckpt is damaged at archive/data/\d+\)"
+        ):
+            reader()
+    for command in ("fit", "validate", "test", "predict"):
+        assert main([command, "--config", QUICKSTART, "--ckpt_path", str(checkpoint)]) == 2
+        assert "is damaged at archive/data/" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_best_checkpoint_is_not_exported_when_it_was_damaged_in_the_meantime(build, trainer, tmp_path):  # noqa: F811
+    class Flipped(ModelCheckpoint):
+        def on_train_end(self, *_) -> None:
+            flip_a_weight(Path(self.best_model_path))
+
+    save = Flipped(tmp_path / "checkpoints", save_weights_only=True)
+    export = ExportBest(str(tmp_path / "exported"))
+    with pytest.raises(ConfigurationError, match="is damaged at"):
+        trainer(callbacks=[save, export], enable_checkpointing=True).fit(*build())
+    assert not (tmp_path / "exported").exists()
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    """Of the settings and counts, the names, the archive's own directory and the numbers."""
+    path, draw = tmp_path / "small.ckpt", random.Random(0)
+    whole = {"pytorch-lightning_version": "2.6", "global_step": 3, "hyper_parameters": {"lr": 0.1, "loss": "ipo"}}
+    torch.save(whole | {"state_dict": {"weight": torch.arange(24.0)}}, path)
+    refused = 0
+    for bit in draw.sample(range(path.stat().st_size * 8), 250):
+        flip(path, bit)
+        try:
+            stored = read_checkpoint(path)
+        except ConfigurationError:
+            refused += 1
+        else:  # in what pads the archive
+            assert torch.equal(stored.pop("state_dict")["weight"], torch.arange(24.0))
+            assert stored == whole
+        flip(path, bit)
+    assert refused > 100
