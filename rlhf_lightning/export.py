@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,14 +111,13 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
     """The outputs of the directory on the probe, computed by a fresh process. Raises `ModelError`."""
     from safetensors.torch import load_file
 
-    with tempfile.TemporaryDirectory() as made:
-        file = Path(made) / "outputs.safetensors"
-        command = [sys.executable, "-m", "rlhf_lightning.models.probe", str(directory), str(file), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
-        return load_file(file)["outputs"]
+    file = directory.with_name("outputs.safetensors")
+    command = [sys.executable, "-m", "rlhf_lightning.models.probe", str(directory), str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
+    return load_file(file)["outputs"]
 
 
 def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> int | None:

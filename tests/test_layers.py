@@ -16,6 +16,7 @@ LAYERS = {
     "batches": 0,
     "tiny": 0,
     "hub": 0,
+    "leftovers": 0,
     "functional": 0,
     "metrics": 1,
     "data": 1,

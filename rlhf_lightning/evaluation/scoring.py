@@ -25,7 +25,7 @@ from rlhf_lightning.evaluation.reward_text import PAIR, EncodedRow, WrittenText,
 from rlhf_lightning.models.backbones import load_config, max_positions, reason_of
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
-from rlhf_lightning.models.directories import adapters_alone
+from rlhf_lightning.models.directories import adapters_alone, check_weights
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.tiny import resolve_model
@@ -345,6 +345,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
     path = Path(resolve_model(name)).expanduser()
     if not adapters_alone(path):
         return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_weights(path)
     try:
         from peft import PeftModel
     except ImportError as error:

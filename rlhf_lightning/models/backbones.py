@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.directories import adapters_alone, adapters_beside_weights
+from rlhf_lightning.models.directories import adapters_alone, adapters_beside_weights, check_weights
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
 from rlhf_lightning.tiny import resolve_model
@@ -102,9 +102,10 @@ def load_weights(
 ) -> PreTrainedModel:
     """The model that `auto_class` makes of a directory or hub name, float32, in train mode.
 
-    Raises `ModelError` when the weights cannot be loaded or some are missing.
+    Raises `ModelError` when the weights cannot be loaded, or some are missing or damaged.
     """
     check_attention(attn_implementation)
+    check_weights(resolve_model(name_or_path))
     if attn_implementation == PACKED:
         register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.

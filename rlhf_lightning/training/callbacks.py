@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.directories import check_free, check_other, end_at
+from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
@@ -136,11 +136,12 @@ class ExportBest(Callback):
             return f"{_relative(best)}: {fault}"
         warn_of_start(stored)
         warn_of_divergence(stored)
-        module.export(self.directory, merge=self.merge)
-        chat_format = getattr(trainer.datamodule, "chat_format", None)
-        if chat_format is not None:
-            chat_format.save_pretrained(self.directory)
-            end_at(self.directory, chat_format.terminator_id)
+        with replaced_model(self.directory) as made:
+            module.export(made, merge=self.merge)
+            chat_format = getattr(trainer.datamodule, "chat_format", None)
+            if chat_format is not None:
+                chat_format.save_pretrained(made)
+                end_at(made, chat_format.terminator_id)
         return None
 
 
