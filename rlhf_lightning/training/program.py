@@ -451,6 +451,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     # Shards are no part of the weights under any strategy with which an average is taken.
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
+    # A checkpoint of PPO is meant to hold the weights after its steps.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     # Our batches carry the position of each pair.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # Nothing is turned off: our plans give every epoch the same batches by themselves.
