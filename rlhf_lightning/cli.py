@@ -100,7 +100,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    from rlhf_lightning.terminal import say
+
+    say(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

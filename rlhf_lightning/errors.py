@@ -21,3 +21,9 @@ class ConfigurationError(UserError):
 
 class TrainingError(UserError):
     """A run cannot go on: what it computes is no number, or not what it should be."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, or what it is where it says nothing, for use inside another one."""
+    nothing_said = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
+    return (str(error).strip().splitlines() or [nothing_said])[0][:200]

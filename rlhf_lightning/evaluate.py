@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser
-from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.errors import ConfigurationError
@@ -30,6 +29,8 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     write_official_files,
 )
 from rlhf_lightning.evaluation.settings import EvaluationSettings
+from rlhf_lightning.terminal import Terminal, say
+from rlhf_lightning.yaml_text import bound_parsers, check_configurations
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
 
 def parse(arguments: Sequence[str]) -> EvaluationSettings | None:
     """The settings of a command line; None when it asked for help or for the configuration. Raises `UserError`."""
+    bound_parsers()
+    check_configurations(arguments)
     parser = ArgumentParser(prog="rlhf-lightning evaluate", description=_USAGE, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with these keys; several are layered.")
     parser.add_class_arguments(EvaluationSettings, nested_key=None)
@@ -208,7 +211,7 @@ def _put(path: Path, text: str) -> None:
 
 
 def _print(results: EvaluationResults, out: Path) -> None:
-    console = Console(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
+    console = Terminal(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
     table = Table(title="verdicts", title_justify="left")
     for column, justify in (
         ("target", "left"),
@@ -221,11 +224,11 @@ def _print(results: EvaluationResults, out: Path) -> None:
         table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
     console.print(table)
     for line in _scores(results):
-        print(line)
+        say(line)
     for note in results.notes:
-        print(note)
-    print(f"report:  {out / 'report.html'}")
-    print(f"numbers: {out / 'metrics.json'}")
+        say(note)
+    say(f"report:  {out / 'report.html'}")
+    say(f"numbers: {out / 'metrics.json'}")
 
 
 def _scores(results: EvaluationResults) -> list[str]:

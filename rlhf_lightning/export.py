@@ -20,6 +20,7 @@ from rlhf_lightning.models.backbones import counts_from_padding
 from rlhf_lightning.models.causal_lm import decoder
 from rlhf_lightning.models.directories import check_free, check_other, end_at, pad_with, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
+from rlhf_lightning.terminal import say
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.results import TABLE_ROWS
@@ -47,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     search_no_gpu()
     difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
-    print(f"model:       {given.out}")
-    print(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")
+    say(f"model:       {given.out}")
+    say(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")
     return 0
 
 

@@ -17,6 +17,8 @@ LAYERS = {
     "tiny": 0,
     "hub": 0,
     "leftovers": 0,
+    "terminal": 0,
+    "yaml_text": 0,
     "functional": 0,
     "metrics": 1,
     "data": 1,

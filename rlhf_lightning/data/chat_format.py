@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{name_or_path}: no tokenizer could be loaded from it ({reason[:200]}); give the hub name of one, or a "
-            "directory with tokenizer.json and tokenizer_config.json"
+            f"{name_or_path}: no tokenizer could be loaded from it ({reason_of(error)}); give the hub name of one, or "
+            "a directory with tokenizer.json and tokenizer_config.json"
         ) from error
 
 

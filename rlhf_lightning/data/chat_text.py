@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -295,7 +295,7 @@ class ChatText:
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
             roles = ", ".join(message["role"] for message in messages)
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from rlhf_lightning.data.doctor import QUANTILES, Diagnosis, Piece, RoleDiagnosis, Sample
 from rlhf_lightning.data.examples import BAD_ROW_REASONS
+from rlhf_lightning.terminal import visible as shown
 
 _ROWS_SHOWN = 10
 _SHOWN_AT_THE_START, _SHOWN_AT_THE_END = 300, 700
@@ -164,16 +165,16 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
             for number, column in enumerate(finding.header):
                 table.add_column(column, overflow="fold", justify="left" if number < 2 else "right")
             for row in finding.rows:
-                table.add_row(*map(Text, row))
+                table.add_row(*(Text(shown(cell)) for cell in row))
             console.print(table)
         else:
             console.print(Text(finding.title, style="bold"))
         for remark in finding.remarks:
-            console.print(Text(f"  {remark}"))
+            console.print(Text(f"  {shown(remark)}"))
         console.print()
     styles = {"control": "bold magenta", "prompt": "dim", "response": "green", "gap": "yellow"}
     for title, pieces in _sample_rows(diagnosis):
-        console.print(Text(title, style="bold"))
+        console.print(Text(shown(title), style="bold"))
         line = Text()
         for piece in pieces:
             underline = " underline" if piece.in_response else ""
@@ -182,7 +183,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print()
     if diagnosis.unit == "tokens":
         console.print(Text(_LEGEND))
-    console.print(Text(verdict(diagnosis), style="bold"))
+    console.print(Text(shown(verdict(diagnosis)), style="bold"))
 
 
 _LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ stands for a line end."

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
 
 from jsonargparse.typing import PositiveFloat
 
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, reason_of
 from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
@@ -344,9 +344,9 @@ def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
             for row in batch.to_pylist():
                 yield row | {name: decode(row[name]) for name, decode in decoders.items()}
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a readable parquet file ({reason_of(error)})") from error
     except OverflowError as error:  # a time that Python cannot hold
-        raise DataError(f"{path}: a column holds a value beyond Python's types ({_first_line(error)})") from error
+        raise DataError(f"{path}: a column holds a value beyond Python's types ({reason_of(error)})") from error
 
 
 def _json_decoder(field: pyarrow.Field, origin: str) -> Callable[[Any], Any] | None:
@@ -401,7 +401,7 @@ def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
     except Exception as error:  # the hub client raises dozens of types; each means the same to the user
         raise DataError(
             f"{name}: no file or directory here, and no hub data set that could be loaded "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {reason_of(error)})"
         ) from error
 
 
@@ -416,7 +416,7 @@ def _parse_json(text: str, origin: str) -> Any:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{origin}: not valid JSON ({_first_line(error)})") from error
+        raise DataError(f"{origin}: not valid JSON ({reason_of(error)})") from error
 
 
 def _object(pairs: list[tuple[str, Any]], *, origin: str) -> dict[str, Any]:
@@ -440,12 +440,8 @@ def _kind(value: Any) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path}: cannot be read ({_first_line(error)}); check the file, it may be cut short"
+    return f"{path}: cannot be read ({reason_of(error)}); check the file, it may be cut short"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

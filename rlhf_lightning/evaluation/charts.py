@@ -31,7 +31,8 @@ from rlhf_lightning.evaluation.document import (
     interval_of,
     value_of,
 )
-from rlhf_lightning.evaluation.wording import MINUS, number, visible
+from rlhf_lightning.evaluation.wording import MINUS, number
+from rlhf_lightning.terminal import visible
 
 NARROW, WIDE = 320, 720
 """Widths of a plot in px. Its font is 12 px on both."""

@@ -41,9 +41,9 @@ from rlhf_lightning.evaluation.wording import (
     number,
     paragraphs,
     reference_text,
-    visible,
     with_interval,
 )
+from rlhf_lightning.terminal import visible
 
 SAMPLE_CHARACTERS = 4000
 """Of a text of a sample; the page holds the whole of it."""

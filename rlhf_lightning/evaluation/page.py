@@ -49,8 +49,8 @@ from rlhf_lightning.evaluation.wording import (
     number,
     paragraphs,
     reference_text,
-    visible,
 )
+from rlhf_lightning.terminal import visible
 
 SAMPLE_CHARACTERS, SAMPLE_LINES = 600, 12
 """What is shown of a text of a sample before it has to be unfolded."""

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.evaluation.reward_text import check_reward_template
 from rlhf_lightning.evaluation.scoring import RewardScorer, Scored, Scorer
-from rlhf_lightning.models.backbones import reason_of
 from rlhf_lightning.tiny import TINY
 
 RewardFunction = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[float]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ class WrittenText:
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise DataError(f"reward_chat_template: the file refuses a conversation: {reason}") from error
 
     def _ids(self, text: str, *, special: bool) -> list[int]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.evaluation.reward_text import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
-from rlhf_lightning.models.backbones import load_config, max_positions, reason_of
+from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.directories import adapters_alone, check_weights

@@ -9,17 +9,11 @@ from typing import NamedTuple
 
 from rlhf_lightning.evaluation.document import Change, Changes, Quantity, Reference, interval_of, value_of
 from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.terminal import JOINERS, visible
 
 NOT_MEASURED, NO_INTERVAL, NO_N = "not measured", "no interval", "not given"
 MINUS, THIN, HARD = "\u2212", "\u202f", "\u00a0"
 """The minus sign, the thin space between thousands, and a space at which no line breaks."""
-
-_JOINERS = "\u200c\u200d"
-"""Zero-width, but part of how Persian, Hindi and many emoji are spelled."""
-
-_KEPT = "\n\t" + _JOINERS + "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
-_LOOKS_EMPTY = "\u115f\u1160\u2800\u3164\uffa0"
-"""Letters and a symbol by their category, and yet nothing to see."""
 
 
 def number(quantity: Quantity, spec: str = ".3f") -> str:
@@ -93,30 +87,6 @@ def _typeset(text: str) -> str:
     return text.replace("-", MINUS).replace(",", THIN).replace("%", f"{HARD}%")
 
 
-def visible(text: str) -> str:
-    """The text with everything that could hide, reorder or control written out.
-
-    Control characters, bidirectional overrides, zero-width and other invisible characters become their code point
-    (⟨U+202E⟩), lone surrogates U+FFFD. Line ends and tabs stay.
-    """
-    return text if _PLAIN.fullmatch(text) else "".join(map(_visible, text.replace("\r\n", "\n")))
-
-
-_PLAIN = re.compile(r"[\n\t -~]*")
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character in _KEPT:
-        return character
-    category = unicodedata.category(character)
-    if category == "Cs":
-        return "\ufffd"
-    if category in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp") or character in _LOOKS_EMPTY:
-        return f"⟨U+{code:04X}⟩"
-    return character
-
-
 def paragraphs(text: str) -> list[str]:
     """The visible text, divided at blank lines."""
     return [part.strip() for part in re.split(r"\n\s*\n", visible(text)) if part.strip()]
@@ -145,6 +115,6 @@ def fold(text: str, *, characters: int, lines: int) -> Folded:
         space = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end)) + 1
         if space > end * 0.8:
             end = space
-    while end < len(text) and (unicodedata.combining(text[end]) or text[end] in _JOINERS or text[end - 1] in _JOINERS):
+    while end < len(text) and (unicodedata.combining(text[end]) or text[end] in JOINERS or text[end - 1] in JOINERS):
         end += 1
     return Folded(text[:end], text[end:])

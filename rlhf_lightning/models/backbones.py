@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.models.directories import adapters_alone, adapters_beside_weights, check_weights
@@ -453,8 +453,3 @@ def no_pooler(config: PretrainedConfig) -> dict[str, bool]:
 
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of an error, for use inside another one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

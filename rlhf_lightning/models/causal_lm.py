@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
 from rlhf_lightning.models.backbones import (
@@ -26,7 +26,6 @@ from rlhf_lightning.models.backbones import (
     hidden_states,
     load_config,
     load_weights,
-    reason_of,
     write_published_settings,
 )
 from rlhf_lightning.models.directories import replaced_model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.reductions import last_token_index
 from rlhf_lightning.models.backbones import (
     check_attention_type,
@@ -18,7 +18,6 @@ from rlhf_lightning.models.backbones import (
     hidden_states,
     load_weights,
     max_positions,
-    reason_of,
 )
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of, rounding
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from rlhf_lightning.pipeline.description import Stage
+from rlhf_lightning.terminal import Terminal, say
 
 _TELLS = re.compile(r"(validation at |rollout \d+ \()?step \d+|.*: \d+\.\d s$")
 """Lines of a log that tell how far a run, or an evaluation, is."""
@@ -52,7 +52,7 @@ class Board:
     """One line for each stage: live on a terminal, else printed when a stage begins and when it ends."""
 
     def __init__(self, title: str, stages: Sequence[Stage]) -> None:
-        self.console = Console()
+        self.console = Terminal()
         self.names = [stage.name for stage in stages]
         self.states = dict.fromkeys(self.names, ("waiting", ""))
         self.began: dict[str, float] = {}
@@ -87,7 +87,7 @@ class Board:
         if self.live:
             self.live.update(self._lines(), refresh=True)
         elif state != before and state not in ("looking", "stopping"):
-            print(self._line(name), flush=True)
+            say(self._line(name))
 
     def _line(self, name: str) -> str:
         state, text = self.states[name]

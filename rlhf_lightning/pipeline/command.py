@@ -16,6 +16,7 @@ from rlhf_lightning.pipeline.processes import Terminated, server, terminated
 from rlhf_lightning.pipeline.settings import check_order, resolve
 from rlhf_lightning.pipeline.stage import run_stage
 from rlhf_lightning.pipeline.state import State, locked
+from rlhf_lightning.terminal import say
 
 _USAGE = """rlhf-lightning pipeline --config FILE.yaml [--STAGE.KEY VALUE ...] [--again STAGE] [--only STAGE]
 
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
             code = 130
         except Terminated:
             code = 143
-    print("rlhf-lightning: interrupted; the same command goes on from here", file=sys.stderr)
+    say("rlhf-lightning: interrupted; the same command goes on from here", file=sys.stderr)
     return code
 
 
@@ -102,5 +103,5 @@ class _Arguments(argparse.ArgumentParser):
 def _print_results(stages: Iterable[Stage], state: State, directory: Path) -> None:
     """What each stage printed in the end, and where state and logs lie."""
     for stage in stages:
-        print(f"\n== {stage.name}\n{state.records[stage.name].results.strip()}")
-    print(f"\nlogs and state: {directory}")
+        say(f"\n== {stage.name}\n{state.records[stage.name].results.strip()}")
+    say(f"\nlogs and state: {directory}")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.yaml_text import check_yaml
 
 STAGE_COMMANDS = ("fit", "evaluate")
 """What a stage can be."""
@@ -61,7 +62,9 @@ def read_pipeline(file: str | Path, *, directory: str | None = None, overrides: 
     """
     file = Path(file)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text)
+        content = yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigurationError(f"pipeline: {file}: {error.strerror}; give the file of a pipeline") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

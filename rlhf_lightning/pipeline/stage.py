@@ -25,6 +25,7 @@ from rlhf_lightning.pipeline.inputs import Contents, difference
 from rlhf_lightning.pipeline.processes import Terminated, begin_process, running_process, signal_group
 from rlhf_lightning.pipeline.settings import Resolved, parsed_fit
 from rlhf_lightning.pipeline.state import Record, State
+from rlhf_lightning.terminal import say
 
 _PATIENCE = 60.0
 """Seconds that an interrupted stage is given to save what it has."""
@@ -76,7 +77,7 @@ def run_stage(
         return 0
     board.close()
     what = f"ended without writing {missing[0]}" if missing else f"failed ({_code_in_words(code)})"
-    print(
+    say(
         f"rlhf-lightning: error: stage {stage.name} {what}: {_complaint(log, missing)}; its log is {log}, and what is "
         "done will not be run again",
         file=sys.stderr,
@@ -173,7 +174,7 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
     arguments = [command, *arguments]
     if newer_than is not None and _has_checkpoint(arguments[1:], newer_than):
         arguments += ["--ckpt_path", "last"]
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}", file=sys.stderr, flush=True)
+    say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}", file=sys.stderr)
     sys.argv[1:] = arguments
     sys.modules.pop("rlhf_lightning.cli", None)  # it is run, not imported; with DDP, further processes are run alike
     try:

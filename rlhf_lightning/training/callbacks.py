@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
+from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
@@ -50,10 +51,10 @@ def print_results(trainer: Trainer) -> None:
         _print_table({TrainerFn.TESTING: "test"}.get(trainer.state.fn, "validation"), results.metrics)
     for callback in trainer.callbacks:
         if isinstance(callback, ExportBest) and callback.exported:
-            print(f"model:       {_relative(callback.directory)}")
+            say(f"model:       {_relative(callback.directory)}")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            print(f"TensorBoard: {_relative(logger.log_dir)}")
+            say(f"TensorBoard: {_relative(logger.log_dir)}")
 
 
 def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
@@ -61,7 +62,7 @@ def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
     if best is None:
         if results.metrics:
             _print_table("last validation", results.metrics)
-        print("checkpoint:  none was saved")
+        say("checkpoint:  none was saved")
         return
     stored = read_checkpoint(best.path, weights=False, verified=False)  # written a moment ago, and for a table alone
     step, which = stored["global_step"], "last" if best.monitor is None else "best"
@@ -72,11 +73,10 @@ def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
     elif results.by_step:
         validated, numbers = max(results.by_step.items())
         _print_table(f"validation at step {validated} (the checkpoint is of step {step})", numbers)
-    print(f"checkpoint:  {_relative(best.path)}" + ("" if metrics else " (not validated)"))
+    say(f"checkpoint:  {_relative(best.path)}" + ("" if metrics else " (not validated)"))
 
 
 def _print_table(title: str, metrics: dict[str, float]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -86,7 +86,7 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
     table.add_column(noun, justify="right")
     for name, words in table_rows(metrics):
         table.add_row(words, f"{metrics[name]:.4f}", f"{metrics[noun]:.0f}")
-    Console(soft_wrap=True).print(table)
+    Terminal(soft_wrap=True).print(table)
 
 
 class ExportBest(Callback):
@@ -187,7 +187,7 @@ class PredictionWriter(BasePredictionWriter):
         half_written = path.with_name(f".{path.name}.part")
         half_written.write_text("\n".join(lines) + "\n", encoding="utf-8")
         half_written.replace(path)
-        print(f"predictions: {_relative(path)} ({len(lines)} pairs)")
+        say(f"predictions: {_relative(path)} ({len(lines)} pairs)")
 
 
 def _relative(path: str | Path) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import Namespace
-from rich.console import Console
 
 from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.data.doctor import Diagnosis, diagnose
@@ -18,6 +17,7 @@ from rlhf_lightning.data.doctor_report import html_page, print_diagnosis
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
 from rlhf_lightning.data.sources import has_split
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training import program
 
 _USAGE = """rlhf-lightning doctor [SOURCE] [--config FILE.yaml] [--data.KEY VALUE ...] [--json FILE] [--html FILE]
@@ -59,9 +59,9 @@ def run(arguments: Sequence[str]) -> int:
         _write(own.json, json.dumps(asdict(diagnosis), indent=2) + "\n")
     if own.html:
         _write(own.html, html_page(diagnosis))
-    print_diagnosis(diagnosis, Console(soft_wrap=False))
+    print_diagnosis(diagnosis, Terminal(soft_wrap=False))
     for path in filter(None, (own.json, own.html)):
-        print(f"written: {path}")
+        say(f"written: {path}")
     return diagnosis.exit_code
 
 

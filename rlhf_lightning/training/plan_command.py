@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
-from rich.console import Console
 from rich.table import Table
 
 from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.models.simulation import NotSimulated
+from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training import program
 from rlhf_lightning.training.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
 from rlhf_lightning.training.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
@@ -107,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)
         own.json.write_text(json.dumps(_plain(asdict(made)), indent=2) + "\n", encoding="utf-8")
-    _print(made, Console(soft_wrap=False))
+    _print(made, Terminal(soft_wrap=False))
     return 0 if made.verdict.fits and not made.verdict.tight else 1
 
 
@@ -171,18 +171,18 @@ def _steps(data: Any, described: Run, trainer: Any) -> Steps:
     )
 
 
-def _print(made: Plan, console: Console) -> None:
+def _print(made: Plan, console: Terminal) -> None:
     run, machine, footprint = made.run, made.machine, made.footprint
     weights = footprint.weights
     processes = f"{machine.devices} x {machine.name}"
     if machine.machines > 1:
         processes += f" in each of {machine.machines} machines"
     where = "process" if run.on_cpu else "device"
-    print(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
-    print(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
+    say(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
+    say(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
     batch = f"{run.shape.rows} rows of {run.shape.tokens} tokens"
     known = "the longest of the training pairs" if made.steps else f"max_length; {made.unread}"
-    print(f"batch:       {batch} ({known})")
+    say(f"batch:       {batch} ({known})")
     table = Table(title=f"memory of each {where}", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
@@ -197,18 +197,18 @@ def _print(made: Plan, console: Console) -> None:
     console.print(table)
     processes_in_words = "" if machine.devices == 1 else f", for {machine.devices} processes"
     for name, size in footprint.host.items():
-        print(f"host:        {gb(size)} {name}{processes_in_words}")
+        say(f"host:        {gb(size)} {name}{processes_in_words}")
     free = "" if made.disk_free is None else f"; {gb(made.disk_free)} free"
-    print(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
+    say(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
     if made.steps:
         s = made.steps
         count = "without an end" if s.steps is None else f"{s.steps:,} optimizer steps"
-        print(
+        say(
             f"steps:       {s.pairs:,} pairs, {s.per_step} a step, {count}; "
             f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average"
         )
     for line in verdict_lines(made):
-        print(line)
+        say(line)
 
 
 def verdict_lines(made: Plan) -> list[str]:

@@ -32,6 +32,7 @@ from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.terminal import VisibleLines, visible_warning
 from rlhf_lightning.training.best import SavingOrder, any_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
 from rlhf_lightning.training.checkpoints import (
@@ -55,6 +56,7 @@ from rlhf_lightning.training.sft import SFT
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
 from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
+from rlhf_lightning.yaml_text import bound_parsers, check_configurations
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ log = logging.getLogger(__name__)
 CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
+bound_parsers()
 # What a run is told may hold an Enum (the default of Timer's interval), which no YAML has.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
@@ -231,6 +234,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     """
     quieten()
     arguments = _configurations_first(sys.argv[1:] if arguments is None else arguments)
+    check_configurations(arguments)
     try:
         return program(
             LightningModule,
@@ -435,13 +439,14 @@ def quieten() -> None:
     import transformers
 
     search_no_gpu()
+    warnings.formatwarning = visible_warning
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ours = logging.getLogger("rlhf_lightning")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(VisibleLines("%(message)s"))
     handler.addFilter(lambda record: rank_zero_only.rank == 0)
     ours.handlers = [handler]
     ours.setLevel(logging.INFO)

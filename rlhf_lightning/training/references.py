@@ -14,9 +14,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError, reason_of
 from rlhf_lightning.functional.losses import REFERENCE_FREE_LOSSES
-from rlhf_lightning.models.backbones import reason_of
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.tiny import resolve_model
 from rlhf_lightning.training.checks import start_tolerance

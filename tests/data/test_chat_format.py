@@ -384,3 +384,14 @@ def test_a_token_that_holds_header_and_words_has_no_place():
     assert _tokens_at([(4, 5)], [0, 2, 5, 7]) == [2]  # offsets without the blank
     assert _tokens_at([(4, 5)], [0, 2, 3, 7]) is None
     assert _tokens_at([(4, 4)], [0, 2]) is None
+
+
+def test_a_template_that_runs_out_of_memory_is_refused_with_that_reason(tiny_qwen2, monkeypatch):
+    tokenizer = load_tokenizer(str(tiny_qwen2))
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", full)
+    with pytest.raises(DataError, match=r"turns user: not enough memory$"):
+        ChatFormat(tokenizer)

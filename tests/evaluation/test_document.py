@@ -45,6 +45,7 @@ from rlhf_lightning.evaluation.document import (
 from rlhf_lightning.evaluation.estimates import Estimate
 from rlhf_lightning.evaluation.markdown import SAMPLE_CHARACTERS, to_markdown
 from rlhf_lightning.evaluation.page import to_html
+from rlhf_lightning.terminal import visible
 from tests.evaluation.demonstration import BOOK, HOSTILE, LONG_WORD, SUBSETS, document
 
 VOID = {"meta", "link"}
@@ -204,7 +205,7 @@ def test_the_same_document_gives_the_same_bytes_in_another_process(page, markdow
 
 
 def test_hostile_texts_arrive_on_the_page_as_text(page):
-    assert Reader(page).texts.count(wording.visible(HOSTILE)) == 2
+    assert Reader(page).texts.count(visible(HOSTILE)) == 2
     assert "<script" not in page
     assert "owned&#x27;&lt;/script&gt;" in page
     assert not set(page) & set(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) - {"\n"}
@@ -223,7 +224,7 @@ def test_long_texts_are_whole_on_the_page_and_counted_where_markdown_cuts_them(p
 def test_hostile_texts_stay_in_their_fences(markdown):
     tokens = parse(markdown)
     fences = [token.content for token in tokens if token.type == "fence"]
-    assert fences.count(wording.visible(HOSTILE) + "\n") == 2
+    assert fences.count(visible(HOSTILE) + "\n") == 2
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children]
     links = [c.attrs["href"] for t in tokens if t.type == "inline" for c in t.children if c.type == "link_open"]
     assert "html_inline" not in inline
@@ -288,13 +289,13 @@ hostile = st.text(st.characters() | st.sampled_from("\\`*_{}[]()<>#+-.!|~$&:;=\"
 @given(hostile)
 def test_any_text_reads_the_same_in_markdown(text):
     tokens = parse(to_markdown(Document("title", [Section("section", [Table(["name"], [[text]], "")], text)])))
-    expected = re.sub(r"\s*\n\s*", " ", wording.visible(text)).strip().replace("\t", " ")
+    expected = re.sub(r"\s*\n\s*", " ", visible(text)).strip().replace("\t", " ")
     cells = [words(token.children) for token in tokens if token.type == "inline" and token.level == 4]
     assert cells == ["name", expected]
     headings = [token.type for token in tokens].count("heading_open")
     assert headings == 2
     paragraphs = [words(token.children) for token in tokens if token.type == "inline" and token.level == 1]
-    assert re.sub(r"\s+", "", "".join(paragraphs[2:])) == re.sub(r"\s+", "", wording.visible(text))
+    assert re.sub(r"\s+", "", "".join(paragraphs[2:])) == re.sub(r"\s+", "", visible(text))
 
 
 @settings(max_examples=200)
@@ -303,7 +304,7 @@ def test_any_text_reads_the_same_on_the_page(text):
     reader = Reader(
         to_html(with_block(Samples([text], [Sample(text, text, [SampleText(text, [(text, text)])])], text)))
     )
-    shown = wording.visible(text)
+    shown = visible(text)
     assert shown.strip() == "" or "".join(reader.texts).count(shown) >= 6
     assert set(reader.elements) <= ELEMENTS
 
@@ -332,7 +333,7 @@ def test_no_run_of_backticks_ends_its_fence(text):
     ],
 )
 def test_what_hides_is_written_out_and_what_is_spelling_is_kept(text, shown):
-    assert wording.visible(text) == shown
+    assert visible(text) == shown
 
 
 @pytest.mark.parametrize(

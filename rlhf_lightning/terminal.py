@@ -1,0 +1,78 @@
+"""What is said on a terminal: texts of others (names, rows, messages) with nothing in them that hides or commands."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+JOINERS = "\u200c\u200d"
+"""Zero-width, but part of how Persian, Hindi and many emoji are spelled."""
+
+_KEPT = "\n\t" + JOINERS + "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
+_LOOKS_EMPTY = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and a symbol by their category, and yet nothing to see."""
+
+_PLAIN = re.compile(r"[\n\t -~]*")
+
+
+def visible(text: str) -> str:
+    """The text with everything that could hide, reorder or control written out.
+
+    Control characters, bidirectional overrides, zero-width and other invisible characters become their code point
+    (⟨U+202E⟩), lone surrogates U+FFFD. Line ends and tabs stay.
+    """
+    return text if _PLAIN.fullmatch(text) else "".join(map(_visible, text.replace("\r\n", "\n")))
+
+
+def _visible(character: str) -> str:
+    code = ord(character)
+    if character in _KEPT:
+        return character
+    category = unicodedata.category(character)
+    if category == "Cs":
+        return "\ufffd"
+    if category in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp") or character in _LOOKS_EMPTY:
+        return f"⟨U+{code:04X}⟩"
+    return character
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print a text as it is `visible`, at once."""
+    print(visible(text), file=file, flush=True)
+
+
+class Terminal(Console):
+    """rich's console: its own colours and cursor, but every text as it is `visible`.
+
+    A `str` is laid out as it is shown; in a `Text`, what is written out may be cut off at the end of its cell.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+_written = warnings.formatwarning
+
+
+def visible_warning(*details: Any, **named: Any) -> str:
+    """For `warnings.formatwarning`: as Python writes it, and `visible`."""
+    return visible(_written(*details, **named))
+
+
+class VisibleLines(logging.Formatter):
+    """A message of a log as it is `visible`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
