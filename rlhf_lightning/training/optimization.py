@@ -114,10 +114,13 @@ def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:
     batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
     # With max_steps and no max_epochs the batches of an epoch are not counted before the first.
     counted = "" if math.isinf(batches) else f"{batches:.0f} batch{'es'[: 2 * (batches != 1)]} an epoch, "
+    counted, lower = f" ({counted}{accumulate} to a step)", "trainer.accumulate_grad_batches or data.batch_size"
+    if not trainer.lightning_module.automatic_optimization:  # PPO makes several steps of a batch
+        counted, lower = "", "data.batch_size"
     log.warning(
-        "warning: this run makes %d optimizer step%s in all (%s%d to a step), few to learn in; for more, lower "
-        "trainer.accumulate_grad_batches or data.batch_size, or raise trainer.max_epochs or trainer.max_steps",
-        *(steps, "s"[: steps != 1], counted, accumulate),
+        "warning: this run makes %d optimizer step%s in all%s, few to learn in; for more, lower %s, or raise "
+        "trainer.max_epochs or trainer.max_steps",
+        *(steps, "s"[: steps != 1], counted, lower),
     )
 
 
@@ -125,10 +128,14 @@ def warn_of_another_schedule(trainer: Trainer) -> None:
     """Say what a run that goes on from a checkpoint changes, or cannot change, of its learning rate.
 
     The optimizer goes on with the settings of its checkpoint, whatever the configuration says; the schedule is laid
-    over all steps of the run as it is now. Call once the states of the checkpoint have been restored.
+    over all steps of the run as it is now. Call once the states of the checkpoint have been restored. Of a module with
+    optimizers and schedules of its own nothing is said.
     """
-    (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
-    group, scheduler = optimizer.param_groups[0], config.scheduler
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if len(trainer.optimizers) != 1 or len(schedulers) != 1 or not isinstance(schedulers[0], LambdaLR):
+        return
+    (optimizer,), (scheduler,) = trainer.optimizers, schedulers
+    group = optimizer.param_groups[0]
     defaults = getattr(optimizer, "optimizer", optimizer).defaults  # DeepSpeed's own is around the one that was given
     plain = {name: given for name, given in defaults.items() if isinstance(given, (int, float))}
     kept = {name: group.get("initial_lr" if name == "lr" else name, given) for name, given in plain.items()}
