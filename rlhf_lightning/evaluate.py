@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     write_official_files,
 )
 from rlhf_lightning.evaluation.settings import EvaluationSettings
+from rlhf_lightning.locks import alone
 from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.yaml_text import bound_parsers, check_configurations
 
@@ -69,14 +71,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
     """In each of the processes, of which the first one writes and prints."""
-    settings = ranks.once(lambda: _prepared(given, out))
-    results = evaluate(settings, ranks)
-    if ranks.rank != 0:
-        return 0
-    if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
-        results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
-    write(results, settings)
-    _print(results, out)
+    busy = f"out: {out}: another evaluation is writing there; wait for its end, or give another directory"
+    with ExitStack() as locks:
+        ranks.once(lambda: locks.enter_context(alone(out / "kept" / ".lock", busy)))
+        settings = ranks.once(lambda: _prepared(given, out))
+        results = evaluate(settings, ranks)
+        if ranks.rank != 0:
+            return 0
+        if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
+            results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
+        write(results, settings)
+        _print(results, out)
     return 0
 
 

@@ -17,6 +17,7 @@ LAYERS = {
     "tiny": 0,
     "hub": 0,
     "leftovers": 0,
+    "locks": 0,
     "terminal": 0,
     "yaml_text": 0,
     "functional": 0,

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.locks import alone
 from rlhf_lightning.models.directories import replaced_model
 from rlhf_lightning.pipeline import command
 from rlhf_lightning.pipeline import inputs as pipeline_inputs
@@ -36,7 +37,6 @@ from rlhf_lightning.pipeline.description import Stage, read_pipeline
 from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_code
 from rlhf_lightning.pipeline.processes import server
 from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
-from rlhf_lightning.pipeline.state import locked
 from tests.patience import PATIENCE
 from tests.programs import PRELOADED, share_server
 from tests.test_configs import ROOT
@@ -711,10 +711,10 @@ def test_on_a_terminal_each_stage_is_one_line_of_its_width(tmp_path):
 
 def test_a_directory_is_locked_once_and_free_again(tmp_path):
     with (
-        locked(tmp_path),
-        pytest.raises(ConfigurationError, match="another pipeline is running there"),
-        locked(tmp_path),
+        alone(tmp_path / "made" / "lock", "busy"),
+        pytest.raises(ConfigurationError, match="busy"),
+        alone(tmp_path / "made" / "lock", "busy"),
     ):
         pass
-    with locked(tmp_path):
+    with alone(tmp_path / "made" / "lock", "busy"):
         pass

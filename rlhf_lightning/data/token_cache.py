@@ -13,9 +13,12 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
+
+from rlhf_lightning.locks import current_umask
 
 log = logging.getLogger(__name__)
 _UNUSED_DAYS = 30
@@ -34,34 +37,64 @@ def cached_directory(key: str, make: Callable[[Path], None], *, cache_dir: str |
 
     Other processes that want the same entry wait. The entry appears whole or not at all: it is made beside its place
     and renamed; one that is damaged later is made anew. `cache_dir` defaults to
-    `$XDG_CACHE_HOME/rlhf_lightning/tokens`; where that cannot be written, the entry lives in a temporary directory, for
-    this process alone.
+    `$XDG_CACHE_HOME/rlhf_lightning/tokens`. Several users may share one: what is in it is read by all whom the umask of
+    its maker lets, and where an entry cannot be made there, it lives in a temporary directory, for this process alone.
     """
+    entry = _default_cache(cache_dir) / key
+    if _is_whole(entry):  # of another user too, who may share it without letting us write
+        _mark_as_read(entry)
+        return entry
     cache = writable_cache(cache_dir)
+    try:
+        return _made(cache, key, make)
+    except _OfAnother as error:
+        log.warning("%s: belongs to another user, so token ids are kept for this process alone", error)
+        return _made(_temporary_cache(), key, make)
+
+
+class _OfAnother(Exception):
+    """Of what is in the way and cannot be written or removed."""
+
+
+def _made(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
+    """An entry of a cache that can be written. Raises `_OfAnother`."""
     entry = cache / key
-    with FileLock(cache / f"{key}.lock") as lock:
-        os.utime(lock.lock_file)  # or it would be removed as unused, and two processes could hold two locks of one name
+    lock = FileLock(cache / f"{key}.lock")
+    try:
+        proxy = lock.acquire()
+    except PermissionError as error:
+        raise _OfAnother(lock.lock_file) from error
+    with proxy:
+        _mark_as_read(lock.lock_file)  # or it would be removed, and two processes could hold two locks of one name
         if not _is_whole(entry):
             if entry.exists():
                 log.warning("%s: this cache entry is damaged, so it is made anew", entry)
             for leftover in (entry, *cache.glob(f"{key}-*")):  # of a process that was killed; the lock is ours
                 shutil.rmtree(leftover, ignore_errors=True)
+            if entry.exists():
+                raise _OfAnother(entry)
             _prune(cache)
             made = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))
             try:
                 make(made)
                 (made / _CONTENTS).write_text(json.dumps(_checksums(made)), encoding="utf-8")
+                made.chmod(0o777 & ~current_umask())  # mkdtemp's are for their user alone
                 made.rename(entry)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
-        os.utime(entry)
+        _mark_as_read(entry)
     return entry
+
+
+def _mark_as_read(path: str | Path) -> None:
+    """Keep it from being removed as unused, where that is ours to say."""
+    with suppress(PermissionError):
+        os.utime(path)
 
 
 def writable_cache(cache_dir: str | Path | None = None) -> Path:
     """The cache's directory, made if need be."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    cache = Path(cache_dir or home / "rlhf_lightning" / "tokens").expanduser()
+    cache = _default_cache(cache_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if os.access(cache, os.W_OK):
@@ -70,6 +103,11 @@ def writable_cache(cache_dir: str | Path | None = None) -> Path:
         pass
     log.warning("%s: cannot be written to, so token ids are kept for this process alone", cache)
     return _temporary_cache()
+
+
+def _default_cache(cache_dir: str | Path | None) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(cache_dir or home / "rlhf_lightning" / "tokens").expanduser()
 
 
 def _is_whole(entry: Path) -> bool:

@@ -22,6 +22,7 @@ import xxhash
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.leftovers import held_directory, is_abandoned
+from rlhf_lightning.locks import current_umask
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _seal(made: Path) -> None:
     mark = made / _MARK
     mark.write_text(json.dumps({"written_by": "rlhf_lightning", _HASHES: hashes}, indent=2, sort_keys=True) + "\n")
     for file in [*files, mark]:
-        file.chmod(0o666 & ~_umask())  # safetensors are written for the user alone
+        file.chmod(0o666 & ~current_umask())  # safetensors are written for the user alone
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
@@ -276,9 +277,3 @@ def pad_with(directory: str | Path, pad_id: int) -> None:
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings["pad_token_id"] = pad_id
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

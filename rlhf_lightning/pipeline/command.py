@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.locks import alone
 from rlhf_lightning.pipeline.board import Board
 from rlhf_lightning.pipeline.description import Pipeline, Stage, read_pipeline
 from rlhf_lightning.pipeline.inputs import inputs_of, own_code
 from rlhf_lightning.pipeline.processes import Terminated, server, terminated
 from rlhf_lightning.pipeline.settings import check_order, resolve
 from rlhf_lightning.pipeline.stage import run_stage
-from rlhf_lightning.pipeline.state import State, locked
+from rlhf_lightning.pipeline.state import State
 from rlhf_lightning.terminal import say
 
 _USAGE = """rlhf-lightning pipeline --config FILE.yaml [--STAGE.KEY VALUE ...] [--again STAGE] [--only STAGE]
@@ -72,8 +73,8 @@ def _run(pipeline: Pipeline, *, again: Sequence[str], only: str | None) -> int:
     context = server()
     resolved = resolve(pipeline.stages, context)
     check_order(pipeline.stages, resolved)
-    pipeline.directory.mkdir(parents=True, exist_ok=True)
-    with locked(pipeline.directory):
+    busy = f"{pipeline.directory}: another pipeline is running there; wait for its end, or give another --directory"
+    with alone(pipeline.directory / "lock", busy):
         state = State(pipeline.directory / "state.json")
         stages = [stage for stage in pipeline.stages if only in (None, stage.name)]
         with Board(f"{pipeline.file}: {', '.join(stage.name for stage in stages)}", stages) as board:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from filelock import FileLock, Timeout
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.pipeline.inputs import Contents
@@ -67,15 +63,3 @@ class State:
             opened.flush()
             os.fsync(opened.fileno())
         part.replace(self.file)
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """The directory of a pipeline, for this process alone. A process that was killed holds no lock."""
-    try:
-        with FileLock(directory / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ConfigurationError(
-            f"{directory}: another pipeline is running there; wait for its end, or give another --directory"
-        ) from error

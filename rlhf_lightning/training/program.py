@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
+from rlhf_lightning.locks import alone
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.terminal import VisibleLines, visible_warning
 from rlhf_lightning.training.best import SavingOrder, any_checkpoint
@@ -46,6 +47,7 @@ from rlhf_lightning.training.checkpoints import (
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.last_validation import LastValidation
 from rlhf_lightning.training.overlays import replace_in_later_layers
+from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.results import Results
@@ -150,8 +152,10 @@ class Program(LightningCLI):
         """Lightning would let the checkpoint's settings replace the given ones without a word; ours stay."""
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self._locks = ExitStack()
         try:
-            super()._run_subcommand(subcommand)
+            with self._locks:
+                super()._run_subcommand(subcommand)
         except SystemExit:  # Lightning's way out of Ctrl-C
             if self.trainer.interrupted:
                 kept = "go on with --ckpt_path last" if any_checkpoint(self.trainer) else "no checkpoint was saved yet"
@@ -179,6 +183,10 @@ class Program(LightningCLI):
                 log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
             else:
                 log.info("no ckpt_path: this is %s as it was loaded", self.model.hparams.backbone)
+        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+            take_version(self.trainer)
+            for lock, busy in locks_of(self.trainer) if self.subcommand == "fit" else ():
+                self._locks.enter_context(alone(lock, busy))
 
     def _check_checkpoint(self, ckpt_path: str | None) -> None:
         """Refuse a checkpoint that this run cannot use, before any work. Raises `ConfigurationError`."""

@@ -16,11 +16,15 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
+
+from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +52,31 @@ class ReferenceCache:
         self.directory = root / hashlib.sha256(repr((*key, _code())).encode()).hexdigest()[:32]
         self.directory.mkdir(parents=True, exist_ok=True)
         described = self.directory / "key.json"
-        if not described.exists():
+        if not described.exists() and os.access(self.directory, os.W_OK):
             _replace(described, json.dumps([str(part) for part in key], indent=2).encode())
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, this process computes what is missing, while others wait, and then find it.
+
+        Raises `ConfigurationError` when the directory cannot be written.
+        """
+        if not os.access(self.directory, os.W_OK):
+            raise ConfigurationError(
+                f"{self.directory}: reference log-probs are missing there, and it cannot be written; give "
+                "model.reference_cache a directory of yours"
+            )
+        lock = FileLock(self.directory / "lock")
+        with suppress(PermissionError):  # another user's: then both compute, and both are right
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                log.info("%s: another run computes reference log-probs; waiting for them", self.directory)
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def find(self, pairs: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         """Log-probs [P, 2] (chosen, rejected) of pairs by their hashes, and which of them are there, [P] bool."""
@@ -82,7 +109,8 @@ class ReferenceCache:
                 or zlib.crc32(body) != int.from_bytes(content[:4], "little")
             ):
                 log.warning("%s: damaged, so its reference log-probs are computed again", file)
-                file.unlink(missing_ok=True)
+                with suppress(PermissionError):
+                    file.unlink(missing_ok=True)
                 continue
             yield np.frombuffer(body, dtype=_RECORD)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,9 +64,6 @@ def precomputed_logprobs(
     trainer, data = module.trainer, module.trainer.datamodule
     pairs, cache = data.pairs[role], ReferenceCache(key, cache_dir=cache_dir)
     hashes = [pair_hash(*pairs.segments(index)) for index in range(len(pairs))]
-    values, known = cache.find(hashes)
-    missing = np.flatnonzero(~known.numpy())
-    log.info("reference: log-probs of %d %s pairs found, %d to compute", len(pairs) - len(missing), role, len(missing))
 
     def computed(positions: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
         for batch in data.batches(role, positions):
@@ -75,18 +72,24 @@ def precomputed_logprobs(
                 sums = reference(batch.input_ids, batch.attention_mask, batch.response_mask).sums
             yield batch.index.tolist(), torch.stack(sums.chunk(2), dim=1).float().cpu()
 
-    _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, precision)
-    done: list[int] = []
-    began = time.monotonic()
-    # By position, since what is missing differs from process to process once one of them has begun to write.
-    for positions, sums in computed(missing[missing % trainer.world_size == trainer.global_rank]):
-        values[positions] = sums
-        done += positions
-        if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost
+    # Processes of one run would wait for each other as well.
+    with cache.computing() if trainer.world_size == 1 and not cache.find(hashes)[1].all() else nullcontext():
+        values, known = cache.find(hashes)
+        missing = np.flatnonzero(~known.numpy())
+        found = len(pairs) - len(missing)
+        log.info("reference: log-probs of %d %s pairs found, %d to compute", found, role, len(missing))
+        _check_found(values, computed(np.flatnonzero(known.numpy())[:_CHECKED]), cache, precision)
+        done: list[int] = []
+        began = time.monotonic()
+        # By position, since what is missing differs from process to process once one of them has begun to write.
+        for positions, sums in computed(missing[missing % trainer.world_size == trainer.global_rank]):
+            values[positions] = sums
+            done += positions
+            if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost
+                cache.add([hashes[position] for position in done], values[done])
+                done, began = [], time.monotonic()
+        if done:
             cache.add([hashes[position] for position in done], values[done])
-            done, began = [], time.monotonic()
-    if done:
-        cache.add([hashes[position] for position in done], values[done])
     if trainer.world_size > 1:
         trainer.strategy.barrier()
         values, known = cache.find(hashes)

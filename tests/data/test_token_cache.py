@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -385,3 +386,55 @@ def test_segments_are_the_encoded_texts_of_their_row(subwords, tmp_path_factory,
         expected = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", chosen, rejected]
         ids = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in expected]
         assert [segment.tolist() for segment in store.segments(row)] == [ids[0], [*ids[1], end], [*ids[2], end]]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o775), (0o022, 0o755), (0o077, 0o700)])
+def test_an_entry_can_be_read_by_those_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        entry = cached_directory("key", Maker(), cache_dir=tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(entry.stat().st_mode) == mode
+    assert {stat.S_IMODE(file.stat().st_mode) for file in entry.iterdir()} == {mode & 0o666}
+
+
+def test_a_whole_entry_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """Of another user."""
+    entry = cached_directory("key", Maker(), cache_dir=tmp_path)
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(token_cache.FileLock, "acquire", refused)
+    monkeypatch.setattr(token_cache.os, "access", lambda *_: False)
+    monkeypatch.setattr(token_cache.os, "utime", refused)
+    make = Maker()
+    assert cached_directory("key", make, cache_dir=tmp_path) == entry
+    assert make.calls == 0
+
+
+@pytest.mark.parametrize("foreign", ["lock", "damaged entry"])
+def test_what_another_user_has_in_the_way_is_named_and_a_temporary_directory_taken(
+    tmp_path, monkeypatch, caplog, foreign
+):
+    entry = cached_directory("key", Maker(), cache_dir=tmp_path)
+    (entry / "file").write_text("damaged")
+    acquire, remove = token_cache.FileLock.acquire, token_cache.shutil.rmtree
+
+    def acquired(lock, *arguments, **named):
+        if foreign == "lock" and str(tmp_path) in str(lock.lock_file):
+            raise PermissionError
+        return acquire(lock, *arguments, **named)
+
+    def removed(path, **named):
+        if tmp_path not in Path(path).parents:
+            remove(path, **named)
+
+    monkeypatch.setattr(token_cache.FileLock, "acquire", acquired)
+    monkeypatch.setattr(token_cache.shutil, "rmtree", removed)
+    found = cached_directory("key", Maker(), cache_dir=tmp_path)
+    assert found.parent == token_cache._temporary_cache()
+    assert (found / "file").read_text() == "whole"
+    assert f"{tmp_path / 'key'}" in caplog.text
+    assert "belongs to another user" in caplog.text
