@@ -36,11 +36,11 @@ def take_version(trainer: Trainer) -> None:
 
 
 def locks_of(trainer: Trainer) -> Iterator[tuple[Path, str]]:
-    """The file that is locked for each directory that a training writes, and what to say where another run has it."""
+    """The file that is locked for each directory that a training writes, and what to say where another run has it.
+
+    The versions of the loggers come last, and are taken only then: a run that is refused leaves no empty one.
+    """
     given = [each.dirpath for each in trainer.callbacks if isinstance(each, ModelCheckpoint)]
-    for each in trainer.loggers:
-        if isinstance(each, VERSIONED):
-            yield Path(each.log_dir) / ".lock", _busy(each.log_dir, "trainer.logger.init_args.name")
     if None in given and not trainer.loggers:
         directory = Path(trainer.default_root_dir) / "checkpoints"
         yield directory / ".lock", _busy(directory, "trainer.default_root_dir")
@@ -50,6 +50,10 @@ def locks_of(trainer: Trainer) -> Iterator[tuple[Path, str]]:
         if isinstance(each, ExportBest):
             path = Path(each.directory).expanduser()
             yield path.parent / f".{path.name}.lock", _busy(path, "ExportBest.directory")
+    take_version(trainer)
+    for each in trainer.loggers:
+        if isinstance(each, VERSIONED):
+            yield Path(each.log_dir) / ".lock", _busy(each.log_dir, "trainer.logger.init_args.name")
 
 
 def _busy(directory: str | Path, key: str) -> str:

@@ -184,7 +184,8 @@ class Program(LightningCLI):
             else:
                 log.info("no ckpt_path: this is %s as it was loaded", self.model.hparams.backbone)
         if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
-            take_version(self.trainer)
+            if self.subcommand != "fit":
+                take_version(self.trainer)
             for lock, busy in locks_of(self.trainer) if self.subcommand == "fit" else ():
                 self._locks.enter_context(alone(lock, busy))
 
