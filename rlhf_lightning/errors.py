@@ -23,7 +23,11 @@ class TrainingError(UserError):
     """A run cannot go on: what it computes is no number, or not what it should be."""
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of an error, or what it is where it says nothing, for use inside another one."""
-    nothing_said = "not enough memory" if isinstance(error, MemoryError) else type(error).__name__
-    return (str(error).strip().splitlines() or [nothing_said])[0][:200]
+def reason_of(error: BaseException, *, whole: bool = False) -> str:
+    """The first line of an error (with `whole` all on one line), or what it is where it says nothing, for another one.
+
+    A library's first line says what is wrong; a chat template's own words may go over several.
+    """
+    said = str(error).strip()
+    line = " ".join(said.split()) if whole else said.partition("\n")[0]
+    return line[:200] or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)

@@ -295,7 +295,7 @@ class ChatText:
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
             roles = ", ".join(message["role"] for message in messages)
-            reason = reason_of(error)
+            reason = reason_of(error, whole=True)
             raise DataError(f"the chat template refuses a conversation of the turns {roles}: {reason}") from error
 
 

@@ -120,7 +120,7 @@ class WrittenText:
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
-            reason = reason_of(error)
+            reason = reason_of(error, whole=True)
             raise DataError(f"reward_chat_template: the file refuses a conversation: {reason}") from error
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
