@@ -7,6 +7,7 @@ mathematics, is that of the plain loop: fewer padding tokens for free.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -258,11 +259,18 @@ class BatchLoader:
             sampler=list(self.plan.epoch(self.current_epoch))[begun:],
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # its worker seeds; from the global one, validating would change training
         )
         for batch in loader:
             self._position["batches"] += 1
             yield batch
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """A signal to the whole group would end the processes that make batches before the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_seed(seed: int | None) -> int:

@@ -27,7 +27,7 @@ from rlhf_lightning.pipeline.settings import Resolved, parsed_fit
 from rlhf_lightning.pipeline.state import Record, State
 from rlhf_lightning.terminal import say
 
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 """Seconds that an interrupted stage is given to save what it has."""
 
 

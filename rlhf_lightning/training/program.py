@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,10 +52,11 @@ from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.results import Results
-from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, resolve_last
+from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, is_requeued, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 from rlhf_lightning.training.sft import SFT
+from rlhf_lightning.training.signals import Interrupted, SaveAtSignal
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
 from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
@@ -126,6 +128,8 @@ class Program(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfig):
                 callback.config = self._to_save
+        states = next(callback for callback in trainer.callbacks if isinstance(callback, ProcessStates))
+        trainer.callbacks.append(SaveAtSignal(states))  # behind those that save after a batch
         return trainer
 
     def before_instantiate_classes(self) -> None:
@@ -137,6 +141,9 @@ class Program(LightningCLI):
             log.warning("%s", line)
         if config.get("ckpt_path") == LAST:
             resolve_last(config)
+            self._replace = True
+        elif self.subcommand == "fit" and config.get("ckpt_path") is None and is_requeued():
+            resolve_last(config, job=os.environ.get("SLURM_JOB_ID"))
             self._replace = True
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
@@ -156,10 +163,10 @@ class Program(LightningCLI):
         try:
             with self._locks:
                 super()._run_subcommand(subcommand)
-        except SystemExit:  # Lightning's way out of Ctrl-C
-            if self.trainer.interrupted:
-                kept = "go on with --ckpt_path last" if any_checkpoint(self.trainer) else "no checkpoint was saved yet"
-                print(f"rlhf-lightning: interrupted at step {self.trainer.global_step}; {kept}", file=sys.stderr)
+        except SystemExit as ended:  # ours, or Lightning's way out of a signal before the first batch
+            if self.trainer.interrupted and self.trainer.is_global_zero:
+                print(f"rlhf-lightning: {_how_to_go_on(self.trainer, ended)}", file=sys.stderr)
+            if self.trainer.interrupted and not isinstance(ended, Interrupted):
                 raise SystemExit(143 if self.trainer.received_sigterm else 130) from None
             raise
 
@@ -220,6 +227,14 @@ class Program(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest) and callback.fault and not self.trainer.fast_dev_run:
                 raise TrainingError(f"{callback.directory}: nothing was exported: {callback.fault}")
+
+
+def _how_to_go_on(trainer: Trainer, ended: SystemExit) -> str:
+    saved = ended.saved if isinstance(ended, Interrupted) else None
+    kept = f"go on with --ckpt_path last (saved {saved})" if saved else "go on with --ckpt_path last"
+    if not (saved or any_checkpoint(trainer)):
+        kept = "no checkpoint was saved yet"
+    return f"interrupted at step {trainer.global_step}; {kept}"
 
 
 class ParsedRun(Program):

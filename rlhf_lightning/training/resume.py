@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
+import contextlib
+import copy
 import logging
+import os
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -19,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint
+from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint, remove
 from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.optimization import warn_of_another_schedule
 
@@ -28,7 +32,20 @@ log = logging.getLogger(__name__)
 LAST = "last"
 """The `ckpt_path` that stands for the newest whole checkpoint of a run."""
 
+INTERRUPTED = "interrupted-{step}.ckpt"
+"""Name of a checkpoint that was saved at a signal where no `ModelCheckpoint` keeps the newest one."""
+
 _KEY = "processes"
+_JOB = "slurm_job"
+
+
+class BeforeValidation(NamedTuple):
+    """What a validation between two batches changes of what a checkpoint holds, as it is before."""
+
+    batches: int
+    """Batches made by then."""
+    loops: dict[str, Any]
+    states: dict[str, Any]
 
 
 class ProcessStates(Callback):
@@ -51,12 +68,37 @@ class ProcessStates(Callback):
         self._validated_at = 0
         self._batches_made, self._epoch = (0, 0), 0
         self._epoch_to_end: EpochEnd | None = None
+        self._before_validation: BeforeValidation | None = None
+        self._saves_as_remembered = False
+        self._named: list[str] = []
 
-    def state_dict(self) -> dict[str, int]:
-        return {"validated_at": self._validated_at}
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated_at": self._validated_at, "named": self._named}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validated_at = state_dict["validated_at"]
+        self._named = state_dict.get("named", [])
+
+    def remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what a validation after this batch will change, so that a checkpoint can be saved within it."""
+        loops = copy.deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self._before_validation = BeforeValidation(ready, loops, _states(pl_module))
+
+    def remembers(self, trainer: Trainer) -> bool:
+        """Whether a validation between two batches is under way, whose beginning is remembered."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        kept = self._before_validation
+        return kept is not None and kept.batches == batches.ready == batches.completed
+
+    @contextlib.contextmanager
+    def as_remembered(self) -> Iterator[None]:
+        """Inside, a checkpoint is that of the beginning of the validation."""
+        self._saves_as_remembered = True
+        try:
+            yield
+        finally:
+            self._saves_as_remembered = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.accumulate_grad_batches > 1 and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -64,12 +106,16 @@ class ProcessStates(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         open_batches = _batches_of_open_step(trainer)
-        own = self._step_began if open_batches else _states(pl_module)
+        states_now = _states(pl_module)
+        if self._saves_as_remembered and (before := self._before_validation) is not None:
+            checkpoint["loops"], states_now = copy.deepcopy(before.loops), before.states
+        own = self._step_began if open_batches else states_now
         states = [own]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, own)
         checkpoint[_KEY] = states
+        checkpoint[_JOB] = os.environ.get("SLURM_JOB_ID")
         if open_batches:
             _rewind(trainer, checkpoint, open_batches)
 
@@ -124,21 +170,32 @@ class ProcessStates(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning keeps the checkpoint that a run went on from; where there is a newer or better, it is removed."""
         path = self._gone_on_from
-        if path is None or (writer := _writer(trainer, path)) is None:
+        if path is None:
             return
-        kept = {writer.best_model_path, writer.last_model_path, *writer.best_k_models}
-        if path.resolve() not in {Path(each).resolve() for each in kept if each}:
+        kept = set().union(*(_kept(writer) for writer in _writers(trainer)))
+        if (_writer(trainer, path) is not None or _saved_at_signal(path)) and kept and path.resolve() not in kept:
             trainer.strategy.remove_checkpoint(path)
 
     def _replace_older(self, trainer: Trainer) -> None:
         """A checkpoint of the newest alone names, in its own record, the one before it."""
         self._gone_on_from = Path(trainer.ckpt_path) if trainer.ckpt_path is not None and self.replace else None
+        if trainer.ckpt_path is not None and not self.replace:
+            self._named = [*self._named, str(Path(trainer.ckpt_path).resolve())]
         writer = None if self._gone_on_from is None else _writer(trainer, self._gone_on_from)
-        if writer is None or writer.monitor is not None:
-            return
-        older, writer.best_model_path = writer.best_model_path, str(self._gone_on_from)
-        if older and older != writer.best_model_path and Path(older).exists():
-            trainer.strategy.remove_checkpoint(older)
+        if writer is not None and writer.monitor is None:
+            writer.best_model_path = str(self._gone_on_from)
+        if self._gone_on_from is not None and trainer.is_global_zero:
+            self._remove_stale(trainer)
+
+    def _remove_stale(self, trainer: Trainer) -> None:
+        """Remove what attempts at this run that were broken off have left, and say so."""
+        step, spared = trainer.global_step, {self._gone_on_from.resolve(), *map(Path, self._named)}
+        stale = [path for writer in _writers(trainer) for path in _stale(writer, step, spared)]
+        for path in (stale := sorted({*stale})):
+            remove(path)
+        if stale:
+            names = ", ".join(path.name for path in stale)
+            log.info("%s: removed, left by attempts at this run that were broken off: %s", stale[0].parent, names)
 
 
 class EpochEnd(NamedTuple):
@@ -217,14 +274,54 @@ def _rewind(trainer: Trainer, checkpoint: dict[str, Any], batches: int) -> None:
         position["batches"] -= batches
 
 
+def _writers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
 def _writer(trainer: Trainer, path: Path) -> ModelCheckpoint | None:
     """The callback that keeps one checkpoint, the best or the newest, and wrote this one."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 1:
-            made = fnmatch.fnmatch(path.stem, re.sub(r"\{.*?\}", "*", callback.filename or "*"))
-            if made and path.parent.resolve() == Path(callback.dirpath or "").resolve():
-                return callback
+    for writer in _writers(trainer):
+        made = writer.save_top_k == 1 and _name_pattern(writer).fullmatch(path.name)
+        if made and path.parent.resolve() == Path(writer.dirpath or "").resolve():
+            return writer
     return None
+
+
+def _name_pattern(writer: ModelCheckpoint) -> re.Pattern[str]:
+    """The names of the files that a callback writes."""
+    number = r"(-?\d+(\.\d+)?(e[-+]?\d+)?|nan|inf|-inf)"
+    parts = re.split(r"\{(.*?)(?::.*?)?\}", writer.filename or "{epoch}-{step}")
+    for position, part in enumerate(parts):
+        named = f"{re.escape(part)}=" if writer.auto_insert_metric_name else ""
+        parts[position] = named + number if position % 2 else re.escape(part)
+    return re.compile("".join(parts) + rf"(-v\d+)?{re.escape(writer.FILE_EXTENSION)}")
+
+
+def _kept(writer: ModelCheckpoint) -> set[Path]:
+    paths = (writer.best_model_path, writer.last_model_path, *writer.best_k_models)
+    return {Path(path).resolve() for path in paths if path}
+
+
+def _saved_at_signal(path: Path) -> bool:
+    return re.fullmatch(INTERRUPTED.format(step=r"\d+").replace(".", r"\."), path.name) is not None
+
+
+def _stale(writer: ModelCheckpoint, step: int, spared: set[Path]) -> Iterator[Path]:
+    """Files of a callback that it would have removed by the given step if it had not been killed, and half files."""
+    directory, kept = Path(writer.dirpath or ""), _kept(writer)
+    yield from directory.glob(".*.ckpt.part")
+    newest = writer.monitor is None and writer.save_top_k == 1
+    best = writer.monitor is not None and writer.save_top_k > 0 and len(writer.best_k_models) > 0
+    for path in directory.glob("*.ckpt"):
+        ours = _saved_at_signal(path) or ((newest or best) and _name_pattern(writer).fullmatch(path.name))
+        if not ours or path.resolve() in kept | spared:
+            continue
+        try:
+            saved_at = read_checkpoint(path, weights=False, verified=False)["global_step"]
+        except ConfigurationError:  # damaged, and named before
+            continue
+        if saved_at < step or (saved_at == step and not best):
+            yield path
 
 
 def _random_states() -> dict[str, Any]:
@@ -248,11 +345,16 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
-def resolve_last(config: Namespace) -> None:
+def is_requeued() -> bool:
+    """Whether SLURM has started this job again, of which an earlier attempt may have saved checkpoints."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and SLURMEnvironment.detect()
+
+
+def resolve_last(config: Namespace, *, job: str | None = None) -> None:
     """Put the newest whole checkpoint of a run in the place of `ckpt_path: last`; the run goes on in its directory.
 
     `config` holds the settings of a subcommand. Without any checkpoint the run begins anew. One that is not whole is
-    named, and the one before it taken.
+    named, and the one before it taken. With `job`, checkpoints of that job of SLURM alone count.
     """
     candidates = [path for directory in _directories(config) for path in directory.glob("*.ckpt")]
     found: list[tuple[int, float, Path]] = []
@@ -265,7 +367,8 @@ def resolve_last(config: Namespace) -> None:
         if not has_states(stored):
             log.warning("%s: holds weights alone, from which no run goes on; looking for another one", path)
             continue
-        found.append((stored["global_step"], path.stat().st_mtime, path))
+        if job is None or stored.get(_JOB) == job:
+            found.append((stored["global_step"], path.stat().st_mtime, path))
     config.ckpt_path = None
     for step, _, path in sorted(found, reverse=True):
         if (fault := fault_of(path)) is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from typing import Literal
 
 import torch
 from lightning.pytorch import Callback
 
-Moment = Literal["batch", "validation", "checkpoint", "SIGTERM", "SIGINT"]
+Moment = Literal["batch", "validation", "checkpoint", "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
 
 
 def kill() -> None:
@@ -21,22 +22,37 @@ def kill() -> None:
 class Killer(Callback):
     """Kills at the `count`th training batch, validation batch, or file of a checkpoint, half of which is written.
 
-    `SIGTERM` and `SIGINT` are sent at a training batch.
+    Signals are sent at a training batch, or with `validating` at a validation batch. With `hangs` that batch does not
+    end before a second signal. With `rank` that process alone gets them.
     """
 
-    def __init__(self, moment: Moment, count: int) -> None:
-        self.moment, self.left = moment, count
+    def __init__(
+        self, moment: Moment, count: int, validating: bool = False, hangs: bool = False, rank: int | None = None
+    ) -> None:
+        self.moment, self.left, self.validating, self.hangs, self.rank = moment, count, validating, hangs, rank
         if moment == "checkpoint":
             self.save, torch.save = torch.save, self._save_half
 
     def on_train_batch_start(self, *_) -> None:
         self._at("batch")
-        for name in ("SIGTERM", "SIGINT"):
-            if self.moment == name and self._at(name):
-                os.kill(os.getpid(), getattr(signal, name))
+        if not self.validating:
+            self._send()
 
     def on_validation_batch_start(self, *_) -> None:
         self._at("validation")
+        if self.validating:
+            self._send()
+
+    def _send(self) -> None:
+        if not self.moment.startswith("SIG") or not self._at(self.moment):
+            return
+        if self.rank not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
+            return
+        os.kill(os.getpid(), getattr(signal, self.moment))
+        if self.hangs:
+            time.sleep(0.6)
+            os.kill(os.getpid(), getattr(signal, self.moment))
+            time.sleep(1000)
 
     def _at(self, moment: Moment) -> bool:
         self.left -= moment == self.moment

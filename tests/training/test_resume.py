@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -182,13 +183,63 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does(tmp_path, unbroken, name, code):
+@pytest.mark.parametrize(
+    ("name", "count", "where", "code", "step"),
+    [
+        ("SIGTERM", 12, [], 143, 6),
+        ("SIGINT", 9, [], 130, 4),  # the first batch of step 5, of whose gradients nothing is kept
+        ("SIGUSR1", 10, ["--trainer.callbacks.validating", "true"], 138, 4),  # that is validated within step 5
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_just_there(tmp_path, unbroken, name, count, where, code, step):
     file, whole = unbroken("RewardModel")
-    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, 9))
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, count), *where)
     assert ended == code, error[-3000:]
-    assert re.search(r"interrupted at step \d; go on with --ckpt_path last", error)
+    assert re.search(rf"interrupted at step {step}; go on with --ckpt_path last \(saved .*last-{step}\.ckpt\)", error)
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert ended == 0, error[-3000:]
+    assert f"(step {step})" in re.search(r"going on from .*", error)[0]
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path, unbroken):
+    """Whose batch would not end."""
+    file, _ = unbroken("RewardModel")
+    hangs = ["--trainer.callbacks.hangs", "true"]
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer("SIGTERM", 12), *hangs)
+    assert ended == 143, error[-3000:]
+    assert "SIGTERM: saved when the batch under way is done; a second signal ends the run at once" in error
+    assert "ended at once" in error
+    assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "last-3.ckpt"
+
+
+def test_of_two_processes_one_gets_the_signal_and_both_save(tmp_path, unbroken):
+    pytest.importorskip("deepspeed")
+    file, whole = unbroken("RewardModel", *ZERO, processes=2)
+    told = [*killer("SIGTERM", 9), "--trainer.callbacks.rank", "1"]
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *told, processes=2)
+    assert ended == 143, error[-3000:]
+    assert re.search(r"interrupted at step \d; go on with --ckpt_path last \(saved ", error)
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
+    assert ended == 0, error[-3000:]
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_job_of_slurm_is_saved_and_put_back_into_the_queue_and_goes_on_by_itself(tmp_path, unbroken, monkeypatch):
+    file, whole = unbroken("RewardModel")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    ids = {"JOB_ID": "4321", "JOB_NAME": "mine", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in ids.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer("SIGUSR1", 9))
+    assert ended == 138, error[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 4321\n"
+    assert not list((tmp_path / "run").glob("hpc*")), "of Lightning's, which would be of the middle of a batch"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ended, _, error = run(tmp_path / "run", "fit", "--config", file)
     assert ended == 0, error[-3000:]
     check_same(tmp_path / "run", whole)
 
@@ -201,6 +252,26 @@ def test_a_checkpoint_that_the_user_named_is_kept(tmp_path, unbroken):
     code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", str(named))
     assert code == 0, error[-3000:]
     assert digest(named) == before
+    assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
+
+
+def test_what_broken_attempts_left_is_removed_and_what_the_user_named_or_copied_is_not(tmp_path, unbroken):
+    file, whole = unbroken("RewardModel")
+    run(tmp_path / "run", "fit", "--config", file, *killer("batch", 8))
+    third = next(path for path in checkpoints(tmp_path / "run") if path.name == "last-3.ckpt")
+    mine = shutil.copy(third, third.with_name("last-3-mine.ckpt"))
+    # Killed after the next one was written and before this one was removed, or while a signal's was written.
+    content = third.read_bytes()
+    run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", str(third), *killer("batch", 14 - 6))
+    assert third.exists(), "the user named it"
+    for name in ("last-2.ckpt", "interrupted-3.ckpt", ".last-4.ckpt.part"):
+        third.with_name(name).write_bytes(content)
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0, error[-3000:]
+    left = {path.name for path in third.parent.iterdir()}
+    assert left == {path.name for path in checkpoints(whole)} | {"last-3.ckpt", mine.name}
+    (line,) = [line for line in error.splitlines() if "removed, left by attempts" in line]
+    assert line.endswith(": .last-4.ckpt.part, interrupted-3.ckpt, last-2.ckpt")
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
 
 

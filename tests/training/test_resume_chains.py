@@ -9,7 +9,9 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import os
 import random
+import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -18,8 +20,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.training.callbacks import Results
-from rlhf_lightning.training.checkpoints import WholeFileIO
+from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint
 from rlhf_lightning.training.resume import ProcessStates
+from rlhf_lightning.training.signals import SaveAtSignal
 
 LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
 PPO_KEYS = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 4, "epochs": 2, "minibatches": 2}
@@ -47,15 +50,24 @@ class BrokenOff(Exception):
 
 
 class Breaker(pl.Callback):
-    """Breaks off before a training batch, the first being 1, and keeps what the run measured and counted."""
+    """Breaks off before a training batch, the first being 1, and keeps what the run measured and counted.
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.batches = at, itertools.count(1)
+    With `signals` it sends SIGTERM instead, and counts validation batches, too.
+    """
+
+    def __init__(self, at: int | None, signals: bool = False) -> None:
+        self.at, self.batches, self.signals = at, itertools.count(1), signals
         self.seen: dict[tuple, object] = {}
 
     def on_train_batch_start(self, trainer, *_):
         if next(self.batches) == self.at:
-            raise BrokenOff
+            if not self.signals:
+                raise BrokenOff
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_batch_start(self, trainer, *_):
+        if self.signals and next(self.batches) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_validation_end(self, trainer, module):
         name = "val/reward" if isinstance(module, PPO) else "val/loss"
@@ -72,25 +84,28 @@ def chain(tmp_path, tiny_qwen2, pairs):
     """Run a kind on a schedule, broken off before the given batches of its attempts; weights and what was seen."""
     numbers = itertools.count()
 
-    def run(kind: str, schedule: dict, breaks: list[int]) -> tuple[str, dict]:
+    def run(kind: str, schedule: dict, breaks: list[int], *, signals: bool = False) -> tuple[str, dict]:
         directory = tmp_path / str(next(numbers))
         make, settings = KINDS[kind]
         trainer_settings = dict(schedule)
+        keeps_newest = trainer_settings.pop("keeps_newest", True)
         every, monitor = trainer_settings.pop("every"), {"monitor": "val/loss", "mode": "min"}
         data_class = PreferenceDataModule
         if make is PPO:
             every, monitor, data_class = every * 4, {"monitor": "val/reward", "mode": "max"}, PromptDataModule
         seen: dict = {}
+        ended_at = 0
         for at in [*breaks, None]:
             pl.seed_everything(7, verbose=False)
             module = make(str(tiny_qwen2), optimizer=functools.partial(torch.optim.AdamW, lr=0.01), **settings)
             data = data_class(str(pairs), tokenizer=str(tiny_qwen2), batch_size=2)
-            breaker = Breaker(at)
+            breaker, states = Breaker(at, signals), ProcessStates(replace=signals)
             plain = {"dirpath": directory, "enable_version_counter": False}
             writers = [
                 ModelCheckpoint(filename="best-{step}", **monitor, **plain),
                 ModelCheckpoint(filename="last-{step}", every_n_train_steps=every, **plain),
             ]
+            writers = writers if keeps_newest else writers[:1]
             trainer = pl.Trainer(
                 accelerator="cpu",
                 devices=1,
@@ -99,14 +114,21 @@ def chain(tmp_path, tiny_qwen2, pairs):
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
                 plugins=[WholeFileIO()],
-                callbacks=[*writers, Results(), ProcessStates(), breaker],
+                callbacks=[*writers, Results(), states, breaker],
                 **trainer_settings,
             )
+            trainer.callbacks.append(watch := SaveAtSignal(states))
             newest = max(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
-            with contextlib.suppress(BrokenOff):
+            if signals and newest is not None:
+                assert read_checkpoint(newest)["global_step"] == ended_at, "nothing is lost"
+            with contextlib.suppress(BrokenOff, SystemExit):
                 trainer.fit(module, data, ckpt_path=None if newest is None else str(newest))
+            watch._close()
+            ended_at = trainer.global_step
             for name, value in breaker.seen.items():
                 assert seen.setdefault(name, value) == value, name
+            if not trainer.interrupted:  # it came to its end before
+                break
         weights = b"".join(p.detach().numpy().tobytes() for p in module.parameters() if p.requires_grad)
         return hashlib.sha256(weights).hexdigest(), seen
 
@@ -124,3 +146,24 @@ def test_a_run_that_is_broken_off_again_and_again_ends_as_an_unbroken_one(chain,
     assert again.keys() == seen.keys(), breaks
     for place, numbers in seen.items():
         assert again[place] == numbers, (breaks, place)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("keeps_newest", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        ("RewardModel", {"max_epochs": 3, "accumulate_grad_batches": 2, "every": 100, "val_check_interval": 0.5}),
+        ("DPO adapter", {"max_epochs": 3, "every": 100, "val_check_interval": 4, "check_val_every_n_epoch": None}),
+        ("PPO", {"max_epochs": 2, "every": 100}),
+    ],
+)
+def test_a_run_that_is_told_to_end_again_and_again_loses_nothing(chain, kind, schedule, keeps_newest):
+    schedule = schedule | {"keeps_newest": keeps_newest}
+    whole, seen = chain(kind, schedule, [])
+    draw = random.Random(f"{kind} {keeps_newest}")
+    breaks = [draw.randint(3, 16) for _ in range(3)]
+    weights, again = chain(kind, schedule, breaks, signals=True)
+    assert weights == whole, breaks
+    validations = [{place: value for place, value in each.items() if place[0] == "val"} for each in (seen, again)]
+    assert validations[0] == validations[1], breaks
