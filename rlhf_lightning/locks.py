@@ -16,10 +16,12 @@ from rlhf_lightning.errors import ConfigurationError
 def alone(lock: Path, busy: str) -> Iterator[None]:
     """Inside, no other process that asks for the same lock, a file that is made here, gets it.
 
-    It ends with the process, however that ends, so a killed one stands in nobody's way. Where the file system knows no
-    locks, nothing is locked. Raises `ConfigurationError` with `busy`, what to say when another process has it.
+    It ends with the process, however that ends, so a killed one stands in nobody's way. Directories that were made for
+    the file alone are removed again. Where the file system knows no locks, nothing is locked. Raises
+    `ConfigurationError` with `busy`, what to say when another process has it.
     """
     held = FileLock(lock, timeout=0)
+    made = [directory for directory in lock.parents if not directory.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         held.acquire()
@@ -30,6 +32,11 @@ def alone(lock: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and list(lock.parent.iterdir()) == [lock]:
+            lock.unlink()
+            with contextlib.suppress(OSError):  # another process has put something there
+                for directory in made:
+                    directory.rmdir()
         held.release()
 
 

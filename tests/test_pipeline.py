@@ -317,7 +317,7 @@ def test_after_a_failed_stage_none_is_run_and_it_goes_on_when_mended(ran, act, c
     assert ran("--first.model.act", act, "--first.model.at", "3", code=code) == {"first": "failed"}
     (line,) = ran.error.splitlines()
     assert re.match(f"rlhf-lightning: error: stage first {words}", line)
-    assert not Path("models").exists() or not any(Path("models").iterdir())
+    assert not list(Path("models").glob("[!.]*")), "a lock may be left by a process that was killed"
     assert ran() == BOTH
 
 
