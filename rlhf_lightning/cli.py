@@ -90,8 +90,14 @@ def _run(argv: Sequence[str] | None) -> int:
         return int(exit_.code or 0)
     except UserError as error:
         return _refuse(str(error))
-    except OSError as error:  # a path that cannot be, a full disk
+    except OSError as error:  # a path that cannot be
+        if (full := _full_disk(error)) is not None:
+            return _refuse(full)
         return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
+    except Exception as error:
+        if (full := _full_disk(error)) is None:
+            raise
+        return _refuse(full)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
             print("rlhf-lightning: interrupted", file=sys.stderr)
@@ -104,6 +110,14 @@ def _refuse(message: str) -> int:
 
     say(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _full_disk(error: Exception) -> str | None:
+    """The line for a full disk of which nobody knew what was being written."""
+    from rlhf_lightning.disks import named_full_disk
+
+    full = named_full_disk(error, ["."])
+    return None if full is None else str(full)
 
 
 def _leave_group() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.table import Table
 
+from rlhf_lightning.disks import write_whole
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.document import Verdict, interval_of, value_of
 from rlhf_lightning.evaluation.markdown import to_markdown
@@ -148,7 +149,7 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
         to_html(document),
     )
     for name, content in zip(FILES, contents, strict=True):
-        _put(out / name, content)
+        write_whole(out / name, content)
     _official(results, settings)
 
 
@@ -207,12 +208,6 @@ def _official_name(name: str) -> str:
     parts = [re.sub(r"[^\w.-]", "-", part).lstrip(".") for part in Path(name).expanduser().parts]
     parts = [part for part in parts if part]
     return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{parts[0]}"
-
-
-def _put(path: Path, text: str) -> None:
-    half_written = path.with_name(f".{path.name}.part")
-    half_written.write_text(text, encoding="utf-8")
-    half_written.replace(path)
 
 
 def _print(results: EvaluationResults, out: Path) -> None:

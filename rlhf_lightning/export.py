@@ -15,12 +15,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import rlhf_lightning
+from rlhf_lightning.disks import check_room
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.backbones import counts_from_padding
 from rlhf_lightning.models.causal_lm import decoder
 from rlhf_lightning.models.directories import check_free, check_other, end_at, pad_with, replaced_model
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.terminal import say
+from rlhf_lightning.training.callbacks import exported_bytes
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.results import TABLE_ROWS
@@ -80,6 +82,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []
     options += ["4bit"] if module.hparams.get("quantization") else []
+    check_room(directory, exported_bytes(module, merge=merge), "the model")
     with replaced_model(directory) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
         pad_id = _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)

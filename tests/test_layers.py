@@ -18,6 +18,7 @@ LAYERS = {
     "hub": 0,
     "leftovers": 0,
     "locks": 0,
+    "disks": 0,
     "terminal": 0,
     "yaml_text": 0,
     "functional": 0,

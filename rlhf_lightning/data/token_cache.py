@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.locks import current_umask
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ def _made(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
             _prune(cache)
             made = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))
             try:
-                make(made)
-                (made / _CONTENTS).write_text(json.dumps(_checksums(made)), encoding="utf-8")
+                with writing_to(cache):
+                    make(made)
+                    (made / _CONTENTS).write_text(json.dumps(_checksums(made)), encoding="utf-8")
                 made.chmod(0o777 & ~current_umask())  # mkdtemp's are for their user alone
                 made.rename(entry)
             finally:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 
@@ -51,7 +52,7 @@ class Ledger:
 
     def _append(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         body = json.dumps({"maker": self.maker, "entries": entries}).encode().removeprefix(b"{")
-        with self.file.open("ab") as file:
+        with writing_to(self.file), self.file.open("ab") as file:
             file.write(_START + b'%08x", ' % zlib.crc32(body) + body + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -72,8 +73,9 @@ class Ledger:
             log.info("%s: its last line was not written to its end and is dropped", self.file)
         if damaged or lines[-1]:
             half_written = self.file.with_name(f".{self.file.name}.part")
-            half_written.write_bytes(b"".join(line + b"\n" for line in whole.values()))
-            half_written.replace(self.file)
+            with writing_to(self.file):
+                half_written.write_bytes(b"".join(line + b"\n" for line in whole.values()))
+                half_written.replace(self.file)
         return dict(self._entries(whole.values()))
 
     def _entries(self, lines: Sequence[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,7 @@ import numpy as np
 from rlhf_lightning.data.conversations import BadRow, check_prompt, prompt_messages
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.data.sources import Row, read_rows
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, bootstrap, wilson
 from rlhf_lightning.evaluation.ledger import Ledger
@@ -619,7 +620,8 @@ def write_official_files(
     for folder, content in files.items():
         path = Path(directory) / folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=4, sort_keys=True, allow_nan=False), encoding="utf-8")
+        with writing_to(path):
+            path.write_text(json.dumps(content, indent=4, sort_keys=True, allow_nan=False), encoding="utf-8")
         paths.append(path)
     return paths[0], paths[1]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import xxhash
 
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.leftovers import held_directory, is_abandoned
 from rlhf_lightning.locks import current_umask
@@ -120,9 +121,10 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
         made.mkdir()
         _under_way.add(made)
         try:
-            yield made
-            _seal(made)
-            _put_in_place(made, directory)
+            with writing_to(directory):
+                yield made
+                _seal(made)
+                _put_in_place(made, directory)
         finally:
             _under_way.discard(made)
             _undo(stage, directory)

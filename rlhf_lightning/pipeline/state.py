@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.pipeline.inputs import Contents
 
@@ -58,8 +59,9 @@ class State:
         stages = {name: asdict(record) for name, record in self.records.items()}
         stored = {"format": _FORMAT, "stages": stages, "files": self.contents.known}
         part = self.file.with_name(f".{self.file.name}.part")
-        with part.open("w", encoding="utf-8") as opened:
-            json.dump(stored, opened, indent=1)
-            opened.flush()
-            os.fsync(opened.fileno())
-        part.replace(self.file)
+        with writing_to(self.file):
+            with part.open("w", encoding="utf-8") as opened:
+                json.dump(stored, opened, indent=1)
+                opened.flush()
+                os.fsync(opened.fileno())
+            part.replace(self.file)

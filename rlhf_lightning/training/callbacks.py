@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from rlhf_lightning.disks import check_room, write_whole
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
 from rlhf_lightning.terminal import Terminal, say
@@ -123,7 +124,10 @@ class ExportBest(Callback):
         best = best_checkpoint(trainer)
         if not trainer.is_global_zero:
             return
-        self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
+        try:
+            self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
+        except ConfigurationError as error:  # a full disk; the checkpoint is there
+            self.fault = f"{error}. Then export {_relative(best.path)}"
         self.exported = self.fault is None
         if self.fault:
             log.warning("%s: nothing is exported: %s", self.directory, self.fault)
@@ -136,6 +140,7 @@ class ExportBest(Callback):
             return f"{_relative(best)}: {fault}"
         warn_of_start(stored)
         warn_of_divergence(stored)
+        check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
         with replaced_model(self.directory) as made:
             module.export(made, merge=self.merge)
             chat_format = getattr(trainer.datamodule, "chat_format", None)
@@ -143,6 +148,12 @@ class ExportBest(Callback):
                 chat_format.save_pretrained(made)
                 end_at(made, chat_format.terminator_id)
         return None
+
+
+def exported_bytes(module: LightningModule, *, merge: bool) -> int:
+    """What an export takes on the disk, but for the tokenizer: float32 weights, or adapters alone."""
+    adapters = not merge and bool(module.hparams.get("lora"))
+    return sum(4 * each.numel() for each in module.parameters() if each.requires_grad or not adapters)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -184,9 +195,7 @@ class PredictionWriter(BasePredictionWriter):
             for row in index.argsort().tolist()
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_name(f".{path.name}.part")
-        half_written.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        half_written.replace(path)
+        write_whole(path, "\n".join(lines) + "\n")
         say(f"predictions: {_relative(path)} ({len(lines)} pairs)")
 
 

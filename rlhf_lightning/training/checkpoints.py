@@ -24,7 +24,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.disks import free_bytes, full_disk, size
+from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.training.results import Results
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError of its own when the disk is full
         remove(part_of(path))
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
+        reason = full_disk(error) or getattr(error, "strerror", None) or reason_of(error)
+        reason += f"; {size(free_bytes(path))} are free" if full_disk(error) else ""
         raise ConfigurationError(
             f"{path}: the checkpoint could not be written ({reason}); earlier ones are untouched. Make room, or give "
             "another trainer.default_root_dir, and go on with --ckpt_path last"

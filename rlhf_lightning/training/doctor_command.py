@@ -16,6 +16,7 @@ from rlhf_lightning.data.doctor import Diagnosis, diagnose
 from rlhf_lightning.data.doctor_report import html_page, print_diagnosis
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
 from rlhf_lightning.data.sources import has_split
+from rlhf_lightning.disks import write_whole
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training import program
@@ -56,9 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     diagnosis = _diagnosis(source, settings)
     # The files first: a reader of the tables, such as `head`, may stop listening.
     if own.json:
-        _write(own.json, json.dumps(asdict(diagnosis), indent=2) + "\n")
+        write_whole(own.json, json.dumps(asdict(diagnosis), indent=2) + "\n")
     if own.html:
-        _write(own.html, html_page(diagnosis))
+        write_whole(own.html, html_page(diagnosis))
     print_diagnosis(diagnosis, Terminal(soft_wrap=False))
     for path in filter(None, (own.json, own.html)):
         say(f"written: {path}")
@@ -104,9 +105,3 @@ def _data_keys(parsed: Namespace) -> dict:
     if name != PreferenceDataModule.__name__:
         raise ConfigurationError(f"data: doctor examines preference pairs (PreferenceDataModule), not {name}")
     return dict(parsed.data.init_args)
-
-
-def _write(path: Path, text: str) -> None:
-    half_written = path.with_name(f".{path.name}.part")
-    half_written.write_text(text, encoding="utf-8")
-    half_written.replace(path)

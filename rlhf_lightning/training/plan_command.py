@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.data import preference_datamodule
+from rlhf_lightning.disks import write_whole
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.models.simulation import NotSimulated
 from rlhf_lightning.terminal import Terminal, say
@@ -106,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
     made = plan(settings, gpu=own.gpu, read_data=not own.no_data)
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)
-        own.json.write_text(json.dumps(_plain(asdict(made)), indent=2) + "\n", encoding="utf-8")
+        write_whole(own.json, json.dumps(_plain(asdict(made)), indent=2) + "\n")
     _print(made, Terminal(soft_wrap=False))
     return 0 if made.verdict.fits and not made.verdict.tight else 1
 

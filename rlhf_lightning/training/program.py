@@ -31,10 +31,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.disks import named_full_disk
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.locks import alone
 from rlhf_lightning.models.reward_network import is_reward_network
-from rlhf_lightning.terminal import VisibleLines, visible_warning
+from rlhf_lightning.terminal import VisibleLines, say, visible_warning
 from rlhf_lightning.training.best import SavingOrder, any_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
 from rlhf_lightning.training.checkpoints import (
@@ -48,7 +49,7 @@ from rlhf_lightning.training.checkpoints import (
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.last_validation import LastValidation
 from rlhf_lightning.training.overlays import replace_in_later_layers
-from rlhf_lightning.training.own_directories import locks_of, take_version
+from rlhf_lightning.training.own_directories import RoomOnDisk, locks_of, take_version
 from rlhf_lightning.training.planning import refuse_what_cannot_fit
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.results import Results
@@ -163,11 +164,18 @@ class Program(LightningCLI):
         try:
             with self._locks:
                 super()._run_subcommand(subcommand)
+        except UserError:
+            raise
         except SystemExit as ended:  # ours, or Lightning's way out of a signal before the first batch
             if self.trainer.interrupted and self.trainer.is_global_zero:
-                print(f"rlhf-lightning: {_how_to_go_on(self.trainer, ended)}", file=sys.stderr)
+                say(f"rlhf-lightning: {_how_to_go_on(self.trainer, ended)}", file=sys.stderr)
             if self.trainer.interrupted and not isinstance(ended, Interrupted):
                 raise SystemExit(143 if self.trainer.received_sigterm else 130) from None
+            raise
+        except Exception as error:
+            places = [each.log_dir for each in self.trainer.loggers if getattr(each, "log_dir", None)]
+            if full := named_full_disk(error, places or [self.trainer.default_root_dir]):
+                raise full from error
             raise
 
     def before_fit(self) -> None:
@@ -278,6 +286,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
                     ProcessStates(),
                     StepWatch(),
                     TrialStep(),
+                    RoomOnDisk(),
                 ],
                 "enable_model_summary": False,
             },
@@ -288,6 +297,8 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     except MisconfigurationException as error:
         raise ConfigurationError(str(error)) from error
     except OSError as error:
+        if full := named_full_disk(error, ["."]):
+            raise full from error
         raise ConfigurationError(f"{error.filename or 'files'}: {error.strerror or error}") from error
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned"):

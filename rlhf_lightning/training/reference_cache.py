@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,11 @@ def _code() -> str:
 def _replace(file: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     half_written = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    with half_written.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    half_written.replace(file)
+    try:
+        with writing_to(file), half_written.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        half_written.replace(file)
+    finally:
+        half_written.unlink(missing_ok=True)
