@@ -137,6 +137,11 @@ class Program(LightningCLI):
         config = self.config[self.subcommand]
         data = config.get("data", {}).get("init_args", {})
         model = config.get("model", {}).get("init_args", {})
+        if config.get("ckpt_path") in ("best", "hpc"):
+            raise ConfigurationError(
+                f"ckpt_path: {config.ckpt_path} names no checkpoint of an earlier run; give the file that fit named, "
+                "or `last` to go on with a run"
+            )
         config.trainer.strategy, line = corrected(config.trainer.strategy)
         if line:
             log.warning("%s", line)

@@ -377,6 +377,11 @@ def resolve_last(config: Namespace, *, job: str | None = None) -> None:
         log.info("going on from %s (step %d)", path, step)
         config.ckpt_path = str(path)
         return
+    if candidates and job is None:
+        raise ConfigurationError(
+            f"ckpt_path: last: none of the {len(candidates)} checkpoints in {candidates[0].parent} can be gone on from "
+            "(see above); leave ckpt_path out to begin anew at step 0"
+        )
     log.warning("ckpt_path: last: no checkpoint of this run yet; beginning at step 0")
 
 

@@ -96,3 +96,18 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
             assert stored == whole
         flip(path, bit)
     assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["best", "hpc"])
+def test_a_name_that_stands_for_no_file_is_refused(name, capsys):
+    assert main(["test", "--config", QUICKSTART, "--ckpt_path", name]) == 2
+    assert f"ckpt_path: {name} names no checkpoint" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_last_with_broken_checkpoints_alone_does_not_begin_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "runs" / "quickstart_reward_model" / "version_0" / "checkpoints"
+    directory.mkdir(parents=True)
+    (directory / "last-3.ckpt").write_bytes(b"PK cut")
+    assert main(["fit", "--config", QUICKSTART, "--ckpt_path", "last"]) == 2
+    assert "leave ckpt_path out to begin anew at step 0" in capsys.readouterr().err.splitlines()[-1]
