@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import gzip
 import hashlib
 import json
@@ -35,6 +34,8 @@ SPLIT_STEMS: dict[str, tuple[str, ...]] = {
 }
 BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
 """The sets that come with the package, and how their files' names begin."""
+_PARQUET_ROWS = 1024
+"""Rows of a parquet file that are Python objects at a time."""
 _SIGNATURES = {
     b"PAR1": ("a parquet file", (".parquet",)),
     b"\x1f\x8b": ("gzip data", (".jsonl.gz",)),
@@ -249,8 +250,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
     }
     try:
         _check_kind(path, suffix)
+        place, name = f"{path}, row ", f"{path.name}:"
         for number, values in enumerate(readers[suffix](path)):
-            yield Row(values, origin=f"{path}, row {number}", example_id=f"{path.name}:{number}")
+            yield Row(values, f"{place}{number}", f"{name}{number}")
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -282,14 +284,15 @@ def _check_kind(path: Path, suffix: str) -> None:
 
 def _jsonl_values(path: Path) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
+    place = f"{path}, line "
     with opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            origin = f"{path}, line {number}"
+            origin = f"{place}{number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{origin}: {_not_utf8(error)}") from error
-            if text.strip():
+            if text and not text.isspace():
                 yield _as_object(_parse_json(text, origin), origin)
 
 
@@ -340,7 +343,7 @@ def _parquet_values(path: Path) -> Iterator[dict[str, Any]]:
         file = pyarrow.parquet.ParquetFile(path)
         _check_names(path, file.schema_arrow.names)
         decoders = {f.name: d for f in file.schema_arrow if (d := _json_decoder(f, str(path))) is not None}
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for row in batch.to_pylist():
                 yield row | {name: decode(row[name]) for name, decode in decoders.items()}
     except pyarrow.ArrowException as error:
@@ -410,23 +413,30 @@ def _split_order(split: Split) -> tuple[str, ...]:
     return SPLIT_STEMS[split] + (("test",) if split == "val" else ())
 
 
-def _parse_json(text: str, origin: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=functools.partial(_object, origin=origin))
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{origin}: not valid JSON ({reason_of(error)})") from error
+class _TwiceError(ValueError):
+    """A key that stands twice in one JSON object."""
 
 
-def _object(pairs: list[tuple[str, Any]], *, origin: str) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which no key may stand twice: of its values all but the last would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{origin}: the key {reprlib.repr(twice)} stands twice in one object; keep one of its values")
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: `json.loads` with a hook makes one for each text
+
+
+def _parse_json(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text) if text.startswith("\ufeff") else _DECODER.decode(text)  # the first words a stray mark
+    except _TwiceError as error:
+        name = reprlib.repr(error.args[0])
+        raise DataError(f"{origin}: the key {name} stands twice in one object; keep one of its values") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
+        raise DataError(f"{origin}: not valid JSON ({reason_of(error)})") from error
 
 
 def _as_object(value: Any, origin: str) -> dict[str, Any]:
