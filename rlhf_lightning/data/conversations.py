@@ -17,6 +17,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _TURN_KEYS = frozenset(("role", "content", "from", "value"))
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn for what the assistant thought before it replied; they have a place in a response alone."""
+_KNOWN_KEYS = _TURN_KEYS.union(_REASONING)
 _CALLS = ("tool_calls", "function_call")
 """Keys of a turn that neither a prompt nor a response has a place for."""
 _QUOTED_TURN = re.compile(
@@ -26,9 +27,8 @@ _QUOTED_TURN = re.compile(
 _QUOTED_KEYS = [
     [re.compile(rf"""['"]{key}['"]\s*:""") for key in keys] for keys in (("role", "content"), ("from", "value"))
 ]
-_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
+_INVISIBLE = "\u00ad\u200b\u2060\ufeff"
 _JOINERS = "\u200c\u200d"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + _JOINERS
 """White space and joiners: two responses that differ only in these at their ends are the same."""
 
@@ -47,19 +47,23 @@ def plain_form(text: str) -> str:
     Two texts of one plain form look the same to a reader.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+        for blank in _INVISIBLE:
+            text = text.replace(blank, "")
+        text = unicodedata.normalize("NFC", text)
     return text.strip(_BLANKS)
 
 
 def says_something(value: Any) -> bool:
     """Whether a cell holds more than null, blanks, or lists and mappings of nothing, written as text or not."""
+    if value is None:
+        return False
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null", "None")
     if isinstance(value, Mapping):
         return any(map(says_something, value.values()))
     if isinstance(value, list | tuple):
         return any(map(says_something, value))
-    return value is not None
+    return True
 
 
 def is_conversation(value: Any) -> bool:
@@ -71,9 +75,8 @@ def is_conversation(value: Any) -> bool:
 def unused_keys(value: Any) -> Iterator[str]:
     """Keys of the turns of a conversation, beside role and content, that say something."""
     for turn in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        if isinstance(turn, Mapping):
-            known = _TURN_KEYS.union(_REASONING)
-            yield from (str(key) for key, said in turn.items() if key not in known and says_something(said))
+        if isinstance(turn, Mapping) and not turn.keys() <= _KNOWN_KEYS:
+            yield from (str(key) for key, said in turn.items() if key not in _KNOWN_KEYS and says_something(said))
 
 
 def has_reasoning(value: Any) -> bool:
@@ -122,8 +125,12 @@ def check_prompt(prompt: Sequence[Message]) -> None:
 
 def check_unicode(*texts: str) -> None:
     """Refuse texts that cannot be encoded."""
-    if any(map(_SURROGATE.search, texts)):
-        raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"])
+    for text in texts:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise BadRow("bad_unicode", BAD_ROW_REASONS["bad_unicode"]) from error
 
 
 def prompt_messages(prompt: Any) -> list[Message]:

@@ -66,15 +66,30 @@ class SourceColumns:
     """A column that is the prompt where nothing else is."""
     layout: Layout | None = None
     """The layout of a labelled source (`LAYOUTS`); None where chosen and rejected stand in the rows."""
+    have_prompts: bool = False
+    """Whether a row so far has a prompt of its own."""
+    score_columns: list[tuple[str, str]] = field(default_factory=list)
+    """The columns met so far that may hold scores of the two responses."""
+    _said: set[str] = field(default_factory=set)
+    """The columns of `found` whose value says something."""
+
+    def __post_init__(self) -> None:
+        self.have_prompts = "prompt" in self.mapped
 
     def meet(self, row: Row) -> None:
         """Note the columns of a row. Raises `DataError` where a mapping would overrule the label of a known layout."""
+        if row.values.keys() <= self._said:
+            return
         known = len(self.found)
         for name, value in row.values.items():
-            if not says_something(self.found.get(name)):
+            if name not in self._said:
                 self.found[name] = value
+                if says_something(value):
+                    self._said.add(name)
         if len(self.found) == known:
             return
+        self.have_prompts = self.have_prompts or any(name in self.found for name in PROMPT_COLUMNS)
+        self.score_columns = [names for names in _SCORES if all(name in self.found for name in names)]
         layout, sides = layout_of(self.found), [self.name(side) for side in _SIDES]
         if layout and not {*_SIDES}.isdisjoint(self.mapped) and not {*sides}.isdisjoint(layout.responses):
             raise DataError(
@@ -92,17 +107,13 @@ class SourceColumns:
 
     def take(self, row: Row, name: str) -> Any:
         """The value of a column by the source's own name, from now on a used one."""
-        value = row.values.get(name)
-        if name in row.values:
-            self.used.add(name)
+        if name not in row.values:
+            return None
+        value = row.values[name]
+        self.used.add(name)
         if isinstance(value, list | dict):
-            self.keys_unused |= {f"{name}[].{key}": None for key in unused_keys(value)}
+            self.keys_unused.update((f"{name}[].{key}", None) for key in unused_keys(value))
         return value
-
-    @property
-    def have_prompts(self) -> bool:
-        """Whether a row so far has a prompt of its own."""
-        return "prompt" in self.mapped or any(name in self.found for name in PROMPT_COLUMNS)
 
     @property
     def unused(self) -> list[str]:
@@ -321,7 +332,7 @@ def labelled_parts(row: Row, columns: SourceColumns) -> RowParts:
 
 
 def _unlabelled_parts(row: Row, columns: SourceColumns) -> RowParts:
-    _check_scores(row.values)
+    _check_scores(row.values, columns)
     own = has_own_prompt(row, columns)
     prompt = prompt_value(row, columns) if own else None
     return RowParts(prompt, *(columns.take(row, columns.name(side)) for side in _SIDES), has_prompt=own)
@@ -399,9 +410,9 @@ def _check_texts(prompt: Sequence[Message], chosen: str, rejected: str) -> None:
     check_unicode(chosen, rejected)
 
 
-def _check_scores(values: Mapping[str, Any]) -> None:
+def _check_scores(values: Mapping[str, Any], columns: SourceColumns) -> None:
     """Refuse a row whose scores of its responses say that the rejected one is better."""
-    for names in _SCORES:
+    for names in columns.score_columns:
         if names[0] in values and names[1] in values:
             chosen, rejected = (as_number(values[name]) for name in names)
             if chosen is not None and rejected is not None and chosen < rejected:
