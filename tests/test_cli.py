@@ -480,6 +480,12 @@ def test_doctor_examines_a_source_alone(capsys, tmp_path):
     assert "none.jsonl: the file is empty" in refusal(capsys, "doctor", "none.jsonl")
 
 
+def test_doctor_reads_a_source_alone_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(["doctor", "a.jsonl", "--data.cache_dir", "cache"]) == 0
+    assert len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 1
+
+
 def test_doctor_examines_the_data_of_a_run_with_its_settings(capsys, tmp_path):
     assert main(["doctor", "--config", QUICKSTART, "--json", "d.json"]) == 0
     found = yaml.safe_load((tmp_path / "d.json").read_text())

@@ -116,7 +116,7 @@ class ChatText:
         if not (whole.startswith(prompt_text) and whole.endswith(self._closing)):
             raise DataError("the chat template writes the prompt, or the end, differently once this response follows")
         text = whole[len(prompt_text) : len(whole) - len(self._closing)]
-        if _compact(response) not in _compact(text):
+        if response not in text and _compact(response) not in _compact(text):
             if _END_THINK in response and not self._keeps_thoughts:
                 return self._with_own_thought(response)
             raise DataError("the chat template changes the words of the response")

@@ -148,8 +148,9 @@ class Words:
         return None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # What a word is called does not matter; that equal texts stay equal does.
-        return [[hash(word) & 0x7FFFFFFF for word in text.split()] for text in texts]
+        """As many numbers as each text has words; what they are does not matter, that texts of the same words have the
+        same ones, and others others, does."""
+        return [_word_ids(text.split()) for text in texts]
 
     def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[EncodedPrompt]:
         return [
@@ -170,6 +171,11 @@ class Words:
         return "words"
 
 
+def _word_ids(words: list[str]) -> list[int]:
+    digest = hash(" ".join(words))
+    return [digest & 0x7FFFFFFF, digest >> 31 & 0x7FFFFFFF, *[0] * (len(words) - 2)][: len(words)]
+
+
 def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "val"), accumulate: int = 1) -> Diagnosis:
     """Read, validate and tokenize the data of a run, and say what is in them.
 
@@ -180,7 +186,7 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
     data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
     if data.tokenizer_source is None:
         data.chat_format, max_length = Words(), None
-    data.setup("fit")
+    data.read(roles)
     found = [
         _diagnose_role(data, role, max_length=max_length, truncation=truncation, accumulate=accumulate)
         for role in roles

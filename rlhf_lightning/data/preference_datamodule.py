@@ -125,6 +125,11 @@ class PreferenceDataModule(LightningDataModule):
         """Read and tokenize what the stage needs, or find it in the cache. Raises `DataError` or `ModelError`."""
         if stage == "fit":
             self._train_loader = self._resume_position = None  # of an earlier run
+        if self.read(roles_of(stage)) and stage == "fit":
+            self._log_statistics()
+
+    def read(self, roles: Sequence[Role]) -> list[Role]:
+        """Read and tokenize some roles, whatever the stage, and say which of them were not there yet."""
         if self.chat_format is None:
             self.chat_format = load_chat_format(
                 self.tokenizer_source,
@@ -132,13 +137,12 @@ class PreferenceDataModule(LightningDataModule):
                 template_arguments=self.template_arguments,
                 trust_remote_code=self.trust_remote_code,
             )
-        new = [role for role in roles_of(stage) if role not in self.pairs]
+        new = [role for role in roles if role not in self.pairs]
         for role in new:
             pairs, report = self.pairs[role], self.reports[role] = self._selected(role)
             weights = [source.weight for source in self.sources["train"]] if role == "train" else None
             log.info(counts_in_words(role, pairs, report, noun="pairs", limit="max_length", weights=weights))
-        if new and stage == "fit":
-            self._log_statistics()
+        return new
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training pairs, weighted so that each pair of an optimizer step counts the same."""

@@ -169,6 +169,28 @@ def has_split(source: str | Path, split: Split) -> bool:
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
 
 
+def row_count(source: str, *, split: Split = "train") -> int | None:
+    """About how many rows a source has, where that can be said without reading them; for a progress bar."""
+    files = local_files(source, split=split)
+    counts = [_file_row_count(file) for file in files] if files is not None else [None]
+    return None if None in counts else sum(counts)
+
+
+def _file_row_count(file: Path) -> int | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if _suffix(file) == ".parquet":
+            return pyarrow.parquet.read_metadata(file).num_rows
+        if _suffix(file) == ".jsonl":
+            with file.open("rb") as content:
+                return sum(block.count(b"\n") for block in iter(lambda: content.read(1 << 20), b""))
+    except (OSError, pyarrow.ArrowException):  # said by whoever reads the rows
+        pass
+    return None
+
+
 def fingerprint(source: str, *, split: Split = "train") -> str:
     """A hash of the rows of a source and of the names that stand in their ids. Raises `DataError`."""
     digest = hashlib.sha256(f"{source}:{split}".encode())

@@ -6,7 +6,9 @@ larger than the memory. What a run takes of them, and where it cuts a prompt, is
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import json
 import logging
 import time
@@ -20,7 +22,8 @@ import pyarrow as pa
 
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
-from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint
+from rlhf_lightning.data.reading import reading
+from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint, row_count
 from rlhf_lightning.data.splitting import Part
 from rlhf_lightning.data.token_cache import cached_directory, content_key
 from rlhf_lightning.errors import DataError
@@ -30,7 +33,6 @@ log = logging.getLogger(__name__)
 Example = PreferenceExample | PromptExample
 IDS = pa.list_(pa.int32())
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 4_000_000
-_SECONDS_BETWEEN_LINES = 10
 
 
 def tokenized_directory(
@@ -56,11 +58,24 @@ def tokenized_directory(
     def make(directory: Path) -> None:
         began = time.monotonic()
         report = LoadReport(source=described(source.source, split=split))
-        write(directory, iterate(source.source, report, columns=columns, split=split), report, chat_format)
+        rows = iterate(source.source, report, columns=columns, split=split)
+        with reading(report.source, lambda: row_count(source.source, split=split)) as watched, collecting_little():
+            write(directory, watched(rows), report, chat_format)
         if (seconds := time.monotonic() - began) > 5:
             log.info("%s: %d rows tokenized in %.0f s, kept for later runs", source.source, report.rows_read, seconds)
 
     return cached_directory(key, make, cache_dir=cache_dir)
+
+
+@contextlib.contextmanager
+def collecting_little() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what is there already: all modules, again and again, while rows are
+    made by the thousand. It took a quarter of the time of a row without a tokenizer."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def write_rows(
@@ -79,11 +94,7 @@ def write_rows(
     """
     ordered = LoadReport(source=report.source)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        began = said = time.monotonic()
         for chunk in _chunks(rows):
-            if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                log.info("%s: %d rows read, %.0f s", report.source, report.rows_read, said - began)
             columns: dict[str, list] = {name: [] for name in schema.names}
             for row in encode(chunk, chat_format):
                 if isinstance(row, Refusal):
