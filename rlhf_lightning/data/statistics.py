@@ -69,10 +69,11 @@ def counts_in_words(
 def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:
     """Share of padding among the tokens of batches (arrays of positions) of right-padded rows, two rows a pair."""
     prompt, chosen, rejected = pairs.segment_lengths.T
+    rows = np.stack([prompt + chosen, prompt + rejected], axis=1)
     real = padded = 0
     for batch in batches:
-        lengths = np.concatenate([(prompt + chosen)[batch], (prompt + rejected)[batch]])
-        real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+        lengths = rows[batch]
+        real, padded = real + int(lengths.sum()), padded + lengths.size * int(lengths.max())
     return 1 - real / padded if padded else 0.0
 
 
