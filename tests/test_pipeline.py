@@ -128,9 +128,10 @@ def write_pipeline(**stages) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def preloaded():
-    """Stages find this file imported."""
+    """Stages find this file imported, and no test's directory is that of the server."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline_processes, "PRELOADED", PRELOADED)
+        server()
         yield
 
 

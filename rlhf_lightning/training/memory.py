@@ -109,7 +109,7 @@ class Estimator:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
-        self._passes: dict[tuple[Shape, Kind], Pass] = {}
+        self._passes: dict[tuple[str, Kind], Pass] = {}
 
     def footprint(self, run: Run) -> Footprint:
         """Raises `NotSimulated` for models that cannot be run without contents."""
@@ -210,7 +210,7 @@ class Estimator:
         return self._pass(replace(shape, gradient_checkpointing=False), "inference")
 
     def _pass(self, shape: Shape, kind: Kind) -> Pass:
-        key = (shape, kind)
+        key = (repr(shape), kind)  # lists, such as the targets of adapters, cannot be hashed
         if key not in self._passes:
             self._passes[key] = simulate(self.config, shape, kind)
         return self._passes[key]

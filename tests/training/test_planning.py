@@ -139,6 +139,16 @@ def test_adapters_leave_the_gradients_and_states_of_adapters(estimator, weights)
     assert footprint.checkpoint == (2 + 8 + 4) * trained
 
 
+def test_adapters_on_a_list_of_layers_are_counted(estimator):
+    """r (inputs + outputs) each, in two layers; each norm that is trained whole has a weight for each input."""
+
+    def trained(**lora) -> int:
+        return estimator.footprint(run(shape={"lora": Lora(r=8, **lora)}, reference="adapter")).weights.trained
+
+    assert trained(targets=["q_proj", "v_proj"]) == 2 * 8 * ((4096 + 4096) + (4096 + 1024))
+    assert trained(modules_to_save=["norm"]) - trained() == 5 * 4096  # peft takes every name that ends so
+
+
 def test_the_host_holds_what_is_offloaded_and_what_is_loaded(estimator, weights):
     footprint = estimator.footprint(run(offload=True, processes=4, processes_per_machine=4))
     assert footprint.host["optimizer, float32 weights and gradients"] == pytest.approx(18 * weights)
