@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -360,7 +361,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
             wrapped = PeftModel.from_pretrained(network.model, str(path))
             loaded = wrapped.load_adapter(str(path), wrapped.active_adapter)  # again, since this one tells
-    except (ModelError, OSError, ValueError, RuntimeError, KeyError) as error:
+    except (ModelError, OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
     for what, keys in (
         ("of its adapters are not in its file", loaded.missing_keys),

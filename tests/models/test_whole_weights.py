@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import json
 
 import pytest
@@ -95,6 +96,19 @@ def test_adapters_that_lack_a_weight_or_have_one_too_many_are_refused(tiny_qwen2
         load_policy(str(tmp_path))
     save_file({name: weight for name, weight in weights.items() if not name.endswith(missing)}, file)
     with pytest.raises(ModelError, match=f"not (in its file|be put on).*{missing.removesuffix('.weight')}"):
+        load_policy(str(tmp_path))
+
+
+def test_a_pickle_of_adapters_that_holds_more_than_tensors_is_refused_in_a_line(tiny_qwen2, tmp_path):
+    CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=2)).save_pretrained(tmp_path, merge=False)
+    (tmp_path / "rlhf_lightning.json").unlink()
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    torch.save(weights, tmp_path / "adapter_model.bin")
+    load_policy(str(tmp_path))
+    torch.save({"harmless": fractions.Fraction(1, 2)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match="its adapters could not be put on"):
         load_policy(str(tmp_path))
 
 
