@@ -124,29 +124,32 @@ class ExportBest(Callback):
         best = best_checkpoint(trainer)
         if not trainer.is_global_zero:
             return
-        try:
-            self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
-        except ConfigurationError as error:  # a full disk; the checkpoint is there
-            self.fault = f"{error}. Then export {_relative(best.path)}"
+        self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
         self.exported = self.fault is None
         if self.fault:
             log.warning("%s: nothing is exported: %s", self.directory, self.fault)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, best: Path) -> str | None:
         """Write the directory, or return why not."""
-        module = restored_module(type(pl_module), best)
-        stored = read_checkpoint(best, weights=False)
+        try:
+            module = restored_module(type(pl_module), best)
+            stored = read_checkpoint(best, weights=False)
+        except ConfigurationError as error:  # it was damaged in the meantime
+            return str(error)
         if fault := fault_of_training(module, stored):
             return f"{_relative(best)}: {fault}"
         warn_of_start(stored)
         warn_of_divergence(stored)
-        check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
-        with replaced_model(self.directory) as made:
-            module.export(made, merge=self.merge)
-            chat_format = getattr(trainer.datamodule, "chat_format", None)
-            if chat_format is not None:
-                chat_format.save_pretrained(made)
-                end_at(made, chat_format.terminator_id)
+        try:
+            check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
+            with replaced_model(self.directory) as made:
+                module.export(made, merge=self.merge)
+                chat_format = getattr(trainer.datamodule, "chat_format", None)
+                if chat_format is not None:
+                    chat_format.save_pretrained(made)
+                    end_at(made, chat_format.terminator_id)
+        except ConfigurationError as error:  # a full disk; the checkpoint is there
+            return f"{error}. Then export {_relative(best)}"
         return None
 
 
