@@ -1,0 +1,40 @@
+"""A trial or two of each line, in the suite; the whole table with `pytest -m reliability`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.reliability.__main__ import main
+from tests.reliability.lines import LINES
+from tests.reliability.table import Line, attempt, drawn
+
+
+def survive(_):
+    pass
+
+
+def fall(_):
+    raise AssertionError("gone")
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.kind}: {line.what}")
+def test_a_trial_of_each_line_is_survived(line, tmp_path):
+    assert not attempt(line, tmp_path, at_most=1).fell_short
+
+
+@pytest.mark.reliability
+def test_the_whole_table():
+    assert main([]) == 0
+
+
+def test_a_trial_that_falls_short_is_counted_and_told(tmp_path):
+    tried = attempt(Line("kill", "that", lambda: [survive, fall, survive]), tmp_path)
+    assert (tried.tried, tried.survived) == (3, 2)
+    assert "trial 1" in tried.fell_short[0]
+    assert "gone" in tried.fell_short[0]
+
+
+def test_the_table_sums_each_kind(tmp_path):
+    tried = attempt(Line("race", "that", lambda: [survive, fall]), tmp_path)
+    last = drawn([tried]).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[3:5]] == ["2", "1"]
