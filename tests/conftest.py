@@ -61,7 +61,7 @@ def forked_proof(monkeypatch):
     def run(command: list[str], **_) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, forked(probe.main, *command[3:]), stderr="")
 
-    monkeypatch.setattr("rlhf_lightning.export.subprocess.run", run)
+    monkeypatch.setattr("rlhf_lightning.commands.export.subprocess.run", run)
 
 
 LONGEST = ("quickstart", "resume", "evaluate", "ppo", "pipeline", "planning", "export", "cli", "two_processes", "zero")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from rlhf_lightning.pipeline import processes as pipeline_processes
+from rlhf_lightning.commands.pipeline import processes as pipeline_processes
 from tests.patience import PATIENCE
 from tests.test_configs import ROOT
 
@@ -85,7 +85,7 @@ def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, s
         if os.fork() == 0:
             os.environ["LOCAL_RANK"] = str(rank)
             break
-    from rlhf_lightning.cli import main
+    from rlhf_lightning.commands.main import main
 
     code = main(list(arguments))
     sys.stdout.flush()

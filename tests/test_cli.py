@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from rlhf_lightning import __version__
-from rlhf_lightning.cli import COMMANDS, main
+from rlhf_lightning.commands.main import COMMANDS, main
 from rlhf_lightning.errors import ConfigurationError
 from tests.test_configs import CONFIGS, ROOT
 
@@ -171,7 +171,7 @@ def test_stock_deepspeed_is_refused():
 
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    from rlhf_lightning.training.program import _refuse_wrong_numbers
+    from rlhf_lightning.commands.fit import _refuse_wrong_numbers
 
     strategy = object.__new__(DeepSpeedStrategy)  # its constructor wants deepspeed installed
     with pytest.raises(ConfigurationError, match="use zero2"):

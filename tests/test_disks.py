@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_lightning import disks
-from rlhf_lightning.cli import main
-from rlhf_lightning.disks import check_room, full_disk, named_full_disk, size, write_whole, writing_to
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.files import disks
+from rlhf_lightning.files.disks import check_room, full_disk, named_full_disk, size, write_whole, writing_to
 from tests.programs import forked
 from tests.test_configs import ROOT
 

@@ -18,17 +18,17 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.evaluate import parse
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.courtesy.make import make_rows
-from rlhf_lightning.evaluate import parse
-from rlhf_lightning.evaluation import measure
-from rlhf_lightning.evaluation.rewardbench import SUBSETS
-from rlhf_lightning.evaluation.rewardbench_run import lite_rows, load_rewardbench
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer
+from rlhf_lightning.evaluation import run as measure
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import lite_rows, load_rewardbench
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
 from tests.evaluation.kept import kept_entries
@@ -278,7 +278,9 @@ def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, w
     monkeypatch.setattr(
         "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
-    monkeypatch.setattr("rlhf_lightning.evaluation.rewardbench_run._score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(
+        "rlhf_lightning.evaluation.benchmarks.rewardbench_run._score", lambda *_: pytest.fail("scored again")
+    )
     _, second = evaluated(*ALL)
     assert second == whole.numbers
 

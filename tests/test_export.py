@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import DPO, RewardModel, RewardNetwork
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.export import export_checkpoint
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.callbacks import ExportBest
@@ -126,7 +126,7 @@ def test_a_template_of_the_run_is_exported_with_the_model_and_with_the_arguments
     (tmp_path / "mine.jinja").unlink()
     own = DPO.load_from_checkpoint(path).policy
     outputs = probe.log_probs(own.model, own.config.vocab_size)  # the fresh process costs time
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs)
+    monkeypatch.setattr("rlhf_lightning.commands.export._reloaded_outputs", lambda *_: outputs)
     export_checkpoint(path, tmp_path / "exported")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -140,7 +140,7 @@ def test_a_directory_that_does_not_give_the_trainers_outputs_is_called_so(checkp
     path = checkpoint("build_dpo")
     own = DPO.load_from_checkpoint(path).policy
     outputs = probe.log_probs(own.model, own.config.vocab_size)
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: outputs + 0.01)
+    monkeypatch.setattr("rlhf_lightning.commands.export._reloaded_outputs", lambda *_: outputs + 0.01)
     with pytest.raises(ModelError, match=r"its outputs differ by 0\.01 nats from the trainer's"):
         export_checkpoint(path, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
@@ -151,7 +151,7 @@ def test_what_was_exported_before_stays_until_the_new_one_is_proved(checkpoint, 
     path, out = checkpoint("build_dpo"), tmp_path / "exported"
     export_checkpoint(path, out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    monkeypatch.setattr("rlhf_lightning.export._reloaded_outputs", lambda *_: torch.zeros(1))
+    monkeypatch.setattr("rlhf_lightning.commands.export._reloaded_outputs", lambda *_: torch.zeros(1))
     with pytest.raises(ModelError, match="nothing was written"):
         export_checkpoint(path, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

@@ -16,22 +16,19 @@ LAYERS = {
     "batches": 0,
     "tiny": 0,
     "hub": 0,
-    "leftovers": 0,
-    "locks": 0,
-    "disks": 0,
     "terminal": 0,
-    "yaml_text": 0,
+    "files": 0,
     "functional": 0,
     "metrics": 1,
     "data": 1,
     "models": 1,
-    "evaluation": 2,
+    "rewards": 2,
     "training": 3,
-    "export": 4,
-    "evaluate": 5,
-    "pipeline": 6,
-    "plan": 3,
-    "cli": 7,
+    "evaluation": 3,
+    "planning": 4,
+    "report": 4,
+    "commands": 5,
+    "cli": 6,
 }
 """Rooms and their layers. A room imports from lower layers and from itself; of layer 0, nothing heavy at import."""
 
@@ -73,7 +70,7 @@ def test_imports_point_down_the_layers(path):
         ("rlhf_lightning", "torch lightning deepspeed datasets peft transformers"),
         ("rlhf_lightning.functional", "lightning torchmetrics deepspeed datasets peft transformers"),
         ("rlhf_lightning.cli", "torch lightning deepspeed datasets peft transformers"),
-        ("rlhf_lightning.training.program", "deepspeed datasets peft bitsandbytes flash_attn vllm wandb"),
+        ("rlhf_lightning.commands.fit", "deepspeed datasets peft bitsandbytes flash_attn vllm wandb"),
     ],
 )
 def test_importing_pulls_in_nothing_heavy(module, forbidden):

@@ -13,9 +13,9 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.locks import alone
+from rlhf_lightning.files.locks import alone
 from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.reference_cache import ReferenceCache
 from tests.patience import PATIENCE

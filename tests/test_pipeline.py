@@ -24,19 +24,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
+from rlhf_lightning.commands.pipeline import command
+from rlhf_lightning.commands.pipeline import inputs as pipeline_inputs
+from rlhf_lightning.commands.pipeline import processes as pipeline_processes
+from rlhf_lightning.commands.pipeline import stage as pipeline_stage
+from rlhf_lightning.commands.pipeline.board import Board, Progress
+from rlhf_lightning.commands.pipeline.description import Stage, read_pipeline
+from rlhf_lightning.commands.pipeline.inputs import Contents, difference, inputs_of, own_code
+from rlhf_lightning.commands.pipeline.processes import server
+from rlhf_lightning.commands.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.locks import alone
-from rlhf_lightning.models.directories import replaced_model
-from rlhf_lightning.pipeline import command
-from rlhf_lightning.pipeline import inputs as pipeline_inputs
-from rlhf_lightning.pipeline import processes as pipeline_processes
-from rlhf_lightning.pipeline import stage as pipeline_stage
-from rlhf_lightning.pipeline.board import Board, Progress
-from rlhf_lightning.pipeline.description import Stage, read_pipeline
-from rlhf_lightning.pipeline.inputs import Contents, difference, inputs_of, own_code
-from rlhf_lightning.pipeline.processes import server
-from rlhf_lightning.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
+from rlhf_lightning.files.locks import alone
+from rlhf_lightning.models.storage import replaced_model
 from tests.patience import PATIENCE
 from tests.programs import PRELOADED, share_server
 from tests.test_configs import ROOT

@@ -18,7 +18,7 @@ from lightning.pytorch import seed_everything
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.data.courtesy.rule import true_utility
-from rlhf_lightning.training.rewards import RewardSource
+from rlhf_lightning.rewards.source import RewardSource
 from tests.programs import run
 from tests.test_configs import ROOT
 from tests.training.conftest import trainer  # noqa: F401 (a fixture)

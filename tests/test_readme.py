@@ -9,7 +9,7 @@ import shlex
 import pytest
 import torch
 
-from rlhf_lightning.cli import COMMANDS, TRAINER_COMMANDS, main
+from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
 from tests.test_configs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_every_command_parses(capsys, monkeypatch, command):
         assert {word for word in command if word.startswith("--")} <= {"--ckpt_path", "--out", "--merge"}
         return
     if command[0] == "evaluate":
-        from rlhf_lightning.evaluate import parse
+        from rlhf_lightning.commands.evaluate import parse
 
         assert parse(command[1:]) is not None
         return
@@ -107,7 +107,8 @@ def test_the_table_of_dpo_has_the_rows_that_the_program_prints():
 
 
 def test_the_table_of_the_quickstart_has_the_targets_of_an_evaluation():
-    from rlhf_lightning.evaluation.results import EvaluationResults, verdicts
+    from rlhf_lightning.evaluation.results import EvaluationResults
+    from rlhf_lightning.evaluation.verdicts import verdicts
 
     rows, _ = tables()
     nothing = EvaluationResults("", [], [], None, [], [], {})

@@ -9,7 +9,7 @@ import logging
 import pytest
 from rich.table import Table
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import reason_of
 from rlhf_lightning.terminal import Terminal, VisibleLines, say
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rlhf_lightning import yaml_text
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.yaml_text import check_yaml
+from rlhf_lightning.files import yaml_text
+from rlhf_lightning.files.yaml_text import check_yaml
 
 ALIASES = "a: &a [xxxx, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n"
 """6 values and characters in a, 19 with the list in b, 58 in c; with the keys and the mapping 6 + 19 + 58 + 3 + 1."""

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
+from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
-from rlhf_lightning.data.loader import TrainingPlan
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.sources import local_files

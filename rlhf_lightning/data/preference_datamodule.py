@@ -12,9 +12,7 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
-from rlhf_lightning.data.examples import LoadReport, OnBadRows
-from rlhf_lightning.data.loader import (
+from rlhf_lightning.data.batching import (
     BatchLoader,
     MicroBatch,
     Stage,
@@ -25,6 +23,8 @@ from rlhf_lightning.data.loader import (
     training_position,
     training_state,
 )
+from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
+from rlhf_lightning.data.examples import LoadReport, OnBadRows
 from rlhf_lightning.data.roles import Part, Role, part_masks, role_sources, roles_of, sources_by_role
 from rlhf_lightning.data.sources import Source, Split, WeightedSource
 from rlhf_lightning.data.statistics import (

@@ -10,9 +10,7 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
-from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
-from rlhf_lightning.data.loader import (
+from rlhf_lightning.data.batching import (
     BatchLoader,
     Stage,
     collate_prompts,
@@ -22,6 +20,8 @@ from rlhf_lightning.data.loader import (
     training_position,
     training_state,
 )
+from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
+from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
 from rlhf_lightning.data.prompt_tokenization import (
     PromptTruncation,
     TokenizedPrompts,

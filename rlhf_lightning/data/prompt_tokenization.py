@@ -15,7 +15,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, Message, PromptExample, Refusal
 from rlhf_lightning.data.prompts import iterate_prompts
 from rlhf_lightning.data.sources import Split, WeightedSource
-from rlhf_lightning.data.splitting import Part, prompt_hash
+from rlhf_lightning.data.splits import Part, prompt_hash
 from rlhf_lightning.data.token_store import (
     IDS,
     Fit,

@@ -29,7 +29,7 @@ from rlhf_lightning.data.preferences import (
     validated_rows,
 )
 from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource
-from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.errors import DataError
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from rlhf_lightning.disks import writing_to
-from rlhf_lightning.locks import current_umask
+from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.locks import current_umask
 
 log = logging.getLogger(__name__)
 _UNUSED_DAYS = 30

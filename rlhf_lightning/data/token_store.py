@@ -24,7 +24,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
 from rlhf_lightning.data.reading import reading
 from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint, row_count
-from rlhf_lightning.data.splitting import Part
+from rlhf_lightning.data.splits import Part
 from rlhf_lightning.data.token_cache import cached_directory, content_key
 from rlhf_lightning.errors import DataError
 

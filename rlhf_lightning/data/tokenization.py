@@ -17,7 +17,7 @@ from rlhf_lightning.data.conversations import plain_form
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.sources import Split, WeightedSource
-from rlhf_lightning.data.splitting import Part, prompt_hash
+from rlhf_lightning.data.splits import Part, prompt_hash
 from rlhf_lightning.data.token_store import (
     IDS,
     Fit,

@@ -120,3 +120,21 @@ def finite(where: str, name: str, values: np.ndarray | Sequence) -> np.ndarray:
 def ratio(top: float, bottom: float) -> float:
     """top / bottom, NaN where bottom is 0: undefined for `bootstrap`."""
     return float(top / bottom) if bottom else math.nan
+
+
+Quantity = Estimate | float | int | None
+"""A number with its interval, without one, or not measured."""
+
+
+def value_of(quantity: Quantity) -> float | None:
+    """The number itself; None where it was not measured or is not finite."""
+    value = quantity.value if isinstance(quantity, Estimate) else quantity
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def interval_of(quantity: Quantity) -> tuple[float, float] | None:
+    """The 95 % interval, if there is one and it is finite."""
+    if not isinstance(quantity, Estimate) or value_of(quantity) is None:
+        return None
+    ends = (float(quantity.low), float(quantity.high))
+    return ends if all(map(math.isfinite, ends)) else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.evaluation.scoring import Scorer
+from rlhf_lightning.rewards.scorers import Scorer
 
 ROWS = 32
 """Rows that are scored twice."""

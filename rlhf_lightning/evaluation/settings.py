@@ -9,8 +9,8 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf_lightning.data.examples import OnBadRows
 from rlhf_lightning.data.sources import Source
+from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_SIZE
 from rlhf_lightning.evaluation.refusal import BUILTIN_PROMPTS
-from rlhf_lightning.evaluation.rewardbench import LITE_SIZE
 
 REWARDBENCH_PROMPTS = "rewardbench"
 """`prompts` that are those of `rewardbench`, or of its Lite set."""

@@ -1,5 +1,6 @@
 """The arithmetic of RLHF on tensors alone: no model, no text, no Trainer. Imports torch and nothing else."""
 
+from rlhf_lightning.functional.advantages import generalized_advantages, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, exact_kl, kl_estimate
 from rlhf_lightning.functional.logprobs import gather_logprobs, linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.losses import (
@@ -27,7 +28,6 @@ from rlhf_lightning.functional.losses import (
     sppo_hard_loss,
 )
 from rlhf_lightning.functional.reductions import last_token_index, masked_mean, masked_whiten
-from rlhf_lightning.functional.returns import generalized_advantages, shaped_rewards
 
 __all__ = [
     "AVERAGE_LOGPROB_LOSSES",

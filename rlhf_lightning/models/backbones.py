@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.directories import adapters_alone, adapters_beside_weights, check_weights
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
+from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights, check_weights
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:

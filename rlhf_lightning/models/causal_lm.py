@@ -28,9 +28,9 @@ from rlhf_lightning.models.backbones import (
     load_weights,
     write_published_settings,
 )
-from rlhf_lightning.models.directories import replaced_model
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.models.storage import replaced_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -23,7 +23,7 @@ from rlhf_lightning.models.backbones import (
     load_config,
     write_published_settings,
 )
-from rlhf_lightning.models.directories import replaced_model
+from rlhf_lightning.models.storage import replaced_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

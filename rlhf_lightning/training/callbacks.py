@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rlhf_lightning.disks import check_room, write_whole
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.directories import check_free, check_other, end_at, replaced_model
+from rlhf_lightning.files.disks import check_room, write_whole
+from rlhf_lightning.models.storage import check_free, check_other, end_at, replaced_model
 from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module

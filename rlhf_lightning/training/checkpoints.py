@@ -24,8 +24,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 
-from rlhf_lightning.disks import free_bytes, full_disk, size
 from rlhf_lightning.errors import ConfigurationError, reason_of
+from rlhf_lightning.files.disks import free_bytes, full_disk, size
 from rlhf_lightning.training.results import Results
 
 log = logging.getLogger(__name__)

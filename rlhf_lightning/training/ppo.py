@@ -29,11 +29,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
-from rlhf_lightning.evaluation.reward_function import check_text_of
-from rlhf_lightning.evaluation.scoring import RewardScorer
-from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
-from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lightning.functional.returns import (
+from rlhf_lightning.functional.advantages import (
     WHITENED,
     WITH_GROUPS,
     WITH_KL_IN_LOSS,
@@ -46,6 +42,8 @@ from rlhf_lightning.functional.returns import (
     returns_to_go,
     shaped_rewards,
 )
+from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
+from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
@@ -54,6 +52,9 @@ from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
 from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, zero_last_layer
 from rlhf_lightning.models.vllm_engine import VLLMEngine
+from rlhf_lightning.rewards.functions import check_text_of
+from rlhf_lightning.rewards.scorers import RewardScorer
+from rlhf_lightning.rewards.source import RewardSource, check_scores, first_few
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
     complete_adapters,
@@ -73,7 +74,6 @@ from rlhf_lightning.training.references import (
     check_same_reference,
     choose_reference,
 )
-from rlhf_lightning.training.rewards import RewardSource, check_scores, first_few
 from rlhf_lightning.training.rollouts import (
     Experience,
     Moments,

@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from rlhf_lightning.disks import writing_to
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.files.disks import writing_to
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from rlhf_lightning.models.causal_lm import load_causal_config
-from rlhf_lightning.models.simulation import Shape, count_weights, simulate
+from rlhf_lightning.planning.simulation import Shape, count_weights, simulate
 
 pytestmark = pytest.mark.benchmark
 

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.errors import DataError, ModelError
-from rlhf_lightning.evaluation.replies import _reply
-from rlhf_lightning.evaluation.scoring import encode_rows
+from rlhf_lightning.evaluation.generate import _reply
+from rlhf_lightning.rewards.scorers import encode_rows
 from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.rollouts import Replies
 from tests.data.chat_formats import CHATML, byte_tokenizer

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule

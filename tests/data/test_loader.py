@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.batching import BatchLoader, EvaluationPlan, MicroBatch, TrainingPlan, collate_pairs
 from rlhf_lightning.data.examples import LoadReport
-from rlhf_lightning.data.loader import BatchLoader, EvaluationPlan, MicroBatch, TrainingPlan, collate_pairs
 from rlhf_lightning.data.tokenization import PAIR_SCHEMA, PairStore, TokenizedPairs
 from rlhf_lightning.errors import ConfigurationError
 

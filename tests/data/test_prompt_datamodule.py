@@ -378,7 +378,7 @@ def test_what_cannot_be_is_refused_with_advice(make, tmp_path):
 
 
 def test_the_class_is_known_by_its_bare_name(capsys):
-    from rlhf_lightning.cli import main
+    from rlhf_lightning.commands.main import main
 
     data = ["--data", "PromptDataModule", "--data.train", "x.jsonl", "--data.truncation", "cut"]
     assert main(["fit", "--model", "RewardModel", "--model.backbone", "builtin:tiny", *data, "--print_config"]) == 0

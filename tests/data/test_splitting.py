@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlhf_lightning.data.splitting import held_out, prompt_hash
+from rlhf_lightning.data.splits import held_out, prompt_hash
 
 
 def user(prompt):

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data import DataError, load_preferences
+from rlhf_lightning.data.batching import MicroBatch, collate_pairs
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.loader import MicroBatch, collate_pairs
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.tokenization import PairStore, select_pairs, write_pairs
 from rlhf_lightning.models.reward_network import RewardNetwork

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlhf_lightning.data.courtesy.make import make_rows
-from rlhf_lightning.evaluation.rewardbench import SUBSETS
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.reward_network import RewardNetwork
 

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 
-from rlhf_lightning.evaluation.document import (
+from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.evaluation.verdicts import Verdict
+from rlhf_lightning.report.document import (
     Bar,
     BarGroup,
     Bars,
@@ -27,10 +29,8 @@ from rlhf_lightning.evaluation.document import (
     Section,
     Series,
     Table,
-    Verdict,
     Verdicts,
 )
-from rlhf_lightning.evaluation.estimates import Estimate
 
 HOSTILE = (
     "</div></section><script>document.title='owned'</script><img src=http://example.invalid/x.png onerror=alert(1)>\n"

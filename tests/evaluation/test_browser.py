@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.evaluation.page import to_html
+from rlhf_lightning.report.page import to_html
 from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.demonstration import document
 
@@ -115,7 +115,7 @@ def test_unfolded_texts_and_tables_stay_on_a_narrow_page(browser):
 
 
 def test_widths_of_text_are_estimated_from_above(browser):
-    from rlhf_lightning.evaluation.charts import text_width
+    from rlhf_lightning.report.charts import text_width
 
     browser.resize(1400)
     for text, width, size in browser.measure(MEASURE)["estimates"]:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.evaluation import charts
-from rlhf_lightning.evaluation.document import (
+from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.report import charts
+from rlhf_lightning.report.document import (
     Bar,
     BarGroup,
     Bars,
@@ -26,7 +27,6 @@ from rlhf_lightning.evaluation.document import (
     Reference,
     Series,
 )
-from rlhf_lightning.evaluation.estimates import Estimate
 
 numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-6)
 

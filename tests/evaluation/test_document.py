@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from rlhf_lightning.evaluation import palette, wording
-from rlhf_lightning.evaluation.document import (
+from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.evaluation.verdicts import Verdict
+from rlhf_lightning.report import palette, wording
+from rlhf_lightning.report.document import (
     Bar,
     BarGroup,
     Bars,
@@ -38,13 +40,11 @@ from rlhf_lightning.evaluation.document import (
     Section,
     Series,
     Table,
-    Verdict,
     Verdicts,
     anchors,
 )
-from rlhf_lightning.evaluation.estimates import Estimate
-from rlhf_lightning.evaluation.markdown import SAMPLE_CHARACTERS, to_markdown
-from rlhf_lightning.evaluation.page import to_html
+from rlhf_lightning.report.markdown import SAMPLE_CHARACTERS, to_markdown
+from rlhf_lightning.report.page import to_html
 from rlhf_lightning.terminal import visible
 from tests.evaluation.demonstration import BOOK, HOSTILE, LONG_WORD, SUBSETS, document
 
@@ -192,8 +192,8 @@ def test_both_formats_say_every_number_and_name(page, markdown):
 def test_the_same_document_gives_the_same_bytes_in_another_process(page, markdown):
     script = (
         "import hashlib; from tests.evaluation.demonstration import document;"
-        "from rlhf_lightning.evaluation.markdown import to_markdown;"
-        "from rlhf_lightning.evaluation.page import to_html;"
+        "from rlhf_lightning.report.markdown import to_markdown;"
+        "from rlhf_lightning.report.page import to_html;"
         "print(*[hashlib.sha256(make(document()).encode()).hexdigest() for make in (to_html, to_markdown)])"
     )
     root = Path(__file__).resolve().parents[2]

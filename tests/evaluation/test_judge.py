@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.judge import (
+from rlhf_lightning.evaluation.benchmarks.judge import (
     TOO_LONG,
     PolicyJudge,
     ask,
@@ -25,8 +25,8 @@ from rlhf_lightning.evaluation.judge import (
     run_judge,
     run_judge2,
 )
-from rlhf_lightning.evaluation.rewardbench import SUBSETS, SUBSETS_2, rewardbench2_scores
-from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, SUBSETS_2, rewardbench2_scores
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import greedy_replies
 from tests.evaluation.kept import kept_entries

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 
-from rlhf_lightning.evaluation import rewardbench_run
-from rlhf_lightning.evaluation.ledger import Ledger
-from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow, score_rows
-from rlhf_lightning.evaluation.scoring import Scored
+from rlhf_lightning.evaluation.benchmarks import rewardbench_run
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow, score_rows
+from rlhf_lightning.evaluation.store import Ledger
+from rlhf_lightning.rewards.scorers import Scored
 
 ROWS = [
     BenchmarkRow(

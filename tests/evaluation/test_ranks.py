@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation import judge, rewardbench_run
-from rlhf_lightning.evaluation.judge import run_judge
-from rlhf_lightning.evaluation.ledger import Ledger
+from rlhf_lightning.evaluation.benchmarks import judge, rewardbench_run
+from rlhf_lightning.evaluation.benchmarks.judge import run_judge
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow, score_rows
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices, launch
-from rlhf_lightning.evaluation.rewardbench_run import BenchmarkRow, score_rows
-from rlhf_lightning.evaluation.scoring import Scored
+from rlhf_lightning.evaluation.store import Ledger
+from rlhf_lightning.rewards.scorers import Scored
 from tests.evaluation.kept import kept_entries
 from tests.patience import PATIENCE
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lightning.data.splitting import prompt_hash
+from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.estimates import wilson
 from rlhf_lightning.evaluation.refusal import (

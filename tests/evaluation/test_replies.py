@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import PromptExample
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
-from rlhf_lightning.evaluation import replies as module
-from rlhf_lightning.evaluation.replies import GeneratedReply, generate_replies, kl_of_replies
+from rlhf_lightning.evaluation import generate as module
+from rlhf_lightning.evaluation.generate import GeneratedReply, generate_replies, kl_of_replies
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model

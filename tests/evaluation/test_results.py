@@ -10,8 +10,9 @@ import pytest
 from rlhf_lightning.evaluation.estimates import Estimate, mean_estimate
 from rlhf_lightning.evaluation.policy import compare_policies
 from rlhf_lightning.evaluation.refusal import refusal_change, summarise_refusals
-from rlhf_lightning.evaluation.results import EvaluationResults, Judged, PolicyResults, as_plain, metrics, verdicts
+from rlhf_lightning.evaluation.results import EvaluationResults, Judged, PolicyResults, as_plain, metrics
 from rlhf_lightning.evaluation.toxicity import summarise_toxicity, toxicity_change
+from rlhf_lightning.evaluation.verdicts import verdicts
 
 SAFETY = ["safe"] * 20 + ["unsafe"] * 20
 FEW = {"resamples": 200}

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf_lightning.cli import main
-from rlhf_lightning.evaluation.measure import evaluate
-from rlhf_lightning.evaluation.report import report
-from rlhf_lightning.evaluation.reward_function import FunctionScorer, names_function
-from rlhf_lightning.evaluation.scoring import Scored
+from rlhf_lightning.commands.main import main
+from rlhf_lightning.evaluation.run import evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
+from rlhf_lightning.report.sections import report
+from rlhf_lightning.rewards.functions import FunctionScorer, names_function
+from rlhf_lightning.rewards.scorers import Scored
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop  # noqa: F401 (fixtures)
 
 CODE = """

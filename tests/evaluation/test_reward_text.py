@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
-from rlhf_lightning.evaluation.reward_function import check_text_of
-from rlhf_lightning.evaluation.scoring import RewardScorer
+from rlhf_lightning.rewards.functions import check_text_of
+from rlhf_lightning.rewards.scorers import RewardScorer
 from tests.evaluation.test_scoring import PROMPTS, RESPONSES, saved_classifier, values
 
 ENDED = [True, False, False, True, True]

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.estimates import Estimate, wilson
-from rlhf_lightning.evaluation.rewardbench import (
+from rlhf_lightning.evaluation.benchmarks.rewardbench import (
     PRIOR_SETS,
     SECTIONS,
     SUBSETS,
@@ -37,6 +36,7 @@ from rlhf_lightning.evaluation.rewardbench import (
     total_estimate,
     total_score,
 )
+from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from tests.conftest import SHARED_DATA
 
 REWARDBENCH = SHARED_DATA / "rewardbench"

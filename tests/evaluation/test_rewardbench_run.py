@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
-from rlhf_lightning.evaluation.rewardbench import (
+from rlhf_lightning.evaluation.benchmarks.rewardbench import (
     SECTIONS,
     SUBSETS,
     SUBSETS_2,
     lite_allocation,
     rewardbench2_scores,
 )
-from rlhf_lightning.evaluation.rewardbench_run import (
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
     load_prior_set,
     load_rewardbench,
     load_rewardbench2,
@@ -34,7 +34,7 @@ from rlhf_lightning.evaluation.rewardbench_run import (
     total_difference,
     write_official_files,
 )
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, Scored
+from rlhf_lightning.rewards.scorers import ImplicitScorer, Scored
 from tests.conftest import SHARED_DATA
 from tests.evaluation.kept import kept_entries
 
@@ -203,7 +203,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
     script = f"""
 import os, signal
 from tests.evaluation.test_rewardbench_run import LengthScorer
-from rlhf_lightning.evaluation.rewardbench_run import load_rewardbench, score_rows
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import load_rewardbench, score_rows
 class Killed(LengthScorer):
     def __call__(self, prompts, responses):
         if self.scored:

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.evaluation import scoring
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer, encode_rows
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.rewards import scorers as scoring
+from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer, encode_rows
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
 
 PROMPTS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_lightning.functional import generalized_advantages, shaped_rewards
-from rlhf_lightning.functional.returns import (
+from rlhf_lightning.functional.advantages import (
     explained_variance,
     group_normalized_advantages,
     leave_one_out_advantages,

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.models.causal_lm import CausalLM
 from tests.models.test_reward_network import padded, rows
 from tests.test_configs import ROOT

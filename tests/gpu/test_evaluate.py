@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from tests.evaluation.conftest import here, workshop  # noqa: F401 (fixtures)
 from tests.test_evaluate import ALL, REFUSAL, check_same, run_command, write
 

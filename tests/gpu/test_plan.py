@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
-from rlhf_lightning.training.plan_command import plan
+from rlhf_lightning.commands.main import main
+from rlhf_lightning.commands.plan import plan
 from tests.test_configs import ROOT
 
 pytestmark = [

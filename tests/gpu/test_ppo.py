@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from tests.test_configs import ROOT
 
 pytestmark = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_lightning import RewardNetwork
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.data.courtesy.make import make_rows
 from tests.models.test_reward_network import padded, rows
 from tests.test_configs import ROOT

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.training.checkpoints import is_sharded
 from tests.test_configs import ROOT
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.evaluation.scoring import load_policy
-from rlhf_lightning.models import directories
+from rlhf_lightning.models import storage as directories
 from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
-from rlhf_lightning.models.directories import check_free, check_weights, end_at, replaced_model
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.models.storage import check_free, check_weights, end_at, replaced_model
+from rlhf_lightning.rewards.scorers import load_policy
 
 
 def write(directory: Path, number: int) -> None:

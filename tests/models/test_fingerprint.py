@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_lightning.evaluation.judge import PolicyJudge
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer
+from rlhf_lightning.evaluation.benchmarks.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from rlhf_lightning.functional.logprobs import linear_logprobs
 from rlhf_lightning.models.backbones import hidden_states, load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
 from rlhf_lightning.models.reward_network import RewardNetwork
-from rlhf_lightning.models.simulation import (
+from rlhf_lightning.planning.simulation import (
     NotSimulated,
     Shape,
     _Live,

@@ -19,14 +19,14 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.evaluation.judge import PolicyJudge
-from rlhf_lightning.evaluation.scoring import ImplicitScorer, RewardScorer, load_policy
+from rlhf_lightning.evaluation.benchmarks.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
 from rlhf_lightning.models.backbones import load_backbone, load_config
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.classifiers import load_classifier, token_head
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer, load_policy
 
 SIZE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZE |= {"initializer_range": 0.3}

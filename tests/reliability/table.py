@@ -14,7 +14,7 @@ WANTED: dict[Kind, int] = {"kill": 150, "corruption": 60, "full disk": 30, "race
 """Trials of each kind in the whole table, at least."""
 
 Trial = Callable[[Path], None]
-"""Tries once, in an empty directory of its own. Raises AssertionError, saying what it saw, where it was not survived."""
+"""Tries once, in an empty directory of its own. Raises AssertionError where that was not survived."""
 
 
 class Line(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file
 
+from rlhf_lightning.commands.export import export_checkpoint
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.training.best import SavingOrder, best_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest, print_results
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint

@@ -9,10 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.evaluate import run as evaluate
+from rlhf_lightning.commands.export import export_checkpoint
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.evaluate import run as evaluate
-from rlhf_lightning.export import export_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint, restored_module
 from tests.training.conftest import build, pairs, trainer  # noqa: F401 (fixtures)

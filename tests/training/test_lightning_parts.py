@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.fit import _refuse_callbacks
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.training.program import _refuse_callbacks
 from rlhf_lightning.training.zero import ZeroStrategy
 
 HERE = "tests.training.test_lightning_parts"

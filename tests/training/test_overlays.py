@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rlhf_lightning.training.program import ParsedRun, run
+from rlhf_lightning.commands.fit import ParsedRun, run
 
 MODEL = {"class_path": "RewardModel", "init_args": {"backbone": "builtin:tiny", "centering": 0.5}}
 DATA = {"class_path": "PreferenceDataModule", "init_args": {"train": "builtin:courtesy"}}

@@ -11,14 +11,14 @@ import torch
 from jsonargparse import Namespace
 from transformers import LlamaConfig
 
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
+from rlhf_lightning.commands.plan import plan
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.causal_lm import Lora
-from rlhf_lightning.models.simulation import Shape
-from rlhf_lightning.training import planning
-from rlhf_lightning.training.memory import GPUS, Estimator, Run, optimizer_bytes
-from rlhf_lightning.training.plan_command import plan
-from rlhf_lightning.training.planning import Machine, judge, machine_of
+from rlhf_lightning.planning import planning
+from rlhf_lightning.planning.memory import GPUS, Estimator, Run, optimizer_bytes
+from rlhf_lightning.planning.planning import Machine, judge, machine_of
+from rlhf_lightning.planning.simulation import Shape
 from tests.test_configs import LLAMA, ROOT
 
 LLAMA_3_8B = {

@@ -11,16 +11,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import PPO, PromptDataModule
-from rlhf_lightning.cli import main
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.training.best import SavingOrder
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.results import Results
 from rlhf_lightning.training.resume import ProcessStates
-from rlhf_lightning.training.rewards import RewardSource
 from tests.models.vllm_stand_in import StandIn
 from tests.programs import run
 from tests.test_configs import ROOT

@@ -11,8 +11,8 @@ import functools
 import pytest
 import torch
 
-from rlhf_lightning.evaluation.scoring import RewardScorer
 from rlhf_lightning.models.generation import Reply
+from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.training import rollouts
 from tests.evaluation.test_scoring import saved_classifier
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)

@@ -1,0 +1,268 @@
+"""The command `evaluate`: judges models that are there, without training, and writes the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+from rich.table import Table
+
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_NAME
+from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
+    load_prior_set,
+    load_rewardbench,
+    load_rewardbench2,
+    write_official_files,
+)
+from rlhf_lightning.evaluation.estimates import interval_of, value_of
+from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, launch
+from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics
+from rlhf_lightning.evaluation.run import check, device_of, evaluate
+from rlhf_lightning.evaluation.settings import EvaluationSettings
+from rlhf_lightning.evaluation.verdicts import Verdict, verdicts
+from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.files.locks import alone
+from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations
+from rlhf_lightning.report.markdown import to_markdown
+from rlhf_lightning.report.page import to_html
+from rlhf_lightning.report.sections import report
+from rlhf_lightning.terminal import Terminal, say
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of metrics.json; goes up when a name changes its meaning."""
+
+FILES = ("metrics.json", "samples.jsonl", "scores.jsonl", "report.md", "report.html")
+MODEL_KEYS = ("reward_model", "held_out_reward_model", "policy", "reference", "judge")
+
+_USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]
+
+Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl,
+scores.jsonl, report.md, report.html and RewardBench's own result files into --out. What is not given is not measured.
+A model is a directory, a hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was cut off
+goes on where it was.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate, write, print the verdicts, and return the exit code. Raises `UserError`."""
+    settings = parse(arguments)
+    if settings is None:
+        return 0
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"out: {out} is a file; name a directory")
+    if settings.out in ("", "null"):
+        raise ConfigurationError("out: a report needs a directory; name one")
+    check(settings)
+    ranks = launch(device_of(settings), settings.devices)
+    try:
+        return _run(settings, out, ranks)
+    except FailedElsewhere:  # process 0 says why
+        return 0
+
+
+def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
+    """In each of the processes, of which the first one writes and prints."""
+    busy = f"out: {out}: another evaluation is writing there; wait for its end, or give another directory"
+    with ExitStack() as locks:
+        ranks.once(lambda: locks.enter_context(alone(out / "kept" / ".lock", busy)))
+        settings = ranks.once(lambda: _prepared(given, out))
+        results = evaluate(settings, ranks)
+        if ranks.rank != 0:
+            return 0
+        if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
+            results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
+        write(results, settings)
+        _print(results, out)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> EvaluationSettings | None:
+    """The settings of a command line; None when it asked for help or for the configuration. Raises `UserError`."""
+    bound_parsers()
+    check_configurations(arguments)
+    parser = ArgumentParser(prog="rlhf-lightning evaluate", description=_USAGE, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with these keys; several are layered.")
+    parser.add_class_arguments(EvaluationSettings, nested_key=None)
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except Exception as error:
+        if isinstance(error, SystemExit):
+            raise
+        raise ConfigurationError(f"evaluate: {_one_line(error)}") from error
+    parsed.pop("config", None)
+    return EvaluationSettings(**parser.instantiate_classes(parsed).as_dict())
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+
+
+def _prepared(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
+    for name in FILES:  # an evaluation that is cut off must not leave those of another one
+        (out / name).unlink(missing_ok=True)
+    return _exported(settings, out)
+
+
+def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
+    """Checkpoints replaced by directories that they were exported to."""
+    changed = {}
+    for key in MODEL_KEYS:
+        name = getattr(settings, key)
+        if name is None or not name.endswith(".ckpt"):
+            continue
+        from rlhf_lightning.commands.export import run as export
+
+        directory = out / "exported" / key
+        export(["--ckpt_path", name, "--out", str(directory)])
+        changed[key] = str(directory)
+    return replace(settings, **changed)
+
+
+def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
+    """All files of a report, each put in its place when it is whole."""
+    out = Path(settings.out)
+    document = report(results)
+    numbers = {
+        "format": FORMAT,
+        "metrics": as_plain(metrics(results)),
+        "verdicts": as_plain(verdicts(results)),
+        "notes": results.notes,
+        "provenance": results.provenance,
+        "details": _details(results),
+    }
+    rows = [] if results.policies is None else [*results.policies.prompts, *results.policies.refusal_prompts]
+    contents = (
+        json.dumps(numbers, indent=2, allow_nan=False) + "\n",
+        "".join(json.dumps(as_plain(row), allow_nan=False) + "\n" for row in rows),
+        "".join(json.dumps(row, allow_nan=False) + "\n" for row in _score_rows(results)),
+        to_markdown(document),
+        to_html(document),
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        write_whole(out / name, content)
+    _official(results, settings)
+
+
+def _score_rows(results: EvaluationResults) -> Iterator[dict]:
+    """Every pair and every row of a benchmark with the scores of its responses, the correct ones first."""
+    for scorer in results.scorers:
+        if (of := scorer.scores) is not None:
+            for name, source, *scores in zip(of.ids, of.sources, of.chosen, of.rejected, strict=True):
+                found = {"id": name, "source": source, "scores": [float(score) for score in scores]}
+                yield {"scorer": scorer.title, "data": "pairs", **found}
+        for data in ("rewardbench", "rewardbench2", "prior_sets"):
+            bench = getattr(scorer, data)
+            for row in bench.rows if bench is not None else ():
+                yield {"scorer": scorer.title, "data": data, "id": row.id, "source": row.subset, "scores": row.scores}
+
+
+def _details(results: EvaluationResults) -> dict:
+    """The results without what stands in other files: rows, replies and curves."""
+    plain = {"scorers": as_plain(results.scorers), "judges": as_plain(results.judges)}
+    for scorer in plain["scorers"]:
+        scorer.pop("scores")
+        for bench in ("rewardbench", "rewardbench2", "prior_sets"):
+            if scorer[bench] is not None:
+                scorer[bench].pop("rows")
+    for judge in plain["judges"]:
+        for bench in ("rewardbench", "rewardbench2"):
+            if judge[bench] is not None:
+                judge[bench].pop("rows", None)
+    if results.policies is not None:
+        plain["policies"] = as_plain(results.policies)
+        plain["policies"].pop("prompts")
+        plain["policies"].pop("refusal_prompts")
+    return plain
+
+
+def _official(results: EvaluationResults, settings: EvaluationSettings) -> None:
+    """RewardBench's own result files, of whole benchmarks."""
+    out = Path(settings.out)
+    for scorer in results.scorers:
+        name = _official_name(scorer.name)
+        if (bench := scorer.rewardbench) is not None and bench.benchmark != LITE_NAME and bench.complete:
+            rows = load_rewardbench(settings.rewardbench)
+            write_official_files(out / "results", scorer.rewardbench, rows, model=name)
+        if (bench2 := scorer.rewardbench2) is not None and not (bench2.absent_subsets or bench2.short_subsets):
+            rows = load_rewardbench2(settings.rewardbench2)
+            write_official_files(out / "results-v2", scorer.rewardbench2, rows, model=name)
+        if scorer.prior_sets is not None:
+            rows = [
+                row for name_, source in (settings.prior_sets or {}).items() for row in load_prior_set(name_, source)
+            ]
+            write_official_files(out / "results", scorer.prior_sets, rows, model=name)
+
+
+def _official_name(name: str) -> str:
+    """`org/model` of a hub name or of a directory."""
+    parts = [re.sub(r"[^\w.-]", "-", part).lstrip(".") for part in Path(name).expanduser().parts]
+    parts = [part for part in parts if part]
+    return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{parts[0]}"
+
+
+def _print(results: EvaluationResults, out: Path) -> None:
+    console = Terminal(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
+    table = Table(title="verdicts", title_justify="left")
+    for column, justify in (
+        ("target", "left"),
+        ("value", "right"),
+        ("95 % interval, or why not", "right"),
+        ("verdict", "left"),
+    ):
+        table.add_column(column, justify=justify)
+    for verdict in verdicts(results):
+        table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
+    console.print(table)
+    for line in _scores(results):
+        say(line)
+    for note in results.notes:
+        say(note)
+    say(f"report:  {out / 'report.html'}")
+    say(f"numbers: {out / 'metrics.json'}")
+
+
+def _scores(results: EvaluationResults) -> list[str]:
+    """What no verdict says: the other scorers, the policy by the held-out one, and the benchmarks, a line each."""
+    lines = []
+    for scorer in results.scorers:
+        if (quality := scorer.quality) is not None:
+            line = f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
+            if (rounding := scorer.rounding) is not None:
+                line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} beside sd {rounding.sd:.2g}"
+            lines.append(line)
+        if (bench := scorer.rewardbench) is not None:
+            parts = [f"{name} {value.value:.3f}" for name, value in bench.table.sections.items()]
+            total = "not measured" if bench.table.total is None else f"{bench.table.total.value:.3f}"
+            rows = f"{bench.n_pairs} rows"
+            lines.append(f"{scorer.title}: RewardBench ({rows}) {total}: {', '.join(parts)}")
+    for judged in results.policies.judged if results.policies is not None else ():
+        if judged.held_out and (comparison := judged.comparison) is not None:
+            gain = comparison.anchored.gain if comparison.anchored is not None else None
+            points = "" if gain is None else f"{gain.value:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})"
+            gained = points and f"gains {points} and "
+            lines.append(f"held-out: the policy {gained}wins {comparison.win_rate.value:.3f} of the comparisons")
+    for judge in results.judges:
+        if judge.rewardbench is not None:
+            total = judge.rewardbench.table.total
+            shown = "not measured" if total is None else f"{total.value:.3f}"
+            lines.append(f"judge: RewardBench {shown}, {judge.rewardbench.n_unparsed} replies without a verdict")
+    return lines
+
+
+def _figures(verdict: Verdict) -> tuple[str, str]:
+    value, interval = value_of(verdict.value), interval_of(verdict.value)
+    if value is None:
+        return "", verdict.reason
+    ends = "" if interval is None else " to ".join(format(end, verdict.spec) for end in interval)
+    return format(value, verdict.spec), ends

@@ -1,0 +1,194 @@
+"""`rlhf-lightning export`: a checkpoint becomes a Hugging Face directory, which is then loaded again to prove it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+import rlhf_lightning
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files.disks import check_room
+from rlhf_lightning.models.backbones import counts_from_padding
+from rlhf_lightning.models.causal_lm import decoder
+from rlhf_lightning.models.probe import log_probs, probe_rows
+from rlhf_lightning.models.storage import check_free, check_other, end_at, pad_with, replaced_model
+from rlhf_lightning.terminal import say
+from rlhf_lightning.training.callbacks import exported_bytes
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
+from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
+from rlhf_lightning.training.results import TABLE_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGEST_DIFFERENCE = 1e-3
+"""Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
+
+_HOW_TO_USE = {
+    "policy": "Ask it with the chat template of the tokenizer beside it, as in training. Adapters alone need peft.",
+    "reward": "Plain `AutoModelForSequenceClassification` would load it with a random head; use the class above.",
+}
+_UNITS = {"policy": "nats", "reward": "units of score"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command line of `export`. Returns 0; raises `UserError` for what the user can mend."""
+    parser = argparse.ArgumentParser("rlhf-lightning export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a RewardModel, DPO or SFT run")
+    parser.add_argument("--out", required=True, help="directory to write; an earlier export there is replaced")
+    parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
+    parser.error = _refuse  # one line, without the usage
+    given = parser.parse_args(arguments)
+    search_no_gpu()
+    difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
+    say(f"model:       {given.out}")
+    say(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")
+    return 0
+
+
+def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bool = True) -> tuple[float, str]:
+    """Write the model of a checkpoint, its tokenizer with the chat template of the training, and a model card.
+
+    A fresh process loads the directory as a user would and computes the same probe. Returns the largest difference to
+    the trainer's own outputs and its unit: nats of log-probability, or units of score.
+    Raises `ConfigurationError` for what is no checkpoint, or a directory that holds something else, and `ModelError`
+    when the run has changed no weight or diverged, or the directory does not load or gives other outputs.
+    """
+    stored = read_checkpoint(ckpt_path, weights=False)
+    check_free(directory)
+    if stored.get(ORIGIN, {}).get("class") not in rlhf_lightning.__all__:
+        raise ConfigurationError(
+            f"ckpt_path: {ckpt_path} does not say which class made it, as checkpoints of this version do; train "
+            "again, or let ExportBest write the directory"
+        )
+    origin, settings = stored[ORIGIN], stored["hyper_parameters"]
+    check_other(directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
+    if not merge and not settings.get("lora"):
+        raise ConfigurationError(f"--merge false: the checkpoint {ckpt_path} has no adapters; leave it out")
+    module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
+    if fault := fault_of_training(module, stored):
+        raise ModelError(f"ckpt_path: {ckpt_path}: {fault}; nothing was exported")
+    warn_of_start(stored)
+    warn_of_divergence(stored)
+    expected, kind = _outputs(module)
+    options = ["trust"] if module.hparams.trust_remote_code else []
+    options += ["4bit"] if module.hparams.get("quantization") else []
+    check_room(directory, exported_bytes(module, merge=merge), "the model")
+    with replaced_model(directory) as made:  # what is there stays until the new one is proved
+        module.export(made, merge=merge)
+        pad_id = _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)
+        if pad_id is not None and not counts_from_padding(_backbone(module)):
+            pad_with(made, pad_id)
+        difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
+        if not difference < _LARGEST_DIFFERENCE:
+            raise ModelError(
+                f"{directory}: loaded again, its outputs differ by {difference:.2g} {_UNITS[kind]} from the trainer's, "
+                f"more than {_LARGEST_DIFFERENCE}; nothing was written. Export with --merge false if it has adapters"
+            )
+        card = _model_card(made, Path(directory).resolve().name, stored, kind, difference, merged=merge)
+        (made / "README.md").write_text(card, encoding="utf-8")
+    return difference, _UNITS[kind]
+
+
+def _backbone(module: LightningModule) -> PreTrainedModel:
+    return decoder(module.policy.model) if hasattr(module, "policy") else module.network.backbone
+
+
+@torch.no_grad()
+def _outputs(module: LightningModule) -> tuple[Tensor, str]:
+    """The trainer's outputs on the probe, and whether it is a `policy` or a `reward`."""
+    if hasattr(module, "policy"):
+        return log_probs(module.policy.model, module.policy.config.get_text_config().vocab_size), "policy"
+    return module.network(*probe_rows(module.network.backbone.config.vocab_size)), "reward"
+
+
+def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
+    """The outputs of the directory on the probe, computed by a fresh process. Raises `ModelError`."""
+    from safetensors.torch import load_file
+
+    file = directory.with_name("outputs.safetensors")
+    command = [sys.executable, "-m", "rlhf_lightning.models.probe", str(directory), str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
+    return load_file(file)["outputs"]
+
+
+def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> int | None:
+    """The tokenizer of the training, with its chat template, so that the model is asked as it was trained.
+
+    Returns the id that it pads with; None when the training had no tokenizer.
+    """
+    from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+    from rlhf_lightning.data.chat_text import TRANSCRIPT
+
+    if origin["tokenizer"] is None:
+        return None
+    tokenizer = load_tokenizer(origin["tokenizer"], trust_remote_code=trust_remote_code)
+    tokenizer.chat_template = origin["chat_template"]
+    chat_format = ChatFormat(
+        tokenizer,
+        chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
+        template_arguments=origin.get("template_arguments"),  # checkpoints of before have none
+    )
+    chat_format.save_pretrained(directory)
+    end_at(directory, chat_format.terminator_id)
+    return chat_format.pad_id
+
+
+def _model_card(
+    directory: Path, name: str, stored: dict[str, Any], kind: str, difference: float, *, merged: bool
+) -> str:
+    """README.md of the directory: what it is, the settings, what was measured, and the proof."""
+    settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
+    measured = metrics_of(stored)
+    loader = "RewardNetwork" if kind == "reward" else "AutoModelForCausalLM"
+    origin = "rlhf_lightning" if kind == "reward" else "transformers"
+    what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"
+    if settings.get("lora") and merged:
+        what += ", LoRA adapters merged"
+    words = {name: f" ({TABLE_ROWS[name]})" if name in TABLE_ROWS else "" for name in measured}
+    numbers = "\n".join(f"| `{name}`{words[name]} | {value:.6g} |" for name, value in sorted(measured.items()))
+    training = {k: v for k, v in stored[ORIGIN].get("training", {}).items() if v is not None}
+    return f"""---
+base_model: {settings["backbone"]}
+library_name: {origin}
+---
+
+# {name}
+
+{stored[ORIGIN]["class"]} of rlhf_lightning {rlhf_lightning.__version__}, from {settings["backbone"]}, optimizer step \
+{stored["global_step"]}; {what}, safetensors, float32.
+
+```python
+from {origin} import {loader}
+
+model = {loader}.from_pretrained("{name}")
+```
+{_HOW_TO_USE[kind]}
+
+Settings of the model: `{json.dumps(settings, default=str, sort_keys=True)}`
+
+Training: `{json.dumps(training, default=str, sort_keys=True)}`
+
+Loaded again in a fresh process, the largest difference to the trainer's own outputs on a probe of \
+{int(probe_rows(1)[1].sum())} tokens is {difference:.3g} {_UNITS[kind]}.
+
+| measured at this checkpoint | |
+|---|---|
+{numbers or "| nothing | |"}
+"""
+
+
+def _refuse(message: str) -> None:
+    raise ConfigurationError(f"export: {message}; see rlhf-lightning export --help")

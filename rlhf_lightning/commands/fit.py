@@ -1,0 +1,512 @@
+"""Lightning's command line, fitted to this package: strict keys, short errors, bare class names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
+from rlhf_lightning.files.disks import named_full_disk
+from rlhf_lightning.files.locks import alone
+from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations
+from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.planning.planning import refuse_what_cannot_fit
+from rlhf_lightning.planning.room_on_disk import RoomOnDisk
+from rlhf_lightning.terminal import VisibleLines, say, visible_warning
+from rlhf_lightning.training.best import SavingOrder, any_checkpoint
+from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
+from rlhf_lightning.training.checkpoints import (
+    WholeFileIO,
+    check_class,
+    has_states,
+    is_sharded,
+    read_checkpoint,
+    search_no_gpu,
+)
+from rlhf_lightning.training.dpo import DPO
+from rlhf_lightning.training.last_validation import LastValidation
+from rlhf_lightning.training.overlays import replace_in_later_layers
+from rlhf_lightning.training.own_directories import locks_of, take_version
+from rlhf_lightning.training.ppo import PPO
+from rlhf_lightning.training.results import Results
+from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, is_requeued, resolve_last
+from rlhf_lightning.training.reward_model import RewardModel
+from rlhf_lightning.training.samples import Samples
+from rlhf_lightning.training.sft import SFT
+from rlhf_lightning.training.signals import Interrupted, SaveAtSignal
+from rlhf_lightning.training.step_watch import StepWatch
+from rlhf_lightning.training.trial import TrialStep
+from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
+
+log = logging.getLogger(__name__)
+
+# Imported so that their bare names resolve in YAML and on the command line.
+CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
+register()
+replace_in_later_layers()
+bound_parsers()
+# What a run is told may hold an Enum (the default of Timer's interval), which no YAML has.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+
+class Parser(LightningArgumentParser):
+    """Refuses abbreviated keys, and says what is wrong in one line, without a page of usage before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigurationError(_essence(message)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` once the run has begun: a refused one leaves that of the run that it would go on with."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Beside the checkpoints, where the logger has no directory: MLflow's at a database or a server."""
+        if trainer.log_dir is not None:
+            super().setup(trainer, pl_module, trainer.state.fn)
+        elif trainer.is_global_zero:
+            saved = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+            directory = Path(saved[0]).parent if saved else Path(trainer.default_root_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, directory / self.config_filename, skip_none=False, overwrite=True)
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _save
+
+
+class Program(LightningCLI):
+    """`LightningCLI` with the package's own callbacks, and the tokenizer taken from the model where none is named."""
+
+    _replace = False
+    """Whether the run goes on from its last checkpoint, found by the program."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # A run's config.yaml has the key, and is given to the other commands as it is.
+        words = (
+            "Run also what cannot fit into memory, as counted beforehand." if subcommand == "fit" else "Of `fit` alone."
+        )
+        parser.add_argument("--force", action="store_true", help=words)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)  # Lightning's own table would stand above ours
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        trainer = super().instantiate_trainer(
+            plugins=[*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()], **kwargs
+        )
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveConfig):
+                callback.config = self._to_save
+        states = next(callback for callback in trainer.callbacks if isinstance(callback, ProcessStates))
+        trainer.callbacks.append(SaveAtSignal(states))  # behind those that save after a batch
+        return trainer
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        data = config.get("data", {}).get("init_args", {})
+        model = config.get("model", {}).get("init_args", {})
+        if config.get("ckpt_path") in ("best", "hpc"):
+            raise ConfigurationError(
+                f"ckpt_path: {config.ckpt_path} names no checkpoint of an earlier run; give the file that fit named, "
+                "or `last` to go on with a run"
+            )
+        config.trainer.strategy, line = corrected(config.trainer.strategy)
+        if line:
+            log.warning("%s", line)
+        if config.get("ckpt_path") == LAST:
+            resolve_last(config)
+            self._replace = True
+        elif self.subcommand == "fit" and config.get("ckpt_path") is None and is_requeued():
+            resolve_last(config, job=os.environ.get("SLURM_JOB_ID"))
+            self._replace = True
+        # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
+        if "tokenizer" in data and data.get("tokenizer") is None:
+            data["tokenizer"] = model.get("backbone")
+        self._to_save = config.clone()
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path not in (None, "best", "hpc"):
+            read_checkpoint(ckpt_path, weights=False)
+            if self.subcommand == "fit":  # not in what is saved: `test` with it must not write into the run's directory
+                go_on_beside(config, Path(ckpt_path))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's settings replace the given ones without a word; ours stay."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._locks = ExitStack()
+        try:
+            with self._locks:
+                super()._run_subcommand(subcommand)
+        except UserError:
+            raise
+        except SystemExit as ended:  # ours, or Lightning's way out of a signal before the first batch
+            if self.trainer.interrupted and self.trainer.is_global_zero:
+                say(f"rlhf-lightning: {_how_to_go_on(self.trainer, ended)}", file=sys.stderr)
+            if self.trainer.interrupted and not isinstance(ended, Interrupted):
+                raise SystemExit(143 if self.trainer.received_sigterm else 130) from None
+            raise
+        except Exception as error:
+            places = [each.log_dir for each in self.trainer.loggers if getattr(each, "log_dir", None)]
+            if full := named_full_disk(error, places or [self.trainer.default_root_dir]):
+                raise full from error
+            raise
+
+    def before_fit(self) -> None:
+        """Read the data and hold it against the model before anything is written or loaded."""
+        _refuse_wrong_numbers(self.trainer)
+        _refuse_callbacks(self.trainer)
+        _check_monitors(self.trainer, self.model)
+        self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ProcessStates):
+                callback.replace = self._replace
+        self.datamodule.setup(self.subcommand)
+        if check := getattr(self.model, "check_data", None):
+            check(self.datamodule)
+        if self.subcommand == "fit" and not self.config.fit.force:
+            refuse_what_cannot_fit(self.model, self.datamodule, self.config.fit.trainer, self.trainer.callbacks)
+        trained = not isinstance(self.model, RewardModel) or is_reward_network(self.model.backbone_config)
+        if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None:
+            if not trained:
+                log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
+            else:
+                log.info("no ckpt_path: this is %s as it was loaded", self.model.hparams.backbone)
+        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+            if self.subcommand != "fit":
+                take_version(self.trainer)
+            for lock, busy in locks_of(self.trainer) if self.subcommand == "fit" else ():
+                self._locks.enter_context(alone(lock, busy))
+
+    def _check_checkpoint(self, ckpt_path: str | None) -> None:
+        """Refuse a checkpoint that this run cannot use, before any work. Raises `ConfigurationError`."""
+        if ckpt_path in (None, "best", "hpc"):
+            return
+        check_class(ckpt_path, self.model)
+        if self.subcommand == "fit" and not has_states(read_checkpoint(ckpt_path, weights=False)):
+            raise ConfigurationError(
+                f"ckpt_path: {ckpt_path} holds weights alone (save_weights_only), and no run can go on from them; "
+                "export it and begin a new run with that as model.backbone"
+            )
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            self.trainer.strategy.check_checkpoint(ckpt_path, fitting=self.subcommand == "fit")
+        elif self.subcommand == "fit" and is_sharded(ckpt_path):
+            raise ConfigurationError(
+                f"ckpt_path: {ckpt_path} is a checkpoint of DeepSpeed; set trainer.strategy to zero2, or export it and "
+                "begin a new run with that as model.backbone"
+            )
+
+    before_validate = before_test = before_predict = before_fit
+
+    def after_validate(self) -> None:
+        print_results(self.trainer)
+
+    after_test = after_validate
+
+    def after_fit(self) -> None:
+        """Raises `TrainingError` where there was a model to write and none was written."""
+        print_results(self.trainer)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ExportBest) and callback.fault and not self.trainer.fast_dev_run:
+                raise TrainingError(f"{callback.directory}: nothing was exported: {callback.fault}")
+
+
+def _how_to_go_on(trainer: Trainer, ended: SystemExit) -> str:
+    saved = ended.saved if isinstance(ended, Interrupted) else None
+    kept = f"go on with --ckpt_path last (saved {saved})" if saved else "go on with --ckpt_path last"
+    if not (saved or any_checkpoint(trainer)):
+        kept = "no checkpoint was saved yet"
+    return f"interrupted at step {trainer.global_step}; {kept}"
+
+
+class ParsedRun(Program):
+    """The settings of a run, parsed and checked, of which nothing is built or run."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    @property
+    def settings(self) -> Namespace:
+        return self.config[self.subcommand]
+
+
+def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Program) -> Program:
+    """Run `fit`, `validate`, `test` or `predict` with the given arguments (default: the process's).
+
+    Raises `UserError` for everything that the user can mend.
+    """
+    quieten()
+    arguments = _configurations_first(sys.argv[1:] if arguments is None else arguments)
+    check_configurations(arguments)
+    try:
+        return program(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "callbacks": [
+                    Results(),
+                    PredictionWriter(),
+                    SavingOrder(),  # before what it validates anew, which it would forget
+                    LastValidation(),
+                    ProcessStates(),
+                    StepWatch(),
+                    TrialStep(),
+                    RoomOnDisk(),
+                ],
+                "enable_model_summary": False,
+            },
+            args=arguments,
+        )
+    except UserError:
+        raise
+    except MisconfigurationException as error:
+        raise ConfigurationError(str(error)) from error
+    except OSError as error:
+        if full := named_full_disk(error, ["."]):
+            raise full from error
+        raise ConfigurationError(f"{error.filename or 'files'}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned"):
+            raise ConfigurationError(f"EarlyStopping.monitor: {error}") from error
+        if "loading state_dict" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"ckpt_path: the checkpoint's weights are those of another model than the settings under model ({error})"[
+                :300
+            ]
+        ) from error
+    except ValueError as error:
+        # The parser wraps what a constructor raises in a ValueError of its own.
+        if ours := _user_error_behind(error):
+            raise ours from error
+        if (reason := _refusal_of_a_library(error)) is None:
+            raise
+        raise ConfigurationError(reason) from error
+    except Exception as error:
+        if (library := type(error).__module__.split(".")[0]) not in _LOGGING_LIBRARIES:
+            raise
+        raise ConfigurationError(f"trainer.logger: {library}: {error}"[:400]) from error
+
+
+def _configurations_first(arguments: Sequence[str]) -> list[str]:
+    """The command, then its `--config` files in their order, then the rest: keys on the command line always win.
+
+    The parser takes keys in their order, and knows those of a class only once a file has named it.
+    """
+    command, *rest = arguments or [""]
+    files, others = [], []
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-c", "--config") and rest:
+            files += [argument, rest.pop(0)]
+        else:
+            (files if argument.startswith(("-c=", "--config=")) else others).append(argument)
+    return [command, *files, *_optimizer_before_its_arguments(others)]
+
+
+def _optimizer_before_its_arguments(arguments: list[str]) -> list[str]:
+    """Keys on the command line, an optimizer's class before the arguments that it would else begin anew without."""
+    for key in ("--model.optimizer", "--model.init_args.optimizer"):
+        names = (key, f"{key}.class_path")
+        of_it = [
+            i for i, each in enumerate(arguments) if each.startswith(f"{key}.") and each.split("=")[0] not in names
+        ]
+        named = next((i for i, each in enumerate(arguments) if each.split("=")[0] in names), None)
+        if named is not None and of_it and of_it[0] < named:
+            taken = arguments[named : named + (1 if "=" in arguments[named] else 2)]
+            rest = arguments[:named] + arguments[named + len(taken) :]
+            arguments = rest[: of_it[0]] + taken + rest[of_it[0] :]
+    return arguments
+
+
+def _essence(message: str) -> str:
+    """The parser's message without the frames that it puts around what is wrong.
+
+    `Parser key "model": Does not validate against any of the Union subtypes ... Errors: - Option 'x' is not accepted
+    - Expected a <class 'NoneType'> ...` becomes `model: Option 'x' is not accepted`.
+    """
+    frames = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
+    parts: list[str] = []
+    for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
+        line = re.sub(r'Parser key "([^"]+)":', r"\1:", line.strip().removeprefix("-")).strip()
+        line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of ")
+        line = line.replace("Expected a dot import path string:", "no such class:")
+        noise = line.startswith(frames) or "NoneType" in line or "Expected a path" in line
+        if line and not noise and line not in parts:
+            parts.append(line)
+    given = re.search(r"Given value: (?!NestedArg)(.*)", message)
+    if given and parts and parts[-1].startswith("Expected"):
+        parts.append(f"given {given[1]!r}")
+    text = ""
+    for part in parts:
+        text += ("" if not text else " " if text.endswith(":") else "; ") + part
+    return text or message
+
+
+def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
+    """Refuse a misspelt metric before the first validation would. Raises `ConfigurationError`."""
+    if type(model) not in CLASSES:
+        return  # one of the user's own may log what it likes
+    known = [f"val/{name}" for name in model.val_metrics]
+    learned = [f"train/{name}" for name in getattr(model, "train_metrics", ())]
+    known += learned
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        logged = monitor in known or (not learned and str(monitor).startswith("train/"))
+        counted = isinstance(callback, ModelCheckpoint) and monitor in ("step", "epoch")
+        if monitor is not None and not logged and not counted:
+            name = type(callback).__name__
+            raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
+
+
+_REFUSED_CALLBACKS = {
+    LearningRateFinder: "its rate would stand in no config.yaml; find one with `lr_find` of Lightning's Tuner, from "
+    "Python, and set model.optimizer.lr",
+    BatchSizeFinder: "the schedule is laid out before it looks; ask `rlhf-lightning plan`, or `scale_batch_size` of "
+    "Lightning's Tuner, from Python, and set data.batch_size",
+    StochasticWeightAveraging: "its average is neither validated nor in any checkpoint; use EMAWeightAveraging or "
+    "WeightAveraging, whose average is both",
+    BackboneFinetuning: "it wants the module to have its layers before they are loaded; set model.freeze_backbone of a "
+    "RewardModel, or model.lora",
+    ModelPruning: "it prunes before the weights are loaded, and its masks are in no exported model; prune an exported "
+    "one",
+}
+"""Lightning's callbacks that do not go with the modules of this package: why, and what to do instead."""
+
+
+def _refuse_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks that would fail, or change the weights beside checkpoints. Raises `ConfigurationError`."""
+    for callback in trainer.callbacks:
+        name = type(callback).__name__
+        for kind, reason in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ConfigurationError(f"trainer.callbacks: {name} is not supported: {reason}")
+        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ZeroStrategy):
+            raise ConfigurationError(
+                f"trainer.callbacks: {name} is not supported under DeepSpeed, which saves the weights without the "
+                "average; use trainer.strategy ddp"
+            )
+
+
+def _refuse_wrong_numbers(trainer: Trainer) -> None:
+    """Refuse settings of the Trainer that run, but not as asked. Raises `ConfigurationError`."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, ZeroStrategy):
+        raise ConfigurationError(
+            "trainer.strategy: Lightning's stock DeepSpeed strategy divides the gradients by accumulate_grad_batches "
+            "twice and rounds the margins of a batch to half precision; use zero2"
+        )
+    if trainer.precision in ("16-true", "bf16-true"):
+        half = trainer.precision.removesuffix("-true")
+        raise ConfigurationError(
+            f"trainer.precision: {trainer.precision} rounds the rotary position frequencies as well, which spoils long "
+            f"rows; use {half}-mixed or 32-true"
+        )
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The first of our own errors in a chain of causes."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+_LOGGING_LIBRARIES = ("mlflow", "wandb", "comet_ml", "neptune")
+
+
+def _refusal_of_a_library(error: BaseException) -> str | None:
+    """Why the constructor of a callback or logger refused its arguments; None where it was none, or our own fault."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)[:400] if isinstance(error, MisconfigurationException | ImportError) else None
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Inside, a logger says errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def quieten() -> None:
+    """Leave the terminal to the progress bar, our own lines and the results table."""
+    import warnings
+
+    import transformers
+
+    search_no_gpu()
+    warnings.formatwarning = visible_warning
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    ours = logging.getLogger("rlhf_lightning")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(VisibleLines("%(message)s"))
+    handler.addFilter(lambda record: rank_zero_only.rank == 0)
+    ours.handlers = [handler]
+    ours.setLevel(logging.INFO)
+    # A loader without worker processes is meant: making a batch takes well under a millisecond.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Each run has its own directory, so a checkpoint always comes from another one.
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    # Shards are no part of the weights under any strategy with which an average is taken.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
+    # A checkpoint of PPO is meant to hold the weights after its steps.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    # Our batches carry the position of each pair.
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    # Nothing is turned off: our plans give every epoch the same batches by themselves.
+    warnings.filterwarnings("ignore", message="You requested to overfit but enabled")
+    # DeepSpeed's optimizer steps out of the sight of torch's schedules; `check_schedule` looks after them.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    # Deprecations inside Lightning 2.6 and DeepSpeed 0.19 under torch 2.13.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.* is deprecated")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

@@ -1,0 +1,188 @@
+"""The program `rlhf-lightning`. Heavy imports stand inside functions, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf_lightning import __version__
+from rlhf_lightning.errors import UserError
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("pipeline", *TRAINER_COMMANDS, "evaluate", "doctor", "plan", "export")
+
+HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
+
+usage: rlhf-lightning COMMAND --config FILE.yaml [--config OVERLAY.yaml ...] [--KEY VALUE ...]
+
+commands:
+  pipeline   runs and an evaluation after each other, from one file; what is done and unchanged is not done again
+  fit        train, validate while training, keep the best checkpoint, print a results table
+  validate   evaluate on the validation pairs   [--ckpt_path FILE]
+  test       evaluate on the test pairs         [--ckpt_path FILE]
+  predict    write the scores of the test pairs [--ckpt_path FILE]
+  evaluate   judge models without training, and write a report: reward model, RewardBench, policy, refusal, toxicity
+  doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
+  plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
+  export     write a checkpoint as a Hugging Face directory, and load it again to prove it
+             --ckpt_path FILE --out DIRECTORY [--merge true|false]
+
+examples:
+  rlhf-lightning pipeline --config configs/quickstart.yaml
+  rlhf-lightning fit --config configs/quickstart/reward_model.yaml
+  rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
+  rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
+  rlhf-lightning fit --config configs/ppo.yaml --model.backbone models/sft --model.reward_model models/reward_model
+  rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
+  rlhf-lightning evaluate --config configs/evaluate.yaml --reward_model models/reward_model --pairs pairs.jsonl
+  rlhf-lightning fit --config configs/reward_model.yaml --print_config
+  rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
+  rlhf-lightning doctor --config configs/reward_model.yaml
+  rlhf-lightning plan --config configs/dpo.yaml --config configs/hardware/zero2.yaml --gpu 4xA10
+  rlhf-lightning export --ckpt_path CHECKPOINT --out models/policy
+
+options:
+  -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
+                   `rlhf-lightning fit --model.help RewardModel` (DPO, PPO, SFT) and
+                   `--data.help PreferenceDataModule` those of a class
+  --version        the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with `argv` (default: the process's arguments) and return its exit code.
+
+    0: done. 1: `doctor` found rows that would be left out. 2: the user can mend it; one line on stderr says where,
+    what, why and what to do, or `doctor` prints why nothing is left of the data. Anything else that goes wrong is ours
+    and ends in a traceback.
+    """
+    try:
+        return _run(argv)
+    finally:
+        _leave_group()
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
+    try:
+        if command == "export":
+            return _run_export(arguments[1:])
+        if command == "pipeline":
+            return _run_pipeline(arguments[1:])
+        if command == "evaluate":
+            return _run_evaluate(arguments[1:])
+        if command == "doctor":
+            return _run_doctor(arguments[1:])
+        if command == "plan":
+            return _run_plan(arguments[1:])
+        _run_trainer(None if argv is None else arguments)
+    except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
+        return int(exit_.code or 0)
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:  # a path that cannot be
+        if (full := _full_disk(error)) is not None:
+            return _refuse(full)
+        return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
+    except Exception as error:
+        if (full := _full_disk(error)) is None:
+            raise
+        return _refuse(full)
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
+            print("rlhf-lightning: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _refuse(message: str) -> int:
+    from rlhf_lightning.terminal import say
+
+    say(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _full_disk(error: Exception) -> str | None:
+    """The line for a full disk of which nobody knew what was being written."""
+    from rlhf_lightning.files.disks import named_full_disk
+
+    full = named_full_disk(error, ["."])
+    return None if full is None else str(full)
+
+
+def _leave_group() -> None:
+    """Stop gloo's threads: a process that ends while they run may abort, with words of C++ and another exit code.
+
+    A group of NCCL is left as it is: Lightning ends it at exit, and to do so while others fail can hang.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+
+
+def _run_trainer(arguments: list[str] | None) -> None:
+    """Parse, build and run one of Lightning's commands."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.fit import run
+
+    run(arguments)
+
+
+def _run_export(arguments: list[str]) -> int:
+    """Write a checkpoint as a Hugging Face directory."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.export import run
+    from rlhf_lightning.commands.fit import quieten
+
+    quieten()
+    return run(arguments)
+
+
+def _run_pipeline(arguments: list[str]) -> int:
+    """Run the stages of a pipeline, each in a process of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.pipeline.command import run
+
+    return run(arguments)
+
+
+def _run_evaluate(arguments: list[str]) -> int:
+    """Judge models and write the report."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.evaluate import run
+    from rlhf_lightning.commands.fit import quieten
+
+    quieten()
+    return run(arguments)
+
+
+def _run_doctor(arguments: list[str]) -> int:
+    """Say what is in preference data; 0: every row can be used, 1: some would be left out."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.doctor import run
+
+    return run(arguments)
+
+
+def _run_plan(arguments: list[str]) -> int:
+    """Say whether a run fits; 0: it does, 1: it does not, or only just."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.plan import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

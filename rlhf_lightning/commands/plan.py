@@ -1,0 +1,242 @@
+"""The command `plan`: will a run fit, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule
+from rich.table import Table
+
+from rlhf_lightning.commands import fit as program
+from rlhf_lightning.data import preference_datamodule
+from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
+from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
+from rlhf_lightning.planning.simulation import NotSimulated
+from rlhf_lightning.terminal import Terminal, say
+
+_USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu NAME] [--json FILE]
+
+Will the run of these settings fit, before anything is loaded or written: bytes on each device and on the host, by what
+takes them and when; checkpoints on the disk; tokens and optimizer steps; and where it does not fit, the nearest
+settings that do. Weights are not needed, only the model's config.json. Data that can be read here is read for its
+lengths; else rows count as max_length tokens, the worst case.
+
+--gpu     the GPU that is meant, when it is not this machine's: {", ".join(GPUS)},
+          or a size such as 48GB; 4xA10 is four of them in one machine
+--no_data leave the data unread
+--json    write the numbers to a file, in bytes
+
+Exit code 0: it fits, 1: it does not, or only just, 2: the settings cannot be used.
+"""
+
+
+class _Arguments(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"plan: {message}")
+
+
+class _Planned(program.ParsedRun):
+    """The module and the data module of a run, without its Trainer."""
+
+    def instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        self.trainer_settings = trainer.clone()
+        trainer.logger = False
+        if not isinstance(trainer.strategy, str):
+            trainer.strategy = "auto"  # what it says is kept above; building it may need a package or a GPU
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.callbacks = self._get(self.config_init, "trainer").callbacks or []
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a run is, as far as the data could be read."""
+
+    pairs: int
+    longest: int
+    tokens_per_pair: float
+    per_step: int
+    """Pairs of one optimizer step, over all processes."""
+    steps: int | None
+    """Optimizer steps of the whole run; None without an end."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `plan` prints."""
+
+    machine: Machine
+    run: Run
+    footprint: Footprint
+    verdict: Verdict
+    other_activations: float
+    """With gradient checkpointing where the run has none, and the other way round."""
+    nearest: Nearest | None
+    """The nearest run that fits; None when there is none, or none is needed."""
+    disk: float
+    disk_free: float | None
+    """None where another machine is meant."""
+    steps: Steps | None
+    unread: str | None
+    """Why the data was not read."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the plan and return the exit code. Raises `UserError`."""
+    parser = _Arguments(prog="rlhf-lightning plan", usage=_USAGE, add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--no_data", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    own, settings = parser.parse_known_args(list(arguments))
+    if own.help:
+        print(_USAGE, end="")
+        return 0
+    if not settings:
+        raise ConfigurationError("plan: give the --config of a run")
+    made = plan(settings, gpu=own.gpu, read_data=not own.no_data)
+    if own.json:
+        own.json.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(own.json, json.dumps(_plain(asdict(made)), indent=2) + "\n")
+    _print(made, Terminal(soft_wrap=False))
+    return 0 if made.verdict.fits and not made.verdict.tight else 1
+
+
+def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = True) -> Plan:
+    """Work the plan of a run out, from the arguments that `fit` would get. Raises `UserError`."""
+    planned = program.run(["fit", *settings], program=_Planned)
+    trainer, module, data = planned.trainer_settings, planned.model, planned.datamodule
+    if not hasattr(module, "trial_loss"):
+        raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
+    machine = machine_of(trainer, gpu=gpu)
+    unread = _unread(data) if read_data else "--no_data"
+    module.check_data(data)
+    described = run_of(module, data, trainer, planned.callbacks, machine)
+    estimator = Estimator(module.backbone_config)
+    try:
+        footprint = estimator.footprint(described)
+        other = estimator.other_checkpointing(described)
+        verdict = judge(footprint, machine)
+        nearest = None
+        if not verdict.fits or verdict.tight:
+            nearest = estimator.nearest(described, lambda other: _fits(judge(other, machine)))
+    except NotSimulated as error:
+        raise ConfigurationError(
+            f"plan: a {module.backbone_config.model_type} model cannot be run on tensors without contents ({error}), "
+            "so that its memory cannot be counted beforehand; mixtures of experts are such"
+        ) from error
+    kept = disk(footprint, planned.callbacks)
+    free = free_disk(trainer.default_root_dir or ".") if gpu is None else None
+    steps = None if unread else _steps(data, described, trainer)
+    return Plan(machine, described, footprint, verdict, other, nearest, kept, free, steps, unread)
+
+
+def _fits(verdict: Verdict) -> bool:
+    return verdict.fits and not verdict.tight
+
+
+def _unread(data: LightningDataModule) -> str | None:
+    """Read the data; why that could not be done, or None."""
+    try:
+        with program.silenced(preference_datamodule.__name__):
+            data.setup("fit")
+    except UserError as error:
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def _steps(data: Any, described: Run, trainer: Any) -> Steps:
+    pairs = data.pairs["train"]
+    segments = pairs.segment_lengths
+    rows = [segments[:, 0] + segments[:, side] for side in (1, 2)][: described.rows_per_pair]
+    per_step = data.batch_size * described.accumulate * described.processes
+    per_epoch = math.ceil(len(pairs) / per_step)
+    ends = [trainer.max_epochs * per_epoch] if trainer.max_epochs not in (None, -1) else []
+    ends += [trainer.max_steps] if trainer.max_steps != -1 else []
+    return Steps(
+        pairs=len(pairs),
+        longest=int(pairs.lengths.max()),
+        tokens_per_pair=float(sum(row.mean() for row in rows)),
+        per_step=per_step,
+        steps=min(ends) if ends else None,
+    )
+
+
+def _print(made: Plan, console: Terminal) -> None:
+    run, machine, footprint = made.run, made.machine, made.footprint
+    weights = footprint.weights
+    processes = f"{machine.devices} x {machine.name}"
+    if machine.machines > 1:
+        processes += f" in each of {machine.machines} machines"
+    where = "process" if run.on_cpu else "device"
+    say(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
+    say(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
+    batch = f"{run.shape.rows} rows of {run.shape.tokens} tokens"
+    known = "the longest of the training pairs" if made.steps else f"max_length; {made.unread}"
+    say(f"batch:       {batch} ({known})")
+    table = Table(title=f"memory of each {where}", title_justify="left")
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    for name, size in footprint.device.items():
+        if size:
+            table.add_row(name + _note(name, made), gb(size))
+    table.add_section()
+    for name, size in footprint.phases.items():
+        table.add_row(f"in all, at the {name}" if name != "samples" else "in all, while samples are made", gb(size))
+    context = "Python and torch" if run.on_cpu else "CUDA context and workspaces"
+    table.add_row(f"{context} (assumed)", gb(CONTEXT))
+    console.print(table)
+    processes_in_words = "" if machine.devices == 1 else f", for {machine.devices} processes"
+    for name, size in footprint.host.items():
+        say(f"host:        {gb(size)} {name}{processes_in_words}")
+    free = "" if made.disk_free is None else f"; {gb(made.disk_free)} free"
+    say(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
+    if made.steps:
+        s = made.steps
+        count = "without an end" if s.steps is None else f"{s.steps:,} optimizer steps"
+        say(
+            f"steps:       {s.pairs:,} pairs, {s.per_step} a step, {count}; "
+            f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average"
+        )
+    for line in verdict_lines(made):
+        say(line)
+
+
+def verdict_lines(made: Plan) -> list[str]:
+    """The verdict, and what to do."""
+    verdict = made.verdict
+    if verdict.fits and not verdict.tight:
+        host = made.footprint.host_peak
+        given = f", given {gb(host)} of host memory" if host and math.isinf(made.machine.host_memory) else ""
+        lines = [f"verdict:     fits{given}"]
+    else:
+        head = "fits, only just" if verdict.fits else "cannot" if made.nearest is None else "does not fit"
+        lines = [f"verdict:     {head}: {'; '.join(verdict.lines)}"]
+        lines.append(f"advice:      {advice(made.nearest)}")
+    if made.disk_free is not None and made.disk > made.disk_free:
+        lines.append(f"disk:        {gb(made.disk)} are needed and {gb(made.disk_free)} free; keep fewer checkpoints")
+    return lines
+
+
+def _note(name: str, made: Plan) -> str:
+    if name != "activations":
+        return ""
+    other = "without" if made.run.shape.gradient_checkpointing else "with"
+    return f" ({other} gradient checkpointing {gb(made.other_activations)})"
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has: no infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value

@@ -1,0 +1,281 @@
+"""Writing a model as a directory that is never half there, and telling a damaged one.
+
+A model is made in `.NAME.xxxxxxxx.part/NAME` beside its place, and then the two directories change places, in one step
+where the system can (`renameat2`). What a killed process leaves is undone by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.leftovers import held_directory, is_abandoned
+from rlhf_lightning.files.locks import current_umask
+
+log = logging.getLogger(__name__)
+
+_MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+_MARK = "rlhf_lightning.json"
+"""Stands in a directory that this package wrote, and so may replace; with a hash of each file of weights."""
+_HASHES = "weights_xxh3_128"
+_OLD = "old"
+"""What a model under way is to replace, where the system cannot exchange two directories in one step."""
+_under_way: set[Path] = set()
+"""Directories in which this process is making a model."""
+
+_WEIGHTS = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin.index.json",
+)
+
+
+def adapters_alone(directory: str | Path) -> bool:
+    """Whether a directory holds adapters of another model, and no whole weights.
+
+    Raises `ModelError` where it holds both: transformers would put the adapters on weights that may have them already.
+    """
+    directory = Path(directory).expanduser()
+    if not (directory / "adapter_config.json").is_file():
+        return False
+    if any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(adapters_beside_weights(str(directory)))
+    return True
+
+
+def adapters_beside_weights(name: str) -> str:
+    """Why a model with both is refused, and what to do."""
+    return (
+        f"{name}: holds whole weights and adapters beside them, and does not say whether the weights have the adapters "
+        "in them already; remove adapter_config.json if they have, or else the whole weights, so that the adapters are "
+        "put on the model that adapter_config.json names"
+    )
+
+
+def check_free(directory: str | Path) -> bool:
+    """Refuse a directory that holds anything but a model that this package wrote. Raises `ConfigurationError`.
+
+    Makes the directories above it, so that an impossible path fails now, and undoes what a killed process left there.
+    Returns whether a model is there.
+    """
+    directory = Path(directory).expanduser()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(directory.resolve())
+    if not directory.exists():
+        return False
+    if not directory.is_dir():
+        raise ConfigurationError(f"{directory}: is a file; give another directory to export to")
+    is_model = any((directory / name).is_file() for name in ("config.json", "adapter_config.json", _MARK))
+    if any(directory.iterdir()) and not is_model:
+        raise ConfigurationError(f"{directory}: holds files that are no model; give an empty or new directory")
+    if is_model and not (directory / _MARK).is_file():
+        raise ConfigurationError(
+            f"{directory}: holds a model that this program did not write, and it will not be replaced; give another "
+            "directory, or remove it"
+        )
+    return is_model
+
+
+def check_other(directory: str | Path, **models: str | None) -> None:
+    """Refuse to write a model over one that it needs: `models` by the names of their keys.
+
+    Raises `ConfigurationError`.
+    """
+    for key, name in models.items():
+        if name and Path(name).expanduser().resolve() == Path(directory).expanduser().resolve():
+            raise ConfigurationError(
+                f"{directory}: is model.{key} of this run, without which its checkpoints are worth nothing; give "
+                "another directory to export to"
+            )
+
+
+@contextmanager
+def replaced_model(directory: str | Path) -> Iterator[Path]:
+    """A new directory to save a model in, which then takes the place of `directory` as a whole.
+
+    What `directory` held beside a model stays. Saving over the directory that the model was loaded from is safe, and a
+    process that is killed leaves the one model or the other. Within another `replaced_model`, its own directory.
+    """
+    directory = Path(directory).expanduser().resolve()  # the place that a link points to, so that the link stays
+    if directory in _under_way:
+        yield directory
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(directory)
+    with held_directory(directory) as stage:
+        made = stage / directory.name
+        made.mkdir()
+        _under_way.add(made)
+        try:
+            with writing_to(directory):
+                yield made
+                _seal(made)
+                _put_in_place(made, directory)
+        finally:
+            _under_way.discard(made)
+            _undo(stage, directory)
+
+
+def check_weights(directory: str | Path) -> None:
+    """Compare the weights in a directory that this package wrote with their hashes. Raises `ModelError`.
+
+    540 MB take 0.1 s; files that have not changed since are not read again. Any other directory or name passes.
+    """
+    directory = Path(directory).expanduser()
+    mark = directory / _MARK
+    if not mark.is_file():
+        return
+    try:
+        hashes = dict(json.loads(mark.read_text(encoding="utf-8")).get(_HASHES, {}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelError(f"{mark}: cannot be read, so nobody knows whether the weights are whole; {_MEND}") from error
+    for name, written in hashes.items():
+        try:
+            stat = (directory / name).stat()
+            found = _hash_of(directory / name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        except OSError as error:
+            raise ModelError(f"{directory / name}: {error.strerror}, and it is a part of the model; {_MEND}") from error
+        if found != written:
+            raise ModelError(f"{directory / name}: damaged, since its bytes are not those that were written; {_MEND}")
+
+
+_MEND = f"export its checkpoint again, or, if you changed the files on purpose, remove {_MARK} from the directory"
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash_of(file: Path, *_in_this_state: int) -> str:
+    return _hash(file)
+
+
+def _hash(file: Path) -> str:
+    digest, part = xxhash.xxh3_128(), bytearray(1 << 20)
+    with open(file, "rb", buffering=0) as opened:
+        while count := opened.readinto(part):
+            digest.update(memoryview(part)[:count])
+    return digest.hexdigest()
+
+
+def _seal(made: Path) -> None:
+    """Put all files of a new model on the disk, readable as the user's others are, and the mark with them."""
+    files = [file for file in made.rglob("*") if file.is_file()]
+    hashes = {file.name: _hash(file) for file in made.glob("*.safetensors*")}
+    mark = made / _MARK
+    mark.write_text(json.dumps({"written_by": "rlhf_lightning", _HASHES: hashes}, indent=2, sort_keys=True) + "\n")
+    for file in [*files, mark]:
+        file.chmod(0o666 & ~current_umask())  # safetensors are written for the user alone
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _put_in_place(made: Path, directory: Path) -> None:
+    """Let a new model take the place of a directory, with what that one holds beside a model."""
+    if not directory.exists():
+        made.rename(directory)
+        return
+    for kept in directory.iterdir():
+        # An older model may have had other files: shards, or adapters, for which transformers looks first.
+        if ".safetensors" not in kept.name and kept.name not in _MODEL_FILES and not (made / kept.name).exists():
+            _link(kept, made / kept.name)
+    made.chmod(directory.stat().st_mode)
+    if _exchange(made, directory):
+        return
+    try:
+        directory.rename(made.parent / _OLD)
+    except OSError:  # another file system is mounted there
+        _move_into(made, directory)
+    else:
+        made.rename(directory)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for each in source.iterdir():
+            _link(each, target / each.name)
+        shutil.copystat(source, target)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step. Returns False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _move_into(made: Path, directory: Path) -> None:
+    """File by file. The mark comes first, so that a mixture of two models is refused by its hashes, and replaced."""
+    shutil.move(made / _MARK, directory / _MARK)
+    for stale in [*directory.glob("*.safetensors*"), *(directory / name for name in _MODEL_FILES)]:
+        stale.unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name in _MODEL_FILES):  # these make the directory a model
+        if not (directory / file.name).is_dir():
+            shutil.move(file, directory / file.name)
+
+
+def _clear_leftovers(directory: Path) -> None:
+    """Undo what processes that were killed while they replaced a directory have left, and say so."""
+    name = re.compile(rf"\.{re.escape(directory.name)}\.[a-z0-9_]{{8}}\.part")
+    for stage in sorted(directory.parent.glob(f".{glob.escape(directory.name)}.*.part")):
+        if name.fullmatch(stage.name) and is_abandoned(stage):
+            log.info("%s: removed, left by a process that was killed while it wrote %s", stage, directory.name)
+            _undo(stage, directory)
+
+
+def _undo(stage: Path, directory: Path) -> None:
+    """Remove where a model was made; what it was to replace is put back if nothing has taken its place."""
+    if (stage / _OLD).is_dir() and not directory.exists():
+        with suppress(OSError):  # another process was faster
+            (stage / _OLD).rename(directory)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def end_at(directory: str | Path, terminator_id: int) -> None:
+    """Let `generate` end a reply of the language model in a directory where training did, besides where it did before.
+
+    A base model's own settings may name another token, or none, and then it goes on past its last word. A directory
+    without `generation_config.json` is no language model, and stays as it is.
+    """
+    path = Path(directory) / "generation_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if terminator_id not in known:
+        settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def pad_with(directory: str | Path, pad_id: int) -> None:
+    """Write the id that the tokenizer pads with into the settings of the model in a directory, where it has some.
+
+    transformers' own classifiers find the last token of a row by it.
+    """
+    for name in ("config.json", "generation_config.json"):
+        path = Path(directory) / name
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["pad_token_id"] = pad_id
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,294 @@
+"""How much memory a run takes, before it runs: per device, on the host, on the disk.
+
+The static part is arithmetic over the strategy's and the optimizer's copies of the weights (ZeRO: Rajbhandari et al.
+2020, arXiv 1910.02054, section 3, and what DeepSpeed 0.19 holds besides); the passes are those of
+`models.simulation`. Sizes are bytes; GB are 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_lightning.models.causal_lm import Lora
+from rlhf_lightning.planning.simulation import Kind, Pass, Shape, Weights, cache_bytes, count_weights, simulate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Reference = Literal["none", "adapter", "copy", "precomputed"]
+Strategy = Literal["single", "ddp", "zero1", "zero2"]
+
+GPUS = {
+    "A10": 22.0,
+    "A100-40GB": 39.4,
+    "A100-80GB": 79.1,
+    "H100": 79.1,
+    "H200": 139.7,
+    "L4": 22.0,
+    "L40S": 44.4,
+    "RTX3090": 23.5,
+    "RTX4090": 23.5,
+    "T4": 14.5,
+    "V100": 31.7,
+}
+"""Memory in GiB as torch reports it, rounded down: less than the name says."""
+
+CONTEXT = 1.0e9
+"""CUDA's context and the libraries' workspaces, which no allocator counts. Assumed, not measured."""
+RESERVE = 0.05
+"""Share of a device that is left free for what the allocator cannot use. Assumed."""
+_BUCKET = 200_000_000
+"""Elements of each of DeepSpeed's two buffers of gradients on their way between processes (Lightning's default)."""
+_NF4 = 0.5 + 0.127 / 8
+"""Bytes per 4-bit weight with double quantization (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the memory of a run depends on."""
+
+    shape: Shape
+    """Of the training batch, `rows` of `tokens` each: the worst that can come."""
+    eval_rows: int
+    reference: Reference
+    strategy: Strategy
+    offload: bool
+    half: bool
+    """A mixed precision of the Trainer."""
+    processes: int
+    processes_per_machine: int
+    accumulate: int
+    rows_per_pair: int
+    on_cpu: bool
+    sample_tokens: int
+    """Longest prompt and reply that are generated on the way; 0 for none."""
+    optimizer_bytes: float
+    """States of the optimizer, per trained weight."""
+    optimizer_temporary: float
+    """What its step takes besides, per trained weight."""
+    quantized: bool = False
+
+    @property
+    def zero(self) -> bool:
+        return self.strategy in ("zero1", "zero2")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a run. Each device holds `device`; `phases` are the sums at the times when most is held."""
+
+    weights: Weights
+    device: dict[str, float]
+    phases: dict[str, float]
+    host: dict[str, float]
+    checkpoint: float
+    exported: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.phases.values())
+
+    @property
+    def host_peak(self) -> float:
+        return max(self.host.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """A run near another one."""
+
+    keys: dict[str, str]
+    """What to set for it."""
+    footprint: Footprint
+
+
+class Estimator:
+    """Footprints of runs of one model; passes that were simulated are remembered."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self._passes: dict[tuple[str, Kind], Pass] = {}
+
+    def footprint(self, run: Run) -> Footprint:
+        """Raises `NotSimulated` for models that cannot be run without contents."""
+        shape = replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+        weights = count_weights(self.config, shape)
+        number = 2 if shape.half_weights else 4
+        trained, share = weights.trained, run.processes if run.zero else 1
+        held = number * weights.total
+        if run.quantized:
+            held -= weights.quantizable * (number - _NF4)
+        copy = number * (weights.total - (weights.trained if shape.lora else 0))
+        gradients = number * trained / (share if run.strategy == "zero2" else 1)
+        first_batch_brings_them = run.accumulate == 1 and not run.zero
+        buckets = {
+            "ddp": 4 * trained,
+            "zero1": 2 * _BUCKET * number,
+            "zero2": 2 * _BUCKET * number,
+        }.get(run.strategy, 0)
+        master = 4 * trained / share if run.zero else 0
+        states = run.optimizer_bytes * trained / share
+        # Float32 gradients of all that this process steps, made of two flat copies; then the optimizer's own.
+        step = max(8, 4 + run.optimizer_temporary) * trained / share if run.zero else run.optimizer_temporary * trained
+        on_host: dict[str, float] = {}
+        if run.offload:
+            each = (4 + run.optimizer_bytes + 4 + 2) * trained / share
+            on_host["optimizer, float32 weights and gradients"] = each * run.processes_per_machine
+            master = states = step = gradients = 0
+        if run.zero:
+            loading = 4 * weights.total * (2 if run.reference in ("copy", "precomputed") else 1)
+            on_host["loading, float32"] = loading * run.processes_per_machine
+        training = self._pass(shape, "growing" if first_batch_brings_them else "training")
+        in_float32 = replace(shape, half_weights=False, autocast=False, gradient_checkpointing=False)
+        inference = self._pass(replace(in_float32, rows=run.eval_rows), "inference")
+        wide = 4 if shape.half_weights else 0  # bytes of a half while it is used in float32
+        evaluation = max(
+            inference.peak + wide * weights.widened, inference.kept + inference.head + wide * weights.output_layer
+        )
+        passes = training.peak
+        if run.reference in ("adapter", "copy"):  # runs while the policy's activations wait for their backward pass
+            passes = max(passes, training.kept + self._reference_pass(shape).peak)
+        cache = cache_bytes(self.config, run.sample_tokens, size_of_number=4)
+        always = held + master + states + (copy if run.reference == "copy" else 0)
+        stay = 0 if first_batch_brings_them else gradients
+        device = {
+            "weights": held,
+            "gradients": gradients,
+            "gradient buckets": buckets,
+            "float32 copies of the weights": master,
+            "optimizer states": states,
+            "optimizer step": step,
+            "reference model": copy if run.reference == "copy" else 0,
+            "activations": training.kept,
+            "logits and their gradients": training.head,
+            "evaluation batch": evaluation,
+            "generation cache": cache,
+        }
+        # DeepSpeed has let go of the gradients by the time its optimizer steps; DDP's buckets stay.
+        unstepped = 0 if run.zero else gradients + buckets
+        phases = {
+            "training batch": always + stay + buckets + passes,
+            "optimizer step": always + unstepped + step,
+            "validation": always + evaluation,
+        }
+        if run.sample_tokens:
+            phases["samples"] = always + cache + wide * (weights.widened + weights.output_layer)
+        if run.reference == "precomputed":
+            phases["reference pass"] = always + copy + evaluation
+        stored = trained if shape.lora else weights.total
+        checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * trained
+        return Footprint(weights, device, phases, on_host, checkpoint, 4 * weights.total)
+
+    def other_checkpointing(self, run: Run) -> float:
+        """Activations with gradient checkpointing where the run has none, and the other way round."""
+        shape = replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+        return self._pass(replace(shape, gradient_checkpointing=not shape.gradient_checkpointing), "training").kept
+
+    def nearest(self, run: Run, fits: Callable[[Footprint], bool]) -> Nearest | None:
+        """The run with the fewest changes that fits, mildest first; None when nothing does."""
+        taken: list[_Change] = []
+        for change in _changes(run):
+            if change.apply(_with(run, taken)) == _with(run, taken):
+                continue
+            taken.append(change)
+            if fits(self.footprint(_with(run, taken))):
+                break
+        else:
+            return None
+        for change in reversed(taken[:-1]):
+            fewer = [other for other in taken if other is not change]
+            if fits(self.footprint(_with(run, fewer))):
+                taken = fewer
+        keys: dict[str, str] = {}
+        for change in taken:
+            keys |= change.keys
+        return Nearest(keys, self.footprint(_with(run, taken)))
+
+    def _reference_pass(self, shape: Shape) -> Pass:
+        return self._pass(replace(shape, gradient_checkpointing=False), "inference")
+
+    def _pass(self, shape: Shape, kind: Kind) -> Pass:
+        key = (repr(shape), kind)  # lists, such as the targets of adapters, cannot be hashed
+        if key not in self._passes:
+            self._passes[key] = simulate(self.config, shape, kind)
+        return self._passes[key]
+
+
+@dataclass(frozen=True)
+class _Change:
+    keys: dict[str, str]
+    apply: Callable[[Run], Run]
+
+
+def _with(run: Run, changes: list[_Change]) -> Run:
+    for change in changes:
+        run = change.apply(run)
+    return run
+
+
+def _changes(run: Run) -> Iterator[_Change]:
+    """Ways to take less memory: first those that change no number, then those that change what is trained."""
+
+    def shape(**values) -> Callable[[Run], Run]:
+        return lambda run: replace(run, shape=replace(run.shape, **values))
+
+    per_pair = run.rows_per_pair
+    pairs = run.shape.rows // per_pair
+    yield _Change({"model.gradient_checkpointing": "true"}, shape(gradient_checkpointing=True))
+    for fewer in [n for n in range(pairs - 1, 0, -1) if pairs % n == 0]:  # the same pairs in each optimizer step
+        accumulate = run.accumulate * pairs // fewer
+        keys = {"data.batch_size": str(fewer), "trainer.accumulate_grad_batches": str(accumulate)}
+        yield _Change(keys, _smaller_batches(fewer * per_pair, accumulate))
+    yield _Change({"data.eval_batch_size": "1"}, lambda run: replace(run, eval_rows=per_pair))
+    if run.reference == "copy":
+        keys = {"model.reference": "precomputed"}
+        yield _Change(keys, lambda run: replace(run, reference="precomputed"))
+    if not run.zero and not run.on_cpu and not run.quantized:
+        keys = {"trainer.strategy": "zero2", "trainer.precision": "16-mixed"}
+        yield _Change(keys, lambda run: replace(run, strategy="zero2", half=True))
+    if not run.offload and not run.on_cpu and not run.quantized:
+        keys = {"trainer.strategy": "zero2_offload", "trainer.precision": "16-mixed"}
+        yield _Change(keys, lambda run: replace(run, strategy="zero2", half=True, offload=True))
+    if not run.shape.policy:
+        return
+    adapters = {} if run.shape.lora else {"model.lora.r": "16"}
+    adapters |= {"model.reference": "adapter"} if run.reference in ("copy", "precomputed") else {}
+    if adapters:
+        yield _Change(adapters, _on_adapters)
+    if not run.quantized and not run.on_cpu:
+        keys = adapters | {"model.quantization": "4bit", "trainer.strategy": "auto", "trainer.precision": "16-mixed"}
+        yield _Change(keys, _on_four_bits)
+
+
+def _on_adapters(run: Run) -> Run:
+    reference = "adapter" if run.reference in ("copy", "precomputed") else run.reference
+    return replace(run, shape=replace(run.shape, lora=run.shape.lora or Lora()), reference=reference)
+
+
+def _on_four_bits(run: Run) -> Run:
+    strategy = "ddp" if run.processes > 1 else "single"
+    return replace(_on_adapters(run), quantized=True, strategy=strategy, offload=False, half=True)
+
+
+def _smaller_batches(rows: int, accumulate: int) -> Callable[[Run], Run]:
+    return lambda run: replace(run, shape=replace(run.shape, rows=rows), accumulate=accumulate)
+
+
+def optimizer_bytes(factory: Callable, *, foreach: bool) -> tuple[float, float]:
+    """Bytes per weight of an optimizer's states, and of what its step makes besides, measured on a small matrix.
+
+    With `foreach`, torch's default on a GPU, a step of the Adam family makes the square roots of all weights at once.
+    """
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = factory([weight])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    states = sum(value.nbytes for value in tensors if value.numel() > 1) / weight.numel()
+    defaults = optimizer.defaults
+    at_once = foreach and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
+    return states, 4.0 if at_once and states else 0.0

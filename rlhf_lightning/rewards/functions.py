@@ -1,0 +1,113 @@
+"""Scores by a Python function of the user's, named `module:function`: a rule, another program, a service.
+
+R rows (a prompt and one response each).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.examples import Message
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer
+from rlhf_lightning.rewards.texts import check_reward_template
+from rlhf_lightning.tiny import TINY
+
+RewardFunction = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[float]]
+"""Takes R conversations, each a sequence of {role, content}, and the R responses as text; gives R floats."""
+
+
+def names_function(given: str) -> bool:
+    """Whether a name has the form `module:function`, and is not that of a built-in model."""
+    module, _, function = given.partition(":")
+    return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def reward_scorer(
+    given: str, *, chat_template: str | None = None, trust_remote_code: bool = False, **loading: Any
+) -> Scorer:
+    """What a `reward_model` key names: `module:function`, or a directory or hub name of a model that scores.
+
+    `chat_template` and `loading`: of a `RewardScorer`. Raises `ConfigurationError` or `ModelError` when it names
+    nothing of the kind.
+    """
+    check_text_of(given, chat_template)
+    if names_function(given):
+        return FunctionScorer(given)
+    return RewardScorer(given, chat_template=chat_template, trust_remote_code=trust_remote_code, **loading)
+
+
+def check_text_of(given: str | None, chat_template: str | None, key: str = "reward_chat_template") -> None:
+    """Raise `ConfigurationError` for a template that is none, or that nothing would read."""
+    check_reward_template(chat_template, key)
+    if chat_template is not None and (given is None or names_function(given)):
+        reader = "no reward model is given" if given is None else f"{given} gets messages and replies as they are"
+        raise ConfigurationError(f"{key}: {reader}, so nothing reads it; leave the key out")
+
+
+class FunctionScorer:
+    """A `Scorer` that asks a function. It has no tokens: the length of a response is that of its text, in characters.
+
+    The fingerprint is that of the module's file; what the module itself imports is not looked at.
+
+    Raises `ConfigurationError` when there is no such function.
+    """
+
+    kind = "Custom Classifier"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.function = load_function(name)
+        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+        code = Path(file).read_bytes() if file else b""
+        self.fingerprint = hashlib.sha256(name.encode() + b"\0" + code).hexdigest()
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """As `Scorer`; the text of a response is the same, ended or not.
+
+        Raises `ModelError` when the function raises, or gives another number of scores.
+        """
+        try:
+            scores = [float(score) for score in self.function(prompts, responses)]
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ModelError(
+                f"{self.name}: raised {type(error).__name__} ({reason_of(error)}) at {place.filename}, line "
+                f"{place.lineno}"
+            ) from error
+        if len(scores) != len(responses):
+            raise ModelError(f"{self.name}: gave {len(scores)} scores for {len(responses)} responses")
+        return [Scored(score, len(text), False) for score, text in zip(scores, responses, strict=True)]
+
+
+def load_function(given: str) -> RewardFunction:
+    """The function of `module:function`, of a module in the working directory or of an installed package.
+
+    Raises `ConfigurationError`.
+    """
+    module, _, function = given.partition(":")
+    sys.path.insert(0, os.getcwd())  # a file beside the user's configuration
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigurationError(
+            f"{given}: cannot be imported ({type(error).__name__}: {reason_of(error)}); give module:function of a "
+            "module in this directory or of an installed package, or the directory of a reward model"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ConfigurationError(f"{given}: names an object of type {type(found).__name__}, not a function")
+    return found

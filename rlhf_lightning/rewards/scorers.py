@@ -1,0 +1,437 @@
+"""Scores of responses: by a reward model, or by how much a policy prefers them to its reference.
+
+R rows (a prompt and one response each), T padded tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_text import TRANSCRIPT
+from rlhf_lightning.data.examples import Message
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.models.backbones import load_config, max_positions
+from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
+from rlhf_lightning.models.storage import adapters_alone, check_weights
+from rlhf_lightning.rewards.texts import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
+from rlhf_lightning.tiny import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
+
+ScorerKind = Literal["Seq. Classifier", "Custom Classifier", "DPO", "DPO Ref. Free"]
+"""RewardBench's names for what gave a score."""
+LengthNorm = Literal["sum", "average"]
+"""Log-probs of a whole response, or per token."""
+
+
+class Scored(NamedTuple):
+    """One response, scored; higher is better."""
+
+    score: float
+    """float32"""
+    tokens: int
+    """Of the response, terminator included; its characters where a function scores."""
+    truncated: bool
+    """Whether the beginning of its prompt was cut off, or more."""
+
+
+class Scorer(Protocol):
+    """Scores responses to conversations."""
+
+    name: str
+    """As the user gave it."""
+    kind: str
+    """One of `ScorerKind`."""
+    fingerprint: str
+    """A hash of all that decides the scores: weights, format, longest row, dtype. Not the batch size or the device."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """The score of each response to the prompt in the same place.
+
+        One that has not `ended`, being cut at the longest length, is scored as it stands, without an end of turn; all
+        have when not given.
+        """
+        ...
+
+
+class RewardScorer:
+    """A saved `RewardNetwork`, or an `AutoModelForSequenceClassification` with one label, with its own tokenizer.
+
+    Conversations and responses are written in the format of *its* tokenizer, response and terminator included, as in
+    the training of our reward models, or as `chat_template` says; a line in the log shows it. A row that is too long
+    loses the beginning of its prompt, after the template's head, and never its response, unless that alone is too long:
+    then its end is kept. The score is read at the last true token, in float32, so that it is the same in any batch and
+    with padding on either side.
+
+    Args:
+        name: Directory or hub name.
+        chat_template: A Jinja file of the whole text, response included; `plain`, the words alone, a line for each
+            turn; `pair`, prompt and response as the tokenizer's two texts; or `transcript`, the built-in format. When
+            not given, the tokenizer's own chat template, and without one the transcript.
+        batch_size: Rows at a time.
+        max_length: Longest row in tokens; as many as the model has positions for when not given.
+        device: Where it computes.
+        dtype: Of the weights. Scores are float32 whatever it is: bfloat16 scores tie.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises `ModelError` for what is no reward model, and `ConfigurationError` for a `max_length` that it has no
+    positions for and for a `chat_template` that is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        chat_template: str | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        check_reward_template(chat_template)
+        config = check_scores_rows(name, trust_remote_code=trust_remote_code)
+        self.model: nn.Module
+        self.kind: ScorerKind
+        if is_reward_network(config):
+            self.kind = "Custom Classifier"
+            self.model = RewardNetwork.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        else:
+            self.kind = "Seq. Classifier"
+            self.model = load_classifier(name, config, trust_remote_code=trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
+        self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        self.chat_format: ChatFormat | WrittenText
+        if chat_template in (None, TRANSCRIPT):
+            self.chat_format = ChatFormat(self.tokenizer, chat_template=chat_template)
+        else:
+            self.chat_format = WrittenText(self.tokenizer, chat_template)
+        self.pairs = chat_template == PAIR
+        if self.pairs:
+            check_pair(self.tokenizer, name)
+        self._say_text(chat_template)
+        parts = (weights_fingerprint(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
+        self.fingerprint = _digest(self.kind, *parts)
+        self.to(torch.device(device), dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move it there, its weights in `dtype` where one is given."""
+        move(self.model, device, dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
+        rows = self._rows(prompts, responses, ended)
+        return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
+
+    def _rows(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], ended: Sequence[bool] | None
+    ) -> list[EncodedRow]:
+        if isinstance(self.chat_format, WrittenText):
+            ended = [True] * len(responses) if ended is None else ended
+            return self.chat_format.rows(prompts, responses, ended, limit=self.limit)
+        return encode_rows(self.chat_format, prompts, responses, limit=self.limit, ended=ended)
+
+    def _say_text(self, chat_template: str | None) -> None:
+        """How the text is made, with the ids of an example written out, since a wrong text gives wrong scores."""
+        row = self._rows([[{"role": "user", "content": "PROMPT"}]], ["RESPONSE"], None)[0]
+        source = f"reward_chat_template {chat_template}"
+        if chat_template is None:
+            source = "its tokenizer's chat template"
+            if isinstance(self.chat_format, ChatFormat) and self.chat_format.template is None:
+                source = "the built-in transcript, its tokenizer having no chat template"
+        text = self.tokenizer.decode([*row.prompt, *row.response], clean_up_tokenization_spaces=False)
+        log.info("reward model %s: reads %r, by %s", self.name, text, source)
+
+    def _scores(self, ids: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        if isinstance(self.model, RewardNetwork):
+            return self.model(ids, mask)
+        head = token_head(self.model)
+        if head is None:  # an encoder's own pooling, which goes by the mask
+            types = {"token_type_ids": response_mask.long().to(device)} if self._has_types else {}
+            return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0]
+        last = last_states(self.model, ids, mask)
+        if isinstance(head, nn.Linear):
+            return F.linear(last.float(), head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
+        return head(last)[:, 0]
+
+    @property
+    def _has_types(self) -> bool:
+        """Whether the model is told the two texts of a pair by the types of their tokens."""
+        types = getattr(self.model.config, "type_vocab_size", 0)
+        return self.pairs and types > 1 and "token_type_ids" in self.tokenizer.model_input_names
+
+
+class ImplicitScorer:
+    """DPO's implicit reward: log pi(response | prompt) - log pi_ref(response | prompt), in nats, without beta.
+
+    The tokens that count are those of the response, after the generation prompt, and one terminator. (RewardBench's
+    own script counts the assistant's header too, and BOS and EOS twice where the template has them.) Rafailov et al.
+    2023 (arXiv 2305.18290), eq. 5; the prompt's partition function is the same for all its responses.
+
+    Args:
+        policy: Directory or hub name of a causal language model, whole or LoRA adapters alone.
+        reference: Another one of the same tokenizer; without it the score is the policy's own log-prob.
+        length_norm: `sum` over the response's tokens, or their `average`.
+        batch_size: Rows at a time.
+        max_length: Longest row in tokens; as many as the models have positions for when not given.
+        device: Where it computes.
+        dtype: Of the weights. Log-softmax and sums are float32 whatever it is.
+        trust_remote_code: Run code that comes with the models.
+
+    Raises `ModelError` for what is no language model or has another tokenizer than the policy, and
+    `ConfigurationError` for a `max_length` that one of them has no positions for.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str | None = None,
+        *,
+        length_norm: LengthNorm = "sum",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = policy
+        self.reference_name = reference
+        self.kind: ScorerKind = "DPO Ref. Free" if reference is None else "DPO"
+        self.length_norm = length_norm
+        self.batch_size = batch_size
+        tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+        self.chat_format = ChatFormat(tokenizer)
+        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        self.reference = None
+        if reference is not None:
+            _check_same_tokens(policy, tokenizer, reference, trust_remote_code=trust_remote_code)
+            self.reference = load_policy(reference, trust_remote_code=trust_remote_code)
+        self.models = [model for model in (self.policy, self.reference) if model is not None]
+        sizes = [model.config.get_text_config().vocab_size for model in self.models]
+        if min(sizes) < len(tokenizer):
+            raise ModelError(
+                f"{(policy, reference)[sizes.index(min(sizes))]}: knows {min(sizes)} token ids, and the tokenizer of "
+                f"{policy} has {len(tokenizer)}; give a model of the same tokenizer"
+            )
+        positions = [max_positions(model.config.get_text_config()) for model in self.models]
+        known = [limit for limit in positions if limit is not None]
+        self.limit = _limit(policy, max_length, min(known) if known else None)
+        parts = (*map(weights_fingerprint, self.models), self.chat_format.fingerprint(), self.limit, str(dtype))
+        self.fingerprint = _digest(self.kind, length_norm, *parts)
+        for model in self.models:
+            move(model.eval().requires_grad_(False), torch.device(device), dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> list[Scored]:
+        """As `Scorer`. Raises `DataError` when the chat template does not take a conversation."""
+        rows = encode_rows(self.chat_format, prompts, responses, limit=self.limit, ended=ended)
+        return _in_batches(rows, self._scores, batch_size=self.batch_size, pad_id=self.chat_format.pad_id)
+
+    def _scores(self, *rows: Tensor) -> Tensor:
+        rows = tuple(tensor.to(next(self.policy.parameters()).device) for tensor in rows)
+        own, *others = (self._logprobs(model, rows) for model in self.models)
+        return own - others[0] if others else own
+
+    def _logprobs(self, model: CausalLM, rows: tuple[Tensor, ...]) -> Tensor:
+        responses = model(*rows)
+        return responses.averages if self.length_norm == "average" else responses.sums
+
+
+def encode_rows(
+    chat_format: ChatFormat,
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[str],
+    *,
+    limit: int | None,
+    ended: Sequence[bool] | None = None,
+) -> list[EncodedRow]:
+    """Rows of at most `limit` tokens, of the same ids as in training (see `ChatFormat`).
+
+    The terminator is behind each response that has `ended` (all when not given). An encoder's SEP ends every row: it is
+    no sign of the response.
+
+    A prompt that is too long is cut as in training (see `ChatFormat.encode_turns`): its head stays, then come the
+    latest turns that fit. A response that alone is too long loses its beginning. Raises `DataError` when the chat
+    template does not take a prompt; a response that it would change is written as it stands.
+    """
+    if ended is None or chat_format.terminator_id == chat_format.tokenizer.sep_token_id:
+        ended = [True] * len(responses)
+    heads = chat_format.encode_turns([(messages, chat_format.generation_text(messages)) for messages in prompts])
+    encoded = chat_format.encode_responses(heads, [[each] for each in responses], ended=ended, refuse=False)
+    rows = []
+    for prompt, (head, (tail,)) in zip(heads, encoded, strict=True):
+        if limit is None or len(head) + len(tail) <= limit:
+            rows.append(EncodedRow(head, tail, False))
+            continue
+        tail = tail[-(limit - 1) :]  # a token before it, so that its first one has a log-prob
+        room = limit - len(tail)
+        first, *later = prompt.turns
+        if room > first + chat_format.tail_length:
+            place = next((place for place in later if first + len(head) - place <= room), len(head) - (room - first))
+            head = head[:first] + head[place:]
+        else:
+            head = head[-room:]
+        rows.append(EncodedRow(head, tail, True))
+    return rows
+
+
+class PaddedRows(NamedTuple):
+    """R rows, padded on the right to T tokens."""
+
+    input_ids: Tensor
+    """[R, T] int64"""
+    attention_mask: Tensor
+    """[R, T] bool"""
+    response_mask: Tensor
+    """[R, T] bool"""
+
+
+def padded(rows: Sequence[EncodedRow], pad_id: int) -> PaddedRows:
+    """Rows for a forward pass."""
+    width = max(len(row.prompt) + len(row.response) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask, response_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
+    for place, row in enumerate(rows):
+        length = len(row.prompt) + len(row.response)
+        ids[place, :length] = torch.tensor([*row.prompt, *row.response])
+        mask[place, :length] = True
+        response_mask[place, len(row.prompt) : length] = True
+    return PaddedRows(ids, mask, response_mask)
+
+
+def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
+    """A causal language model, float32, by hub name or directory; also one that holds LoRA adapters alone.
+
+    Adapters are put on the model that their `adapter_config.json` names. Raises `ModelError`.
+    """
+    path = Path(resolve_model(name)).expanduser()
+    if not adapters_alone(path):
+        return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_weights(path)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(f"{name}: LoRA adapters need the package peft; pip install peft") from error
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{name}: its adapter_config.json names no base model; export with --merge true")
+    try:
+        network = CausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            wrapped = PeftModel.from_pretrained(network.model, str(path))
+            loaded = wrapped.load_adapter(str(path), wrapped.active_adapter)  # again, since this one tells
+    except (ModelError, OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
+    for what, keys in (
+        ("of its adapters are not in its file", loaded.missing_keys),
+        ("in its file have no place in the model", loaded.unexpected_keys),
+    ):
+        if keys:
+            raise ModelError(f"{name}: {len(keys)} weights {what}, the first {sorted(keys)[0]}; give whole adapters")
+    return CausalLM(wrapped, temperature=network.temperature)
+
+
+def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move a model, its weights alone in `dtype`: rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
+    model.to(device)
+
+
+def _in_batches(
+    rows: Sequence[EncodedRow], score: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int, pad_id: int
+) -> list[Scored]:
+    """The rows in their order, scored in batches of like length."""
+    scores = torch.empty(len(rows), dtype=torch.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        scores[part] = score(*padded([rows[i] for i in part], pad_id)).float().cpu()
+    return [Scored(value, len(row.response), row.truncated) for value, row in zip(scores.tolist(), rows, strict=True)]
+
+
+def _limit(name: str, max_length: int | None, positions: int | None) -> int | None:
+    if max_length is not None and max_length < 2:
+        raise ConfigurationError(f"max_length: {max_length} leaves no room for a prompt and a response")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ConfigurationError(
+            f"max_length: {max_length} is more than the {positions} positions of {name}; leave it out, or lower it"
+        )
+    return positions if max_length is None else max_length
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_same_tokens(policy: str, tokenizer: Any, reference: str, *, trust_remote_code: bool) -> None:
+    """Raise `ModelError` when the reference's own tokenizer gives other ids than the policy's."""
+    path = Path(resolve_model(reference)).expanduser()
+    if path.is_dir() and not (path / "tokenizer_config.json").is_file():
+        return  # transformers would make up an empty tokenizer; the sizes are compared in any case
+    mine = tokenizer.get_vocab()
+    its = load_tokenizer(reference, trust_remote_code=trust_remote_code).get_vocab()
+    if different := sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token)):
+        raise ModelError(
+            f"{reference}: its tokenizer gives other ids than that of {policy} ({len(different)} tokens differ, the "
+            f"first {different[0]!r}); give a reference of the same tokenizer"
+        )
+
+
+def check_scores_rows(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a model that gives a row one score. Raises `ModelError` for any other."""
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if is_reward_network(config):
+        return config
+    if not any("SequenceClassification" in each for each in config.architectures or []):
+        raise ModelError(
+            f"{name}: a {config.model_type} model without a reward head; give the directory of a trained reward model, "
+            "a sequence classifier with one label, or module:function"
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{name}: a classifier of {config.num_labels} labels, of which none is the reward; give one with a single "
+            "label, or call it from a module:function"
+        )
+    return config
