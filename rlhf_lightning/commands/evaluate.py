@@ -22,12 +22,13 @@ from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
     load_rewardbench2,
     write_official_files,
 )
+from rlhf_lightning.evaluation.blocks import Verdict
 from rlhf_lightning.evaluation.estimates import interval_of, value_of
 from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, launch
 from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics
 from rlhf_lightning.evaluation.run import check, device_of, evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
-from rlhf_lightning.evaluation.verdicts import Verdict, verdicts
+from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations

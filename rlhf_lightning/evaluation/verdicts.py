@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from rlhf_lightning.evaluation.estimates import Estimate, Quantity, value_of
+from rlhf_lightning.evaluation.blocks import Verdict
+from rlhf_lightning.evaluation.estimates import Estimate
 from rlhf_lightning.evaluation.policy import CLAIMED_POINTS, PolicyComparison
 from rlhf_lightning.evaluation.results import SIDES, EvaluationResults, PolicyResults, ScorerResults
 from rlhf_lightning.evaluation.reward_quality import AUROC_TARGET
-
-Outcome = Literal["met with confidence", "met", "not met", "not measured"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A target and what became of it. `units` names what n counts: prompts, pairs, responses."""
-
-    target: str
-    outcome: Outcome
-    value: Quantity
-    units: str
-    reason: str
-    spec: str = ".3f"
-
-    def __post_init__(self) -> None:
-        if self.outcome not in get_args(Outcome):
-            raise ValueError(f"outcome {self.outcome!r} is none of {', '.join(get_args(Outcome))}")
-        if (self.outcome == "not measured") != (value_of(self.value) is None):
-            raise ValueError(f"{self.target}: {self.outcome!r} contradicts the value {self.value}")
-        if self.outcome == "met with confidence" and not isinstance(self.value, Estimate):
-            raise ValueError(f"{self.target}: confidence needs an interval")
-        if not self.reason:
-            raise ValueError(f"{self.target}: a verdict needs a reason")
 
 
 def verdicts(results: EvaluationResults) -> list[Verdict]:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_lightning.evaluation.blocks import Bar, Bars, Change, Changes, Histogram, Lines, Point, Series
 from rlhf_lightning.evaluation.estimates import Quantity, interval_of, value_of
-from rlhf_lightning.report.document import Bar, Bars, Change, Changes, Histogram, Lines, Point, Series
 from rlhf_lightning.report.wording import MINUS, number
 from rlhf_lightning.terminal import visible
 

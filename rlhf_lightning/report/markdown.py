@@ -10,9 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import singledispatch
 
-from rlhf_lightning.evaluation.estimates import Quantity
-from rlhf_lightning.report.charts import legend_count
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bars,
     Block,
     Changes,
@@ -29,6 +27,8 @@ from rlhf_lightning.report.document import (
     Verdicts,
     anchors,
 )
+from rlhf_lightning.evaluation.estimates import Quantity
+from rlhf_lightning.report.charts import legend_count
 from rlhf_lightning.report.tables import histogram_table, lines_table
 from rlhf_lightning.report.wording import (
     NO_INTERVAL,

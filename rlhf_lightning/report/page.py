@@ -12,10 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import singledispatch
 from importlib import resources
 
-from rlhf_lightning.evaluation.estimates import Quantity, value_of
-from rlhf_lightning.evaluation.verdicts import Verdict
-from rlhf_lightning.report import charts
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bars,
     Block,
     Changes,
@@ -31,9 +28,12 @@ from rlhf_lightning.report.document import (
     SampleText,
     Section,
     Table,
+    Verdict,
     Verdicts,
     anchors,
 )
+from rlhf_lightning.evaluation.estimates import Quantity, value_of
+from rlhf_lightning.report import charts
 from rlhf_lightning.report.palette import DARK, LIGHT
 from rlhf_lightning.report.tables import histogram_table, lines_table
 from rlhf_lightning.report.wording import (

@@ -11,20 +11,7 @@ import numpy as np
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_SIZE, SECTIONS, SUBSETS
 from rlhf_lightning.evaluation.benchmarks.rewardbench_run import RewardBenchResult, SectionTable
-from rlhf_lightning.evaluation.estimates import Estimate, wilson
-from rlhf_lightning.evaluation.policy import fit_gao
-from rlhf_lightning.evaluation.results import (
-    SIDES,
-    EvaluationResults,
-    JudgeResults,
-    PolicyResults,
-    PromptRow,
-    RunCurves,
-    ScorerResults,
-    Side,
-)
-from rlhf_lightning.evaluation.verdicts import verdicts
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
@@ -48,6 +35,19 @@ from rlhf_lightning.report.document import (
     Table,
     Verdicts,
 )
+from rlhf_lightning.evaluation.estimates import Estimate, wilson
+from rlhf_lightning.evaluation.policy import fit_gao
+from rlhf_lightning.evaluation.results import (
+    SIDES,
+    EvaluationResults,
+    JudgeResults,
+    PolicyResults,
+    PromptRow,
+    RunCurves,
+    ScorerResults,
+    Side,
+)
+from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.rewards.functions import names_function
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20

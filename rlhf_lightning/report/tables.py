@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from rlhf_lightning.evaluation.blocks import Column, Histogram, Lines, Table
 from rlhf_lightning.report.charts import bin_edges, bin_shares, tick_labels
-from rlhf_lightning.report.document import Column, Histogram, Lines, Table
 from rlhf_lightning.report.wording import NO_N
 
 MOST_ROWS = 60

@@ -7,8 +7,8 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from rlhf_lightning.evaluation.blocks import Change, Changes, Reference
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, interval_of, value_of
-from rlhf_lightning.report.document import Change, Changes, Reference
 from rlhf_lightning.terminal import JOINERS, visible
 
 NOT_MEASURED, NO_INTERVAL, NO_N = "not measured", "no interval", "not given"

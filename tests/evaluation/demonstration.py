@@ -6,9 +6,7 @@ import math
 
 import numpy as np
 
-from rlhf_lightning.evaluation.estimates import Estimate
-from rlhf_lightning.evaluation.verdicts import Verdict
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
@@ -29,8 +27,10 @@ from rlhf_lightning.report.document import (
     Section,
     Series,
     Table,
+    Verdict,
     Verdicts,
 )
+from rlhf_lightning.evaluation.estimates import Estimate
 
 HOSTILE = (
     "</div></section><script>document.title='owned'</script><img src=http://example.invalid/x.png onerror=alert(1)>\n"

@@ -12,9 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.evaluation.estimates import Estimate
-from rlhf_lightning.report import charts
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
@@ -27,6 +25,8 @@ from rlhf_lightning.report.document import (
     Reference,
     Series,
 )
+from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.report import charts
 
 numbers = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e-6)
 

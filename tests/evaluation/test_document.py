@@ -18,10 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from rlhf_lightning.evaluation.estimates import Estimate
-from rlhf_lightning.evaluation.verdicts import Verdict
-from rlhf_lightning.report import palette, wording
-from rlhf_lightning.report.document import (
+from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
@@ -40,9 +37,12 @@ from rlhf_lightning.report.document import (
     Section,
     Series,
     Table,
+    Verdict,
     Verdicts,
     anchors,
 )
+from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.report import palette, wording
 from rlhf_lightning.report.markdown import SAMPLE_CHARACTERS, to_markdown
 from rlhf_lightning.report.page import to_html
 from rlhf_lightning.terminal import visible

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlhf_lightning.evaluation.blocks import Bars, Block, Changes, Histogram, Lines, Note, Samples, Table
 from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from rlhf_lightning.evaluation.policy import BestOfN, summarise_kl
 from rlhf_lightning.evaluation.results import CurvePoint, PairScores, PromptRow, RunCurves, ScorerResults
 from rlhf_lightning.evaluation.reward_quality import reward_quality
-from rlhf_lightning.report.document import Bars, Block, Changes, Histogram, Lines, Note, Samples, Table
 from rlhf_lightning.report.markdown import to_markdown
 from rlhf_lightning.report.page import to_html
 from rlhf_lightning.report.sections import report

@@ -1,6 +1,6 @@
 """What a report is made of: a title, sections, and in each section blocks. Plain data, rendered elsewhere.
 
-`page.to_html` makes one self-contained page of a `Document`, `markdown.to_markdown` the same content as Markdown.
+`report.page.to_html` makes one self-contained page of a `Document`, `report.markdown.to_markdown` the same as Markdown.
 Every string is plain text: both renderers escape it, whatever it holds. Blocks know nothing of what they show.
 
 A number is an `Estimate` (with its 95 % interval and n), a bare float or int, or None: not measured. It is printed
@@ -12,15 +12,37 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from rlhf_lightning.evaluation.estimates import Quantity
-from rlhf_lightning.evaluation.verdicts import Verdict
+from rlhf_lightning.evaluation.estimates import Estimate, Quantity, value_of
 
 Favourable = Literal["higher", "lower", "neither"]
+Outcome = Literal["met with confidence", "met", "not met", "not measured"]
 
 MOST_SERIES = 4
 """In one chart: as many as there are colours, dashes and markers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A target and what became of it. `units` names what n counts: prompts, pairs, responses."""
+
+    target: str
+    outcome: Outcome
+    value: Quantity
+    units: str
+    reason: str
+    spec: str = ".3f"
+
+    def __post_init__(self) -> None:
+        if self.outcome not in get_args(Outcome):
+            raise ValueError(f"outcome {self.outcome!r} is none of {', '.join(get_args(Outcome))}")
+        if (self.outcome == "not measured") != (value_of(self.value) is None):
+            raise ValueError(f"{self.target}: {self.outcome!r} contradicts the value {self.value}")
+        if self.outcome == "met with confidence" and not isinstance(self.value, Estimate):
+            raise ValueError(f"{self.target}: confidence needs an interval")
+        if not self.reason:
+            raise ValueError(f"{self.target}: a verdict needs a reason")
 
 
 @dataclass(frozen=True, slots=True)
