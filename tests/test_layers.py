@@ -23,12 +23,13 @@ LAYERS = {
     "data": 1,
     "models": 1,
     "rewards": 2,
-    "training": 3,
-    "evaluation": 3,
-    "planning": 4,
-    "report": 4,
-    "commands": 5,
-    "cli": 6,
+    "rollouts": 3,
+    "training": 4,
+    "evaluation": 4,
+    "planning": 5,
+    "report": 5,
+    "commands": 6,
+    "cli": 7,
 }
 """Rooms and their layers. A room imports from lower layers and from itself; of layer 0, nothing heavy at import."""
 

@@ -5,24 +5,22 @@ side and the mask may have gaps. Results are 0 outside the mask, and nothing out
 influence.
 """
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.functional.reductions import centered, last_token_index, masked_mean
-from rlhf_lightning.functional.shapes import as_mask, at_least_float32, check_fraction, check_layout, check_not_negative
-
-AdvantageName = Literal["gae", "grpo", "rloo", "reinforce++"]
-"""How rewards become advantages: with a value model (`gae`), or against other responses to the same prompt (`grpo`,
-`rloo`), or against the whole rollout (`reinforce++`)."""
-
-WITH_VALUES = frozenset({"gae"})
-WITH_GROUPS = frozenset({"grpo", "rloo"})
-WHITENED = frozenset({"gae", "reinforce++"})
-"""Those that are whitened over the whole rollout afterwards."""
-WITH_KL_IN_LOSS = frozenset({"grpo"})
-"""Those whose KL is a term of the loss; for all others it is part of the reward, and so of the advantage."""
+from rlhf_lightning.functional.reductions import SumOver, centered, last_token_index, within_process
+from rlhf_lightning.functional.shapes import (
+    as_mask,
+    at_least_float32,
+    check_fraction,
+    check_layout,
+    check_not_negative,
+    check_same_shape,
+)
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -118,12 +116,57 @@ def _group_totals(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     return totals - totals[:, :1]
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - E[(returns - values)^2] / Var[returns] over the mask, []: 1 is perfect, 0 as good as their mean; float32.
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, sum_over: SumOver = within_process) -> Tensor:
+    """1 - E[(returns - values)^2] / Var[returns] over the mask, [] float64: 1 is perfect, 0 as good as their mean.
 
-    NaN where the returns do not vary. ValueError: shapes, float mask, an empty mask.
+    `sum_over` adds up a tensor over all processes. NaN where the returns do not vary.
+    ValueError: shapes, float mask, an empty mask.
     """
-    values, returns = at_least_float32(values), at_least_float32(returns)
-    variance = masked_mean(centered(returns, mask).square(), mask)
-    explained = 1 - masked_mean((returns - values).square(), mask) / variance
-    return torch.where(variance > 0, explained, torch.nan)
+    check_same_shape(values=values, returns=returns)
+    differences, _ = centered(returns, mask, sum_over=sum_over)
+    variance = sum_over(differences.square().sum())
+    error = sum_over(torch.where(as_mask(mask), (returns - values).square(), 0).double().sum())
+    return torch.where(variance > 0, 1 - error / variance, torch.nan)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+class AdvantageEstimator(NamedTuple):
+    """How rewards become advantages, and what that needs."""
+
+    function: Callable[..., tuple[Tensor, Tensor]]
+    """(rewards [B, T], values [B, T], mask [B, T], *, group_size, gamma, gae_lambda) -> (advantages, returns), both
+    [B, T]; `returns` is what a value model learns."""
+    uses_values: bool = False
+    """Whether there is a value model; else `values` and `returns` are 0."""
+    uses_groups: bool = False
+    """Whether a response is compared with the others to its prompt, rows i * group_size to (i + 1) * group_size - 1."""
+    whitened: bool = False
+    """Whether the advantages are whitened over the whole rollout afterwards."""
+    kl_in_loss: bool = False
+    """Whether the KL is a term of the loss (k3), with a weight of its own; else it is part of the reward (k1)."""
+
+
+def _without_values(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An estimator of advantages alone in the signature of the table."""
+    taken = inspect.signature(function).parameters
+
+    def estimate(rewards: Tensor, values: Tensor, mask: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+        own = {name: value for name, value in settings.items() if name in taken}
+        return function(rewards, mask, **own), torch.zeros_like(values)
+
+    return estimate
+
+
+def _generalized(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int, gamma: float, gae_lambda: float):
+    return generalized_advantages(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+
+
+#: The name in a YAML file -> the estimator.
+ADVANTAGES: dict[str, AdvantageEstimator] = {
+    "gae": AdvantageEstimator(_generalized, uses_values=True, whitened=True),
+    "grpo": AdvantageEstimator(_without_values(group_normalized_advantages), uses_groups=True, kl_in_loss=True),
+    "rloo": AdvantageEstimator(_without_values(leave_one_out_advantages), uses_groups=True),
+    "reinforce++": AdvantageEstimator(_without_values(returns_to_go), whitened=True),
+}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
 from rlhf_lightning.models.backbones import (
     AttentionImplementation,
@@ -186,8 +187,7 @@ class CausalLM(nn.Module):
         """Log-probabilities of the tokens that `states` lead to, float32, in nats."""
         weight, bias = output_layer(self.model)
         flat = linear_logprobs(states.hidden, weight, states.targets, bias=bias, temperature=self.temperature)
-        zeros = torch.zeros(states.mask.shape, dtype=flat.dtype, device=flat.device)
-        return ResponseLogprobs(zeros.masked_scatter(states.mask, flat), states.mask)
+        return ResponseLogprobs(scatter_to_mask(flat, states.mask), states.mask)
 
     def most_likely(self, states: ResponseStates) -> Tensor:
         """The most likely token at each of the N positions, [N] int64."""

@@ -5,22 +5,20 @@ B replies of a process, S tokens of the longest reply, R replies of a forward pa
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -28,22 +26,11 @@ from torchmetrics import MeanMetric, Metric
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
-from rlhf_lightning.functional.advantages import (
-    WHITENED,
-    WITH_GROUPS,
-    WITH_KL_IN_LOSS,
-    WITH_VALUES,
-    AdvantageName,
-    explained_variance,
-    generalized_advantages,
-    group_normalized_advantages,
-    leave_one_out_advantages,
-    returns_to_go,
-    shaped_rewards,
-)
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.functional.advantages import ADVANTAGES, explained_variance, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
+from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
 from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
@@ -54,7 +41,8 @@ from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_token
 from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import RewardScorer
-from rlhf_lightning.rewards.source import RewardSource, check_scores, first_few
+from rlhf_lightning.rewards.source import RewardSource
+from rlhf_lightning.rollouts import Experience, Rollouts, without_adapters
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
     complete_adapters,
@@ -64,9 +52,8 @@ from rlhf_lightning.training.checkpoints import (
 )
 from rlhf_lightning.training.checks import check_schedule, schedule_lead, start_tolerance
 from rlhf_lightning.training.last_validation import validate
-from rlhf_lightning.training.logs import let_monitor, log_parameters, log_split, update_metrics
+from rlhf_lightning.training.logs import log_parameters, log_split, update_metrics
 from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
-from rlhf_lightning.training.pictures import Point, reward_against_kl
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
@@ -74,26 +61,26 @@ from rlhf_lightning.training.references import (
     check_same_reference,
     choose_reference,
 )
-from rlhf_lightning.training.rollouts import (
-    Experience,
-    Moments,
-    Replies,
-    centered_over_all,
-    laid_out,
-    padded_rows,
-    parts,
-    reply_mask,
-    whitened_over_all,
-)
-from rlhf_lightning.training.samples import cell
+from rlhf_lightning.training.rollout_log import RolloutLog
 
 log = logging.getLogger(__name__)
 
 TRANSFORMERS = "transformers"
 """The `engine` that is the policy itself."""
 
+AdvantageName = Literal[tuple(ADVANTAGES)]
+
 SHARED = "shared"
 """The `value_model` that is a head on the policy's own hidden states."""
+
+
+class Targets(NamedTuple):
+    """What is learned from a rollout, fixed for all passes over it; 0 outside the mask of its tokens."""
+
+    advantages: Tensor
+    """[B, S] float32, whitened where the method has it so."""
+    returns: Tensor
+    """[B, S] float32, what the value model is trained to; before whitening."""
 
 
 class PPO(LightningModule):
@@ -209,6 +196,7 @@ class PPO(LightningModule):
         check_attention(attn_implementation)
         self.optimizer_factory = optimizer
         self.lora = None if lora is None else Lora(**lora)
+        self.estimator = ADVANTAGES[advantage]
         self._check_settings()
         self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
         self.reference_source = choose_reference(
@@ -222,9 +210,9 @@ class PPO(LightningModule):
         if engine != TRANSFORMERS:
             self.engine = VLLMEngine(engine, engine_directory)
         self.kl_control = AdaptiveKLController(kl_coef or 1.0, kl_target or 1.0, kl_horizon)
-        self.moments = Moments()
-        self.rollouts = 0
-        self.path: list[Point] = []
+        self.moments = RunningMoments()
+        self.rollouts_done = 0
+        self.rollout_log = RolloutLog(self)
         self.policy: CausalLM | None = None
         self.value: ValueNetwork | RewardHead | None = None
         self._frozen: FrozenCausalLM | None = None
@@ -247,12 +235,12 @@ class PPO(LightningModule):
                 f"model.engine: {settings.engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM "
                 "server"
             )
-        if settings.advantage in WITH_GROUPS and settings.samples_per_prompt < 2:
+        if self.estimator.uses_groups and settings.samples_per_prompt < 2:
             raise ConfigurationError(
                 f"model.advantage: {settings.advantage} compares replies to one prompt; set "
                 "model.samples_per_prompt to 2 or more"
             )
-        if settings.value_model is not None and settings.advantage not in WITH_VALUES:
+        if settings.value_model is not None and not self.estimator.uses_values:
             raise ConfigurationError(f"model.value_model: {settings.advantage} has no value model; leave the key out")
         if self.lora is not None and self.lora.dropout > 0:
             raise ConfigurationError(
@@ -274,7 +262,7 @@ class PPO(LightningModule):
                 batch_size=settings.generation_batch_size,
                 trust_remote_code=settings.trust_remote_code,
             )
-        if settings.advantage in WITH_VALUES and settings.value_model != SHARED:
+        if self.estimator.uses_values and settings.value_model != SHARED:
             settings.value_model = self._value_source()  # a checkpoint says what its value model was
         if self.reference_source != ADAPTER and self._frozen is None:
             network = CausalLM.from_pretrained(self.reference_source, **self._loading())
@@ -318,7 +306,7 @@ class PPO(LightningModule):
             **self._loading(),
         )
         self.policy.temperature *= settings.temperature
-        if settings.advantage not in WITH_VALUES:
+        if not self.estimator.uses_values:
             return
         if settings.value_model == SHARED:
             self.value = RewardHead(self.backbone_config.get_text_config().hidden_size)
@@ -408,26 +396,20 @@ class PPO(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         began = time.perf_counter()
-        self._show(phase="rollout")
-        experience, numbers = self._experience(batch)
+        self.rollout_log.show(phase="rollout")
+        self._synchronize()
+        samples = self.hparams.samples_per_prompt
+        experience = self.rollout(batch, "train", "rollout", self.rollouts_done, samples=samples, values=True)
+        targets, numbers = self._learnable(experience)
         drawn = time.perf_counter()
-        self._show(phase="update", **{name: numbers[name] for name in ("reward", "reward_with_kl", "kl")})
-        numbers |= self._update(experience)
+        self.rollout_log.show(phase="update", **{name: numbers[name] for name in ("reward", "reward_with_kl", "kl")})
+        numbers |= self._update(experience, targets)
         if self.hparams.kl_target is not None:
-            replies = len(experience.replies.rows) * self.trainer.world_size
-            self.kl_control.update(numbers["kl"], replies)
-        self.rollouts += 1
-        if self.rollouts == 1 and numbers["missing_eos"] == 1:
-            chat_format = self.trainer.datamodule.chat_format
-            log.warning(
-                "no reply of the first rollout ended: the policy may not know its tokenizer's terminator %r; train it "
-                "with SFT first, or raise model.max_new_tokens",
-                chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
-            )
+            self.kl_control.update(numbers["kl"], len(experience.scores) * self.trainer.world_size)
+        self.rollouts_done += 1
         numbers["seconds/rollout"] = drawn - began
         numbers["seconds/update"] = time.perf_counter() - drawn
-        self.path.append(Point(self.trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
-        self._log(numbers)
+        self.rollout_log.numbers(numbers)
 
     def on_train_batch_end(self, outputs, batch: PromptBatch, batch_idx: int) -> None:
         check_schedule(self, self._schedule_lead)
@@ -437,86 +419,11 @@ class PPO(LightningModule):
         """The weight of the KL, as it is now."""
         return self.kl_control.value if self.hparams.kl_coef > 0 else 0.0
 
-    @torch.no_grad()
-    def draw(
-        self, batch: PromptBatch, seeds: Callable[[int, int], int], *, samples: int, temperature: float
-    ) -> Replies:
-        """`samples` replies to each prompt, those to one prompt side by side.
-
-        `seeds` gives the seed of a reply from the position of its prompt and its number.
-        """
-        chat_format = self.trainer.datamodule.chat_format
-        positions = [index for index in batch.index.tolist() for _ in range(samples)]
-        prompts = [ids for ids in batch.input_ids for _ in range(samples)]
-        with self._arithmetic():
-            replies = self.engine.draw(
-                self.policy,
-                prompts,
-                [seeds(index, i % samples) for i, index in enumerate(positions)],
-                max_new_tokens=self.hparams.max_new_tokens,
-                temperature=temperature,
-                terminator_id=chat_format.terminator_id,
-                pad_id=chat_format.pad_id,
-            )
-        rows = [torch.cat([prompt, reply.ids]) for prompt, reply in zip(prompts, replies, strict=True)]
-        ended = torch.tensor([bool(reply.ids[-1] == chat_format.terminator_id) for reply in replies])
-        given = [reply.logprobs for reply in replies]
-        return Replies(
-            rows,
-            [len(prompt) for prompt in prompts],
-            ended,
-            positions,
-            given if all(x is not None for x in given) else None,
-        )
-
     def _synchronize(self) -> None:
         """Let the engine have the weights as they are now."""
         if self.trainer.is_global_zero:
             self.engine.synchronize(self.policy)
         self.trainer.strategy.barrier()
-
-    @torch.no_grad()
-    def score(self, replies: Replies, role: Role) -> Tensor:
-        """Scores of replies as the reward source gives them, [B] float32; it is shown an end only where there is one.
-
-        Raises `TrainingError` naming the prompts for NaN, and when a function raises or gives too few.
-        """
-        data = self.trainer.datamodule
-        texts = [self._text(replies, i) for i in range(len(replies.rows))]
-        prompts = [data.messages(role, index) for index in replies.index]
-        known = data.example_ids(role)
-        ids = [known[index] for index in replies.index]
-        try:
-            with self._arithmetic():
-                scores = self.rewards(prompts, texts, replies.ended.tolist())
-        except ModelError as error:
-            raise TrainingError(f"model.reward_model: {error}, asked about {first_few(ids)}") from error
-        check_scores(scores, ids, self.rewards.name)
-        return scores.to(self.device)
-
-    def _text(self, replies: Replies, i: int) -> str:
-        """A reply as text (see `ChatFormat.reply_text`)."""
-        ids, start = replies.rows[i].tolist(), replies.prompt_lengths[i]
-        return self.trainer.datamodule.chat_format.reply_text(ids[:start], ids[start:])
-
-    @torch.no_grad()
-    def token_numbers(self, replies: Replies, *, values: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mask, and log-probs of policy and reference and values of the tokens of B replies, [B, S] each."""
-        mask = reply_mask(replies.lengths).to(self.device)
-        made = [torch.zeros(mask.shape, device=self.device) for _ in range(3)]
-        order = sorted(range(len(replies.rows)), key=lambda i: len(replies.rows[i]))
-        size = self.hparams.generation_batch_size
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            own = mask[part]
-            with self._arithmetic():
-                rows = padded_rows(replies.taken(part), pad_id=self._pad_id, device=self.device)
-                logprobs, estimates = self._policy_and_values(rows, values=values)
-                reference = self._reference_logprobs(rows)
-            for target, flat in zip(made, (logprobs, reference, estimates), strict=True):
-                if flat is not None:
-                    target[part] = laid_out(flat.float(), own)
-        return mask, *made
 
     def _arithmetic(self) -> AbstractContextManager:
         """Of passes without gradients: in a rollout as in its updates, so that ratios begin at 1; else float32."""
@@ -525,65 +432,81 @@ class PPO(LightningModule):
         reference = None if self._frozen is None else self._frozen.network
         return float32_arithmetic(self.policy, reference, self.rewards.model)
 
-    def _policy_and_values(self, rows: Any, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and values of N reply tokens, [N] each, in one pass over R rows."""
-        states = self.policy.states(*rows)
-        logprobs = self.policy.logprobs(states)
-        flat = logprobs.tokens[logprobs.mask]
-        if self.value is None or not values:
-            return flat, None
-        return flat, self.value(*rows) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+    @property
+    def rollouts(self) -> Rollouts:
+        """What samples, scores and computes log-probs, by this module's models."""
+        return Rollouts(
+            self.policy,
+            self.trainer.datamodule.chat_format,
+            self.engine,
+            max_new_tokens=self.hparams.max_new_tokens,
+            micro_batch_size=self.hparams.generation_batch_size,
+            scorer=self.rewards,
+            reference=self._frozen or without_adapters(self.policy),
+            value=self.value,
+            arithmetic=self._arithmetic,
+        )
 
-    def _reference_logprobs(self, rows: Any) -> Tensor:
-        if self.reference_source != ADAPTER:
-            found = self._frozen(*rows)
-        else:
-            with self.policy.adapters_off():
-                found = self.policy(*rows)
-        return found.tokens[found.mask]
+    def rollout(self, batch: PromptBatch, role: Role, *seed: object, samples: int, values: bool) -> Experience:
+        """`samples` scored responses to each prompt, those to one prompt side by side.
+
+        The seed of a response comes from the parts of `seed`, the position of its prompt and its number.
+        """
+        rollouts, data = self.rollouts, self.trainer.datamodule
+        index = [position for position in batch.index.tolist() for _ in range(samples)]
+        prompts = [ids for ids in batch.input_ids for _ in range(samples)]
+        seeds = [seed_of(data.seed, *seed, position, i % samples) for i, position in enumerate(index)]
+        responses = rollouts.sample(prompts, seeds, index=index, temperature=self.hparams.temperature)
+        known = data.example_ids(role)
+        conversations = [data.messages(role, position) for position in index]
+        scores = rollouts.score(responses, conversations, [known[position] for position in index])
+        return Experience(responses, scores, rollouts.logprobs(responses, values=values))
 
     @torch.no_grad()
-    def _experience(self, batch: PromptBatch) -> tuple[Experience, dict[str, float]]:
-        """A rollout, and the numbers that say how it went, over all processes."""
-        settings, data = self.hparams, self.trainer.datamodule
-        seed, rollout = data.seed, self.rollouts
-        self._synchronize()
-        replies = self.draw(
-            batch,
-            lambda index, number: seed_of(seed, "rollout", rollout, index, number),
-            samples=settings.samples_per_prompt,
-            temperature=settings.temperature,
+    def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
+        """What a rollout teaches, and the numbers that say how it went, over all processes."""
+        settings, (responses, scores, tokens) = self.hparams, experience
+        mask, ended = tokens.mask, responses.ended.to(self.device)
+        kl, kl_k3 = (
+            torch.where(mask, kl_estimate(tokens.logprobs, tokens.reference, estimator=name), 0)
+            for name in ("k1", "k3")
         )
-        scores = self.score(replies, "train")
-        mask, logprobs, reference, values = self.token_numbers(replies)
-        kl, kl_k3 = (torch.where(mask, kl_estimate(logprobs, reference, estimator=name), 0) for name in ("k1", "k3"))
-        shaped = self.shaped_scores(scores, replies.ended.to(self.device))
+        shaped = self.shaped_scores(scores, ended)
         # In float64: a large score must not round the KL beside it away.
-        in_reward = 0.0 if settings.advantage in WITH_KL_IN_LOSS else self.kl_coef
+        in_reward = 0.0 if self.estimator.kl_in_loss else self.kl_coef
         rewards = shaped_rewards(shaped.double(), kl, mask, kl_coef=in_reward)
-        advantages, returns = self._advantages(rewards, values, mask)
-        experience = Experience(replies, mask, logprobs, reference, values, advantages, returns)
+        advantages, returns = self.estimator.function(
+            rewards,
+            tokens.values,
+            mask,
+            group_size=settings.samples_per_prompt,
+            gamma=settings.gamma,
+            gae_lambda=settings.gae_lambda,
+        )
+        targets = Targets(advantages.float(), returns.float())
+        if self.estimator.whitened and (settings.whiten_advantages or not self.estimator.uses_values):
+            targets = targets._replace(advantages=masked_whiten(targets.advantages, mask, sum_over=self._sum))
         numbers = {
             "reward": scores,
             "kl": kl.sum(dim=1),
-            "sqrt_kl": None,
             "kl_k3": kl_k3.sum(dim=1),
             "reward_with_kl": shaped - self.kl_coef * self._penalized_kl(kl, kl_k3, mask),
-            "response_length": replies.lengths.float().to(self.device),
-            "missing_eos": (~replies.ended).float().to(self.device),
-            "entropy": torch.where(mask, -logprobs, 0).sum(dim=1) / mask.sum(dim=1),
+            "response_length": responses.lengths.float().to(self.device),
+            "missing_eos": (~ended).float(),
+            "entropy": torch.where(mask, -tokens.logprobs, 0).sum(dim=1) / mask.sum(dim=1),
         }
-        means = {name: self._mean(x) for name, x in numbers.items() if x is not None}
+        means = {name: self._mean(x) for name, x in numbers.items()}
         means["reward_std"] = math.sqrt(max(self._mean((scores - means["reward"]).square()), 0.0))
         means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
         means["kl_coef"] = self.kl_coef
-        if replies.drawn_logprobs is not None:
-            given = laid_out(torch.cat(replies.drawn_logprobs).to(self.device), mask)
-            means["engine_mismatch"] = self._mean((given - logprobs)[mask].abs())
+        if responses.engine_logprobs is not None:
+            given = scatter_to_mask(torch.cat(responses.engine_logprobs).to(self.device), mask)
+            means["engine_mismatch"] = self._mean((given - tokens.logprobs)[mask].abs())
         if self.value is not None:
-            means["explained_variance"] = self._explained(values, returns, mask)
-        self._samples(replies, scores, kl.sum(dim=1))
-        return experience, means
+            explained = explained_variance(tokens.values, targets.returns, mask, sum_over=self._sum)
+            means["explained_variance"] = explained.item()
+        self.rollout_log.samples(responses, scores, kl.sum(dim=1))
+        return targets, means
 
     def shaped_scores(self, scores: Tensor, ended: Tensor) -> Tensor:
         """Scores [B] with the penalty for missing ends, then normalized and clipped where the settings say so."""
@@ -598,49 +521,30 @@ class PPO(LightningModule):
         return scores if settings.score_clip is None else scores.clamp(-settings.score_clip, settings.score_clip)
 
     def _penalized_kl(self, kl: Tensor, kl_k3: Tensor, mask: Tensor) -> Tensor:
-        """The KL of each reply that `kl_coef` weighs, [B]: of k1 [B, S] the sum, or where it is in the loss, of k3 the
-        mean over the tokens."""
-        if self.hparams.advantage in WITH_KL_IN_LOSS:
+        """The KL of each response that `kl_coef` weighs, [B]: of k1 [B, S] the sum, or where it is in the loss, of k3
+        the mean over the tokens."""
+        if self.estimator.kl_in_loss:
             return kl_k3.sum(dim=1) / mask.sum(dim=1)
         return kl.sum(dim=1)
 
-    def _advantages(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.hparams
-        if settings.advantage == "gae":
-            advantages, returns = generalized_advantages(
-                rewards, values, mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
-            )
-        else:
-            group = {"group_size": settings.samples_per_prompt}
-            advantages = {
-                "grpo": lambda: group_normalized_advantages(rewards, mask, **group),
-                "rloo": lambda: leave_one_out_advantages(rewards, mask, **group),
-                "reinforce++": lambda: returns_to_go(rewards, mask, gamma=settings.gamma),
-            }[settings.advantage]()
-            returns = torch.zeros_like(advantages)
-        advantages, returns = advantages.float(), returns.float()
-        if settings.advantage in WHITENED and (settings.whiten_advantages or settings.advantage != "gae"):
-            advantages = whitened_over_all(advantages, mask, self._sum)
-        return advantages, returns
-
     # ---- update
 
-    def _update(self, experience: Experience) -> dict[str, float]:
+    def _update(self, experience: Experience, targets: Targets) -> dict[str, float]:
         """All passes over a rollout, one optimizer step per minibatch; means over their tokens."""
         settings, data = self.hparams, self.trainer.datamodule
-        count = len(experience.replies.rows)
+        count = len(experience.scores)
         minibatches = min(settings.minibatches, self._least(count))
         totals: dict[str, float] = {}
         stopped = False
         steps = 0
         for epoch in range(settings.epochs):
             generator = torch.Generator().manual_seed(
-                seed_of(data.seed, "order", self.rollouts, epoch, self.global_rank)
+                seed_of(data.seed, "order", self.rollouts_done, epoch, self.global_rank)
             )
             order = torch.randperm(count, generator=generator).tolist()
             approximate = []
             for part in parts(order, minibatches):
-                numbers = self._step(experience, part)
+                numbers = self._step(experience, targets, part)
                 approximate.append(numbers["approx_kl"])
                 steps += 1
                 for name, value in numbers.items():
@@ -651,21 +555,21 @@ class PPO(LightningModule):
         means = {name: value / steps for name, value in totals.items()}
         return means | {"steps": float(steps), "stopped_early": float(stopped)}
 
-    def _step(self, experience: Experience, part: Sequence[int]) -> dict[str, float]:
+    def _step(self, experience: Experience, targets: Targets, part: Sequence[int]) -> dict[str, float]:
         """One optimizer step on a minibatch of all processes: the mean over its tokens, however it is divided."""
         settings = self.hparams
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        tokens = self._sum(experience.mask[part].sum())
+        tokens = self._sum(experience.tokens.mask[part].sum())
         # As many passes in each process: some strategies exchange gradients in each.
         count = self._most(math.ceil(len(part) / settings.micro_batch_size))
-        ordered = sorted(part, key=lambda i: len(experience.replies.rows[i]))
+        ordered = sorted(part, key=lambda i: len(experience.responses.rows[i]))
         sums = torch.zeros(len(_STEP_NUMBERS), dtype=torch.float64, device=self.device)
         pieces = parts(ordered, count)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self._no_exchange():
-                loss, own = self._losses(experience, piece or ordered[:1], counts=bool(piece))
+                loss, own = self._losses(experience, targets, piece or ordered[:1], counts=bool(piece))
                 # Strategies take the mean over processes.
                 self.manual_backward(loss * (self.trainer.world_size / tokens))
             sums += own
@@ -680,34 +584,27 @@ class PPO(LightningModule):
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)  # one process has none
         return block()
 
-    def _losses(self, experience: Experience, piece: Sequence[int], *, counts: bool) -> tuple[Tensor, Tensor]:
-        """The summed loss of some replies, and sums of what is logged. Both 0 where the replies do not count."""
-        settings = self.hparams
-        replies = experience.replies.taken(piece)
-        rows = padded_rows(replies, pad_id=self._pad_id, device=self.device)
-        width = int(replies.lengths.max())
+    def _losses(
+        self, experience: Experience, targets: Targets, piece: Sequence[int], *, counts: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss of some responses, and sums of what is logged. Both 0 where the responses do not count."""
+        settings, rollouts = self.hparams, self.rollouts
+        responses = experience.responses.select(piece)
+        width = int(responses.lengths.max())
         mask, old, reference, old_values, advantages, returns = (
-            tensor[piece, :width]
-            for tensor in (
-                experience.mask,
-                experience.logprobs,
-                experience.reference,
-                experience.values,
-                experience.advantages,
-                experience.returns,
-            )
+            tensor[piece, :width] for tensor in (*experience.tokens, *targets)
         )
         with self.trainer.precision_plugin.forward_context():
-            logprobs, values = self._policy_and_values(rows)
-        logprobs = laid_out(logprobs.float(), mask)
+            logprobs, values = rollouts.forward(rollouts.padded(responses))
+        logprobs = scatter_to_mask(logprobs.float(), mask)
         policy_losses = ppo_policy_loss(logprobs, old, advantages, clip_range=settings.clip_range)
         value_losses = torch.zeros_like(policy_losses)
         if values is not None:
             value_losses = ppo_value_loss(
-                laid_out(values.float(), mask), old_values, returns, clip_range=settings.value_clip_range
+                scatter_to_mask(values.float(), mask), old_values, returns, clip_range=settings.value_clip_range
             )
         kl_losses = torch.zeros_like(policy_losses)
-        if settings.advantage in WITH_KL_IN_LOSS and self.kl_coef > 0:
+        if self.estimator.kl_in_loss and self.kl_coef > 0:
             kl_losses = self.kl_coef * kl_estimate(logprobs, reference, estimator="k3")
         weight = float(counts)
         loss = weight * torch.where(mask, policy_losses + settings.value_coef * value_losses + kl_losses, 0).sum()
@@ -757,26 +654,20 @@ class PPO(LightningModule):
         self._evaluation_step(batch, "test", self.test_metrics)
 
     def _evaluation_step(self, batch: PromptBatch, stage: Role, metrics: nn.ModuleDict) -> None:
-        """One reply to each prompt, drawn as in training, always with the same seeds."""
-        seed = self.trainer.datamodule.seed
-        replies = self.draw(
-            batch,
-            lambda index, number: seed_of(seed, "evaluation", index, number),
-            samples=1,
-            temperature=self.hparams.temperature,
-        )
-        scores = self.score(replies, stage)
-        mask, logprobs, reference, _ = self.token_numbers(replies, values=False)
+        """One response to each prompt, sampled as in training, always with the same seeds."""
+        (responses, scores, tokens) = self.rollout(batch, stage, "evaluation", samples=1, values=False)
+        mask, logprobs, reference, _ = tokens
         k1, k3 = (torch.where(mask, kl_estimate(logprobs, reference, estimator=name), 0) for name in ("k1", "k3"))
+        missing_eos = (~responses.ended).float().to(self.device)
         # The same yardstick at every validation: without moving moments, and with the coefficient of the settings.
-        penalties = self.hparams.missing_eos_penalty * (~replies.ended).float().to(self.device)
+        penalties = self.hparams.missing_eos_penalty * missing_eos
         penalties += self.hparams.kl_coef * self._penalized_kl(k1, k3, mask)
         values = {
             "reward": scores,
             "reward_with_kl": scores - penalties,
             "kl": k1.sum(dim=1),
-            "response_length": replies.lengths.float().to(self.device),
-            "missing_eos": (~replies.ended).float().to(self.device),
+            "response_length": responses.lengths.float().to(self.device),
+            "missing_eos": missing_eos,
         }
         update_metrics(metrics, values, scores)
         log_split(self, stage, metrics, shown=("reward", "reward_with_kl", "kl"))
@@ -789,8 +680,8 @@ class PPO(LightningModule):
         checkpoint["ppo"] = {
             "kl_coef": self.kl_control.state_dict(),
             "moments": self.moments.state_dict(),
-            "rollouts": self.rollouts,
-            "path": [list(point) for point in self.path],
+            "rollouts": self.rollouts_done,
+            "path": self.rollout_log.state(),
         }
         store_adapters_alone(self, checkpoint)
 
@@ -800,8 +691,8 @@ class PPO(LightningModule):
         state = checkpoint["ppo"]
         self.kl_control.load_state_dict(state["kl_coef"])
         self.moments.load_state_dict(state["moments"])
-        self.rollouts = state["rollouts"]
-        self.path = [Point(*point) for point in state["path"]]
+        self.rollouts_done = state["rollouts"]
+        self.rollout_log.restore(state["path"])
         complete_adapters(self, checkpoint)
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None:
@@ -832,68 +723,12 @@ class PPO(LightningModule):
     def _most(self, number: int) -> int:
         return self._extreme(number, max)
 
-    def _explained(self, values: Tensor, returns: Tensor, mask: Tensor) -> float:
-        if self.trainer.world_size == 1:
-            return explained_variance(values, returns, mask).item()
-        variance = self._sum(centered_over_all(returns, mask, self._sum)[0].square().sum()).item()
-        error = self._sum(torch.where(mask, (returns - values).square(), 0).double().sum()).item()
-        return 1 - error / variance if variance > 0 else math.nan
 
-    # ---- what is seen of it
-
-    @property
-    def _pad_id(self) -> int:
-        return self.trainer.datamodule.chat_format.pad_id
-
-    def _show(self, **numbers: Any) -> None:
-        """In the progress bar, at once."""
-        self.trainer.progress_bar_metrics.update(numbers)
-        bar = self.trainer.progress_bar_callback
-        if isinstance(bar, RichProgressBar) and bar.is_enabled:
-            bar._update_metrics(self.trainer, self)
-        elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-            bar.train_progress_bar.set_postfix(bar.get_metrics(self.trainer, self))
-
-    def _log(self, numbers: dict[str, float]) -> None:
-        trainer = self.trainer
-        values = {f"train/{name}": value for name, value in numbers.items() if name != "moved"}
-        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if self.device.type == "cuda":
-            values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        let_monitor(self, values)
-        for logger in self.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        for board in self._boards():
-            picture = reward_against_kl(self.path)
-            board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")
-        if not sys.stderr.isatty():
-            log.info(
-                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f",
-                *(self.rollouts, trainer.global_step, numbers["reward"], numbers["reward_with_kl"], numbers["kl"]),
-                *(numbers["response_length"], numbers["clip_fraction"]),
-            )
-
-    def _boards(self) -> list[TensorBoardLogger]:
-        """Where pictures and texts go, every `log_every_n_steps` rollouts; nowhere in between."""
-        every = self.trainer.log_every_n_steps
-        if not self.trainer.is_global_zero or not every or self.rollouts % every:
-            return []
-        return [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-
-    def _samples(self, replies: Replies, scores: Tensor, kl: Tensor) -> None:
-        """A few replies with their rewards, as the text `replies`."""
-        chat_format = self.trainer.datamodule.chat_format
-        for board in self._boards():
-            lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
-            for i in range(min(4, len(replies.rows))):
-                ids, start = replies.rows[i].tolist(), replies.prompt_lengths[i]
-                prompt, reply = (
-                    chat_format.tokenizer.decode(ids[:start]),
-                    chat_format.decode_after(ids[:start], ids[start:]),
-                )
-                reply += "" if replies.ended[i] else " [not ended]"
-                lines.append(f"| {cell(prompt)} | {cell(reply)} | {scores[i]:.3f} | {kl[i]:.2f} |")
-            board.experiment.add_text("replies", "\n".join(lines), self.trainer.global_step)
+def parts(order: Sequence[int], count: int) -> list[list[int]]:
+    """`order` in `count` parts of sizes that differ by one at most; some are empty when there are too few."""
+    size, more = divmod(len(order), count)
+    bounds = [i * size + min(i, more) for i in range(count + 1)]
+    return [list(order[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
 _STEP_NUMBERS = ("policy_loss", "value_loss", "kl_loss", "approx_kl", "clip_fraction", "ratio", "moved")

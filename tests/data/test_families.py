@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.errors import DataError, ModelError
 from rlhf_lightning.evaluation.generate import _reply
 from rlhf_lightning.rewards.scorers import encode_rows
-from rlhf_lightning.training.ppo import PPO
-from rlhf_lightning.training.rollouts import Replies
+from rlhf_lightning.rollouts import Responses
 from tests.data.chat_formats import CHATML, byte_tokenizer
 from tests.data.families import KINDS, TEMPLATES, family
 from tests.data.test_tokenization import example, tokenize
@@ -175,9 +173,8 @@ def test_the_reward_model_reads_the_indent_of_a_reply():
     prompt = ids_of(form, form.generation_text([USER]))
     ids = encoded(form, [USER], "x\n  def f():\n    pass").responses[0][3:-1]  # without `▁x` and the line break
     row = torch.tensor([*prompt, *ids, form.terminator_id])
-    replies = Replies([row], [len(prompt)], torch.tensor([True]), [0])
-    module = SimpleNamespace(trainer=SimpleNamespace(datamodule=SimpleNamespace(chat_format=form)))
-    assert PPO._text(module, replies, 0) == " def f():\n    pass"  # one blank is the template's
+    responses = Responses([row], [len(prompt)], torch.tensor([True]), [0])
+    assert responses.texts(form) == [" def f():\n    pass"]  # one blank is the template's
     assert _reply(form, ("p", 0), prompt, [*ids, form.terminator_id]).text == " def f():\n    pass"
 
 

@@ -76,13 +76,13 @@ class Recorder(Callback):
         self.rows = []
 
     def setup(self, trainer, pl_module, stage):
-        original = pl_module._log
+        original = pl_module.rollout_log.numbers
 
         def log(numbers):
             self.rows.append(dict(numbers))
             original(numbers)
 
-        pl_module._log = log
+        pl_module.rollout_log.numbers = log
 
     @property
     def curve(self):
@@ -152,7 +152,7 @@ def test_a_run_that_was_broken_goes_on_as_if_it_had_not_been(build_ppo, trainer,
 
     class Broken(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            if pl_module.rollouts == 2:
+            if pl_module.rollouts_done == 2:
                 trainer.save_checkpoint(tmp_path / "broken.ckpt")
                 raise KeyboardInterrupt
 
@@ -164,7 +164,7 @@ def test_a_run_that_was_broken_goes_on_as_if_it_had_not_been(build_ppo, trainer,
     recorder = Recorder()
     fitter = trainer(limit_val_batches=0, callbacks=[recorder], max_epochs=2)
     fitter.fit(module, data, ckpt_path=tmp_path / "broken.ckpt")
-    assert broken.rollouts == 2
+    assert broken.rollouts_done == 2
     assert len(first.rows) == 2
     assert [*first.curve, *recorder.curve] == curve.curve
     assert torch.equal(weights(module), weights(whole))
@@ -222,7 +222,7 @@ def test_the_rule_is_learned(build_ppo, trainer):
     noise = recorder.rows[0]["reward_std"] / 36**0.5
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 5 * noise
     assert recorder.rows[-1]["kl"] > 1
-    assert module.rollouts == 14
+    assert module.rollouts_done == 14
 
 
 def test_a_server_draws_with_the_weights_of_each_rollout_and_its_logprobs_are_only_compared(
@@ -287,17 +287,15 @@ def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(b
     fitter.fit(module, data)
     module.kl_control.value = 7.0
     module.moments.update(10, 5.0, 100.0)
-    kept, evaluated = [], module.token_numbers
-    module.token_numbers = lambda replies, values: (
-        kept.append((replies, *evaluated(replies, values=values))) or kept[-1][1:]
-    )
+    kept, rollout = [], module.rollout
+    module.rollout = lambda *given, **named: kept.append(rollout(*given, **named)) or kept[-1]
     numbers = trainer().validate(module, data, verbose=False)[0]
     values = []
-    for replies, _, logprobs, reference, _ in kept:
-        for i, length in enumerate(replies.lengths.tolist()):
-            d = (logprobs - reference)[i, :length].double()
+    for responses, _, tokens in kept:
+        for i, length in enumerate(responses.lengths.tolist()):
+            d = (tokens.logprobs - tokens.reference)[i, :length].double()
             kl = (torch.expm1(-d) + d).mean() if settings else d.sum()
-            values.append(-0.7 * (not replies.ended[i]) - 0.3 * kl.item())
+            values.append(-0.7 * (not responses.ended[i]) - 0.3 * kl.item())
     assert abs(numbers["val/kl"]) > 0.01
     assert numbers["val/reward_with_kl"] == pytest.approx(numbers["val/reward"] + sum(values) / len(values), abs=1e-4)
 
@@ -320,13 +318,14 @@ def test_advantages_are_whitened_over_the_rollout(build_ppo, trainer, whiten):
     module, data = build_ppo(whiten_advantages=whiten)
     seen = []
     update = module._update
-    module._update = lambda experience: seen.append(experience) or update(experience)
+    module._update = lambda *given: seen.append(given) or update(*given)
     trainer(limit_val_batches=0).fit(module, data)
-    for experience in seen:
-        taken = experience.advantages[experience.mask].double()
+    for experience, targets in seen:
+        mask = experience.tokens.mask
+        taken = targets.advantages[mask].double()
         white = abs(taken.mean()) < 1e-5 and abs(taken.std(correction=0) - 1) < 1e-4
         assert white == whiten
-        assert experience.advantages[~experience.mask].abs().sum() == 0
+        assert targets.advantages[~mask].abs().sum() == 0
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import functools
 import pytest
 import torch
 
+from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.models.generation import Reply
 from rlhf_lightning.rewards.scorers import RewardScorer
-from rlhf_lightning.training import rollouts
 from tests.evaluation.test_scoring import saved_classifier
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
 
@@ -36,25 +36,23 @@ class Ending:
 
 @pytest.fixture
 def rollout(build_ppo, trainer):  # noqa: F811
-    """Module, experience and scores of a run's second rollout, when policy, reference and values have moved apart."""
+    """Module, experience, targets and steps of a second rollout, when policy, reference and values are far apart."""
 
     def make(**settings):
         module, data = build_ppo(**{"max_new_tokens": 8, "epochs": 2} | settings)
         module.engine = Ending(module.engine)
         kept = []
-        update, score = module._update, module.score
-        scores = []
-        module._update = lambda experience: kept.append(experience) or update(experience)
-        module.score = lambda *given: scores.append(score(*given)) or scores[-1]
+        update = module._update
+        module._update = lambda *given: kept.append(given) or update(*given)
         steps = []
 
-        def step(experience, part):
+        def step(experience, targets, part):
             steps.append((experience, list(part)))
-            return original(experience, part)
+            return original(experience, targets, part)
 
         original, module._step = module._step, step
         trainer(limit_val_batches=0).fit(module, data)
-        return module, kept[1], scores[1], steps
+        return module, *kept[1], steps
 
     return make
 
@@ -69,54 +67,59 @@ def quadratic(rewards, values, gamma, gae_lambda):
 
 def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
     """From scores, log-probs and values, reply by reply: the score is paid once, on the last token, ended or not."""
-    module, experience, scores, _ = rollout(
+    module, experience, targets, _ = rollout(
         whiten_advantages=False, gamma=0.97, gae_lambda=0.9, kl_coef=0.4, missing_eos_penalty=0.7
     )
-    settings, replies = module.hparams, experience.replies
+    settings, replies, scores = module.hparams, experience.responses, experience.scores
     ended = [bool(row[-1] == module.trainer.datamodule.chat_format.terminator_id) for row in replies.rows]
     assert ended == replies.ended.tolist()
     assert 0 < sum(ended) < len(ended)
-    rows = rollouts.padded_rows(replies, pad_id=module._pad_id, device=module.device)
-    reference = rollouts.laid_out(module._reference_logprobs(rows).float(), experience.mask).double()
+    mask, logprobs, _, values = experience.tokens
+    rows = module.rollouts.padded(replies)
+    reference = scatter_to_mask(module._frozen(*rows).tokens[rows.response_mask].float(), mask).double()
     for i, length in enumerate(replies.lengths.tolist()):
-        logprobs, values = experience.logprobs[i, :length].double(), experience.values[i, :length].double()
-        rewards = (-settings.kl_coef * (logprobs - reference[i, :length])).tolist()
+        its_logprobs, its_values = logprobs[i, :length].double(), values[i, :length].double()
+        rewards = (-settings.kl_coef * (its_logprobs - reference[i, :length])).tolist()
         rewards[-1] += scores[i].item() - settings.missing_eos_penalty * (not ended[i])
-        expected = torch.tensor(quadratic(rewards, values.tolist(), 0.97, 0.9), dtype=torch.float64)
-        torch.testing.assert_close(experience.advantages[i, :length].double(), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(experience.returns[i, :length].double(), expected + values, rtol=0, atol=1e-5)
-        assert experience.advantages[i, length:].abs().sum() == 0
-    assert (experience.logprobs - reference)[experience.mask].abs().max() > 1e-3
+        expected = torch.tensor(quadratic(rewards, its_values.tolist(), 0.97, 0.9), dtype=torch.float64)
+        torch.testing.assert_close(targets.advantages[i, :length].double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(targets.returns[i, :length].double(), expected + its_values, rtol=0, atol=1e-5)
+        assert targets.advantages[i, length:].abs().sum() == 0
+    assert (logprobs - reference)[mask].abs().max() > 1e-3
 
 
 GROUPS = {"samples_per_prompt": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "max_train_prompts": 12}}
 
 
-def group_scores(module, experience, scores):
+def group_scores(module, experience):
     """Scores less the penalty, [4, 3] float64."""
-    return (scores - module.hparams.missing_eos_penalty * (~experience.replies.ended).float()).double().view(4, 3)
+    return (
+        (experience.scores - module.hparams.missing_eos_penalty * (~experience.responses.ended).float())
+        .double()
+        .view(4, 3)
+    )
 
 
 def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
     """Shao et al. 2024, eq. 3 and 4; the weight counts where scores are equal too."""
-    module, experience, scores, _ = rollout(advantage="grpo", kl_coef=0.4, **GROUPS)
-    groups = group_scores(module, experience, scores)
+    module, experience, targets, _ = rollout(advantage="grpo", kl_coef=0.4, **GROUPS)
+    groups = group_scores(module, experience)
     expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
-    expected = torch.where(experience.mask, expected, 0)
-    torch.testing.assert_close(experience.advantages.double(), expected, rtol=0, atol=1e-5)
+    expected = torch.where(experience.tokens.mask, expected, 0)
+    torch.testing.assert_close(targets.advantages.double(), expected, rtol=0, atol=1e-5)
     assert expected.abs().max() > 0.5
 
     def loss_and_gradient(kl_coef):
         module.hparams.kl_coef = module.kl_control.value = kl_coef
         module.zero_grad()
-        loss, _ = module._losses(experience, everything, counts=True)
+        loss, _ = module._losses(experience, targets, everything, counts=True)
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten() for p in module.policy.parameters()]).double()
 
-    everything = list(range(len(experience.replies.rows)))
-    rows = rollouts.padded_rows(experience.replies, pad_id=module._pad_id, device=module.device)
-    now = rollouts.laid_out(module.policy(*rows).tokens[rows.response_mask].float(), experience.mask)
-    ratio = torch.where(experience.mask, experience.reference - now.detach(), 0).double()
+    everything = list(range(len(experience.responses.rows)))
+    rows = module.rollouts.padded(experience.responses)
+    now = scatter_to_mask(module.policy(*rows).tokens[rows.response_mask].float(), experience.tokens.mask)
+    ratio = torch.where(experience.tokens.mask, experience.tokens.reference - now.detach(), 0).double()
     (k3,) = (ratio.exp() - ratio - 1).sum(dim=1, keepdim=True).sum(dim=0).tolist()
     assert k3 > 1e-3
     plain, once, twice = (loss_and_gradient(kl_coef) for kl_coef in (0.0, 0.4, 0.8))
@@ -128,44 +131,49 @@ def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
 
 def test_rloo_has_the_kl_of_a_reply_in_its_reward(rollout):
     """Ahmadian et al. 2024: R = score - kl_coef * log(policy / reference), less the mean R of the others."""
-    module, experience, scores, _ = rollout(advantage="rloo", kl_coef=0.4, **GROUPS)
-    kl = torch.where(experience.mask, experience.logprobs - experience.reference, 0).double().sum(dim=1)
+    module, experience, targets, _ = rollout(advantage="rloo", kl_coef=0.4, **GROUPS)
+    kl = (
+        torch.where(experience.tokens.mask, experience.tokens.logprobs - experience.tokens.reference, 0)
+        .double()
+        .sum(dim=1)
+    )
     assert kl.abs().max() > 1e-2
-    rewards = group_scores(module, experience, scores) - 0.4 * kl.view(4, 3)
+    rewards = group_scores(module, experience) - 0.4 * kl.view(4, 3)
     expected = (rewards - (rewards.sum(1, keepdim=True) - rewards) / 2).view(-1, 1)
-    expected = torch.where(experience.mask, expected, 0)
-    torch.testing.assert_close(experience.advantages.double(), expected, rtol=0, atol=1e-5)
+    expected = torch.where(experience.tokens.mask, expected, 0)
+    torch.testing.assert_close(targets.advantages.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_c34_no_token_that_was_not_drawn_is_in_the_loss(rollout):
     """A reply has one terminator, at its end, or is cut without one; what rows are padded with changes no loss."""
-    module, experience, _, _ = rollout(missing_eos_penalty=0.0)
+    module, experience, targets, _ = rollout(missing_eos_penalty=0.0)
     terminator = module.trainer.datamodule.chat_format.terminator_id
     for row, start, ended in zip(
-        experience.replies.rows, experience.replies.prompt_lengths, experience.replies.ended, strict=True
+        experience.responses.rows, experience.responses.prompt_lengths, experience.responses.ended, strict=True
     ):
         reply = row[start:]
         assert (reply == terminator).sum() == int(ended)
         assert len(reply) <= 8
         assert bool(ended) or len(reply) == 8
-    assert experience.mask.sum(dim=1).tolist() == experience.replies.lengths.tolist()
-    everything = list(range(len(experience.replies.rows)))
+    assert experience.tokens.mask.sum(dim=1).tolist() == experience.responses.lengths.tolist()
+    everything = list(range(len(experience.responses.rows)))
     losses = []
-    for pad_id in (module._pad_id, terminator, 77):
+    chat_format = module.trainer.datamodule.chat_format
+    for pad_id in (chat_format.pad_id, terminator, 77):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(module), "_pad_id", pad_id)
-            losses.append(module._losses(experience, everything, counts=True)[0].item())
+            patch.setattr(type(chat_format), "pad_id", pad_id)
+            losses.append(module._losses(experience, targets, everything, counts=True)[0].item())
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize("value_model", [None, "shared"])
 def test_c37_the_order_of_replies_changes_no_gradient(rollout, value_model):
-    module, experience, _, _ = rollout(value_model=value_model, max_grad_norm=0.0)
+    module, experience, targets, _ = rollout(value_model=value_model, max_grad_norm=0.0)
 
     def gradient(pieces):
         module.zero_grad()
         for piece in pieces:
-            module._losses(experience, piece, counts=True)[0].backward()
+            module._losses(experience, targets, piece, counts=True)[0].backward()
         return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).double()
 
     whole = gradient([[0, 1, 2, 3, 4, 5]])
@@ -183,12 +191,12 @@ def test_each_pass_learns_from_each_reply_once_in_an_order_of_its_own(rollout):
 
 
 def test_c33_the_moments_of_a_rollout_stand_still_while_it_is_learned_from(rollout):
-    module, experience, scores, _ = rollout(normalize_scores=True, minibatches=2)
+    module, experience, targets, _ = rollout(normalize_scores=True, minibatches=2)
     before = module.moments.state_dict()
-    module._update(experience)
+    module._update(experience, targets)
     assert module.moments.state_dict() == before
     assert before["count"] == 18
-    assert scores.std() > 0
+    assert experience.scores.std() > 0
 
 
 def test_c30_the_first_ratio_is_one_of_another_temperature_too(build_ppo, trainer):  # noqa: F811
@@ -211,5 +219,5 @@ def test_the_reward_model_is_shown_an_end_only_where_there_is_one(rollout, tiny_
 
     monkeypatch.setattr(RewardScorer, "__call__", call)
     _, experience, _, _ = rollout(reward_model=str(saved), reward_chat_template="plain")
-    assert asked[1] == ("plain", experience.replies.ended.tolist())
+    assert asked[1] == ("plain", experience.responses.ended.tolist())
     assert 0 < sum(asked[1][1]) < 6

@@ -1,0 +1,217 @@
+"""Responses sampled from a policy, scored, with the log-probs of policy and reference: what online methods learn from.
+
+B responses, R of them in a forward pass, T tokens of the longest row, S tokens of the longest response, N response
+tokens of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.examples import Message
+from rlhf_lightning.errors import ModelError, TrainingError
+from rlhf_lightning.functional.reductions import scatter_to_mask
+from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs
+from rlhf_lightning.models.generation import RolloutEngine
+from rlhf_lightning.models.reward_network import RewardHead
+from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.rewards.source import RewardSource, check_scores, first_few
+
+Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
+"""Log-probs of response tokens by a model that is not trained; takes what `CausalLM.forward` takes."""
+
+
+class Responses(NamedTuple):
+    """B responses as they were sampled."""
+
+    rows: list[Tensor]
+    """Token ids of prompt and response, 1-D int64 each."""
+    prompt_lengths: list[int]
+    ended: Tensor
+    """[B] bool, True where the response ended with its EOS token, False where it reached `max_new_tokens`."""
+    index: list[int]
+    """Position of each response's prompt in its data set."""
+    engine_logprobs: list[Tensor] | None = None
+    """Of each response's tokens, as an engine gave them that is not the policy itself; float32."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, EOS included, [B] int64."""
+        return torch.tensor([len(row) - start for row, start in zip(self.rows, self.prompt_lengths, strict=True)])
+
+    def select(self, which: Sequence[int]) -> Responses:
+        """Those at some positions, without `engine_logprobs`."""
+        return Responses(
+            [self.rows[i] for i in which],
+            [self.prompt_lengths[i] for i in which],
+            self.ended[torch.as_tensor(which)],
+            [self.index[i] for i in which],
+        )
+
+    def texts(self, chat_format: ChatFormat) -> list[str]:
+        """Each response as text (see `ChatFormat.reply_text`)."""
+        ids = ((row.tolist(), start) for row, start in zip(self.rows, self.prompt_lengths, strict=True))
+        return [chat_format.reply_text(row[:start], row[start:]) for row, start in ids]
+
+
+class TokenNumbers(NamedTuple):
+    """Numbers of response tokens. A response begins in column 0; outside of `mask` everything is 0. [B, S] each."""
+
+    mask: Tensor
+    """bool, True on the tokens of a response, its EOS included."""
+    logprobs: Tensor
+    """float32, in nats, of the policy that sampled the responses, computed again by a forward pass."""
+    reference: Tensor
+    """float32, in nats; 0 without a reference."""
+    values: Tensor
+    """float32, of the states before each token; 0 without a value model."""
+
+
+class Experience(NamedTuple):
+    """A rollout: B responses with their scores and the numbers of their tokens."""
+
+    responses: Responses
+    scores: Tensor
+    """[B] float32, as the reward source gave them."""
+    tokens: TokenNumbers
+
+
+class PaddedRows(NamedTuple):
+    """R rows for a forward pass, padded on the right."""
+
+    input_ids: Tensor
+    """[R, T] int64"""
+    attention_mask: Tensor
+    """[R, T] bool"""
+    response_mask: Tensor
+    """[R, T] bool"""
+
+
+def padded_rows(responses: Responses, *, pad_id: int, device: torch.device) -> PaddedRows:
+    """The rows of some responses. What they are padded with is not read by anything."""
+    width = max(map(len, responses.rows))
+    ids = torch.full((len(responses.rows), width), pad_id, device=device)
+    for place, row in enumerate(responses.rows):
+        ids[place, : len(row)] = row.to(device)
+    positions = torch.arange(width, device=device)
+    ends = torch.tensor([len(row) for row in responses.rows], device=device)[:, None]
+    starts = torch.tensor(responses.prompt_lengths, device=device)[:, None]
+    return PaddedRows(ids, positions < ends, (positions >= starts) & (positions < ends))
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Samples responses of a policy, scores them, and computes their log-probs, whoever learns from them.
+
+    Args:
+        policy: The policy that samples.
+        chat_format: Of its tokenizer.
+        engine: What samples: the policy itself, or another program with its weights.
+        max_new_tokens: Longest response.
+        micro_batch_size: Rows of a forward pass without gradients; changes no result.
+        scorer: Gives the scores.
+        reference: Gives the reference's log-probs.
+        value: Gives the values: a network of its own, or a head on the policy's hidden states.
+        arithmetic: A context for every pass without gradients, such as a Trainer's mixed precision.
+    """
+
+    policy: CausalLM
+    chat_format: ChatFormat
+    engine: RolloutEngine
+    max_new_tokens: int
+    micro_batch_size: int
+    scorer: RewardSource | None = None
+    reference: Reference | None = None
+    value: ValueNetwork | RewardHead | None = None
+    arithmetic: Callable[[], AbstractContextManager] = nullcontext
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Tensor], seeds: Sequence[int], *, index: Sequence[int], temperature: float
+    ) -> Responses:
+        """One response to each of B prompts (1-D int64), which may be repeated.
+
+        A response depends on its prompt and its seed, not on its batch. `index` is kept beside the responses.
+        """
+        with self.arithmetic():
+            sampled = self.engine.draw(
+                self.policy,
+                prompts,
+                seeds,
+                max_new_tokens=self.max_new_tokens,
+                temperature=temperature,
+                terminator_id=self.chat_format.terminator_id,
+                pad_id=self.chat_format.pad_id,
+            )
+        logprobs = [response.logprobs for response in sampled]
+        return Responses(
+            [torch.cat([prompt, response.ids]) for prompt, response in zip(prompts, sampled, strict=True)],
+            [len(prompt) for prompt in prompts],
+            torch.tensor([bool(response.ids[-1] == self.chat_format.terminator_id) for response in sampled]),
+            list(index),
+            None if any(each is None for each in logprobs) else logprobs,
+        )
+
+    @torch.no_grad()
+    def score(self, responses: Responses, prompts: Sequence[Sequence[Message]], example_ids: Sequence[str]) -> Tensor:
+        """Scores [B] float32, as the reward source gives them; it is shown an end only where there is one.
+
+        `prompts` are the conversations that the responses answer, `example_ids` their names. Raises `TrainingError`
+        naming the prompts for a score that is not finite, and when a function raises or gives too few.
+        """
+        try:
+            with self.arithmetic():
+                scores = self.scorer(prompts, responses.texts(self.chat_format), responses.ended.tolist())
+        except ModelError as error:
+            raise TrainingError(f"model.reward_model: {error}, asked about {first_few(example_ids)}") from error
+        check_scores(scores, example_ids, self.scorer.name)
+        return scores.to(responses.rows[0].device)
+
+    @torch.no_grad()
+    def logprobs(self, responses: Responses, *, values: bool = True) -> TokenNumbers:
+        """Log-probs of policy and reference and, with `values`, the values of the responses' tokens."""
+        device, lengths = responses.rows[0].device, responses.lengths
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        numbers = TokenNumbers(mask, *(torch.zeros(mask.shape, device=device) for _ in range(3)))
+        order = sorted(range(len(responses.rows)), key=lambda i: len(responses.rows[i]))
+        for start in range(0, len(order), self.micro_batch_size):
+            part = order[start : start + self.micro_batch_size]
+            with self.arithmetic():
+                rows = self.padded(responses.select(part))
+                own, estimates = self.forward(rows, values=values)
+                others = None if self.reference is None else self.reference(*rows)
+            others = None if others is None else others.tokens[others.mask]
+            for target, flat in zip(numbers[1:], (own, others, estimates), strict=True):
+                if flat is not None:
+                    target[part] = scatter_to_mask(flat.float(), mask[part])
+        return numbers
+
+    def padded(self, responses: Responses) -> PaddedRows:
+        """Rows for `forward`, on the responses' device."""
+        return padded_rows(responses, pad_id=self.chat_format.pad_id, device=responses.rows[0].device)
+
+    def forward(self, rows: PaddedRows, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and values of the N response tokens of R rows, [N] each, in one pass; gradients go through."""
+        states = self.policy.states(*rows)
+        logprobs = self.policy.logprobs(states)
+        flat = logprobs.tokens[logprobs.mask]
+        if self.value is None or not values:
+            return flat, None
+        return flat, self.value(*rows) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+
+
+def without_adapters(policy: CausalLM) -> Reference:
+    """The reference that is the policy with its adapters switched off."""
+
+    def logprobs(*rows: Tensor) -> ResponseLogprobs:
+        with policy.adapters_off():
+            return policy(*rows)
+
+    return logprobs

@@ -1,0 +1,97 @@
+"""What is seen of PPO's rollouts: the progress bar, loggers, a picture of reward against KL, and samples."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from rlhf_lightning.rollouts import Responses
+from rlhf_lightning.training.logs import let_monitor
+from rlhf_lightning.training.pictures import Point, reward_against_kl
+from rlhf_lightning.training.samples import cell
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.ppo import PPO
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 4
+
+
+class RolloutLog:
+    """Shows and logs the rollouts of a module; it keeps the path of the run over KL and reward, for its picture."""
+
+    def __init__(self, module: PPO) -> None:
+        self.module = module
+        self.path: list[Point] = []
+
+    def state(self) -> list[list[float]]:
+        """The path, for a checkpoint."""
+        return [list(point) for point in self.path]
+
+    def restore(self, state: list[list[float]]) -> None:
+        self.path = [Point(*point) for point in state]
+
+    def show(self, **numbers: Any) -> None:
+        """In the progress bar, at once."""
+        trainer = self.module.trainer
+        trainer.progress_bar_metrics.update(numbers)
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar) and bar.is_enabled:
+            bar._update_metrics(trainer, self.module)
+        elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            bar.train_progress_bar.set_postfix(bar.get_metrics(trainer, self.module))
+
+    def numbers(self, numbers: dict[str, float]) -> None:
+        """Log the means of a rollout and of its updates as `train/NAME`; call once a rollout is learned from."""
+        module, trainer = self.module, self.module.trainer
+        if module.rollouts_done == 1 and numbers["missing_eos"] == 1:
+            chat_format = trainer.datamodule.chat_format
+            log.warning(
+                "no reply of the first rollout ended: the policy may not know its tokenizer's terminator %r; train it "
+                "with SFT first, or raise model.max_new_tokens",
+                chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
+            )
+        self.path.append(Point(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
+        values = {f"train/{name}": value for name, value in numbers.items() if name != "moved"}
+        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if module.device.type == "cuda":
+            values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
+        let_monitor(module, values)
+        for logger in module.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        for board in self._boards():
+            picture = reward_against_kl(self.path)
+            board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")
+        if not sys.stderr.isatty():
+            log.info(
+                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f",
+                *(module.rollouts_done, trainer.global_step, numbers["reward"], numbers["reward_with_kl"]),
+                *(numbers["kl"], numbers["response_length"], numbers["clip_fraction"]),
+            )
+
+    def samples(self, responses: Responses, scores: Tensor, kl: Tensor) -> None:
+        """A few responses with their rewards, as the text `replies`."""
+        chat_format = self.module.trainer.datamodule.chat_format
+        for board in self._boards():
+            lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
+            for i in range(min(_SAMPLES, len(responses.rows))):
+                ids, start = responses.rows[i].tolist(), responses.prompt_lengths[i]
+                prompt = chat_format.tokenizer.decode(ids[:start])
+                response = chat_format.decode_after(ids[:start], ids[start:])
+                response += "" if responses.ended[i] else " [not ended]"
+                lines.append(f"| {cell(prompt)} | {cell(response)} | {scores[i]:.3f} | {kl[i]:.2f} |")
+            board.experiment.add_text("replies", "\n".join(lines), self.module.trainer.global_step)
+
+    def _boards(self) -> list[TensorBoardLogger]:
+        """Where pictures and texts go, every `log_every_n_steps` rollouts; nowhere in between."""
+        trainer, every = self.module.trainer, self.module.trainer.log_every_n_steps
+        if not trainer.is_global_zero or not every or self.module.rollouts_done % every:
+            return []
+        return [logger for logger in self.module.loggers if isinstance(logger, TensorBoardLogger)]
