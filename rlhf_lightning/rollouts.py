@@ -126,7 +126,7 @@ class Rollouts:
     chat_format: ChatFormat
     engine: RolloutEngine
     max_new_tokens: int
-    micro_batch_size: int
+    micro_batch_size: int = 8
     scorer: RewardSource | None = None
     reference: Reference | None = None
     value: ValueNetwork | RewardHead | None = None

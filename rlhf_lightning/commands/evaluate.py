@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.table import Table
 
+from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_NAME
 from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
@@ -31,7 +31,6 @@ from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.files.locks import alone
-from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations
 from rlhf_lightning.report.markdown import to_markdown
 from rlhf_lightning.report.page import to_html
 from rlhf_lightning.report.sections import report
@@ -57,8 +56,6 @@ goes on where it was.
 def run(arguments: Sequence[str]) -> int:
     """Evaluate, write, print the verdicts, and return the exit code. Raises `UserError`."""
     settings = parse(arguments)
-    if settings is None:
-        return 0
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"out: {out} is a file; name a directory")
@@ -88,25 +85,9 @@ def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> EvaluationSettings | None:
-    """The settings of a command line; None when it asked for help or for the configuration. Raises `UserError`."""
-    bound_parsers()
-    check_configurations(arguments)
-    parser = ArgumentParser(prog="rlhf-lightning evaluate", description=_USAGE, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with these keys; several are layered.")
-    parser.add_class_arguments(EvaluationSettings, nested_key=None)
-    try:
-        parsed = parser.parse_args(list(arguments))
-    except Exception as error:
-        if isinstance(error, SystemExit):
-            raise
-        raise ConfigurationError(f"evaluate: {_one_line(error)}") from error
-    parsed.pop("config", None)
-    return EvaluationSettings(**parser.instantiate_classes(parsed).as_dict())
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+def parse(arguments: Sequence[str]) -> EvaluationSettings:
+    """The settings of a command line. Raises `UserError`, and SystemExit after `--help` or `--print_config`."""
+    return parse_settings(EvaluationSettings, "evaluate", _USAGE, arguments)
 
 
 def _prepared(settings: EvaluationSettings, out: Path) -> EvaluationSettings:

@@ -10,7 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("pipeline", *TRAINER_COMMANDS, "evaluate", "doctor", "plan", "export")
+COMMANDS = ("pipeline", *TRAINER_COMMANDS, "evaluate", "generate", "doctor", "plan", "export")
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -23,6 +23,8 @@ commands:
   test       evaluate on the test pairs         [--ckpt_path FILE]
   predict    write the scores of the test pairs [--ckpt_path FILE]
   evaluate   judge models without training, and write a report: reward model, RewardBench, policy, refusal, toxicity
+  generate   sample a policy's responses, score them, write them as samples, preference pairs or the best of n
+             --policy MODEL --prompts FILE --out FILE.jsonl [--reward_model MODEL] [--rows samples|pairs|best]
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
   plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
@@ -36,6 +38,8 @@ examples:
   rlhf-lightning fit --config configs/ppo.yaml --model.backbone models/sft --model.reward_model models/reward_model
   rlhf-lightning test --config configs/reward_model.yaml --ckpt_path CHECKPOINT
   rlhf-lightning evaluate --config configs/evaluate.yaml --reward_model models/reward_model --pairs pairs.jsonl
+  rlhf-lightning generate --policy models/policy --prompts prompts.jsonl --out pairs.jsonl --rows pairs --reward_model \
+      models/reward_model
   rlhf-lightning fit --config configs/reward_model.yaml --print_config
   rlhf-lightning doctor pairs.jsonl --data.tokenizer Qwen/Qwen2-0.5B --html doctor.html
   rlhf-lightning doctor --config configs/reward_model.yaml
@@ -81,6 +85,8 @@ def _run(argv: Sequence[str] | None) -> int:
             return _run_pipeline(arguments[1:])
         if command == "evaluate":
             return _run_evaluate(arguments[1:])
+        if command == "generate":
+            return _run_generate(arguments[1:])
         if command == "doctor":
             return _run_doctor(arguments[1:])
         if command == "plan":
@@ -163,6 +169,16 @@ def _run_evaluate(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from rlhf_lightning.commands.evaluate import run
     from rlhf_lightning.commands.fit import quieten
+
+    quieten()
+    return run(arguments)
+
+
+def _run_generate(arguments: list[str]) -> int:
+    """Sample, score and write responses."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from rlhf_lightning.commands.fit import quieten
+    from rlhf_lightning.commands.generate import run
 
     quieten()
     return run(arguments)

@@ -28,6 +28,7 @@ from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, output_layer
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 from rlhf_lightning.rewards.scorers import EncodedRow, padded
+from rlhf_lightning.rollouts import Rollouts
 
 _CHUNK = 512
 """Reply tokens whose logits exist at a time, of both models."""
@@ -106,25 +107,24 @@ def generate_replies(
     missing = [key for key in wanted if places[key] not in ledger.known]
     missing.sort(key=lambda key: len(encoded[key[0]]))  # prompts of like length share a batch
 
-    def draw(part: Sequence[tuple[str, int]]) -> list[GeneratedReply]:
-        drawn = engine.draw(
-            policy,
-            [encoded[name] for name, _ in part],
-            [seed_of(seed, name, sample) for name, sample in part],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            terminator_id=chat_format.terminator_id,
-            pad_id=chat_format.pad_id,
+    rollouts = Rollouts(policy, chat_format, engine, max_new_tokens=max_new_tokens)
+
+    def sample(part: Sequence[tuple[str, int]]) -> list[GeneratedReply]:
+        seeds = [seed_of(seed, *key) for key in part]
+        responses = rollouts.sample(
+            [encoded[name] for name, _ in part], seeds, index=range(len(part)), temperature=temperature
         )
         return [
-            _reply(chat_format, key, encoded[key[0]].tolist(), reply.ids.tolist())
-            for key, reply in zip(part, drawn, strict=True)
+            GeneratedReply(*key, text, int(length), bool(ended), tuple(row[-length:].tolist()))
+            for key, text, length, ended, row in zip(
+                part, responses.texts(chat_format), responses.lengths, responses.ended, responses.rows, strict=True
+            )
         ]
 
     at_a_time = keep_every * ranks.size
     for start in range(0, len(missing), at_a_time):
         part = missing[start : start + at_a_time]
-        made = ranks.each(part, draw)
+        made = ranks.each(part, sample)
         ledger.add({places[key]: asdict(reply) for key, reply in zip(part, made, strict=True)})
     found = (ledger.known[places[key]] for key in wanted)
     return [GeneratedReply(**{**entry, "ids": tuple(entry["ids"])}) for entry in found]
@@ -146,11 +146,6 @@ def _encoded(
                 "positions of the model; lower max_new_tokens, or leave the prompt out"
             )
     return {prompt.example_id: torch.tensor(row, device=device) for prompt, row in zip(prompts, rows, strict=True)}
-
-
-def _reply(chat_format: ChatFormat, key: tuple[str, int], prompt: list[int], ids: list[int]) -> GeneratedReply:
-    text, ended = chat_format.reply_text(prompt, ids), ids[-1] == chat_format.terminator_id
-    return GeneratedReply(*key, text, len(ids), ended, tuple(ids))
 
 
 def _hash(value: Any) -> str:

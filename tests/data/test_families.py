@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.errors import DataError, ModelError
-from rlhf_lightning.evaluation.generate import _reply
 from rlhf_lightning.rewards.scorers import encode_rows
 from rlhf_lightning.rollouts import Responses
 from tests.data.chat_formats import CHATML, byte_tokenizer
@@ -175,7 +174,6 @@ def test_the_reward_model_reads_the_indent_of_a_reply():
     row = torch.tensor([*prompt, *ids, form.terminator_id])
     responses = Responses([row], [len(prompt)], torch.tensor([True]), [0])
     assert responses.texts(form) == [" def f():\n    pass"]  # one blank is the template's
-    assert _reply(form, ("p", 0), prompt, [*ids, form.terminator_id]).text == " def f():\n    pass"
 
 
 # ---- where a turn ends ---------------------------------------------------------------------------------------

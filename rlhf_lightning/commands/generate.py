@@ -1,0 +1,271 @@
+"""The command `generate`: a policy's responses to prompts, scored, as samples, preference pairs or the best of n."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from rlhf_lightning.commands.settings import parse_settings
+from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.examples import OnBadRows, PromptExample
+from rlhf_lightning.data.prompts import load_prompts
+from rlhf_lightning.data.sources import Source
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.evaluation.generate import GeneratedReply, generate_replies
+from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, check_devices, launch
+from rlhf_lightning.evaluation.settings import Dtype
+from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.files.locks import alone
+from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.rewards.functions import check_text_of, names_function
+from rlhf_lightning.rewards.scorers import load_policy, move
+from rlhf_lightning.rewards.source import RewardSource, check_scores
+from rlhf_lightning.terminal import say
+
+log = logging.getLogger(__name__)
+
+Rows = Literal["samples", "pairs", "best"]
+
+_USAGE = """rlhf-lightning generate --policy MODEL --prompts FILE --out FILE.jsonl [--reward_model MODEL] [--rows KIND]
+
+Samples responses of a policy to prompts, scores them with a reward model or a function, and writes rows that the other
+commands read: `samples`, every response with its score; `pairs`, the best and the worst response to each prompt as
+chosen and rejected; `best`, the best response to each prompt (best of n). A run that was cut off goes on where it was.
+"""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What is generated, and what is written of it.
+
+    Args:
+        policy: Directory or hub name of a causal language model, whole or LoRA adapters alone.
+        prompts: Prompts or preference pairs, whose prompts are taken: a file, a directory or a hub data set.
+        out: The file of the rows, JSON Lines. What was sampled is kept beside it, in `.NAME.kept/`.
+        rows: `samples`, every response; `pairs`, best and worst of each prompt; `best`, the best of each prompt.
+        reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
+            `module:function` of yours. `samples` alone can do without.
+        reward_chat_template: The text that it reads: `plain`, `pair`, `transcript` or a Jinja file; when not given, its
+            tokenizer's chat template, else the transcript.
+        num_generations: Responses to each prompt.
+        temperature: Sampling temperature; 0 takes the most likely tokens.
+        max_new_tokens: Longest response, in tokens.
+        min_score_gap: Pairs are written where the scores of best and worst differ by more than this.
+        require_eos: Leave out of `pairs` and `best` responses that did not end with an EOS token within
+            `max_new_tokens`: learned from, they teach a policy to stop in the middle.
+        prompts_split: Which files of a directory or hub data set these are.
+        max_prompts: The first so many prompts.
+        on_bad_rows: `error` refuses prompts with unusable rows and names them; `drop` leaves such rows out.
+        batch_size: Responses sampled or scored at a time; changes no row, but for rounding.
+        device: Where it computes; a GPU where there is one when not given.
+        devices: Processes on this machine, each with a device of its own and a share of the prompts.
+        dtype: Of the weights and arithmetic of policy and reward model.
+        seed: Of the sampling. A response depends on the seed, its prompt's id and its number alone.
+        trust_remote_code: Run code that comes with models.
+    """
+
+    policy: str
+    prompts: Source
+    out: str
+    rows: Rows = "samples"
+    reward_model: str | None = None
+    reward_chat_template: str | None = None
+    num_generations: PositiveInt = 4
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt = 256
+    min_score_gap: NonNegativeFloat = 0.0
+    require_eos: bool = True
+    prompts_split: Literal["train", "val", "test"] = "train"
+    max_prompts: PositiveInt | None = None
+    on_bad_rows: OnBadRows = "error"
+    batch_size: PositiveInt = 16
+    device: str | None = None
+    devices: PositiveInt = 1
+    dtype: Dtype = "float32"
+    seed: NonNegativeInt = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The responses to one prompt, with their scores where there is something that scores."""
+
+    prompt: PromptExample
+    responses: Sequence[GeneratedReply]
+    scores: Sequence[float] | None
+
+    def ranked(self, *, require_eos: bool) -> list[tuple[float, GeneratedReply]]:
+        """Responses that hold a text, worst first; of equal scores the later one first."""
+        both = zip(self.scores, self.responses, strict=True)
+        return sorted(
+            ((score, each) for score, each in both if each.text.strip() and (each.ended or not require_eos)),
+            key=lambda scored: (scored[0], -scored[1].sample),
+        )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Generate, write, say what was written, and return the exit code. Raises `UserError`."""
+    settings = parse_settings(GenerationSettings, "generate", _USAGE, arguments)
+    check(settings)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_devices(device, settings.devices)
+    ranks = launch(device, settings.devices)
+    out = Path(settings.out)
+    busy = f"out: {out}: another process is writing there; wait for its end, or give another file"
+    try:
+        with ExitStack() as locks:
+            ranks.once(lambda: locks.enter_context(alone(_kept(out) / ".lock", busy)) and None)
+            scored = generate(settings, ranks)
+            if ranks.rank == 0:
+                _write(settings, scored)
+    except FailedElsewhere:  # process 0 says why
+        return 0
+    return 0
+
+
+def check(settings: GenerationSettings) -> None:
+    """Refuse settings that contradict each other, before a model is loaded. Raises `ConfigurationError`."""
+    if Path(settings.out).is_dir():
+        raise ConfigurationError(f"out: {settings.out} is a directory; name a file, such as pairs.jsonl")
+    if settings.rows != "samples" and settings.reward_model is None:
+        raise ConfigurationError(f"rows: {settings.rows} are chosen by their scores; give reward_model")
+    if settings.rows != "samples" and settings.num_generations < 2:
+        raise ConfigurationError(f"rows: {settings.rows} need several responses; set num_generations to 2 or more")
+    if settings.num_generations > 1 and settings.temperature == 0:
+        raise ConfigurationError("temperature: at 0 all responses to a prompt are the same; set num_generations to 1")
+    check_text_of(settings.reward_model, settings.reward_chat_template)
+
+
+def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
+    """The responses to every prompt, with their scores, in all processes. Raises `UserError`."""
+    prompts, report = load_prompts(settings.prompts, split=settings.prompts_split, on_bad_rows=settings.on_bad_rows)
+    prompts = prompts[: settings.max_prompts]
+    log.info("prompts: %d, of %d rows of %s", len(prompts), report.rows_read, report.source)
+    policy = load_policy(settings.policy, trust_remote_code=settings.trust_remote_code)
+    dtype = getattr(torch, settings.dtype)
+    move(policy.eval().requires_grad_(False), torch.device(ranks.device), dtype)
+    responses = generate_replies(
+        policy,
+        ChatFormat(load_tokenizer(settings.policy, trust_remote_code=settings.trust_remote_code)),
+        prompts,
+        samples=settings.num_generations,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        engine=TransformersEngine(settings.batch_size),
+        model=weights_fingerprint(policy),
+        file=_kept(Path(settings.out)) / "responses.jsonl",
+        keep_every=4 * settings.batch_size,
+        ranks=ranks,
+    )
+    del policy
+    scores = _scores(settings, prompts, responses, dtype, ranks)
+    count = settings.num_generations
+    parts = [slice(start, start + count) for start in range(0, len(responses), count)]
+    return [
+        Scored(prompt, responses[part], None if scores is None else scores[part])
+        for prompt, part in zip(prompts, parts, strict=True)
+    ]
+
+
+def _kept(out: Path) -> Path:
+    return out.parent / f".{out.name}.kept"
+
+
+def _scores(
+    settings: GenerationSettings,
+    prompts: Sequence[PromptExample],
+    responses: Sequence[GeneratedReply],
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> list[float] | None:
+    """The score of each response. Raises `TrainingError` naming the prompts of scores that are not finite."""
+    if settings.reward_model is None:
+        return None
+    source = RewardSource(
+        settings.reward_model,
+        chat_template=settings.reward_chat_template,
+        batch_size=settings.batch_size,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    source.to(torch.device(ranks.device), dtype)
+    by_id = {prompt.example_id: prompt for prompt in prompts}
+
+    def score(part: Sequence[GeneratedReply]) -> list[float]:
+        conversations = [by_id[each.prompt_id].prompt for each in part]
+        scores = source(conversations, [each.text for each in part], [each.ended for each in part])
+        check_scores(scores, [each.prompt_id for each in part], source.name)
+        return scores.tolist()
+
+    if names_function(settings.reward_model):  # which may tell responses apart by what it has seen
+        return ranks.once(lambda: score(responses))
+    return ranks.each(responses, score)
+
+
+def _write(settings: GenerationSettings, scored: Sequence[Scored]) -> None:
+    rows = list({"samples": _samples, "pairs": _pairs, "best": _best}[settings.rows](settings, scored))
+    if not rows:
+        raise ConfigurationError(
+            f"rows: no {settings.rows} came of {len(scored)} prompts ({_why(settings, scored)}); raise max_new_tokens, "
+            "num_generations or temperature, or lower min_score_gap"
+        )
+    out = Path(settings.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    say(f"{out}: {len(rows)} {settings.rows} of {len(scored)} prompts; {_why(settings, scored)}")
+
+
+def _why(settings: GenerationSettings, scored: Sequence[Scored]) -> str:
+    """What the responses were like, in words."""
+    responses = [response for each in scored for response in each.responses]
+    ended = sum(response.ended for response in responses)
+    words = f"{ended} of {len(responses)} responses ended with an EOS token"
+    scores = [score for each in scored for score in each.scores or ()]
+    if scores:
+        mean = math.fsum(scores) / len(scores)
+        best = math.fsum(max(each.scores) for each in scored) / len(scored)
+        words += f", mean score {mean:.4f}, mean of the best of {settings.num_generations} {best:.4f}"
+    return words
+
+
+def _samples(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    for each in scored:
+        for place, response in enumerate(each.responses):
+            row = {"id": f"{each.prompt.example_id}#{response.sample}", "prompt": list(each.prompt.prompt)}
+            row |= {"response": response.text, "ended": response.ended, "tokens": response.tokens}
+            yield row if each.scores is None else row | {"score": each.scores[place]}
+
+
+def _best(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    for each in scored:
+        if ranked := each.ranked(require_eos=settings.require_eos):
+            score, response = ranked[-1]
+            row = {"id": each.prompt.example_id, "prompt": list(each.prompt.prompt)}
+            yield row | {"response": response.text, "score": score}
+
+
+def _pairs(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    for each in scored:
+        ranked = each.ranked(require_eos=settings.require_eos)
+        if len(ranked) < 2:
+            continue
+        (low, worst), (high, best) = ranked[0], ranked[-1]
+        if high - low > settings.min_score_gap and best.text != worst.text:
+            yield {
+                "id": each.prompt.example_id,
+                "prompt": list(each.prompt.prompt),
+                "chosen": best.text,
+                "rejected": worst.text,
+                "score_chosen": high,
+                "score_rejected": low,
+            }
