@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
+
+from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.leftovers import held_directory, remove_abandoned, temporary_directory
 
 TINY = "builtin:tiny"
 """Name under which a model key asks for the built-in tiny model."""
@@ -34,19 +36,21 @@ def resolve_model(name_or_path: str) -> str:
     texts = builtin_texts()
     # The name says what it was made of, by what: a stale copy in the cache is never used.
     directory = cache / f"tiny-{hashlib.sha256(repr((texts, Path(__file__).read_text())).encode()).hexdigest()[:12]}"
+    remove_abandoned(cache)
     if directory.is_dir():
         return str(directory)
-    try:
+    with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home
-        cache = Path(tempfile.mkdtemp(prefix="rlhf_lightning-"))
-        directory = cache / directory.name
-    made = Path(tempfile.mkdtemp(dir=cache, prefix="making-"))
-    make_tiny_model(made, texts)
-    try:
-        made.rename(directory)
-    except OSError:  # another process was faster
-        shutil.rmtree(made)
+    if not os.access(cache, os.W_OK):  # a read-only home
+        directory = temporary_directory() / directory.name
+    if not directory.is_dir():
+        with writing_to(directory), held_directory(directory) as made:
+            make_tiny_model(made, texts)
+            try:
+                made.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # else another process was faster
+                    raise
     return str(directory)
 
 

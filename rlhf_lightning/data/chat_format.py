@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
+from rlhf_lightning.files.leftovers import held_directory, temporary_directory
 from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
@@ -407,9 +407,9 @@ class ChatFormat(ChatText):
         if core is not None:
             digest.update(core.to_str().encode())
         else:
-            with tempfile.TemporaryDirectory() as directory:
+            with held_directory(temporary_directory() / "tokenizer") as directory:
                 self.tokenizer.save_pretrained(directory)
-                for file in sorted(Path(directory).iterdir()):
+                for file in sorted(directory.iterdir()):
                     digest.update(file.read_bytes())
         rules = (_RULES, self.template, sorted(self.template_arguments.items()), self.start_ids, self.terminator_id)
         spelling = (self.prompt_tail, self.opening, self.response_lead, self.response_trail, self.end)

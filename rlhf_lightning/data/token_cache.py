@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -19,6 +18,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.leftovers import (
+    held_directory,
+    remove_abandoned,
+    remove_temporary_leftovers,
+    temporary_directory,
+)
 from rlhf_lightning.files.locks import current_umask
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,8 @@ def cached_directory(key: str, make: Callable[[Path], None], *, cache_dir: str |
     its maker lets, and where an entry cannot be made there, it lives in a temporary directory, for this process alone.
     """
     entry = _default_cache(cache_dir) / key
+    remove_temporary_leftovers()
+    remove_abandoned(entry.parent)
     if _is_whole(entry):  # of another user too, who may share it without letting us write
         _mark_as_read(entry)
         return entry
@@ -50,7 +57,7 @@ def cached_directory(key: str, make: Callable[[Path], None], *, cache_dir: str |
         return _made(cache, key, make)
     except _OfAnother as error:
         log.warning("%s: belongs to another user, so token ids are kept for this process alone", error)
-        return _made(_temporary_cache(), key, make)
+        return _made(temporary_directory(), key, make)
 
 
 class _OfAnother(Exception):
@@ -70,20 +77,15 @@ def _made(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
         if not _is_whole(entry):
             if entry.exists():
                 log.warning("%s: this cache entry is damaged, so it is made anew", entry)
-            for leftover in (entry, *cache.glob(f"{key}-*")):  # of a process that was killed; the lock is ours
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(entry, ignore_errors=True)
             if entry.exists():
                 raise _OfAnother(entry)
             _prune(cache)
-            made = Path(tempfile.mkdtemp(dir=cache, prefix=f"{key}-"))
-            try:
-                with writing_to(cache):
-                    make(made)
-                    (made / _CONTENTS).write_text(json.dumps(_checksums(made)), encoding="utf-8")
-                made.chmod(0o777 & ~current_umask())  # mkdtemp's are for their user alone
+            with writing_to(cache), held_directory(entry) as made:
+                make(made)
+                (made / _CONTENTS).write_text(json.dumps(_checksums(made)), encoding="utf-8")
+                made.chmod(0o777 & ~current_umask())  # it was made for its user alone
                 made.rename(entry)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
         _mark_as_read(entry)
     return entry
 
@@ -104,7 +106,7 @@ def writable_cache(cache_dir: str | Path | None = None) -> Path:
     except OSError:
         pass
     log.warning("%s: cannot be written to, so token ids are kept for this process alone", cache)
-    return _temporary_cache()
+    return temporary_directory()
 
 
 def _default_cache(cache_dir: str | Path | None) -> Path:
@@ -131,11 +133,6 @@ def _checksums(entry: Path) -> dict[str, list[int]]:
                     size, checksum = size + len(block), zlib.crc32(block, checksum)
             files[file.name] = [size, checksum]
     return files
-
-
-@functools.cache
-def _temporary_cache() -> Path:
-    return Path(tempfile.mkdtemp(prefix="rlhf_lightning-"))
 
 
 def _prune(cache: Path) -> None:

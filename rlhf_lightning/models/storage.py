@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import glob
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,10 +19,8 @@ import xxhash
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import writing_to
-from rlhf_lightning.files.leftovers import held_directory, is_abandoned
+from rlhf_lightning.files.leftovers import held_directory, remove_abandoned
 from rlhf_lightning.files.locks import current_umask
-
-log = logging.getLogger(__name__)
 
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
 _MARK = "rlhf_lightning.json"
@@ -127,7 +122,7 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
                 _put_in_place(made, directory)
         finally:
             _under_way.discard(made)
-            _undo(stage, directory)
+            _put_back(stage, directory)
 
 
 def check_weights(directory: str | Path) -> None:
@@ -236,19 +231,14 @@ def _move_into(made: Path, directory: Path) -> None:
 
 def _clear_leftovers(directory: Path) -> None:
     """Undo what processes that were killed while they replaced a directory have left, and say so."""
-    name = re.compile(rf"\.{re.escape(directory.name)}\.[a-z0-9_]{{8}}\.part")
-    for stage in sorted(directory.parent.glob(f".{glob.escape(directory.name)}.*.part")):
-        if name.fullmatch(stage.name) and is_abandoned(stage):
-            log.info("%s: removed, left by a process that was killed while it wrote %s", stage, directory.name)
-            _undo(stage, directory)
+    remove_abandoned(directory.parent, directory.name, lambda stage: _put_back(stage, directory))
 
 
-def _undo(stage: Path, directory: Path) -> None:
-    """Remove where a model was made; what it was to replace is put back if nothing has taken its place."""
+def _put_back(stage: Path, directory: Path) -> None:
+    """What a model made in `stage` was to replace is put back, if nothing has taken its place."""
     if (stage / _OLD).is_dir() and not directory.exists():
         with suppress(OSError):  # another process was faster
             (stage / _OLD).rename(directory)
-    shutil.rmtree(stage, ignore_errors=True)
 
 
 def end_at(directory: str | Path, terminator_id: int) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.leftovers import held_directory, remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class ReferenceCache:
         root = Path(cache_dir or home / "rlhf_lightning" / "references").expanduser()
         self.directory = root / hashlib.sha256(repr((*key, _code())).encode()).hexdigest()[:32]
         self.directory.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.directory)
         described = self.directory / "key.json"
         if not described.exists() and os.access(self.directory, os.W_OK):
             _replace(described, json.dumps([str(part) for part in key], indent=2).encode())
@@ -101,7 +103,7 @@ class ReferenceCache:
         _replace(self.directory / f"{secrets.token_hex(8)}.part", zlib.crc32(content).to_bytes(4, "little") + content)
 
     def _parts(self) -> Iterator[np.ndarray]:
-        for file in sorted(self.directory.glob("*.part")):
+        for file in sorted(self.directory.glob("[!.]*.part")):
             content = file.read_bytes()
             body = content[4:]
             if (
@@ -130,12 +132,9 @@ def _code() -> str:
 
 def _replace(file: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
-    half_written = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with writing_to(file), half_written.open("wb") as stream:
+    with writing_to(file), held_directory(file) as made:
+        with (made / file.name).open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        half_written.replace(file)
-    finally:
-        half_written.unlink(missing_ok=True)
+        (made / file.name).replace(file)

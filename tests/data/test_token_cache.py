@@ -81,7 +81,7 @@ def run(code, *arguments, **options):
     )
 
 
-def test_a_process_killed_in_the_middle_leaves_no_entry_and_the_next_clears_up(tmp_path):
+def test_a_process_killed_in_the_middle_leaves_no_entry_and_the_next_clears_up(tmp_path, caplog):
     code = """
 import sys, time
 from rlhf_lightning.data.token_cache import cached_directory
@@ -93,13 +93,18 @@ cached_directory("key", make, cache_dir=sys.argv[1])
 """
     with run(code, tmp_path) as process:
         assert process.stdout.readline() == "writing\n"
-        assert len([name for name in names(tmp_path) if name.startswith("key-")]) == 1
+        (half_made,) = tmp_path.glob(".key.*.part")
+        cached_directory("other", Maker(), cache_dir=tmp_path)
+        assert half_made.is_dir(), "of a living process"
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "key").exists()
+    with caplog.at_level("INFO"):
+        cached_directory("other", Maker(), cache_dir=tmp_path)
+    assert str(half_made) in caplog.text
+    assert names(tmp_path) == ["other"]
     make = Maker()
     assert (cached_directory("key", make, cache_dir=tmp_path) / "file").read_text() == "whole"
     assert make.calls == 1
-    assert names(tmp_path) == ["key"]
 
 
 def test_of_two_processes_at_once_one_makes_the_entry_and_the_other_waits_for_it(tmp_path):
@@ -434,7 +439,7 @@ def test_what_another_user_has_in_the_way_is_named_and_a_temporary_directory_tak
     monkeypatch.setattr(token_cache.FileLock, "acquire", acquired)
     monkeypatch.setattr(token_cache.shutil, "rmtree", removed)
     found = cached_directory("key", Maker(), cache_dir=tmp_path)
-    assert found.parent == token_cache._temporary_cache()
+    assert found.parent == token_cache.temporary_directory()
     assert (found / "file").read_text() == "whole"
     assert f"{tmp_path / 'key'}" in caplog.text
     assert "belongs to another user" in caplog.text
