@@ -36,6 +36,10 @@ BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
 """The sets that come with the package, and how their files' names begin."""
 _PARQUET_ROWS = 1024
 """Rows of a parquet file that are Python objects at a time."""
+_JSON_CHARACTERS = 1 << 20
+"""Characters of a .json file that are read at a time."""
+_JSON_BLANKS = re.compile(r"[ \t\n\r]*")
+_LIST_BEGIN, _ITEM_END = re.compile(r"[ \t\n\r]*\["), re.compile(r"[ \t\n\r]*([,\]])")
 _SIGNATURES = {
     b"PAR1": ("a parquet file", (".parquet",)),
     b"\x1f\x8b": ("gzip data", (".jsonl.gz",)),
@@ -319,11 +323,43 @@ def _jsonl_values(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_values(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(_list_items(path)):
+        yield _as_object(row, f"{path}, row {number}")
+
+
+def _list_items(path: Path) -> Iterator[Any]:
+    """The items of the list that a JSON file holds, with no more of its text in memory than an item needs.
+
+    Where the items cannot be told apart so, the whole text is parsed, which says what is wrong with it. Raises
+    `DataError`.
+    """
+    count = 0
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(_JSON_CHARACTERS)
+        begin = _LIST_BEGIN.match(text)
+        place = begin.end() if begin else 0
+        while begin:
+            place = _JSON_BLANKS.match(text, place).end()
+            try:
+                item, end = _DECODER.raw_decode(text, place)
+                delimiter = _ITEM_END.match(text, end)
+            except (ValueError, RecursionError):
+                delimiter = None
+            if delimiter:
+                yield item
+                count, place = count + 1, delimiter.end()
+                if delimiter[1] == "]":
+                    if (text[place:] + file.read()).strip(" \t\n\r"):
+                        break
+                    return
+            elif more := file.read(max(_JSON_CHARACTERS, len(text) - place)):  # the item may go on there
+                text, place = text[place:] + more, 0
+            else:
+                break
     rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds {_kind(rows)}, not a list of rows; write [{{...}}, ...] or use .jsonl")
-    for number, row in enumerate(rows):
-        yield _as_object(row, f"{path}, row {number}")
+    yield from rows[count:]
 
 
 def _csv_values(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tracemalloc
 import zlib
 
 import datasets
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_lightning.data import DataError, load_preferences
+from rlhf_lightning.data import DataError, load_preferences, sources
 from rlhf_lightning.data.sources import WeightedSource, described, fingerprint, has_split, read_rows, source_list
 
 ROWS = [
@@ -206,6 +207,48 @@ BAD_FILES = {
     "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "two columns are called 'chosen'; rename one"),
     "no_parquet.parquet": (b"PAR1 and so on", "not a readable parquet file"),
 }
+
+
+LISTS = [
+    json.dumps(ROWS),
+    json.dumps(ROWS, indent=4, ensure_ascii=False) + "\n \n",
+    ' \r\n[ {"a": [1, [], {}], "b": "],{\\"[\\\\"}\t, {"a": -1.5e3, "b": null} ]',
+    "[]",
+    "[\n ]",
+]
+NO_LISTS = [
+    '[{"a": 1},]',
+    '[{"a": 1}] x',
+    '[{"a": 1}, {"a": 2, "a": 3}]',
+    '[{"a": 1} {"a": 2}]',
+    '[{"a": 1}',
+    '{"a": 1}',
+    "",
+]
+
+
+@pytest.mark.parametrize("characters", [1, 2, 7, 64, 1 << 20])
+def test_a_list_read_in_parts_holds_what_its_whole_text_holds(tmp_path, monkeypatch, characters):
+    monkeypatch.setattr(sources, "_JSON_CHARACTERS", characters)
+    file = tmp_path / "rows.json"
+    for text in LISTS:
+        file.write_text(text, encoding="utf-8-sig")
+        assert list(sources._list_items(file)) == json.loads(text)
+    for text in NO_LISTS:
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"rows\.json: (not valid JSON|the key 'a' stands twice|holds a dict)"):
+            list(sources._list_items(file))
+
+
+def test_the_memory_to_read_a_list_does_not_grow_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_JSON_CHARACTERS", 1000)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS * 5000), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(tmp_path / "rows.json")) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 100_000 < (tmp_path / "rows.json").stat().st_size / 5
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
