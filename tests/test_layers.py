@@ -19,6 +19,7 @@ LAYERS = {
     "terminal": 0,
     "files": 0,
     "functional": 0,
+    "charts": 1,
     "metrics": 1,
     "data": 1,
     "models": 1,
@@ -72,6 +73,7 @@ def test_imports_point_down_the_layers(path):
         ("rlhf_lightning.functional", "lightning torchmetrics deepspeed datasets peft transformers"),
         ("rlhf_lightning.cli", "torch lightning deepspeed datasets peft transformers"),
         ("rlhf_lightning.commands.fit", "deepspeed datasets peft bitsandbytes flash_attn vllm wandb"),
+        ("rlhf_lightning.charts", "torch matplotlib"),
     ],
 )
 def test_importing_pulls_in_nothing_heavy(module, forbidden):

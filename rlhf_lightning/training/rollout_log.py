@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from rlhf_lightning.charts import RolloutPoint, reward_against_kl
 from rlhf_lightning.rollouts import Responses
 from rlhf_lightning.training.logs import let_monitor
-from rlhf_lightning.training.pictures import Point, reward_against_kl
 from rlhf_lightning.training.samples import cell
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ class RolloutLog:
 
     def __init__(self, module: PPO) -> None:
         self.module = module
-        self.path: list[Point] = []
+        self.path: list[RolloutPoint] = []
 
     def state(self) -> list[list[float]]:
         """The path, for a checkpoint."""
         return [list(point) for point in self.path]
 
     def restore(self, state: list[list[float]]) -> None:
-        self.path = [Point(*point) for point in state]
+        self.path = [RolloutPoint(*point) for point in state]
 
     def show(self, **numbers: Any) -> None:
         """In the progress bar, at once."""
@@ -58,7 +58,7 @@ class RolloutLog:
                 "with SFT first, or raise model.max_new_tokens",
                 chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
             )
-        self.path.append(Point(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
+        self.path.append(RolloutPoint(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
         values = {f"train/{name}": value for name, value in numbers.items() if name != "moved"}
         values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if module.device.type == "cuda":
