@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.files.disks import writing_to
 from rlhf_lightning.files.leftovers import held_directory, remove_abandoned, temporary_directory
+from rlhf_lightning.files.seals import check_seal, seal
+
+log = logging.getLogger(__name__)
 
 TINY = "builtin:tiny"
 """Name under which a model key asks for the built-in tiny model."""
@@ -38,7 +44,12 @@ def resolve_model(name_or_path: str) -> str:
     directory = cache / f"tiny-{hashlib.sha256(repr((texts, Path(__file__).read_text())).encode()).hexdigest()[:12]}"
     remove_abandoned(cache)
     if directory.is_dir():
-        return str(directory)
+        try:
+            check_seal(directory)
+            return str(directory)
+        except ModelError:
+            log.warning("%s: this model in the cache is damaged, so it is made anew", directory)
+            shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
     if not os.access(cache, os.W_OK):  # a read-only home
@@ -46,6 +57,7 @@ def resolve_model(name_or_path: str) -> str:
     if not directory.is_dir():
         with writing_to(directory), held_directory(directory) as made:
             make_tiny_model(made, texts)
+            seal(made)
             try:
                 made.rename(directory)
             except OSError:

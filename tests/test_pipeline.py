@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from rlhf_lightning.commands.pipeline.description import Stage, read_pipeline
 from rlhf_lightning.commands.pipeline.inputs import Contents, difference, inputs_of, own_code
 from rlhf_lightning.commands.pipeline.processes import server
 from rlhf_lightning.commands.pipeline.settings import Resolved, _settings, check_order, paths_in, resolve
+from rlhf_lightning.commands.pipeline.state import State
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.models.storage import replaced_model
@@ -374,9 +376,8 @@ def test_a_checkpoint_from_before_is_not_gone_on_from(ran):
 
 @pytest.mark.usefixtures("finished")
 def test_a_run_that_was_killed_when_all_but_the_record_was_made_ends_at_once(ran):
-    state = json.loads(Path("state/state.json").read_text())
-    state["stages"]["first"]["state"] = "running"
-    Path("state/state.json").write_text(json.dumps(state))
+    state = State(Path("state/state.json"))
+    state.put("first", replace(state.records["first"], state="running"))
     before = written("first")
     assert ran() == {"first": "done", "second": "unchanged"}
     assert written("first") == before
@@ -565,10 +566,20 @@ def test_a_pipeline_without_a_file_is_refused_and_help_helps(capsys):
 
 def test_a_state_of_another_version_is_refused(ran):
     Path("state").mkdir()
-    for text in ('{"format": 0}', "no json", '{"format": 1, "stages": {"first": {}}}'):
+    for text in ('{"format": 1}', "no json", '{"format": 2, "stages": {"first": {}}}', "[]"):
         Path("state/state.json").write_text(text)
         assert ran("--only", "first", code=2) == {}
         assert "state/state.json: is no state of a pipeline of this version" in ran.error
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_state_with_a_changed_digit_is_refused(ran):
+    file = Path("state/state.json")
+    text = file.read_text()
+    assert text.count("-18.0000") > 1
+    file.write_text(text.replace("-18.0000", "-19.0000", 1))
+    assert ran(code=2) == {}
+    assert "state/state.json: is no state of a pipeline of this version (damaged: its checksum is wrong)" in ran.error
 
 
 def test_configurations_are_layered_and_relative_to_the_file(ran, tmp_path, monkeypatch):

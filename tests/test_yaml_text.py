@@ -8,7 +8,7 @@ import yaml
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files import yaml_text
-from rlhf_lightning.files.yaml_text import check_yaml
+from rlhf_lightning.files.yaml_text import check_configurations, check_yaml, seal_configuration
 
 ALIASES = "a: &a [xxxx, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n"
 """6 values and characters in a, 19 with the list in b, 58 in c; with the keys and the mapping 6 + 19 + 58 + 3 + 1."""
@@ -63,3 +63,15 @@ def test_a_file_below_a_configuration_is_held_to_it_as_well(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--model", "model.yaml"]) == 2
     assert "aliases expand it" in capsys.readouterr().err
+
+
+def test_a_configuration_that_a_run_wrote_is_named_when_it_was_changed(tmp_path, caplog):
+    file = tmp_path / "config.yaml"
+    file.write_text("# a comment\nlr: 0.001\nname: déjà vu\n", encoding="utf-8")
+    seal_configuration(file)
+    check_configurations(["--config", str(file)])
+    assert caplog.text == ""
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["lr"] == 0.001
+    file.write_text(file.read_text(encoding="utf-8").replace("0.001", "0.003"), encoding="utf-8")
+    check_configurations([f"--config={file}"])
+    assert f"{file}: is not as its run wrote it" in caplog.text

@@ -34,7 +34,7 @@ from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
-from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations
+from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, seal_configuration
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
 from rlhf_lightning.planning.room_on_disk import RoomOnDisk
@@ -101,6 +101,10 @@ class SaveConfig(SaveConfigCallback):
             directory = Path(saved[0]).parent if saved else Path(trainer.default_root_dir)
             directory.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, directory / self.config_filename, skip_none=False, overwrite=True)
+            seal_configuration(directory / self.config_filename)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        seal_configuration(Path(trainer.log_dir) / self.config_filename)
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _save
 

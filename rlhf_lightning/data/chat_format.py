@@ -18,6 +18,7 @@ from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, TRANSCRIPT_TEMPLAT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.files.leftovers import held_directory, temporary_directory
+from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ _NEIGHBOURS = ("\n", "a", ".", "1", "-")
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none."""
+    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none, or a damaged one."""
     from transformers import AutoTokenizer
 
     from rlhf_lightning.tiny import resolve_model
 
     path = resolve_model(name_or_path)
+    check_seal(path, weights=False)
     if not Path(path).exists():
         use_cache_without_network()
     try:

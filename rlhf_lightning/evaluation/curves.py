@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.results import CurvePoint, RunCurves
+
+log = logging.getLogger(__name__)
+
+_FRAME = 16
+"""Bytes around each record of a log: its length, and the checksums of both."""
 
 
 def read_run(directory: str | Path) -> RunCurves:
@@ -14,7 +20,7 @@ def read_run(directory: str | Path) -> RunCurves:
 
     `directory` is one version of a run (`runs/ppo/version_0`), or holds several, of which the newest is taken; it
     keeps the name that was given. A step that was made twice, after a run was broken, counts as it was made last.
-    Raises `DataError` when there are no logs.
+    What stands behind a damaged record is left out, and the file named. Raises `DataError` when there are no logs.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,6 +31,7 @@ def read_run(directory: str | Path) -> RunCurves:
     home = files[-1].parent
     values: dict[str, dict[int, tuple[float, float]]] = {}
     for file in (file for file in files if file.parent == home):
+        _name_damage(file)
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
         for name in events.Tags()["scalars"]:
             for event in events.Scalars(name):
@@ -33,3 +40,12 @@ def read_run(directory: str | Path) -> RunCurves:
                     known[event.step] = (event.wall_time, event.value)
     curves = {name: [CurvePoint(step, of[step][1]) for step in sorted(of)] for name, of in sorted(values.items())}
     return RunCurves(str(directory), curves)
+
+
+def _name_damage(file: Path) -> None:
+    """Say where a log ends for its readers, which stop without a word at a record that is not whole."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    whole = sum(len(record) + _FRAME for record in RawEventFileLoader(str(file)).Load())
+    if whole < file.stat().st_size or whole == 0:
+        log.warning("%s: damaged or not written to its end; what stands behind byte %d is left out", file, whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +11,27 @@ import jsonargparse
 import yaml
 
 from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.files.disks import write_whole
+
+log = logging.getLogger(__name__)
 
 LARGEST, DEEPEST = 100_000, 100
 """Characters and values that aliases may expand a text to, where it is not that long itself; nesting of a text."""
+
+_SEAL = "# Written by a run of rlhf_lightning, CRC-32 "
+
+
+def seal_configuration(file: Path) -> None:
+    """Put a checksum above the text of a file, by which `check_configurations` tells that it was changed."""
+    text = file.read_text(encoding="utf-8")
+    write_whole(file, f"{_SEAL}{zlib.crc32(text.encode()):08x}\n{text}")
+
+
+def _name_change(path: Path, text: str) -> None:
+    """Say where what a run wrote has been changed: a flipped bit in a number makes another one that is as good."""
+    seal, _, rest = text.partition("\n")
+    if seal.startswith(_SEAL) and seal != f"{_SEAL}{zlib.crc32(rest.encode()):08x}":
+        log.warning("%s: is not as its run wrote it, edited or damaged; if you edited it, remove its first line", path)
 
 
 def check_yaml(text: str, *, largest: int = LARGEST, deepest: int = DEEPEST) -> None:
@@ -67,7 +87,10 @@ def bound_parsers() -> None:
 
 
 def check_configurations(arguments: Sequence[str]) -> None:
-    """Check the files after each `--config` of a command line. Raises `ConfigurationError`, which names the file."""
+    """Check the files after each `--config` of a command line, and name those that a run wrote and that were changed.
+
+    Raises `ConfigurationError`, which names the file.
+    """
     for place, argument in enumerate(arguments):
         name, equals, file = argument.partition("=")
         if name not in ("-c", "--config"):
@@ -75,7 +98,9 @@ def check_configurations(arguments: Sequence[str]) -> None:
         path = Path(file if equals else (*arguments, "")[place + 1])
         if path.is_file():  # else the parser says that there is none
             try:
-                check_yaml(path.read_text(encoding="utf-8"))
+                text = path.read_bytes().decode("utf-8")
+                _name_change(path, text)
+                check_yaml(text)
             except UserError as error:
                 raise ConfigurationError(f"{path}: {error}") from error
             except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError, reason_of
+from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
-from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights, check_weights
+from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -42,11 +43,12 @@ _checked: dict[tuple[str, str], int | None] = {}
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model by hub name or directory, with dropout off.
 
-    Raises `ModelError` when there is no model, or it is of a kind that has no one hidden state per token.
+    Raises `ModelError` when there is no model, or it is damaged or of a kind that has no one hidden state per token.
     """
     from transformers import AutoConfig
 
     path = resolve_model(name_or_path)
+    check_seal(path, weights=False)
     alone = adapters_alone(path)
     if _is_local(path) and (alone or not (Path(path) / "config.json").is_file()):
         what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"
@@ -105,7 +107,7 @@ def load_weights(
     Raises `ModelError` when the weights cannot be loaded, or some are missing or damaged.
     """
     check_attention(attn_implementation)
-    check_weights(resolve_model(name_or_path))
+    check_seal(resolve_model(name_or_path))
     if attn_implementation == PACKED:
         register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.

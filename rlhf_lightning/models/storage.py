@@ -7,7 +7,6 @@ where the system can (`renameat2`). What a killed process leaves is undone by th
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 import os
 import shutil
@@ -15,17 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import xxhash
-
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import writing_to
 from rlhf_lightning.files.leftovers import held_directory, remove_abandoned
-from rlhf_lightning.files.locks import current_umask
+from rlhf_lightning.files.seals import MARK, seal
 
 _MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
-_MARK = "rlhf_lightning.json"
-"""Stands in a directory that this package wrote, and so may replace; with a hash of each file of weights."""
-_HASHES = "weights_xxh3_128"
 _OLD = "old"
 """What a model under way is to replace, where the system cannot exchange two directories in one step."""
 _under_way: set[Path] = set()
@@ -74,10 +68,10 @@ def check_free(directory: str | Path) -> bool:
         return False
     if not directory.is_dir():
         raise ConfigurationError(f"{directory}: is a file; give another directory to export to")
-    is_model = any((directory / name).is_file() for name in ("config.json", "adapter_config.json", _MARK))
+    is_model = any((directory / name).is_file() for name in ("config.json", "adapter_config.json", MARK))
     if any(directory.iterdir()) and not is_model:
         raise ConfigurationError(f"{directory}: holds files that are no model; give an empty or new directory")
-    if is_model and not (directory / _MARK).is_file():
+    if is_model and not (directory / MARK).is_file():
         raise ConfigurationError(
             f"{directory}: holds a model that this program did not write, and it will not be replaced; give another "
             "directory, or remove it"
@@ -118,62 +112,11 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
         try:
             with writing_to(directory):
                 yield made
-                _seal(made)
+                seal(made)
                 _put_in_place(made, directory)
         finally:
             _under_way.discard(made)
             _put_back(stage, directory)
-
-
-def check_weights(directory: str | Path) -> None:
-    """Compare the weights in a directory that this package wrote with their hashes. Raises `ModelError`.
-
-    540 MB take 0.1 s; files that have not changed since are not read again. Any other directory or name passes.
-    """
-    directory = Path(directory).expanduser()
-    mark = directory / _MARK
-    if not mark.is_file():
-        return
-    try:
-        hashes = dict(json.loads(mark.read_text(encoding="utf-8")).get(_HASHES, {}))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{mark}: cannot be read, so nobody knows whether the weights are whole; {_MEND}") from error
-    for name, written in hashes.items():
-        try:
-            stat = (directory / name).stat()
-            found = _hash_of(directory / name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except OSError as error:
-            raise ModelError(f"{directory / name}: {error.strerror}, and it is a part of the model; {_MEND}") from error
-        if found != written:
-            raise ModelError(f"{directory / name}: damaged, since its bytes are not those that were written; {_MEND}")
-
-
-_MEND = f"export its checkpoint again, or, if you changed the files on purpose, remove {_MARK} from the directory"
-
-
-@functools.lru_cache(maxsize=1024)
-def _hash_of(file: Path, *_in_this_state: int) -> str:
-    return _hash(file)
-
-
-def _hash(file: Path) -> str:
-    digest, part = xxhash.xxh3_128(), bytearray(1 << 20)
-    with open(file, "rb", buffering=0) as opened:
-        while count := opened.readinto(part):
-            digest.update(memoryview(part)[:count])
-    return digest.hexdigest()
-
-
-def _seal(made: Path) -> None:
-    """Put all files of a new model on the disk, readable as the user's others are, and the mark with them."""
-    files = [file for file in made.rglob("*") if file.is_file()]
-    hashes = {file.name: _hash(file) for file in made.glob("*.safetensors*")}
-    mark = made / _MARK
-    mark.write_text(json.dumps({"written_by": "rlhf_lightning", _HASHES: hashes}, indent=2, sort_keys=True) + "\n")
-    for file in [*files, mark]:
-        file.chmod(0o666 & ~current_umask())  # safetensors are written for the user alone
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
 
 
 def _put_in_place(made: Path, directory: Path) -> None:
@@ -221,7 +164,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _move_into(made: Path, directory: Path) -> None:
     """File by file. The mark comes first, so that a mixture of two models is refused by its hashes, and replaced."""
-    shutil.move(made / _MARK, directory / _MARK)
+    shutil.move(made / MARK, directory / MARK)
     for stale in [*directory.glob("*.safetensors*"), *(directory / name for name in _MODEL_FILES)]:
         stale.unlink(missing_ok=True)
     for file in sorted(made.iterdir(), key=lambda file: file.name in _MODEL_FILES):  # these make the directory a model

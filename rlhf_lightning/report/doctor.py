@@ -191,14 +191,14 @@ _LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ stands fo
 
 def html_page(diagnosis: Diagnosis) -> str:
     """One page without scripts or links to elsewhere; every text of the data is escaped."""
-    parts = [f"<h1>Preference data</h1><p class=verdict>{html.escape(verdict(diagnosis))}</p>"]
+    parts = [f"<h1>Preference data</h1><p class=verdict>{_escaped(verdict(diagnosis))}</p>"]
     for finding in findings(diagnosis):
-        parts.append(f"<h2>{html.escape(finding.title)}</h2>")
+        parts.append(f"<h2>{_escaped(finding.title)}</h2>")
         if finding.rows:
-            head = "".join(f"<th>{html.escape(name)}</th>" for name in finding.header)
+            head = "".join(f"<th>{_escaped(name)}</th>" for name in finding.header)
             rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in finding.rows)
             parts.append(f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>")
-        parts += [f"<p class=remark>{html.escape(remark)}</p>" for remark in finding.remarks]
+        parts += [f"<p class=remark>{_escaped(remark)}</p>" for remark in finding.remarks]
     parts.append("<h2>Examples as the model gets them</h2>")
     for title, pieces in _sample_rows(diagnosis):
         spans = "".join(
@@ -206,7 +206,7 @@ def html_page(diagnosis: Diagnosis) -> str:
             f"{html.escape(visible(piece.text))}</span>"
             for piece in pieces
         )
-        parts.append(f"<h3>{html.escape(title)}</h3><pre>{spans}</pre>")
+        parts.append(f"<h3>{_escaped(title)}</h3><pre>{spans}</pre>")
     parts.append(f"<p class=remark>{_LEGEND}</p>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Preference data</title>'
@@ -276,12 +276,17 @@ def _shortened(piece: Piece) -> Iterator[Piece]:
 
 def _cell(text: str) -> str:
     if not re.fullmatch(r"[\d.,*]+(?: %| \(.*%\)| \*)?|not measured", text):
-        return f"<td class=text>{html.escape(text)}</td>"
+        return f"<td class=text>{_escaped(text)}</td>"
     share = text.rpartition("(")[2].removesuffix(")") if "(" in text else text
     number = share.removesuffix(" %")
     if share.endswith(" %") and number.replace(".", "", 1).isdigit():
-        return f'<td class=share style="--share: {number}%">{html.escape(text)}</td>'
-    return f"<td>{html.escape(text)}</td>"
+        return f'<td class=share style="--share: {number}%">{_escaped(text)}</td>'
+    return f"<td>{_escaped(text)}</td>"
+
+
+def _escaped(text: str) -> str:
+    """HTML of a text as the terminal shows it: with nothing in it that could hide or reorder."""
+    return html.escape(shown(text))
 
 
 def _percent(share: float) -> str:

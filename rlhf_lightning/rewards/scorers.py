@@ -22,12 +22,13 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
-from rlhf_lightning.models.storage import adapters_alone, check_weights
+from rlhf_lightning.models.storage import adapters_alone
 from rlhf_lightning.rewards.texts import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
 from rlhf_lightning.tiny import resolve_model
 
@@ -346,7 +347,7 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
     path = Path(resolve_model(name)).expanduser()
     if not adapters_alone(path):
         return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_weights(path)
+    check_seal(path)
     try:
         from peft import PeftModel
     except ImportError as error:

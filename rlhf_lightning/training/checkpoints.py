@@ -17,12 +17,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
@@ -185,6 +186,17 @@ def _damage(file: Path, *_of_this_state: int) -> str | None:
         # What is no archive, and whatever a damaged directory of one may say of its parts.
         return _NO_CHECKPOINT
     return None if broken is None else f"{file.name} is damaged at {broken}"
+
+
+class CheckedModule(LightningModule):
+    """A module whose `load_from_checkpoint` refuses a damaged file, as the commands of the program do."""
+
+    @_restricted_classmethod  # as Lightning's, which refuses it on an instance: its weights would stay as they are
+    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments: Any, **named: Any) -> Self:
+        """As Lightning's. Raises `ConfigurationError` for a damaged checkpoint."""
+        if isinstance(checkpoint_path, str | os.PathLike) and os.path.exists(checkpoint_path):
+            check_whole(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
 
 
 def restored_module(kind: type[LightningModule], path: str | Path) -> LightningModule:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
+    CheckedModule,
     complete_adapters,
     store_adapters_alone,
     store_origin,
@@ -129,7 +130,7 @@ class PairLogprobs(NamedTuple):
         return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
 
 
-class DPO(LightningModule):
+class DPO(CheckedModule):
     """DPO: a causal language model tuned so that chosen responses gain on rejected ones, relative to a reference.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.rollouts import Experience, Rollouts, without_adapters
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
+    CheckedModule,
     complete_adapters,
     store_adapters_alone,
     store_origin,
@@ -83,7 +84,7 @@ class Targets(NamedTuple):
     """[B, S] float32, what the value model is trained to; before whitening."""
 
 
-class PPO(LightningModule):
+class PPO(CheckedModule):
     """PPO: a causal language model tuned on the rewards of its own replies, held near a reference.
 
     Each batch of prompts is a rollout: replies are drawn, scored and turned into advantages, and the policy and the

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError, reason_of
+from rlhf_lightning.data.chat_format import load_tokenizer
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.losses import REFERENCE_FREE_LOSSES
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.tiny import resolve_model
@@ -171,18 +172,16 @@ def check_same_reference(before: str | None, now: str | None, name: str | None) 
 
 def check_reference_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a reference whose own tokenizer gives other ids. Raises `ConfigurationError` or `ModelError`."""
-    from transformers import AutoTokenizer
-
     path = Path(resolve_model(reference)).expanduser()
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         # transformers would make up an empty tokenizer from the kind of model.
         log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
         return
     try:
-        other = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else reference)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        raise ModelError(f"model.reference: {reference} has no tokenizer that loads ({reason_of(error)})") from error
-    mine, its = tokenizer.get_vocab(), other.get_vocab()
+        its = load_tokenizer(str(path) if path.is_dir() else reference).get_vocab()
+    except ModelError as error:
+        raise ModelError(f"model.reference: {error}") from error
+    mine = tokenizer.get_vocab()
     if mine != its:
         different = sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token))
         raise ConfigurationError(

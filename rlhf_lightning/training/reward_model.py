@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import store_origin, warn_of_other_settings
+from rlhf_lightning.training.checkpoints import CheckedModule, store_origin, warn_of_other_settings
 from rlhf_lightning.training.checks import check_finite, check_tokens_fit
 from rlhf_lightning.training.logs import (
     begin_log,
@@ -52,7 +52,7 @@ from rlhf_lightning.training.optimization import (
 log = logging.getLogger(__name__)
 
 
-class RewardModel(LightningModule):
+class RewardModel(CheckedModule):
     """Reward model: a transformer backbone with a two-layer MLP head, trained with -log sigmoid(r_chosen - r_rejected).
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -22,6 +22,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, Respon
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import (
+    CheckedModule,
     complete_adapters,
     store_adapters_alone,
     store_origin,
@@ -45,7 +46,7 @@ from rlhf_lightning.training.optimization import (
 )
 
 
-class SFT(LightningModule):
+class SFT(CheckedModule):
     """SFT: a causal language model trained with cross-entropy on the chosen response of each preference pair.
 
     The loss is the mean over pairs of the mean negative log-likelihood per token of the chosen response, terminator

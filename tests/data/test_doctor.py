@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -238,7 +238,8 @@ HOSTILE = "<script>alert('&')</script>\x1b[31mred\x07 [bold]x[/bold] ‮txet"
 
 
 def test_no_text_of_the_data_reaches_the_page_or_the_terminal_unescaped(examine):
-    diagnosis = examine([{"prompt": HOSTILE, "chosen": HOSTILE + "1", "rejected": HOSTILE + "2"}])
+    diagnosis = examine([{"prompt": HOSTILE, "chosen": HOSTILE + "1", "rejected": HOSTILE + "2", HOSTILE: "unused"}])
+    diagnosis = replace(diagnosis, tokenizer=HOSTILE)
     page, text = html_page(diagnosis), printed(diagnosis)
     assert "<script" not in page
     assert "&lt;script&gt;" in page

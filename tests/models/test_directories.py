@@ -12,13 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files import seals
+from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models import storage as directories
-from rlhf_lightning.models.backbones import load_backbone
+from rlhf_lightning.models.backbones import load_backbone, load_config
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.reward_network import RewardNetwork
-from rlhf_lightning.models.storage import check_free, check_weights, end_at, replaced_model
+from rlhf_lightning.models.storage import check_free, end_at, replaced_model
 from rlhf_lightning.rewards.scorers import load_policy
+from rlhf_lightning.tiny import resolve_model
 
 
 def write(directory: Path, number: int) -> None:
@@ -31,7 +35,7 @@ def write(directory: Path, number: int) -> None:
 
 def number_of(directory: Path) -> int:
     """Which model a directory holds; fails for a mixture of two."""
-    check_weights(directory)
+    check_seal(directory)
     numbers = {load_file(file)["w"][0].item() for file in directory.glob("*.safetensors")}
     assert len(list(directory.glob("*.safetensors"))) == 2
     numbers.add(float(json.loads((directory / "config.json").read_text())["number"]))
@@ -40,7 +44,7 @@ def number_of(directory: Path) -> int:
 
 
 def killed_at(line: int, function, *arguments) -> bool:
-    """Call a function in a process that kills itself before the given line of `directories` that it runs.
+    """Call a function in a process that kills itself before the given line of `directories` or `seals` that it runs.
 
     Returns False where it came to its end before.
     """
@@ -49,7 +53,7 @@ def killed_at(line: int, function, *arguments) -> bool:
         left = [line]
 
         def trace(frame, event, _):
-            if frame.f_code.co_filename != directories.__file__:
+            if frame.f_code.co_filename not in (directories.__file__, seals.__file__):
                 return None
             left[0] -= event == "line"
             if left[0] == 0:
@@ -145,6 +149,42 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_flipped_bit_in_settings_or_tokenizer_is_refused_and_the_model_card_may_be_edited(tmp_path, tiny_qwen2, name):
+    with replaced_model(tmp_path / "model") as made:
+        CausalLM.from_pretrained(str(tiny_qwen2)).save_pretrained(made)
+        load_tokenizer(str(tiny_qwen2)).save_pretrained(made)
+        (made / "README.md").write_text("a card")
+    (tmp_path / "model" / "README.md").write_text("another card")
+    for load in (load_config, load_tokenizer):
+        load(str(tmp_path / "model"))
+    flip(tmp_path / "model" / name)
+    for load in (load_config, load_tokenizer, CausalLM.from_pretrained):
+        with pytest.raises(ModelError, match=rf"{name}: damaged.*remove rlhf_lightning\.json"):
+            load(str(tmp_path / "model"))
+
+
+def test_the_seal_of_a_version_that_hashed_weights_alone_holds(tmp_path):
+    write(tmp_path / "model", 1)
+    mark = tmp_path / "model" / "rlhf_lightning.json"
+    hashes = {name: h for name, h in json.loads(mark.read_text())["files_xxh3_128"].items() if "safetensors" in name}
+    mark.write_text(json.dumps({"written_by": "rlhf_lightning", "weights_xxh3_128": hashes}))
+    check_seal(tmp_path / "model")
+    flip(tmp_path / "model" / "model-2.safetensors")
+    with pytest.raises(ModelError, match=r"model-2\.safetensors: damaged"):
+        check_seal(tmp_path / "model")
+
+
+def test_a_damaged_builtin_model_in_the_cache_is_made_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory = Path(resolve_model("builtin:tiny"))
+    whole = {file.name: file.read_bytes() for file in directory.iterdir()}
+    flip(directory / "config.json")
+    assert resolve_model("builtin:tiny") == str(directory)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == whole
+    assert f"{directory}: this model in the cache is damaged, so it is made anew" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["policy", "backbone", "reward", "adapters"])
 def test_a_flipped_bit_in_written_weights_is_refused_until_the_mark_is_removed(tmp_path, tiny_qwen2, kind):
     directory = tmp_path / "model"
@@ -178,7 +218,7 @@ def test_a_part_that_is_missing_is_named(tmp_path, harm):
     else:
         mark.write_text(mark.read_text()[:40])
     with pytest.raises(ModelError, match="model-2" if harm == "shard gone" else "rlhf_lightning.json: cannot be read"):
-        check_weights(tmp_path / "model")
+        check_seal(tmp_path / "model")
 
 
 # ---- generation settings

@@ -51,6 +51,7 @@ def test_every_reader_refuses_a_checkpoint_with_a_flipped_bit(checkpoint, build,
     readers = [
         lambda: read_checkpoint(checkpoint),
         lambda: restored_module(type(module), checkpoint),
+        lambda: type(module).load_from_checkpoint(checkpoint),
         lambda: export_checkpoint(checkpoint, tmp_path / "exported"),
         lambda: evaluate(["--reward_model", str(checkpoint), "--pairs", "builtin:courtesy", "--out", str(tmp_path)]),
         lambda: ours.fit(*build(), ckpt_path=checkpoint),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -273,6 +274,26 @@ def test_what_broken_attempts_left_is_removed_and_what_the_user_named_or_copied_
     (line,) = [line for line in error.splitlines() if "removed, left by attempts" in line]
     assert line.endswith(": .last-4.ckpt.part, interrupted-3.ckpt, last-2.ckpt")
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
+
+
+def test_a_best_checkpoint_that_a_better_one_has_replaced_is_removed_and_one_of_the_same_step_is_not(
+    tmp_path, unbroken
+):
+    file, whole = unbroken("RewardModel")
+    run(tmp_path / "run", "fit", "--config", file, *killer("batch", 8))
+    earlier = last_checkpoint(tmp_path / "run").read_bytes()
+    run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last", *killer("batch", 14 - 6))
+    newest = last_checkpoint(tmp_path / "run")
+    newest.with_name("best-99.ckpt").write_bytes(newest.read_bytes())
+    os.utime(newest.with_name("best-99.ckpt"), (0, 0))  # or the run would go on from it
+    for name in ("best-88.ckpt", "best-88-mine.ckpt"):  # killed before the first was removed
+        newest.with_name(name).write_bytes(earlier)
+    code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
+    assert code == 0, error[-3000:]
+    left = {path.name for path in newest.parent.iterdir()}
+    assert left == {path.name for path in checkpoints(whole)} | {"best-99.ckpt", "best-88-mine.ckpt"}
+    (line,) = [line for line in error.splitlines() if "removed, left by attempts" in line]
+    assert ": best-88.ckpt" in line
 
 
 def test_no_validation_is_made_that_was_not_due(tmp_path, unbroken):

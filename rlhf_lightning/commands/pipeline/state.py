@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from rlhf_lightning.commands.pipeline.inputs import Contents
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import writing_to
 
-_FORMAT = 1
+_FORMAT = 2
 """Of state.json. State of another format is refused."""
 
 
@@ -46,8 +47,10 @@ class State:
                 stored = json.loads(file.read_text(encoding="utf-8"))
                 if stored["format"] != _FORMAT:
                     raise ValueError(f"format {stored['format']}")
+                if stored["crc32"] != _checksum(stored["stages"], stored["files"]):
+                    raise ValueError("damaged: its checksum is wrong")
                 self.records = {name: Record(**values) for name, values in stored["stages"].items()}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError) as error:
                 raise ConfigurationError(
                     f"{file}: is no state of a pipeline of this version ({error}); remove it to begin anew"
                 ) from error
@@ -57,7 +60,8 @@ class State:
         """Remember a record, at once and whole."""
         self.records[name] = record
         stages = {name: asdict(record) for name, record in self.records.items()}
-        stored = {"format": _FORMAT, "stages": stages, "files": self.contents.known}
+        files = self.contents.known
+        stored = {"format": _FORMAT, "crc32": _checksum(stages, files), "stages": stages, "files": files}
         part = self.file.with_name(f".{self.file.name}.part")
         with writing_to(self.file):
             with part.open("w", encoding="utf-8") as opened:
@@ -65,3 +69,8 @@ class State:
                 opened.flush()
                 os.fsync(opened.fileno())
             part.replace(self.file)
+
+
+def _checksum(stages: dict[str, Any], files: dict[str, Any]) -> int:
+    """Of what is remembered: a changed digit in it would be a wrong result, or another decision, without a word."""
+    return zlib.crc32(json.dumps([stages, files], sort_keys=True).encode())
