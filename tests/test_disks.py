@@ -8,12 +8,17 @@ import json
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
+from rlhf_lightning.commands.fit import SaveConfig, quieten
 from rlhf_lightning.commands.main import main
+from rlhf_lightning.commands.pipeline.stage import _complaint, _Kept
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files import disks
 from rlhf_lightning.files.disks import check_room, full_disk, named_full_disk, size, write_whole, writing_to
@@ -84,6 +89,47 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
         write_whole(file, "afterwards")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_settings_of_a_run_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A run that goes on writes them over those of before."""
+    parser = SimpleNamespace(dump=lambda *_, **__: "seed_everything: 2\n")
+    save = SaveConfig(parser, Namespace())
+    trainer = SimpleNamespace(log_dir=str(tmp_path / "run"), is_global_zero=True)
+    save.on_train_start(trainer, None)
+    file = tmp_path / "run" / "config.yaml"
+    before = file.read_text()
+    assert before.endswith("seed_everything: 2\n")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    parser.dump = lambda *_, **__: "seed_everything: 3\n"
+    with pytest.raises(ConfigurationError, match=f"^{file}: "):
+        save.on_train_start(trainer, None)
+    assert [path.read_text() for path in file.parent.iterdir()] == [before]
+
+
+def test_a_thread_that_finds_the_disk_full_leaves_the_error_to_whom_it_writes_for(monkeypatch):
+    def fail(error):
+        raise error
+
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda ended: said.append(ended.exc_value))
+    quieten()
+    errors = [OSError(errno.ENOSPC, "full"), KeyError("name")]
+    for error in errors:
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    assert said == errors[1:]
+
+
+def test_the_complaint_of_a_stage_is_known_where_its_log_had_no_room(tmp_path):
+    log = tmp_path / "stage.log"
+    log.write_text("some\nlast\n")
+    kept = _Kept(SimpleNamespace(write=lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))))
+    with pytest.raises(OSError, match="full"):
+        print("rlhf-lightning: error: runs: no space", file=kept)
+    assert _complaint(log, kept.text.getvalue() + "\n", []) == "runs: no space"
+    assert _complaint(log, "", []) == "last"
 
 
 def test_what_is_needed_is_said_beside_what_is_free(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import yaml
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files import yaml_text
-from rlhf_lightning.files.yaml_text import check_configurations, check_yaml, seal_configuration
+from rlhf_lightning.files.yaml_text import check_configurations, check_yaml, write_configuration
 
 ALIASES = "a: &a [xxxx, x]\nb: &b [*a, *a, *a]\nc: [*b, *b, *b]\n"
 """6 values and characters in a, 19 with the list in b, 58 in c; with the keys and the mapping 6 + 19 + 58 + 3 + 1."""
@@ -67,8 +67,7 @@ def test_a_file_below_a_configuration_is_held_to_it_as_well(tmp_path, monkeypatc
 
 def test_a_configuration_that_a_run_wrote_is_named_when_it_was_changed(tmp_path, caplog):
     file = tmp_path / "config.yaml"
-    file.write_text("# a comment\nlr: 0.001\nname: déjà vu\n", encoding="utf-8")
-    seal_configuration(file)
+    write_configuration(file, "# a comment\nlr: 0.001\nname: déjà vu\n")
     check_configurations(["--config", str(file)])
     assert caplog.text == ""
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["lr"] == 0.001

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
@@ -32,9 +33,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
-from rlhf_lightning.files.disks import named_full_disk
+from rlhf_lightning.files.disks import full_disk, named_full_disk
 from rlhf_lightning.files.locks import alone
-from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, seal_configuration
+from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, write_configuration
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
 from rlhf_lightning.planning.room_on_disk import RoomOnDisk
@@ -94,17 +95,14 @@ class SaveConfig(SaveConfigCallback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Beside the checkpoints, where the logger has no directory: MLflow's at a database or a server."""
-        if trainer.log_dir is not None:
-            super().setup(trainer, pl_module, trainer.state.fn)
-        elif trainer.is_global_zero:
+        directory = trainer.log_dir  # asked on every process: it is a broadcast
+        if not trainer.is_global_zero:
+            return
+        if directory is None:
             saved = [c.dirpath for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
-            directory = Path(saved[0]).parent if saved else Path(trainer.default_root_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, directory / self.config_filename, skip_none=False, overwrite=True)
-            seal_configuration(directory / self.config_filename)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        seal_configuration(Path(trainer.log_dir) / self.config_filename)
+            directory = Path(saved[0]).parent if saved else trainer.default_root_dir
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_configuration(Path(directory) / self.config_filename, self.parser.dump(self.config, skip_none=False))
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _save
 
@@ -484,6 +482,9 @@ def quieten() -> None:
     import transformers
 
     search_no_gpu()
+    # TensorBoard writes in a thread, whose error is raised again where it is next asked to write.
+    others = threading.excepthook
+    threading.excepthook = lambda ended: None if full_disk(ended.exc_value) else others(ended)
     warnings.formatwarning = visible_warning
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -21,9 +21,11 @@ LARGEST, DEEPEST = 100_000, 100
 _SEAL = "# Written by a run of rlhf_lightning, CRC-32 "
 
 
-def seal_configuration(file: Path) -> None:
-    """Put a checksum above the text of a file, by which `check_configurations` tells that it was changed."""
-    text = file.read_text(encoding="utf-8")
+def write_configuration(file: Path, text: str) -> None:
+    """Write settings under a checksum, by which `check_configurations` tells that they were changed.
+
+    What was there before stays where the disk is full; raises `ConfigurationError` then.
+    """
     write_whole(file, f"{_SEAL}{zlib.crc32(text.encode()):08x}\n{text}")
 
 

@@ -58,7 +58,7 @@ def run_stage(
     progress, code, missing = Progress(log), 1, []
     try:
         stage = _without_bar(stage, resolved)
-        code, results = _watched(stage, log, record.began if goes_on else None, progress, board, context)
+        code, results, said = _watched(stage, log, record.began if goes_on else None, progress, board, context)
     except (KeyboardInterrupt, Terminated):
         board.show(stage.name, "interrupted")
         raise
@@ -78,8 +78,8 @@ def run_stage(
     board.close()
     what = f"ended without writing {missing[0]}" if missing else f"failed ({_code_in_words(code)})"
     say(
-        f"rlhf-lightning: error: stage {stage.name} {what}: {_complaint(log, missing)}; its log is {log}, and what is "
-        "done will not be run again",
+        f"rlhf-lightning: error: stage {stage.name} {what}: {_complaint(log, said, missing)}; its log is {log}, and "
+        "what is done will not be run again",
         file=sys.stderr,
     )
     return 128 - code if code < 0 else code or 1
@@ -125,18 +125,24 @@ def _code_in_words(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _complaint(log: Path, missing: Sequence[str]) -> str:
-    """The line of a log that says what went wrong, or why one of the directories was not written."""
+def _complaint(log: Path, said: str, missing: Sequence[str]) -> str:
+    """The line of a log that says what went wrong, or why one of the directories was not written.
+
+    `said` holds what the log may have had no room for.
+    """
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     beginnings = tuple(f"{directory}: " for directory in missing) or ("rlhf-lightning: error: ",)
-    ours = [line for line in lines if line.startswith(beginnings)]
+    ours = [line for line in [*lines, *said.splitlines()] if line.startswith(beginnings)]
     return ([*lines, *ours] or ["it said nothing"])[-1].removeprefix("rlhf-lightning: error: ")[:500]
 
 
 def _watched(
     stage: Stage, log: Path, newer_than: float | None, progress: Progress, board: Board, context: ForkServerContext
-) -> tuple[int, str]:
-    """Run a stage and show how far it is. Returns its exit code (negative: a signal) and what it printed."""
+) -> tuple[int, str, str]:
+    """Run a stage and show how far it is.
+
+    Returns its exit code (negative: a signal), what it printed, and its complaints, unless it was killed.
+    """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, stage.command, stage.arguments, str(log), newer_than))
     with running_process(process):
@@ -152,10 +158,10 @@ def _watched(
             raise
         process.join()
         board.show(stage.name, "running", progress.read())
-        results = ""
+        results, said = "", ""
         with suppress(EOFError):
-            results = receiver.recv() if receiver.poll() else ""
-    return process.exitcode, results
+            results, said = receiver.recv() if receiver.poll() else ("", "")
+    return process.exitcode, results, said
 
 
 def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, newer_than: float | None) -> NoReturn:
@@ -170,7 +176,7 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
         os.ftruncate(opened, 0)
     for number in (1, 2):
         os.dup2(opened, number)
-    sys.stdout = kept = _Kept(sys.stdout)
+    sys.stdout, sys.stderr = kept = _Kept(sys.stdout), _Kept(sys.stderr)
     arguments = [command, *arguments]
     if newer_than is not None and _has_checkpoint(arguments[1:], newer_than):
         arguments += ["--ckpt_path", "last"]
@@ -180,9 +186,9 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
     try:
         runpy.run_module("rlhf_lightning.cli", run_name="__main__", alter_sys=True)
     finally:
-        sys.stdout.flush()
         with suppress(OSError):
-            answer.send(kept.text.getvalue()[-20_000:])
+            answer.send([stream.text.getvalue()[-20_000:] for stream in kept])
+        sys.stdout.flush()
     raise AssertionError("the program ends with an exit code")
 
 
@@ -201,7 +207,7 @@ def _has_checkpoint(arguments: Sequence[str], newer_than: float) -> bool:
 
 
 class _Kept(io.TextIOBase):
-    """Standard output that is written on, and kept as well."""
+    """Standard output or error that is written on, and kept as well, also where the disk of the log is full."""
 
     encoding = "utf-8"
 

@@ -48,7 +48,7 @@ from rlhf_lightning.evaluation.benchmarks.rewardbench import (
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, bootstrap, wilson
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
-from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer
 
 log = logging.getLogger(__name__)
@@ -620,8 +620,7 @@ def write_official_files(
     for folder, content in files.items():
         path = Path(directory) / folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with writing_to(path):
-            path.write_text(json.dumps(content, indent=4, sort_keys=True, allow_nan=False), encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=4, sort_keys=True, allow_nan=False))
         paths.append(path)
     return paths[0], paths[1]
 
