@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,22 +36,35 @@ class Ended(NamedTuple):
     error: str
 
 
-def run(directory: Path, *arguments: str, processes: int = 1) -> Ended:
-    """Run the program in a directory, in one process or in several that were started as `torchrun` starts them."""
+def run(
+    directory: Path,
+    *arguments: str,
+    processes: int = 1,
+    prepare: Callable[[], None] | None = None,
+    meanwhile: Callable[[BaseProcess], None] | None = None,
+) -> Ended:
+    """Run the program in a directory, in one process or in several that were started as `torchrun` starts them.
+
+    Each of them does first what `prepare` does; `meanwhile` is told of the first one when it has begun.
+    """
     directory.mkdir(exist_ok=True)
     environment = dict(os.environ)
     if processes > 1:
         environment |= {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_PORT": str(find_free_network_port())}
-    code = forked(_child, directory, arguments, environment, processes)
+    code = forked(_child, directory, arguments, environment, processes, prepare, meanwhile=meanwhile)
     return Ended(code, *((directory / f"{name}.txt").read_text() for name in ("out", "error")))
 
 
-def forked(function: Callable[..., None], *arguments: object) -> int:
+def forked(
+    function: Callable[..., None], *arguments: object, meanwhile: Callable[[BaseProcess], None] | None = None
+) -> int:
     """Call a function in a process of its own, and return its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=function, args=arguments)
     process.start()
+    if meanwhile is not None:
+        meanwhile(process)
     process.join(timeout=PATIENCE)
     assert process.exitcode is not None, "still running"
     return process.exitcode
@@ -70,7 +84,13 @@ def share_server() -> None:
     forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
 
 
-def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, str], processes: int) -> None:
+def _child(
+    directory: Path,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    processes: int,
+    prepare: Callable[[], None] | None,
+) -> None:
     """The program, or the first of several, its output in files."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -85,6 +105,8 @@ def _child(directory: Path, arguments: tuple[str, ...], environment: dict[str, s
         if os.fork() == 0:
             os.environ["LOCAL_RANK"] = str(rank)
             break
+    if prepare is not None:
+        prepare()
     from rlhf_lightning.commands.main import main
 
     code = main(list(arguments))

@@ -169,22 +169,29 @@ class Program(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._locks = ExitStack()
+        signals = next(callback for callback in self.trainer.callbacks if isinstance(callback, SaveAtSignal))
         try:
-            with self._locks:
+            with signals.listening(self.trainer), self._locks:
                 super()._run_subcommand(subcommand)
         except UserError:
             raise
-        except SystemExit as ended:  # ours, or Lightning's way out of a signal before the first batch
-            if self.trainer.interrupted and self.trainer.is_global_zero:
-                say(f"rlhf-lightning: {_how_to_go_on(self.trainer, ended)}", file=sys.stderr)
-            if self.trainer.interrupted and not isinstance(ended, Interrupted):
-                raise SystemExit(143 if self.trainer.received_sigterm else 130) from None
+        except Interrupted as ended:
+            if self.trainer.is_global_zero:
+                say(f"rlhf-lightning: {self._how_to_go_on(ended)}", file=sys.stderr)
             raise
         except Exception as error:
             places = [each.log_dir for each in self.trainer.loggers if getattr(each, "log_dir", None)]
             if full := named_full_disk(error, places or [self.trainer.default_root_dir]):
                 raise full from error
             raise
+
+    def _how_to_go_on(self, ended: Interrupted) -> str:
+        if self.subcommand != "fit":
+            return "interrupted"
+        kept = "go on with --ckpt_path last" + (f" (saved {ended.saved})" if ended.saved else "")
+        if not (ended.saved or self.config.fit.ckpt_path or any_checkpoint(self.trainer)):
+            kept = "no checkpoint was saved yet"
+        return f"interrupted at step {self.trainer.global_step}; {kept}"
 
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
@@ -243,14 +250,6 @@ class Program(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, ExportBest) and callback.fault and not self.trainer.fast_dev_run:
                 raise TrainingError(f"{callback.directory}: nothing was exported: {callback.fault}")
-
-
-def _how_to_go_on(trainer: Trainer, ended: SystemExit) -> str:
-    saved = ended.saved if isinstance(ended, Interrupted) else None
-    kept = f"go on with --ckpt_path last (saved {saved})" if saved else "go on with --ckpt_path last"
-    if not (saved or any_checkpoint(trainer)):
-        kept = "no checkpoint was saved yet"
-    return f"interrupted at step {trainer.global_step}; {kept}"
 
 
 class ParsedRun(Program):

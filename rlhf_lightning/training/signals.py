@@ -1,4 +1,7 @@
-"""A run that is told to end, by Ctrl-C, SIGTERM or a cluster's scheduler, saves what it has done first."""
+"""A run that is told to end, by Ctrl-C, SIGTERM or a cluster's scheduler, saves what it has done first.
+
+Before its first batch and after its last one there is nothing to save, and it ends at once.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,6 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lightning.training.resume import INTERRUPTED, ProcessStates
@@ -36,28 +39,31 @@ _WAKE, _CLOSE = 254, 255
 
 
 class Interrupted(SystemExit):
-    """A run was ended by a signal, after it was saved; its exit code is 128 and the signal's number.
+    """A run was ended by a signal; its exit code is 128 and the signal's number.
 
-    0 in a process that another process of the run has started, and that would else be taken for one that failed.
+    0 in a process that another process of the run has started, and that would else be taken for one that failed, after
+    a checkpoint was saved.
     """
 
     def __init__(self, number: int, saved: Path | None, *, started_by_another: bool = False) -> None:
         super().__init__(0 if started_by_another else 128 + number)
-        self.saved = saved
+        self.number, self.saved = number, saved
 
 
 class Watch:
     """Hears signals as they come, also while the main thread computes or waits for other processes.
 
-    The first is for the main thread to ask for (`received`). The process is ended at once by a second one, and when it
-    has not come to the end of its batch within `PATIENCE`.
+    While there are `batches` to save, the first is for the main thread to ask for (`received`); else it raises
+    `Interrupted` there. The process is ended at once by a second one, and when it has not come to the end of its batch,
+    or of itself, within `PATIENCE`.
     """
 
     def __init__(self, trainer: Trainer, numbers: set[signal.Signals]) -> None:
         self.received = 0
+        self.batches = False
         self._trainer, self._numbers = trainer, numbers
         self._first, self._deadline = 0.0, float("inf")
-        self._saved = False
+        self._noted = self._saved = False
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._handlers = {number: signal.signal(number, self._note) for number in numbers}
@@ -87,7 +93,10 @@ class Watch:
         os.close(self._write)
 
     def _note(self, number: int, _: Any) -> None:
-        self.received = self.received or number
+        first = not self._noted
+        self._noted, self.received = True, self.received or number
+        if first and not self.batches:
+            raise Interrupted(number, None)
 
     def _listen(self) -> None:
         while True:
@@ -107,17 +116,15 @@ class Watch:
             self._first, self.received = now, self.received or number
             self._deadline = now + PATIENCE
             name = signal.Signals(number).name
-            self._say(f"{name}: saved when the batch under way is done; a second signal ends the run at once")
+            if self.batches:
+                self._say(f"{name}: saved when the batch under way is done; a second signal ends the run at once")
         elif now - self._first > _SAME and not self._saved:
             self._end(number, "ended at once; what was done since the last checkpoint is lost")
 
     def _end(self, number: int, why: str) -> None:
         if not self._saved:
             self._say(why)
-        launcher = self._trainer.strategy.launcher
-        for process in getattr(launcher, "procs", ()):  # they may wait for this one
-            with contextlib.suppress(OSError):
-                process.kill()
+        _end_others(self._trainer)
         os._exit(128 + number)
 
     def _say(self, words: str) -> None:
@@ -144,8 +151,9 @@ class SaveAtSignal(Callback):
     Stands behind all other callbacks, so that the batch is done for each of them. The checkpoint is that of the
     `ModelCheckpoint` which keeps the newest one, or `interrupted-STEP.ckpt`. A validation is not waited for: the
     checkpoint is as of its beginning. Of several processes any may have got the signal; they agree after each batch.
+    Before the first batch, and after the last, it ends the run at once.
 
-    Under SLURM it takes the place of Lightning's handlers, which save in the middle of a batch. With automatic
+    It takes the place of Lightning's handlers, which under SLURM save in the middle of a batch. With automatic
     requeueing (Lightning's default there) the job is put back into the queue at the scheduler's signal.
     """
 
@@ -155,22 +163,43 @@ class SaveAtSignal(Callback):
         self._common_batches = 0
         """Batches of a validation that every process makes."""
 
+    @contextlib.contextmanager
+    def listening(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, signals are heard, also while nothing is trained; and still after `Interrupted`, as the process ends.
+
+        Not in another thread than the main one, whose signals they are.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        self._watch = Watch(trainer, _signals(trainer))
+        try:
+            yield
+        except Interrupted as interrupted:
+            if interrupted.saved is None:
+                _end_others(trainer)
+            if trainer.is_global_zero and _requeues(trainer, interrupted.number):
+                _requeue()
+            raise
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Not before: until then there is nothing to save, and Lightning's handlers end the run at once."""
-        if self._watch is None and threading.current_thread() is threading.main_thread() and not trainer.fast_dev_run:
-            self._watch = Watch(trainer, _signals(trainer))
-            if trainer.received_sigterm:
-                os.kill(os.getpid(), signal.SIGTERM)
+        if self._watch is not None and not trainer.fast_dev_run:
+            self._watch.batches = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if number := self._asked(trainer):
             self._save_and_end(trainer, number)
         loop = trainer.fit_loop
-        if self._watch is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if self._saves() and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._states.remember(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._watch is not None:
+        if self._saves():
             counts = trainer.num_val_batches
             own = counts[0] if isinstance(counts, list) else counts
             own = torch.tensor(-int(min(own, 2**31)), device=trainer.strategy.root_device)
@@ -194,21 +223,26 @@ class SaveAtSignal(Callback):
             with self._states.as_remembered():
                 self._save_and_end(trainer, number)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Interrupted):
-            self._close()
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        """What is left can be done again from the last checkpoint."""
+        number = self._asked(trainer)
+        if self._watch is not None:
+            self._watch.batches = False
+        if number:
+            raise Interrupted(number, None)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Hear no more signals."""
         if self._watch is not None:
             self._watch.close()
             self._watch = None
 
+    def _saves(self) -> bool:
+        return self._watch is not None and self._watch.batches
+
     def _asked(self, trainer: Trainer) -> int:
         """The signal that any process has received, or 0."""
-        if self._watch is None:
+        if not self._saves():
             return 0
         return _largest(trainer, torch.tensor(self._watch.received, device=trainer.strategy.root_device))
 
@@ -217,16 +251,24 @@ class SaveAtSignal(Callback):
         saved = _save(trainer)
         self._watch.note_saved()
         environment = trainer._accelerator_connector.cluster_environment
-        if (
-            isinstance(environment, SLURMEnvironment)
-            and environment.auto_requeue
-            and number == environment.requeue_signal
-        ):
-            trainer.strategy.barrier()
-            if trainer.is_global_zero:
-                _requeue()
+        trainer.strategy.barrier()
         started = not environment.creates_processes_externally and environment.local_rank() > 0
         raise Interrupted(number, saved, started_by_another=started)
+
+
+def _end_others(trainer: Trainer) -> None:
+    """Kill the processes that this one has started for the run: they may wait for it."""
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        with contextlib.suppress(OSError):
+            process.kill()
+
+
+def _requeues(trainer: Trainer, number: int) -> bool:
+    """Whether SLURM is to be asked to start this job again."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return (
+        isinstance(environment, SLURMEnvironment) and environment.auto_requeue and number == environment.requeue_signal
+    )
 
 
 def _largest(trainer: Trainer, number: torch.Tensor) -> int:
@@ -240,14 +282,10 @@ def _signals(trainer: Trainer) -> set[signal.Signals]:
     """Those that ask a run to end, and that nobody else in this process has taken."""
     environment = trainer._accelerator_connector.cluster_environment
     taken = {signal.SIGINT, signal.SIGTERM}
-    for number in (signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            taken.add(number)
+    others = [signal.SIGHUP, signal.SIGUSR1]
     if isinstance(environment, SLURMEnvironment) and environment.requeue_signal is not None:
-        number = environment.requeue_signal
-        if signal.getsignal(number) is signal.SIG_DFL or isinstance(signal.getsignal(number), _HandlersCompose):
-            taken.add(signal.Signals(number))
-    return taken
+        others.append(signal.Signals(environment.requeue_signal))
+    return taken | {number for number in others if signal.getsignal(number) is signal.SIG_DFL}
 
 
 def _save(trainer: Trainer) -> Path | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.storage import check_free, end_at, replaced_model
 from rlhf_lightning.rewards.scorers import load_policy
 from rlhf_lightning.tiny import resolve_model
+from tests.training.killer import signal_at_line
 
 
 def write(directory: Path, number: int) -> None:
@@ -50,17 +49,7 @@ def killed_at(line: int, function, *arguments) -> bool:
     """
     child = os.fork()
     if child == 0:
-        left = [line]
-
-        def trace(frame, event, _):
-            if frame.f_code.co_filename not in (directories.__file__, seals.__file__):
-                return None
-            left[0] -= event == "line"
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
+        signal_at_line((directories.__file__, seals.__file__), line)
         function(*arguments)
         os._exit(0)
     ended = os.waitpid(child, 0)[1]

@@ -20,12 +20,16 @@ TRAIN_PAIRS, VAL_PAIRS = 11, 7
 def pairs(tmp_path_factory) -> Path:
     """A directory with train.jsonl (11 pairs) and val.jsonl (7): odd numbers, so that batches do not come out even."""
     directory = tmp_path_factory.mktemp("pairs")
+    write_pairs(directory)
+    return directory
+
+
+def write_pairs(directory: Path) -> None:
     for split, count in (("train", TRAIN_PAIRS), ("val", VAL_PAIRS)):
         rows = make_rows(split)[:count]
         for number, row in enumerate(rows):
             row["margin"] = number / count
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return directory
 
 
 def sgd(lr: float):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -17,6 +20,31 @@ Moment = Literal["batch", "validation", "checkpoint", "SIGTERM", "SIGINT", "SIGU
 def kill() -> None:
     """SIGKILL to all processes of the run, this one included."""
     os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def at_lines(files: Collection[str], act: Callable[[int], None]) -> None:
+    """Call a function before each line of source files that this process runs from now on, with its number from 1."""
+    lines = itertools.count(1)
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            act(next(lines))
+        return trace
+
+    sys.settrace(trace)
+
+
+def signal_at_line(files: Collection[str], line: int, number: int = signal.SIGKILL) -> None:
+    """Let this process send itself a signal before the given one of the lines of source files that it will run."""
+    at_lines(files, lambda now: os.kill(os.getpid(), number) if now == line else None)
+
+
+def count_lines(files: Collection[str], into: str) -> None:
+    """Keep the number of lines of source files that this process has run in a file."""
+    written = os.open(into, os.O_WRONLY | os.O_CREAT)
+    at_lines(files, lambda now: os.pwrite(written, str(now).encode(), 0))
 
 
 class Killer(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -13,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+from rlhf_lightning.training import references, reward_model
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard_files
 from tests.programs import run, start
+from tests.training.killer import signal_at_line
 
 LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
 # Dropout: without the states of the random numbers, the rest of the run would be another one.
@@ -25,44 +28,41 @@ CURVES = {"PPO": ("train/reward", "train/kl", "train/kl_coef", "train/value_loss
 ZERO = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed", "--trainer.devices", "2"]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory, tiny_qwen2, pairs):
+def write_config(path: Path, kind: str, backbone: Path, pairs: Path, **model: object) -> str:
     """Write the configuration of a run of 9 optimizer steps: 18 batches in three epochs, validations between.
 
     PPO makes four steps of each of the 18 batches.
     """
+    plain_names = {"auto_insert_metric_name": False, "enable_version_counter": False}
+    best = {"monitor": "val/loss", "mode": "min", "filename": "best-{step}"} | plain_names
+    last = {"filename": "last-{step}", "every_n_train_steps": 3} | plain_names
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "accumulate_grad_batches": 2}
+    trainer |= {"val_check_interval": 0.5, "log_every_n_steps": 3, "num_sanity_val_steps": 0}
+    trainer |= {"enable_progress_bar": False, "gradient_clip_val": 1.0}
+    trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "run"}}
+    trainer["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": each} for each in (best, last)]
+    settings = {"backbone": str(backbone), "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}
+    data = {"train": str(pairs), "batch_size": 2}
+    run = {
+        "seed_everything": 7,
+        "trainer": trainer,
+        "model": {"class_path": kind, "init_args": settings | MODELS[kind] | model},
+    }
+    run["data"] = {"class_path": "PreferenceDataModule", "init_args": data}
+    if kind == "PPO":
+        run["data"]["class_path"] = "PromptDataModule"
+        del trainer["accumulate_grad_batches"], trainer["gradient_clip_val"]
+        best |= {"monitor": "val/reward", "mode": "max"}
+        last["every_n_train_steps"] = 12
+        trainer["log_every_n_steps"] = 1
+    path.write_text(yaml.safe_dump(run))
+    return str(path)
 
-    def write(kind: str) -> str:
-        path = tmp_path_factory.mktemp("config") / f"{kind}.yaml"
-        plain_names = {"auto_insert_metric_name": False, "enable_version_counter": False}
-        best = {"monitor": "val/loss", "mode": "min", "filename": "best-{step}"} | plain_names
-        last = {"filename": "last-{step}", "every_n_train_steps": 3} | plain_names
-        trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "accumulate_grad_batches": 2}
-        trainer |= {"val_check_interval": 0.5, "log_every_n_steps": 3, "num_sanity_val_steps": 0}
-        trainer |= {"enable_progress_bar": False, "gradient_clip_val": 1.0}
-        trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "run"}}
-        trainer["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": each} for each in (best, last)]
-        model = {
-            "backbone": str(tiny_qwen2),
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        }
-        data = {"train": str(pairs), "batch_size": 2}
-        run = {
-            "seed_everything": 7,
-            "trainer": trainer,
-            "model": {"class_path": kind, "init_args": model | MODELS[kind]},
-        }
-        run["data"] = {"class_path": "PreferenceDataModule", "init_args": data}
-        if kind == "PPO":
-            run["data"]["class_path"] = "PromptDataModule"
-            del trainer["accumulate_grad_batches"], trainer["gradient_clip_val"]
-            best |= {"monitor": "val/reward", "mode": "max"}
-            last["every_n_train_steps"] = 12
-            trainer["log_every_n_steps"] = 1
-        path.write_text(yaml.safe_dump(run))
-        return str(path)
 
-    return write
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_qwen2, pairs):
+    """Write the configuration of a kind of run."""
+    return lambda kind: write_config(tmp_path_factory.mktemp("config") / f"{kind}.yaml", kind, tiny_qwen2, pairs)
 
 
 def killer(moment: str, count: int) -> list[str]:
@@ -212,6 +212,40 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, unbroken):
     assert "SIGTERM: saved when the batch under way is done; a second signal ends the run at once" in error
     assert "ended at once" in error
     assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "last-3.ckpt"
+
+
+CACHE = ["--model.lora", "null", "--model.reference", "precomputed", "--model.reference_cache", "cache"]
+AT_VALIDATION = ["--trainer.callbacks.validating", "true"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("RewardModel", ["--trainer.num_sanity_val_steps", "2"]),
+        ("PPO", []),  # which validates at its start
+        ("DPO", CACHE),  # signalled while it computes the log-probs of its reference
+    ],
+)
+def test_a_signal_before_the_first_batch_ends_the_run_in_a_line(tmp_path, config, kind, arguments, name, code):
+    directory, told, prepare = tmp_path / "run", [*killer(name, 1), *AT_VALIDATION], None
+    if kind == "DPO":
+        told, prepare = [], functools.partial(signal_at_line, [references.__file__], 40, getattr(signal, name))
+    ended = run(directory, "fit", "--config", config(kind), *arguments, *told, prepare=prepare)
+    assert ended.code == code, ended.error[-3000:]
+    assert ended.error.splitlines()[-1] == "rlhf-lightning: interrupted at step 0; no checkpoint was saved yet"
+    assert "Traceback" not in ended.error
+    assert not [path for path in directory.rglob("*") if path.suffix in (".ckpt", ".part") or "part" in path.name]
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_a_signal_ends_an_evaluation_in_a_line(tmp_path, config, command):
+    """Which has nothing to go on from."""
+    at = [*killer("SIGTERM", 1), *AT_VALIDATION] if command == "validate" else []
+    prepare = None if at else functools.partial(signal_at_line, [reward_model.__file__], 60, signal.SIGTERM)
+    ended = run(tmp_path / "run", command, "--config", config("RewardModel"), *at, prepare=prepare)
+    assert (ended.code, ended.error.splitlines()[-1]) == (143, "rlhf-lightning: interrupted"), ended.error[-3000:]
+    assert "Traceback" not in ended.error
 
 
 def test_of_two_processes_one_gets_the_signal_and_both_save(tmp_path, unbroken):

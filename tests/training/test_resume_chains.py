@@ -121,9 +121,9 @@ def chain(tmp_path, tiny_qwen2, pairs):
             newest = max(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
             if signals and newest is not None:
                 assert read_checkpoint(newest)["global_step"] == ended_at, "nothing is lost"
-            with contextlib.suppress(BrokenOff, SystemExit):
+            with contextlib.suppress(BrokenOff, SystemExit), watch.listening(trainer):
                 trainer.fit(module, data, ckpt_path=None if newest is None else str(newest))
-            watch._close()
+            watch.close()
             ended_at = trainer.global_step
             for name, value in breaker.seen.items():
                 assert seen.setdefault(name, value) == value, name
