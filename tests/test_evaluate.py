@@ -23,9 +23,9 @@ from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.courtesy.make import make_rows
+from rlhf_lightning.evaluation import answers
 from rlhf_lightning.evaluation import run as measure
-from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import lite_rows, load_rewardbench
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, lite_rows, load_rewardbench
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
@@ -253,9 +253,8 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
     evaluated, whole, tmp_path, monkeypatch, moment
 ):
     calls = []
-    names = ("score_rows", "generate_replies")
-    for name in names:
-        original = getattr(measure, name)
+    for module, name in ((measure, "score_rows"), (answers, "generate_replies")):
+        original = getattr(module, name)
 
         def counted(*given, original=original, **named):
             calls.append(original)
@@ -263,7 +262,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
                 raise KeyboardInterrupt
             return original(*given, **named)
 
-        monkeypatch.setattr(measure, name, counted)
+        monkeypatch.setattr(module, name, counted)
     assert main(["evaluate", *ALL, "--out", str(tmp_path / "cut")]) == 130
     assert not (tmp_path / "cut" / "metrics.json").exists()
     _, again = evaluated(*ALL, out=tmp_path / "cut")
@@ -278,9 +277,7 @@ def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, w
     monkeypatch.setattr(
         "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
-    monkeypatch.setattr(
-        "rlhf_lightning.evaluation.benchmarks.rewardbench_run._score", lambda *_: pytest.fail("scored again")
-    )
+    monkeypatch.setattr("rlhf_lightning.evaluation.benchmarks.base._score", lambda *_: pytest.fail("scored again"))
     _, second = evaluated(*ALL)
     assert second == whole.numbers
 

@@ -15,13 +15,8 @@ from rich.table import Table
 
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_NAME
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
-    load_prior_set,
-    load_rewardbench,
-    load_rewardbench2,
-    write_official_files,
-)
+from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
+from rlhf_lightning.evaluation.benchmarks.base import write_official_files
 from rlhf_lightning.evaluation.blocks import Verdict
 from rlhf_lightning.evaluation.estimates import interval_of, value_of
 from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, launch
@@ -133,7 +128,7 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
     )
     for name, content in zip(FILES, contents, strict=True):
         write_whole(out / name, content)
-    _official(results, settings)
+    _official(results, out)
 
 
 def _score_rows(results: EvaluationResults) -> Iterator[dict]:
@@ -143,24 +138,23 @@ def _score_rows(results: EvaluationResults) -> Iterator[dict]:
             for name, source, *scores in zip(of.ids, of.sources, of.chosen, of.rejected, strict=True):
                 found = {"id": name, "source": source, "scores": [float(score) for score in scores]}
                 yield {"scorer": scorer.title, "data": "pairs", **found}
-        for data in ("rewardbench", "rewardbench2", "prior_sets"):
-            bench = getattr(scorer, data)
-            for row in bench.rows if bench is not None else ():
+        for data, result in scorer.benchmarks.items():
+            for row in result.score_rows():
                 yield {"scorer": scorer.title, "data": data, "id": row.id, "source": row.subset, "scores": row.scores}
 
 
 def _details(results: EvaluationResults) -> dict:
     """The results without what stands in other files: rows, replies and curves."""
     plain = {"scorers": as_plain(results.scorers), "judges": as_plain(results.judges)}
-    for scorer in plain["scorers"]:
-        scorer.pop("scores")
-        for bench in ("rewardbench", "rewardbench2", "prior_sets"):
-            if scorer[bench] is not None:
-                scorer[bench].pop("rows")
-    for judge in plain["judges"]:
-        for bench in ("rewardbench", "rewardbench2"):
-            if judge[bench] is not None:
-                judge[bench].pop("rows", None)
+    for kind, group in (("scorer", plain["scorers"]), ("judge", plain["judges"])):
+        for found in group:
+            found.pop("scores", None)
+            measured = found.pop("benchmarks")
+            for benchmark in BENCHMARKS:
+                if benchmark.taken_by == kind:
+                    found[benchmark.name] = one = measured.get(benchmark.name)
+                    for rows in ("rows", "given") if one is not None else ():
+                        one.pop(rows, None)
     if results.policies is not None:
         plain["policies"] = as_plain(results.policies)
         plain["policies"].pop("prompts")
@@ -168,22 +162,12 @@ def _details(results: EvaluationResults) -> dict:
     return plain
 
 
-def _official(results: EvaluationResults, settings: EvaluationSettings) -> None:
-    """RewardBench's own result files, of whole benchmarks."""
-    out = Path(settings.out)
+def _official(results: EvaluationResults, out: Path) -> None:
+    """The benchmarks' own result files, of whole benchmarks."""
     for scorer in results.scorers:
-        name = _official_name(scorer.name)
-        if (bench := scorer.rewardbench) is not None and bench.benchmark != LITE_NAME and bench.complete:
-            rows = load_rewardbench(settings.rewardbench)
-            write_official_files(out / "results", scorer.rewardbench, rows, model=name)
-        if (bench2 := scorer.rewardbench2) is not None and not (bench2.absent_subsets or bench2.short_subsets):
-            rows = load_rewardbench2(settings.rewardbench2)
-            write_official_files(out / "results-v2", scorer.rewardbench2, rows, model=name)
-        if scorer.prior_sets is not None:
-            rows = [
-                row for name_, source in (settings.prior_sets or {}).items() for row in load_prior_set(name_, source)
-            ]
-            write_official_files(out / "results", scorer.prior_sets, rows, model=name)
+        for result in scorer.benchmarks.values():
+            if result.whole:
+                write_official_files(out, result, model=_official_name(scorer.name))
 
 
 def _official_name(name: str) -> str:
@@ -223,11 +207,7 @@ def _scores(results: EvaluationResults) -> list[str]:
             if (rounding := scorer.rounding) is not None:
                 line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} beside sd {rounding.sd:.2g}"
             lines.append(line)
-        if (bench := scorer.rewardbench) is not None:
-            parts = [f"{name} {value.value:.3f}" for name, value in bench.table.sections.items()]
-            total = "not measured" if bench.table.total is None else f"{bench.table.total.value:.3f}"
-            rows = f"{bench.n_pairs} rows"
-            lines.append(f"{scorer.title}: RewardBench ({rows}) {total}: {', '.join(parts)}")
+        lines += [f"{scorer.title}: {line}" for result in scorer.benchmarks.values() if (line := result.summary())]
     for judged in results.policies.judged if results.policies is not None else ():
         if judged.held_out and (comparison := judged.comparison) is not None:
             gain = comparison.anchored.gain if comparison.anchored is not None else None
@@ -235,10 +215,7 @@ def _scores(results: EvaluationResults) -> list[str]:
             gained = points and f"gains {points} and "
             lines.append(f"held-out: the policy {gained}wins {comparison.win_rate.value:.3f} of the comparisons")
     for judge in results.judges:
-        if judge.rewardbench is not None:
-            total = judge.rewardbench.table.total
-            shown = "not measured" if total is None else f"{total.value:.3f}"
-            lines.append(f"judge: RewardBench {shown}, {judge.rewardbench.n_unparsed} replies without a verdict")
+        lines += [f"judge: {line}" for result in judge.benchmarks.values() if (line := result.summary())]
     return lines
 
 

@@ -108,6 +108,9 @@ class Reference:
     label: str
 
 
+COIN = Reference(0.5, "coin flip")
+
+
 @dataclass(frozen=True, slots=True)
 class Bars:
     """Horizontal bars with whiskers. `domain` is widened to what is drawn; not given, it begins or ends at 0."""

@@ -8,8 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_lightning.evaluation.benchmarks.judge import Judge2Result, JudgeResult
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import PriorSetsResult, RewardBench2Result, RewardBenchResult
+from rlhf_lightning.evaluation.benchmarks.base import Result
 from rlhf_lightning.evaluation.estimates import Estimate
 from rlhf_lightning.evaluation.policy import BestOfN, KLSummary, PolicyComparison
 from rlhf_lightning.evaluation.refusal import RefusalChange, RefusalSummary, Safety
@@ -39,25 +38,18 @@ class ScorerResults:
     name: str
     quality: RewardQuality | None = None
     scores: PairScores | None = None
-    rewardbench: RewardBenchResult | None = None
-    rewardbench2: RewardBench2Result | None = None
-    prior_sets: PriorSetsResult | None = None
+    benchmarks: dict[str, Result] = field(default_factory=dict)
+    """By their names; see `benchmarks.BENCHMARKS`."""
     rounding: Rounding | None = None
     """Of half precision; None in float32."""
 
 
 @dataclass(frozen=True)
 class JudgeResults:
-    """A language model as a judge of RewardBench."""
+    """A language model as a judge."""
 
     name: str
-    rewardbench: JudgeResult | None = None
-    rewardbench2: Judge2Result | None = None
-
-    @property
-    def too_long(self) -> int:
-        """Questions that did not fit into its positions and were not asked."""
-        return sum(each.n_too_long for each in (self.rewardbench, self.rewardbench2) if each is not None)
+    benchmarks: dict[str, Result]
 
 
 @dataclass(frozen=True)
@@ -143,11 +135,8 @@ def metrics(results: EvaluationResults) -> dict[str, Estimate | float | int]:
         prefix = {"reward model": "rm", "implicit reward": "implicit"}.get(scorer.title, "rm_held_out")
         found |= {f"{prefix}/{name}": value for name, value in _scorer_metrics(scorer)}
     for judge in results.judges:
-        if judge.rewardbench is not None:
-            found |= {"judge/rewardbench": judge.rewardbench.table.total, "judge/parsed": judge.rewardbench.parsed}
-            found["judge/consistency"] = judge.rewardbench.consistency
-        if judge.rewardbench2 is not None:
-            found["judge/rewardbench2"] = judge.rewardbench2.total
+        for result in judge.benchmarks.values():
+            found |= {f"judge/{name}": value for name, value in result.metrics().items()}
     if results.policies is not None:
         found |= dict(_policy_metrics(results.policies))
     return {name: value for name, value in found.items() if value is not None}
@@ -163,21 +152,8 @@ def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Estimate | flo
         if quality.length is not None:
             yield "length_spearman", quality.length.spearman
             yield "longer_wins", quality.length.longer_wins
-    if (bench := scorer.rewardbench) is not None:
-        name = "rewardbench" if bench.lite_standard_error is None else "rewardbench_lite"
-        yield f"{name}/score", bench.table.total
-        yield f"{name}/se", bench.lite_standard_error
-        yield f"{name}/accuracy", bench.accuracy
-        yield f"{name}/ties", bench.n_ties
-        yield f"{name}/truncated", bench.n_truncated
-        yield from ((f"{name}/{section}", value) for section, value in bench.table.sections.items())
-        yield from ((f"{name}/{subset}", value) for subset, value in bench.table.subsets.items())
-    if (bench2 := scorer.rewardbench2) is not None:
-        yield "rewardbench2/score", bench2.total
-        yield from ((f"rewardbench2/{subset}", value) for subset, value in bench2.subsets.items())
-    if (prior := scorer.prior_sets) is not None:
-        yield "prior_sets/score", prior.score
-        yield from ((f"prior_sets/{name}", value) for name, value in prior.sets.items())
+    for result in scorer.benchmarks.values():
+        yield from result.metrics().items()
 
 
 def _policy_metrics(policies: PolicyResults) -> Iterator[tuple[str, Estimate | float | int | None]]:

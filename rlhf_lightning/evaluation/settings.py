@@ -48,6 +48,7 @@ class EvaluationSettings:
         rewardbench_size: Rows of RewardBench-Lite, or `full`.
         rewardbench2: Rows of RewardBench 2.
         prior_sets: Name of each of RewardBench's prior sets to its file; null takes it from the hub.
+        benchmarks: Name of each further benchmark to its rows; for benchmarks without a key of their own.
         prompts: What the policies answer: a source as `pairs`, or `rewardbench` for the prompts of that key. Preference
             pairs bring the anchors with them, on whose scale the gain is measured; prompts alone will do for the rest.
         prompts_split: Which files of a directory or hub data set these are.
@@ -92,6 +93,7 @@ class EvaluationSettings:
     rewardbench_size: PositiveInt | Literal["full"] = LITE_SIZE
     rewardbench2: str | None = None
     prior_sets: dict[str, str | None] | None = None
+    benchmarks: dict[str, str] | None = None
     prompts: Source | None = None
     prompts_split: Literal["train", "val", "test"] = "val"
     max_prompts: PositiveInt | None = None

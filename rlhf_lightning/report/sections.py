@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_SIZE, SECTIONS, SUBSETS
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import RewardBenchResult, SectionTable
+from rlhf_lightning.evaluation.benchmarks.base import Result
 from rlhf_lightning.evaluation.blocks import (
+    COIN,
     Bar,
     BarGroup,
     Bars,
@@ -40,7 +40,6 @@ from rlhf_lightning.evaluation.policy import fit_gao
 from rlhf_lightning.evaluation.results import (
     SIDES,
     EvaluationResults,
-    JudgeResults,
     PolicyResults,
     PromptRow,
     RunCurves,
@@ -51,7 +50,6 @@ from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.rewards.functions import names_function
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20
-COIN = Reference(0.5, "coin flip")
 SOURCES_SHOWN = 15
 WORDS: dict[Side, str] = {"before": "before training", "after": "after training"}
 
@@ -61,7 +59,7 @@ def report(results: EvaluationResults) -> Document:
     sections = [Section("Verdicts", [Verdicts(verdicts(results)), *map(Note, results.notes)], _VERDICTS)]
     for scorer in results.scorers:
         sections += _scorer(scorer)
-    sections += [_judge(judge) for judge in results.judges]
+    sections += [_benchmarks("Judge in writing", of.name, list(of.benchmarks.values())) for of in results.judges]
     if results.policies is not None:
         sections += _policies(results.policies, results.runs)
     if results.runs:
@@ -94,14 +92,21 @@ def _scorer(scorer: ScorerResults) -> Iterator[Section]:
         )
         text += "the first three numbers resample prompts with all their pairs, the others pairs."
         yield Section(head, list(_quality(scorer)), text)
-    if (bench := scorer.rewardbench) is not None:
-        lite = "RewardBench-Lite" if bench.n_pairs == LITE_SIZE else f"{bench.n_pairs} rows of RewardBench"
-        title = "RewardBench" if bench.lite_standard_error is None else lite
-        yield Section(
-            f"{heads[scorer.title]} on {title}", list(_rewardbench(scorer.rewardbench)), _rewardbench_text(scorer)
-        )
-    if scorer.rewardbench2 is not None or scorer.prior_sets is not None:
-        yield Section(f"{heads[scorer.title]} on further benchmarks", list(_further(scorer)))
+    for title, results in _by_title(scorer.benchmarks.values()).items():
+        yield _benchmarks(f"{heads[scorer.title]} on {title}", scorer.name, results)
+
+
+def _by_title(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.title, []).append(result)
+    return found
+
+
+def _benchmarks(title: str, name: str, results: Iterable[Result]) -> Section:
+    """What a scorer or a judge of that name got in some benchmarks."""
+    text = "\n\n".join(text for result in results if (text := result.text(name)))
+    return Section(title, [block for result in results for block in result.blocks()], text)
 
 
 def _quality(scorer: ScorerResults) -> Iterator[Block]:
@@ -178,86 +183,6 @@ def _temperature(calibration) -> str:
     if calibration.temperature is None:
         return calibration.temperature_refused
     return f"margins divided by {calibration.temperature:.2f}, fitted on these pairs, which favours it"
-
-
-def _rewardbench_text(scorer: ScorerResults) -> str:
-    bench = scorer.rewardbench
-    text = f"{scorer.name}. A tie counts as wrong, as in the official tool: {bench.n_ties} of {bench.n_pairs} pairs. "
-    text += f"{bench.n_truncated} pairs were too long for the model and lost the beginning of their prompt."
-    if bench.lite_standard_error is not None:
-        error = 100 * bench.lite_standard_error
-        text += (
-            f"\n\nThese are {bench.n_pairs} rows chosen by hash (RewardBench-Lite is {LITE_SIZE} of them) and weighted "
-            f"as the whole benchmark; the standard error as an estimate of the total on all rows given is {error:.1f} "
-            "points. Never compare it with a score on the full benchmark."
-        )
-    return text
-
-
-def _rewardbench(bench: RewardBenchResult) -> Iterator[Block]:
-    lines = [("this model", bench.table), *bench.baselines.items()]
-    yield Table(
-        ["", *(Column(section) for section in SECTIONS), Column("mean of four")],
-        [[name, *(table.sections.get(section) for section in SECTIONS), table.total] for name, table in lines],
-        "Sections, beside rules that read nothing"
-        + (f"; rows are missing in {', '.join(bench.partial_sections)}" if bench.partial_sections else ""),
-    )
-    groups = [
-        BarGroup(section, [Bar(name, bench.table.subsets[name]) for name in names if name in bench.table.subsets])
-        for section, names in SECTIONS.items()
-    ]
-    groups = [group for group in groups if group.bars]
-    yield Bars(groups, "pairs", "Accuracy by subset", [COIN], (0.0, 1.0))
-    longer: SectionTable = bench.baselines["longer wins"]
-    yield Table(
-        [
-            "subset",
-            Column("this model"),
-            Column("longer wins"),
-            Column("rows given", "g"),
-            Column("rows of the whole", "g"),
-        ],
-        [
-            [name, bench.table.subsets.get(name), longer.subsets.get(name), bench.available.get(name, 0), subset.pairs]
-            for name, subset in SUBSETS.items()
-        ],
-        "The same beside the rule that more characters are better, and what of the benchmark was there",
-    )
-
-
-def _further(scorer: ScorerResults) -> Iterator[Block]:
-    if (bench := scorer.rewardbench2) is not None:
-        rows = [[name, value] for name, value in bench.subsets.items()] + [["mean of six", bench.total]]
-        caption = f"RewardBench 2: best of four; ties by the formula of {bench.ties_formula}. A coin gets 0.25"
-        yield Table(["subset", Column("score")], rows, caption)
-    if (prior := scorer.prior_sets) is not None:
-        bars = [Bar(name, value) for name, value in prior.sets.items()]
-        yield Bars([BarGroup("", bars)], "pairs", "Prior sets", [COIN], (0.0, 1.0))
-
-
-def _judge(judge: JudgeResults) -> Section:
-    blocks: list[Block] = []
-    if (bench := judge.rewardbench) is not None:
-        sections = [[section, bench.table.sections.get(section)] for section in SECTIONS]
-        blocks.append(Table(["section", Column("score")], [*sections, ["mean of four", bench.table.total]], "Sections"))
-        rows = [
-            ("verdicts that could be read", bench.parsed),
-            ("the same verdict in both orders", bench.consistency),
-            ("right in both orders", bench.strict_accuracy),
-            ("chose the first place", bench.first_place),
-        ]
-        blocks.append(Table(["", Column("share")], rows, "How it judges"))
-        if judge.too_long:
-            blocks.append(Note(f"{judge.too_long} questions were too long for the model and were not asked."))
-        if bench.n_unparsed:
-            blocks.append(
-                Note(f"{bench.n_unparsed} of its replies held no verdict; each counts one half, never a guess.")
-            )
-    if (bench2 := judge.rewardbench2) is not None:
-        rows = [[name, value] for name, value in bench2.subsets.items()] + [["mean of six", bench2.total]]
-        blocks.append(Table(["subset", Column("score")], rows, "RewardBench 2"))
-    pairs = "" if judge.rewardbench is None else f" of {judge.rewardbench.n_pairs} pairs of RewardBench"
-    return Section("Judge in writing", blocks, f"{judge.name}, asked about each{pairs} in both orders.")
 
 
 # ---- policies

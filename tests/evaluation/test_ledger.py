@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from rlhf_lightning.evaluation.benchmarks import rewardbench_run
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow, score_rows
+from rlhf_lightning.evaluation.benchmarks import base
+from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, score_rows
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.rewards.scorers import Scored
 
@@ -58,7 +58,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_made_again_as_in_an_unbroken_run(damage, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(rewardbench_run, "_ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr(base, "_ROWS_AT_A_TIME", 3)
     file = tmp_path / "scores.jsonl"
     unbroken = score_rows(InCompany(), ROWS, file)
     lines = file.read_bytes().splitlines(keepends=True)

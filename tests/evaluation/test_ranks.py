@@ -13,9 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.benchmarks import judge, rewardbench_run
-from rlhf_lightning.evaluation.benchmarks.judge import run_judge
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow, score_rows
+from rlhf_lightning.evaluation import judge
+from rlhf_lightning.evaluation.benchmarks import base
+from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, score_rows
+from rlhf_lightning.evaluation.benchmarks.rewardbench_judge import run_judge
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices, launch
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.rewards.scorers import Scored
@@ -83,7 +84,7 @@ def score(own: Ranks, directory: Path, count: int) -> list:
 @pytest.mark.parametrize(("size", "count"), [(2, 7), (3, 7), (3, 2), (3, 1), (2, 0)])
 def test_each_row_is_scored_once_and_all_have_all_scores(together, tmp_path, monkeypatch, size, count):
     """C45: odd numbers, and fewer rows than processes."""
-    monkeypatch.setattr(rewardbench_run, "_ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(base, "_ROWS_AT_A_TIME", 2)
     outcomes = together(size, lambda own, directory: score(own, directory, count))
     alone = score_rows(Counting(), rows(count))
     assert [outcome[0] for outcome in outcomes] == [[[row.id, row.scores] for row in alone]] * size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_lightning.evaluation.benchmarks.judge import PolicyJudge
+from rlhf_lightning.evaluation.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
 from rlhf_lightning.models.fingerprint import weights_fingerprint

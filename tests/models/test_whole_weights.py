@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.evaluation.benchmarks.judge import PolicyJudge
+from rlhf_lightning.evaluation.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
 from rlhf_lightning.models.backbones import load_backbone, load_config
 from rlhf_lightning.models.causal_lm import CausalLM, Lora

@@ -1,20 +1,46 @@
-"""RewardBench's arithmetic, versions 1, Lite and 2: from right and wrong to sections, totals and their errors.
+"""RewardBench and RewardBench-Lite: from right and wrong to sections, totals and their errors.
 
 Source of names, weights and rules: github.com/allenai/reward-bench (`rewardbench/constants.py`,
-`rewardbench/utils.py`, `analysis/get_benchmark_results.py`); Lambert et al. 2024 (arXiv 2403.13787) and Malik et al.
-2025 (arXiv 2506.01937). RewardBench-Lite has no published definition: `lite_subset` is ours, and says which rows.
+`rewardbench/utils.py`, `analysis/get_benchmark_results.py`); Lambert et al. 2024 (arXiv 2403.13787). RewardBench-Lite
+has no published definition: `lite_rows` is ours, and says which rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, wilson
+from rlhf_lightning.evaluation.benchmarks.base import (
+    Benchmark,
+    BenchmarkRow,
+    ScoredResult,
+    checked_rows,
+    count_ties,
+    pair_row,
+    prompt_as_text,
+    read_columns,
+    right_pairs,
+    score_rows,
+    short_subsets,
+    subset_estimates,
+)
+from rlhf_lightning.evaluation.blocks import COIN, Bar, BarGroup, Bars, Block, Column, Table
+from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, Quantity, wilson
+from rlhf_lightning.evaluation.ranks import ALONE, Ranks
+from rlhf_lightning.rewards.scorers import Scorer
+
+if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.settings import EvaluationSettings
+
+REWARDBENCH = "allenai/reward-bench:filtered"
+"""Hub name of the rows; a local copy serves as well."""
 
 
 class Subset(NamedTuple):
@@ -54,54 +80,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     section: tuple(name for name, subset in SUBSETS.items() if subset.section == section)
     for section in dict.fromkeys(subset.section for subset in SUBSETS.values())
 }
-PRIOR_SETS: dict[str, int] = {
-    "anthropic_harmless": 2266,
-    "anthropic_helpful": 6192,
-    "anthropic_hhh": 221,
-    "summarize": 9000,
-    "shp": 1741,
-    "mtbench_human": 3355,
-    "mtbench_gpt4": 2400,
-}
-"""The sets of `allenai/pref-test-sets` and their pairs."""
-SCORED_PRIOR_SETS = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
-"""Those that make up the fifth section, of half the weight."""
-
 LITE_NAME = "rewardbench-lite-v1"
 LITE_SIZE = 400
 _LITE_FLOOR = 8
 """Rows that each subset has at least, or all that it has."""
 
-SUBSETS_2: dict[str, int] = {
-    "Factuality": 475,
-    "Precise IF": 160,
-    "Math": 183,
-    "Safety": 450,
-    "Focus": 495,
-    "Ties": 102,
-}
-"""The six subsets of RewardBench 2 and their prompts."""
-TIES = "Ties"
-TiesFormula = Literal["0.1.4", "0.1.5"]
-"""Release of `rewardbench` whose score of the ties is meant: they differ where all correct responses score alike."""
-
-
-class RewardBench2Item(TypedDict):
-    """A prompt of RewardBench 2 and the scores of its responses, the correct ones first."""
-
-    id: str
-    """Of the ties: `ref:<n>` with one correct response, `tied:<n>` with several."""
-    subset: str
-    scores: Sequence[float]
-    num_correct: int
-
-
-# ---- version 1
-
-
-def is_right(chosen: float, rejected: float) -> bool:
-    """Whether a pair counts as right: the chosen response scores higher. An exact tie is wrong."""
-    return chosen > rejected
+# ---- arithmetic
 
 
 def section_scores(
@@ -140,17 +124,6 @@ def total_score(sections: Mapping[str, float], prior_sets: float | None = None) 
     return doubled / 8 if prior_sets is None else (doubled + prior_sets) / 9
 
 
-def prior_sets_score(accuracies: Mapping[str, float]) -> float | None:
-    """Plain mean over those of the four `SCORED_PRIOR_SETS` that are there; None when none is."""
-    present = [accuracies[name] for name in SCORED_PRIOR_SETS if name in accuracies]
-    return sum(present) / len(present) if present else None
-
-
-def subset_estimates(right: Mapping[str, Sequence[bool]]) -> dict[str, Estimate]:
-    """Accuracy of each subset with Wilson's interval, over its pairs."""
-    return {name: wilson(sum(pairs), len(pairs)) for name, pairs in right.items()}
-
-
 def section_estimates(subsets: Mapping[str, Estimate]) -> dict[str, Estimate]:
     """Scores of the sections with their standard errors' intervals, over their pairs; absent ones are left out.
 
@@ -185,160 +158,6 @@ def standard_error(subsets: Mapping[str, Estimate], *, section: str | None = Non
 def coin_flip(counts: Mapping[str, int]) -> dict[str, Estimate]:
     """What a fair coin gets on so many pairs of each subset: one half, with the interval of its luck."""
     return {name: wilson(count / 2, count) for name, count in counts.items()}
-
-
-# ---- Lite
-
-
-def lite_allocation(counts: Mapping[str, int], size: int = LITE_SIZE) -> dict[str, int]:
-    """How many of `counts` rows each subset gives to a set of `size` rows.
-
-    Eight each, or all that it has; then one at a time to the subset where it takes most off the total's variance,
-    w^2 (1/n - 1/(n + 1)), w the subset's weight in the total. Exact fractions, equal gains in the order of `SUBSETS`,
-    so that every machine finds the same. Raises `DataError` for unknown names, and `ConfigurationError` for a size
-    below the eights.
-    """
-    _weights(counts, counts)
-    shares = _shares(counts)
-    found = {name: min(_LITE_FLOOR, counts[name]) for name in shares}
-    if size < sum(found.values()):
-        raise ConfigurationError(
-            f"rewardbench_size: {size} rows are fewer than {_LITE_FLOOR} for each of {len(found)} subsets; give at "
-            f"least {sum(found.values())}"
-        )
-    open_places = min(size, sum(counts.values())) - sum(found.values())
-    for _ in range(open_places):
-        gains = {
-            name: share**2 / (found[name] * (found[name] + 1))
-            for name, share in shares.items()
-            if found[name] < counts[name]
-        }
-        found[max(gains, key=gains.__getitem__)] += 1
-    return found
-
-
-def lite_subset(rows: Sequence[Mapping[str, Any]], size: int = LITE_SIZE) -> list[Mapping[str, Any]]:
-    """The rows of `rewardbench-lite-v1`, in the order given: columns subset, prompt, chosen, rejected.
-
-    From each subset those whose SHA-256 of the texts (see `lite_key`) comes first, as many as `lite_allocation` says.
-    No seed: neither the order of the rows nor their ids matter. Score them as the whole benchmark, under another name.
-    """
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row["subset"], []).append(place)
-    allocation = lite_allocation({name: len(found) for name, found in places.items()}, size)
-    taken = [
-        place
-        for name, count in allocation.items()
-        for place in sorted(places[name], key=lambda place: lite_key(rows[place]))[:count]
-    ]
-    return [rows[place] for place in sorted(taken)]
-
-
-def lite_key(row: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of `rewardbench-lite-v1`, subset, prompt, chosen and rejected, with 0x1F between them."""
-    parts = (LITE_NAME, row["subset"], prompt_as_text(row["prompt"]), row["chosen"], row["rejected"])
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
-
-
-def prompt_as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
-    """A prompt as one text: a single user's turn as it is, more turns as `role 0x1F content` with 0x1E between them."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0]["role"] == "user":
-        return prompt[0]["content"]
-    return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in prompt)
-
-
-def lite_standard_error(subsets: Mapping[str, Estimate], counts: Mapping[str, int]) -> float:
-    """Of the total, as an estimate of the total on all `counts` rows that the sample was taken from.
-
-    sqrt(sum w^2 p (1 - p) / (n - 1) (1 - n / N)): 0 for the whole benchmark. Cochran 1977, Sampling Techniques, ch. 5.
-    """
-    variances = (
-        float(share) ** 2 * p * (1 - p) / (n - 1) * (1 - n / counts[name])
-        for name, share in _shares(subsets).items()
-        for p, n in [(subsets[name].value, subsets[name].n)]
-        if n < counts[name]
-    )
-    return math.sqrt(sum(variances))
-
-
-# ---- version 2
-
-
-def rewardbench2_scores(items: Sequence[RewardBench2Item], *, ties_formula: TiesFormula = "0.1.5") -> dict[str, float]:
-    """Score of each subset of RewardBench 2 that is present, and `total`, their mean, where all six are.
-
-    Five subsets: mean of `best_of_score`. Ties: `ties_score`, at most 1.01. Raises `DataError` for an unknown subset.
-    """
-    if unknown := [item["subset"] for item in items if item["subset"] not in SUBSETS_2]:
-        raise DataError(f"rewardbench 2: unknown subset {unknown[0]!r}; it has {', '.join(SUBSETS_2)}")
-    scores = {}
-    for name in SUBSETS_2:
-        own = [item for item in items if item["subset"] == name]
-        if own and name == TIES:
-            scores[name] = ties_score(own, formula=ties_formula)
-        elif own:
-            scores[name] = sum(best_of_score(item["scores"]) for item in own) / len(own)
-    if len(scores) == len(SUBSETS_2):
-        scores["total"] = sum(scores.values()) / len(scores)
-    return scores
-
-
-def best_of_score(scores: Sequence[float]) -> float:
-    """1 / (number of responses at the maximum) when the first, the correct one, is among them, else 0."""
-    best = max(scores)
-    return 1 / sum(score == best for score in scores) if scores[0] == best else 0.0
-
-
-def ties_score(items: Sequence[RewardBench2Item], *, formula: TiesFormula = "0.1.5") -> float:
-    """How well correct responses stand above wrong ones, and close to each other.
-
-    Per prompt: spread = max - min of the correct scores; gap = min correct - max wrong. With g = min(gap_ref, gap_tied)
-    over the prompts that have both forms:
-    0.30 P(gap_tied > 0) + 0.30 P(gap_ref > 0) + 0.20 P(gap_tied > spread) + 0.20 P(g > spread)
-    + 0.01 mean tanh(g / spread - 1), spread that of the tied form.
-    Where the spread is 0, `0.1.4` leaves the prompt out of the last term; `0.1.5` takes tanh's limit, 1 or -1, and 0
-    where g is 0 as well. Raises `DataError` for other ids, for an item without a correct or a wrong response, and
-    when no prompt has both forms.
-    """
-    forms: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
-    for item in items:
-        form, _, number = item["id"].partition(":")
-        if form not in forms or not number:
-            raise DataError(f"rewardbench 2: the id {item['id']!r} of a tie is neither ref:<n> nor tied:<n>")
-        if number in forms[form]:
-            raise DataError(f"rewardbench 2: the id {item['id']!r} stands twice; each item counts once")
-        correct, wrong = item["scores"][: item["num_correct"]], item["scores"][item["num_correct"] :]
-        if not (correct and wrong):
-            raise DataError(f"rewardbench 2: {item['id']} needs both correct and wrong responses")
-        forms[form][number] = max(correct) - min(correct), min(correct) - max(wrong)
-    both = [number for number in forms["tied"] if number in forms["ref"]]
-    if not both:
-        raise DataError("rewardbench 2: no tie has both forms, ref:<n> and tied:<n>, so it has no score")
-    spreads = [forms["tied"][number][0] for number in both]
-    gaps = [forms["tied"][number][1] for number in both]
-    smaller = [min(forms["ref"][number][1], gap) for number, gap in zip(both, gaps, strict=True)]
-    right = {form: [gap > 0 for _, gap in found.values()] for form, found in forms.items()}
-    return (
-        0.30 * _mean(right["tied"])
-        + 0.30 * _mean(right["ref"])
-        + 0.20 * _mean([gap > spread for gap, spread in zip(gaps, spreads, strict=True)])
-        + 0.20 * _mean([gap > spread for gap, spread in zip(smaller, spreads, strict=True)])
-        + 0.01 * _mean(_relative_gaps(smaller, spreads, formula))
-    )
-
-
-def _relative_gaps(gaps: Sequence[float], spreads: Sequence[float], formula: TiesFormula) -> list[float]:
-    """tanh(gap / spread - 1), and what the formula says where the spread is 0."""
-    found = []
-    for gap, spread in zip(gaps, spreads, strict=True):
-        if spread != 0:
-            found.append(math.tanh(gap / spread - 1))
-        elif formula == "0.1.5":
-            found.append(0.0 if gap == 0 else math.copysign(1.0, gap))
-    return found
 
 
 # ---- shares of the total
@@ -378,5 +197,277 @@ def _normal(value: float, error: float, n: int) -> Estimate:
     return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), n, method="standard error")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+@dataclass(frozen=True, slots=True)
+class SectionTable:
+    """Accuracies with their intervals, over pairs."""
+
+    subsets: dict[str, Estimate]
+    sections: dict[str, Estimate]
+    """Sections of which some subset is present."""
+    total: Estimate | None
+    """Mean of the four sections; None while one is missing."""
+
+    @classmethod
+    def of(cls, subsets: dict[str, Estimate]) -> SectionTable:
+        return cls(subsets, section_estimates(subsets), total_estimate(subsets))
+
+
+# ---- Lite
+
+
+def lite_allocation(counts: Mapping[str, int], size: int = LITE_SIZE) -> dict[str, int]:
+    """How many of `counts` rows each subset gives to a set of `size` rows.
+
+    Eight each, or all that it has; then one at a time to the subset where it takes most off the total's variance,
+    w^2 (1/n - 1/(n + 1)), w the subset's weight in the total. Exact fractions, equal gains in the order of `SUBSETS`,
+    so that every machine finds the same. Raises `DataError` for unknown names, and `ConfigurationError` for a size
+    below the eights.
+    """
+    _weights(counts, counts)
+    shares = _shares(counts)
+    found = {name: min(_LITE_FLOOR, counts[name]) for name in shares}
+    if size < sum(found.values()):
+        raise ConfigurationError(
+            f"rewardbench_size: {size} rows are fewer than {_LITE_FLOOR} for each of {len(found)} subsets; give at "
+            f"least {sum(found.values())}"
+        )
+    open_places = min(size, sum(counts.values())) - sum(found.values())
+    for _ in range(open_places):
+        gains = {
+            name: share**2 / (found[name] * (found[name] + 1))
+            for name, share in shares.items()
+            if found[name] < counts[name]
+        }
+        found[max(gains, key=gains.__getitem__)] += 1
+    return found
+
+
+def lite_rows(rows: Sequence[BenchmarkRow], size: int = LITE_SIZE) -> list[BenchmarkRow]:
+    """The rows of `rewardbench-lite-v1`, in the order given.
+
+    From each subset those whose SHA-256 of the texts (see `lite_key`) comes first, as many as `lite_allocation` says.
+    No seed: neither the order of the rows nor their ids matter. Score them as the whole benchmark, under another name.
+    """
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.subset, []).append(place)
+    allocation = lite_allocation({name: len(found) for name, found in places.items()}, size)
+    selected = [
+        place
+        for name, count in allocation.items()
+        for place in sorted(places[name], key=lambda place: lite_key(rows[place]))[:count]
+    ]
+    return [rows[place] for place in sorted(selected)]
+
+
+def lite_key(row: BenchmarkRow) -> str:
+    """SHA-256, in hex, of `rewardbench-lite-v1`, subset, prompt, chosen and rejected, with 0x1F between them."""
+    parts = (LITE_NAME, row.subset, prompt_as_text(row.prompt), *row.responses)
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+
+def lite_standard_error(subsets: Mapping[str, Estimate], counts: Mapping[str, int]) -> float:
+    """Of the total, as an estimate of the total on all `counts` rows that the sample was taken from.
+
+    sqrt(sum w^2 p (1 - p) / (n - 1) (1 - n / N)): 0 for the whole benchmark. Cochran 1977, Sampling Techniques, ch. 5.
+    """
+    variances = (
+        float(share) ** 2 * p * (1 - p) / (n - 1) * (1 - n / counts[name])
+        for name, share in _shares(subsets).items()
+        for p, n in [(subsets[name].value, subsets[name].n)]
+        if n < counts[name]
+    )
+    return math.sqrt(sum(variances))
+
+
+# ---- the benchmark
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardBenchResult(ScoredResult):
+    """RewardBench, or RewardBench-Lite, of one scorer."""
+
+    benchmark: str
+    """`rewardbench` or `rewardbench-lite-v1`: numbers of the two are never to be compared."""
+    table: SectionTable
+    official_sections: dict[str, float]
+    """As the official tool reports them: 0 for a section that is missing."""
+    official_total: float
+    accuracy: Estimate
+    """Of all pairs alike, without weights: what the official command line calls accuracy."""
+    lite_standard_error: float | None
+    """Of the total as an estimate of that on all rows given; None when all were scored."""
+    n_pairs: int
+    n_ties: int
+    """Pairs with equal scores; they count as wrong."""
+    available: dict[str, int]
+    """Rows given of each subset, of which Lite takes some."""
+    absent_subsets: list[str]
+    short_subsets: dict[str, str]
+    """Subsets with another number of rows than the benchmark's: `50 of 100`."""
+    partial_sections: list[str]
+    """Sections that lack a subset or rows."""
+    baselines: dict[str, SectionTable]
+    """The same pairs judged by length in characters, either way, and by a coin."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the rows given are the whole benchmark."""
+        return not self.partial_sections
+
+    @property
+    def lite(self) -> bool:
+        return self.benchmark == LITE_NAME
+
+    @property
+    def whole(self) -> bool:
+        return self.complete and not self.lite
+
+    @property
+    def title(self) -> str:
+        if not self.lite:
+            return "RewardBench"
+        return "RewardBench-Lite" if self.n_pairs == LITE_SIZE else f"{self.n_pairs} rows of RewardBench"
+
+    def subset_scores(self) -> Mapping[str, Estimate]:
+        return self.table.subsets
+
+    def metrics(self) -> dict[str, Quantity]:
+        found = {
+            "score": self.table.total,
+            "se": self.lite_standard_error,
+            "accuracy": self.accuracy,
+            "ties": self.n_ties,
+            "truncated": self.n_truncated,
+            **self.table.sections,
+            **self.table.subsets,
+        }
+        name = "rewardbench_lite" if self.lite else "rewardbench"
+        return {f"{name}/{key}": value for key, value in found.items()}
+
+    def summary(self) -> str:
+        total = "not measured" if self.table.total is None else f"{self.table.total.value:.3f}"
+        parts = [f"{name} {value.value:.3f}" for name, value in self.table.sections.items()]
+        return f"RewardBench ({self.n_pairs} rows) {total}: {', '.join(parts)}"
+
+    def text(self, name: str) -> str:
+        text = f"{name}. A tie counts as wrong, as in the official tool: {self.n_ties} of {self.n_pairs} pairs. "
+        text += f"{self.n_truncated} pairs were too long for the model and lost the beginning of their prompt."
+        if self.lite_standard_error is not None:
+            text += (
+                f"\n\nThese are {self.n_pairs} rows chosen by hash (RewardBench-Lite is {LITE_SIZE} of them) and "
+                "weighted as the whole benchmark; the standard error as an estimate of the total on all rows given is "
+                f"{100 * self.lite_standard_error:.1f} points. Never compare it with a score on the full benchmark."
+            )
+        return text
+
+    def blocks(self) -> Iterator[Block]:
+        partial = f"; rows are missing in {', '.join(self.partial_sections)}" if self.partial_sections else ""
+        yield Table(
+            ["", *(Column(section) for section in SECTIONS), Column("mean of four")],
+            [
+                [name, *(table.sections.get(section) for section in SECTIONS), table.total]
+                for name, table in [("this model", self.table), *self.baselines.items()]
+            ],
+            f"Sections, beside rules that read nothing{partial}",
+        )
+        groups = [
+            BarGroup(section, [Bar(name, self.table.subsets[name]) for name in names if name in self.table.subsets])
+            for section, names in SECTIONS.items()
+        ]
+        yield Bars([group for group in groups if group.bars], "pairs", "Accuracy by subset", [COIN], (0.0, 1.0))
+        columns = ["subset", *map(Column, ("this model", "longer wins"))]
+        columns += [Column(name, "g") for name in ("rows given", "rows of the whole")]
+        tables = self.table.subsets, self.baselines["longer wins"].subsets
+        yield Table(
+            columns,
+            [
+                [name, *(subsets.get(name) for subsets in tables), self.available.get(name, 0), subset.pairs]
+                for name, subset in SUBSETS.items()
+            ],
+            "The same beside the rule that more characters are better, and what of the benchmark was there",
+        )
+
+
+class RewardBench(Benchmark):
+    """The benchmark, or with `rewardbench_size` its Lite set."""
+
+    name = "rewardbench"
+    title = "RewardBench"
+
+    def source(self, settings: EvaluationSettings) -> str | None:
+        return settings.rewardbench
+
+    def load(self, settings: EvaluationSettings) -> list[BenchmarkRow]:
+        return load_rewardbench(settings.rewardbench)
+
+    def notes(self, rows: Sequence[BenchmarkRow]) -> list[str]:
+        given = Counter(row.subset for row in rows)
+        short = {subset.section for name, subset in SUBSETS.items() if given[name] != subset.pairs}
+        whole = sum(subset.pairs for subset in SUBSETS.values())
+        note = (
+            f"RewardBench: {len(rows):,} of the benchmark's {whole:,} rows were given, so these are no RewardBench "
+            f"scores; partial: {', '.join(name for name in SECTIONS if name in short)}."
+        )
+        return [note] if short else []
+
+    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> RewardBenchResult:
+        return run_rewardbench(by, rows, size=settings.rewardbench_size, scores_file=file, ranks=ranks)
+
+
+def load_rewardbench(source: str | Path = REWARDBENCH) -> list[BenchmarkRow]:
+    """Rows of RewardBench out of a file, a directory or a hub data set: prompt, chosen, rejected, subset and id.
+
+    `prompt` is a text or a list of messages; a row without `id` is named after its place. Raises `DataError` when the
+    source cannot be read or is empty, lacks a column, names an unknown subset, or gives an id twice in a subset.
+    """
+    columns = ("prompt", "chosen", "rejected", "subset")
+    return checked_rows(source, [pair_row(row, row.values["subset"]) for row in read_columns(source, columns)], SUBSETS)
+
+
+def selected_rows(rows: Sequence[BenchmarkRow], size: int | Literal["full"]) -> list[BenchmarkRow]:
+    """All rows, or the Lite set of so many."""
+    return list(rows) if size == "full" else lite_rows(rows, size)
+
+
+def run_rewardbench(
+    scorer: Scorer,
+    rows: Sequence[BenchmarkRow],
+    *,
+    size: int | Literal["full"] = "full",
+    scores_file: str | Path | None = None,
+    ranks: Ranks = ALONE,
+) -> RewardBenchResult:
+    """RewardBench, or with a `size` the Lite set of so many rows (see `lite_rows`). The rest: see `score_rows`.
+
+    Raises what `score_rows` and `lite_rows` raise.
+    """
+    available = dict(Counter(row.subset for row in rows))
+    given = selected_rows(rows, size)
+    scored = score_rows(scorer, given, scores_file, ranks=ranks)
+    right = right_pairs((row.subset, *row.scores) for row in scored)
+    subsets = subset_estimates(right)
+    official = official_section_scores({name: estimate.value for name, estimate in subsets.items()})
+    absent = [name for name in SUBSETS if name not in available]
+    short = short_subsets(rows, {name: subset.pairs for name, subset in SUBSETS.items()})
+    lengths = [(row.subset, *map(len, row.responses)) for row in given]
+    return RewardBenchResult(
+        **ScoredResult.about(scorer, given, scored),
+        benchmark="rewardbench" if size == "full" else LITE_NAME,
+        table=SectionTable.of(subsets),
+        official_sections=official,
+        official_total=total_score(official),
+        accuracy=wilson(sum(map(sum, right.values())), len(scored)),
+        lite_standard_error=None if size == "full" else lite_standard_error(subsets, available),
+        n_pairs=len(scored),
+        n_ties=count_ties(scored),
+        available=available,
+        absent_subsets=absent,
+        short_subsets=short,
+        partial_sections=[section for section, names in SECTIONS.items() if not {*absent, *short}.isdisjoint(names)],
+        baselines={
+            "longer wins": SectionTable.of(subset_estimates(right_pairs(lengths))),
+            "shorter wins": SectionTable.of(subset_estimates(right_pairs((name, -a, -b) for name, a, b in lengths))),
+            "coin flip": SectionTable.of(coin_flip({name: len(pairs) for name, pairs in right.items()})),
+        },
+    )

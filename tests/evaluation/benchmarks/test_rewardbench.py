@@ -7,35 +7,30 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, is_right, prompt_as_text, subset_estimates
+from rlhf_lightning.evaluation.benchmarks.prior_sets import PRIOR_SETS, prior_sets_score
 from rlhf_lightning.evaluation.benchmarks.rewardbench import (
-    PRIOR_SETS,
     SECTIONS,
     SUBSETS,
-    SUBSETS_2,
-    best_of_score,
     coin_flip,
-    is_right,
     lite_allocation,
     lite_key,
+    lite_rows,
     lite_standard_error,
-    lite_subset,
     official_section_scores,
-    prior_sets_score,
-    prompt_as_text,
-    rewardbench2_scores,
     section_estimates,
     section_scores,
     standard_error,
-    subset_estimates,
-    ties_score,
     total_estimate,
     total_score,
 )
+from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2
 from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from tests.conftest import SHARED_DATA
 
@@ -190,42 +185,39 @@ def test_a_coin_gets_one_half_everywhere():
 # ---- Lite
 
 
+def pair(subset, prompt, chosen, rejected, id="0"):
+    return BenchmarkRow(id, subset, [{"role": "user", "content": prompt}], (chosen, rejected), 1, "here")
+
+
 def rows_of(counts, seed=0):
     """Rows of distinct texts, shuffled."""
-    rows = [
-        {"subset": name, "prompt": f"{name} {i}", "chosen": f"good {i}", "rejected": f"bad {i}", "id": i}
-        for name, count in counts.items()
-        for i in range(count)
-    ]
+    rows = [pair(name, f"{name} {i}", f"good {i}", f"bad {i}") for name, count in counts.items() for i in range(count)]
     random.Random(seed).shuffle(rows)
     return rows
 
 
 def test_lite_takes_of_each_subset_the_first_rows_by_hash_whatever_their_order_and_ids():
     rows = rows_of(OFFICIAL_PAIRS)
-    taken = lite_subset(rows)
-    assert len(taken) == 400
+    selected = lite_rows(rows)
+    assert len(selected) == 400
     allocation = lite_allocation(OFFICIAL_PAIRS)
     for name in SUBSETS:
 
         def key(row):
-            text = b"\x1f".join(
-                part.encode()
-                for part in ("rewardbench-lite-v1", row["subset"], row["prompt"], row["chosen"], row["rejected"])
-            )
-            return hashlib.sha256(text).digest()
+            parts = ("rewardbench-lite-v1", row.subset, row.prompt[0]["content"], *row.responses)
+            return hashlib.sha256(b"\x1f".join(part.encode() for part in parts)).digest()
 
-        own = sorted((row for row in rows if row["subset"] == name), key=key)[: allocation[name]]
-        assert sorted(row["prompt"] for row in own) == sorted(row["prompt"] for row in taken if row["subset"] == name)
-    again = [row | {"id": 0} for row in rows_of(OFFICIAL_PAIRS, seed=1)]
-    assert {row["prompt"] for row in lite_subset(again)} == {row["prompt"] for row in taken}
-    positions = [rows.index(row) for row in taken]
+        own = sorted((row for row in rows if row.subset == name), key=key)[: allocation[name]]
+        assert sorted(row.responses for row in own) == sorted(row.responses for row in selected if row.subset == name)
+    again = [replace(row, id="1") for row in rows_of(OFFICIAL_PAIRS, seed=1)]
+    assert {row.key for row in lite_rows(again)} == {row.key for row in selected}
+    positions = [rows.index(row) for row in selected]
     assert positions == sorted(positions)
 
 
 def test_the_key_of_a_row_is_that_of_sha256sum():
-    row = {"subset": "hep-go", "prompt": "p", "chosen": "c", "rejected": "r"}
     # printf 'rewardbench-lite-v1\037hep-go\037p\037c\037r' | sha256sum
+    row = pair("hep-go", "p", "c", "r")
     assert lite_key(row) == "16ff0e408ea6ec48b64620adfb38d98654ab76e9c8cdf4aeadf8e13179a63a7b"
 
 
@@ -263,7 +255,7 @@ def test_lite_of_parts_takes_what_there_is():
     with pytest.raises(ConfigurationError, match="at least 19"):
         lite_allocation(counts, 18)
     with pytest.raises(DataError, match="unknown subset 'hep'"):
-        lite_subset([{"subset": "hep", "prompt": "", "chosen": "", "rejected": ""}])
+        lite_rows([pair("hep", "", "", "")])
 
 
 @pytest.mark.parametrize(
@@ -290,97 +282,3 @@ def test_the_error_of_lite_is_the_spread_of_random_draws_from_one_benchmark():
     assert np.mean(totals) == pytest.approx(
         total_score(section_scores({name: right.mean() for name, right in whole.items()})), abs=0.002
     )
-
-
-# ---- version 2
-
-
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [([3, 1, 2, 0], 1), ([3, 3, 2, 0], 1 / 2), ([3, 3, 3, 3], 1 / 4), ([2, 3, 1, 0], 0), ([-1, -2, -3, -4], 1)],
-)
-def test_the_best_of_four_shares_its_point_among_equals(scores, expected):
-    assert best_of_score(scores) == expected
-
-
-def ties_from_the_definition(items, formula):
-    """The same, with arrays."""
-    stats = {}
-    for item in items:
-        scores = np.array(item["scores"], dtype=float)
-        correct, wrong = scores[: item["num_correct"]], scores[item["num_correct"] :]
-        stats[item["id"]] = np.ptp(correct), correct.min() - wrong.max()
-    gap = {form: np.array([s[1] for i, s in stats.items() if i.startswith(form)]) for form in ("ref", "tied")}
-    both = [i[5:] for i in stats if i.startswith("tied") and f"ref:{i[5:]}" in stats]
-    spread = np.array([stats[f"tied:{i}"][0] for i in both])
-    tied = np.array([stats[f"tied:{i}"][1] for i in both])
-    g = np.minimum(tied, [stats[f"ref:{i}"][1] for i in both])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        last = np.tanh(g / spread - 1)
-    last = last[spread > 0] if formula == "0.1.4" else np.nan_to_num(last, nan=0.0)
-    parts = (gap["tied"] > 0).mean(), (gap["ref"] > 0).mean(), (tied > spread).mean(), (g > spread).mean()
-    return np.dot((0.3, 0.3, 0.2, 0.2, 0.01), (*parts, last.mean() if len(last) else 0.0))
-
-
-def ties(generator, prompts=12):
-    """Prompts of both forms, some of whose correct scores are all the same, and one of a single form."""
-    items = [{"id": "ref:99", "subset": "Ties", "scores": [1.0, 2.0], "num_correct": 1}]
-    for number in range(prompts):
-        correct = generator.normal(1, 0.5, 3).round(1) if number % 3 else np.full(3, 1.0)
-        wrong = generator.normal(0, 1, 4).round(1)
-        items.append(
-            {"id": f"tied:{number}", "subset": "Ties", "scores": [*correct.tolist(), *wrong.tolist()], "num_correct": 3}
-        )
-        reference = generator.normal((1, 0, 0), 1).round(1).tolist()
-        items.append({"id": f"ref:{number}", "subset": "Ties", "scores": reference, "num_correct": 1})
-    return items
-
-
-@pytest.mark.parametrize("formula", ["0.1.4", "0.1.5"])
-def test_the_score_of_ties_is_its_formula_in_either_version(formula):
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        items = ties(generator)
-        assert ties_score(items, formula=formula) == pytest.approx(ties_from_the_definition(items, formula), abs=1e-12)
-
-
-def test_the_versions_differ_where_correct_responses_score_alike():
-    ref = {"id": "ref:1", "subset": "Ties", "scores": [1.0, 0.0], "num_correct": 1}
-    tied = {"id": "tied:1", "subset": "Ties", "scores": [1.0, 1.0, 0.0], "num_correct": 2}
-    assert ties_score([ref, tied], formula="0.1.4") == pytest.approx(1.0, abs=1e-12)
-    assert ties_score([ref, tied], formula="0.1.5") == pytest.approx(1.01, abs=1e-12)
-    worse = tied | {"scores": [1.0, 1.0, 2.0]}
-    assert ties_score([ref, worse], formula="0.1.5") == pytest.approx(0.3 - 0.01, abs=1e-12)
-    equal = tied | {"scores": [1.0, 1.0, 1.0]}
-    assert ties_score([ref, equal], formula="0.1.5") == pytest.approx(0.3, abs=1e-12)
-
-
-def test_version_2_is_the_mean_of_six_and_no_total_where_one_is_missing():
-    items = [
-        {"id": str(i), "subset": name, "scores": [1, 0, 0, 0] if i else [0, 1, 0, 0], "num_correct": 1}
-        for name in SUBSETS_2
-        if name != "Ties"
-        for i in range(4)
-    ]
-    assert rewardbench2_scores(items) == dict.fromkeys(list(SUBSETS_2)[:5], 0.75)
-    items += ties(np.random.default_rng(1))
-    scores = rewardbench2_scores(items)
-    tie = ties_score([item for item in items if item["subset"] == "Ties"])
-    assert scores["total"] == pytest.approx((5 * 0.75 + tie) / 6, abs=1e-12)
-    assert scores["Ties"] == tie
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"subset": "ties"}, "unknown subset 'ties'"),
-        ({"id": "7"}, "neither ref:<n> nor tied:<n>"),
-        ({"num_correct": 2}, "both correct and wrong"),
-        ({"id": "ref:1"}, "stands twice"),
-        ({"id": "tied:2"}, "no tie has both forms"),
-    ],
-)
-def test_items_of_another_form_are_refused(change, words):
-    ref = {"id": "ref:1", "subset": "Ties", "scores": [1.0, 0.0], "num_correct": 1}
-    with pytest.raises(DataError, match=words):
-        rewardbench2_scores([ref, ref | {"id": "tied:1"} | change])

@@ -13,7 +13,12 @@ import torch
 from transformers import AutoTokenizer
 
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.benchmarks.judge import (
+from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
+from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2, ties_score
+from rlhf_lightning.evaluation.benchmarks.rewardbench2_judge import right_place, run_judge2
+from rlhf_lightning.evaluation.benchmarks.rewardbench_judge import run_judge
+from rlhf_lightning.evaluation.judge import (
     TOO_LONG,
     PolicyJudge,
     ask,
@@ -21,12 +26,7 @@ from rlhf_lightning.evaluation.benchmarks.judge import (
     parse_rating,
     parse_verdict,
     rating_question,
-    right_place,
-    run_judge,
-    run_judge2,
 )
-from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, SUBSETS_2, rewardbench2_scores
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import BenchmarkRow
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import greedy_replies
 from tests.evaluation.kept import kept_entries
@@ -258,7 +258,7 @@ def test_four_ways_and_ratings_make_up_version_2():
         }
         for row in rows[-6:]
     ]
-    ties = rewardbench2_scores(items)["Ties"]
+    ties = ties_score(items)
     values = {name: estimate.value for name, estimate in result.subsets.items()}
     assert values == dict.fromkeys(list(SUBSETS_2)[:5], 1.0) | {"Ties": pytest.approx(ties, abs=1e-12)}
     assert result.total.value == pytest.approx((5 + ties) / 6, abs=1e-12)

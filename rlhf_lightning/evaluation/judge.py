@@ -1,4 +1,4 @@
-"""A language model as the judge of responses: asked in both orders, its verdict read and never guessed.
+"""A language model as the judge of responses: what it is asked, how its reply is read, never guessed.
 
 Zheng et al. 2023 (arXiv 2306.05685) describe such judges and what they lean to: the first place, and length.
 """
@@ -9,7 +9,6 @@ import hashlib
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,14 +16,6 @@ import torch
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS_2, TIES, RewardBench2Item, TiesFormula
-from rlhf_lightning.evaluation.benchmarks.rewardbench_run import (
-    BenchmarkRow,
-    SectionTable,
-    rewardbench2_estimates,
-    rewardbench2_total,
-)
-from rlhf_lightning.evaluation.estimates import Estimate, wilson
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.models.backbones import max_positions
@@ -38,8 +29,6 @@ Judge = Callable[[list[str]], list[str]]
 JUDGE_KIND = "Generative RM"
 """RewardBench's `model_type` of a judge."""
 LOWEST_RATING, HIGHEST_RATING = 1, 10
-UNPARSED_RATING = -1.0
-"""What a rating that cannot be read counts as, as in the official tool: below all others."""
 
 TOO_LONG = "(not asked: the question is longer than the model has positions for)"
 """In place of a reply; no verdict can be read in it."""
@@ -113,171 +102,7 @@ def parse_rating(reply: str) -> int | None:
     return rating if rating is not None and LOWEST_RATING <= rating <= HIGHEST_RATING else None
 
 
-def right_place(row: BenchmarkRow) -> int:
-    """Where among its responses the correct one is shown: as good as random, and the same in every run."""
-    digest = hashlib.sha256(f"place\x1f{row.key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % len(row.responses)
-
-
-# ---- results
-
-
-@dataclass(frozen=True, slots=True)
-class PairVerdicts:
-    """What a judge said of a pair: the better side with the chosen response shown first, and second."""
-
-    id: str
-    subset: str
-    chosen_first: str | None
-    """`chosen` or `rejected`; None when the reply could not be read."""
-    chosen_second: str | None
-
-    @property
-    def score(self) -> float:
-        """1 for a right verdict, 0 for a wrong one, one half for one that could not be read; mean of both orders."""
-        points = {"chosen": 1.0, "rejected": 0.0, None: 0.5}
-        return (points[self.chosen_first] + points[self.chosen_second]) / 2
-
-    @property
-    def parsed(self) -> bool:
-        """Whether both verdicts could be read."""
-        return None not in (self.chosen_first, self.chosen_second)
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeResult:
-    """RewardBench with a judge."""
-
-    judge: str
-    kind: str
-    table: SectionTable
-    """Of `PairVerdicts.score`: one half for what could not be read, as in the official tool."""
-    strict_accuracy: Estimate
-    """Pairs that were judged right in both orders."""
-    parsed: Estimate
-    """Replies that could be read."""
-    consistency: Estimate | None
-    """Pairs with the same verdict in both orders, of those with two."""
-    first_place: Estimate | None
-    """Verdicts for the response that was shown first, of those that could be read; a fair judge has one half."""
-    n_pairs: int
-    n_unparsed: int
-    """Replies."""
-    n_too_long: int
-    """Questions among them that were not asked."""
-    rows: list[PairVerdicts]
-
-
-@dataclass(frozen=True, slots=True)
-class Judge2Result:
-    """RewardBench 2 with a judge: the best of four, and ratings for the ties."""
-
-    judge: str
-    kind: str
-    ties_formula: TiesFormula
-    subsets: dict[str, Estimate]
-    """Over prompts; 1/4 for a choice of four that could not be read. Of the ties over pairs of prompts."""
-    total: Estimate | None
-    parsed: Estimate
-    """Replies that could be read."""
-    chosen_places: dict[str, int]
-    """How often each letter was chosen. The correct response stands in each place alike."""
-    n_unparsed_choices: int
-    n_unparsed_ratings: int
-    """They count as -1."""
-    n_too_long: int
-    """Questions among both that were not asked."""
-
-
-def run_judge(
-    judge: Judge,
-    rows: Sequence[BenchmarkRow],
-    *,
-    name: str,
-    replies_file: str | Path | None = None,
-    ranks: Ranks = ALONE,
-) -> JudgeResult:
-    """Ask about each pair of `load_rewardbench`'s rows in both orders. `replies_file` and `ranks`: see `ask`.
-
-    Raises `ConfigurationError` when there are no rows, and what `ask` raises.
-    """
-    if not rows:
-        raise ConfigurationError(f"{name}: there are no pairs to judge")
-    questions = [
-        comparison_question(row.prompt, order) for row in rows for order in (row.responses, row.responses[::-1])
-    ]
-    replies = ask(judge, questions, name=name, replies_file=replies_file, ranks=ranks)
-    letters = [parse_verdict(reply) for reply in replies]
-    sides = {"A": ("chosen", "rejected"), "B": ("rejected", "chosen"), None: (None, None)}
-    verdicts = [
-        PairVerdicts(row.id, row.subset, sides[first][0], sides[second][1])
-        for row, first, second in zip(rows, letters[::2], letters[1::2], strict=True)
-    ]
-    points: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        points.setdefault(verdict.subset, []).append(verdict.score)
-    read = [letter for letter in letters if letter is not None]
-    twice = [verdict for verdict in verdicts if verdict.parsed]
-    return JudgeResult(
-        judge=name,
-        kind=JUDGE_KIND,
-        table=SectionTable.of({subset: wilson(sum(own), len(own)) for subset, own in points.items()}),
-        strict_accuracy=wilson(sum(verdict.score == 1 for verdict in verdicts), len(verdicts)),
-        parsed=wilson(len(read), len(letters)),
-        consistency=wilson(sum(v.chosen_first == v.chosen_second for v in twice), len(twice)) if twice else None,
-        first_place=wilson(read.count("A"), len(read)) if read else None,
-        n_pairs=len(rows),
-        n_unparsed=len(letters) - len(read),
-        n_too_long=replies.count(TOO_LONG),
-        rows=verdicts,
-    )
-
-
-def run_judge2(
-    judge: Judge,
-    rows: Sequence[BenchmarkRow],
-    *,
-    name: str,
-    ties_formula: TiesFormula = "0.1.5",
-    replies_file: str | Path | None = None,
-    ranks: Ranks = ALONE,
-) -> Judge2Result:
-    """Ask for the best response to each prompt of `load_rewardbench2`'s rows, and for ratings of each tie's.
-
-    The correct response is shown in `right_place`. Raises `ConfigurationError` when there are no rows, and what `ask`
-    and `ties_score` raise.
-    """
-    if not rows:
-        raise ConfigurationError(f"{name}: there are no prompts to judge")
-    choices, ties = ([row for row in rows if (row.subset == TIES) == tied] for tied in (False, True))
-    questions = [comparison_question(row.prompt, _shown(row)) for row in choices]
-    questions += [rating_question(row.prompt, response) for row in ties for response in row.responses]
-    replies = ask(judge, questions, name=name, replies_file=replies_file, ranks=ranks)
-    letters = [
-        parse_verdict(reply, string.ascii_uppercase[: len(row.responses)])
-        for row, reply in zip(choices, replies[: len(choices)], strict=True)
-    ]
-    ratings = [parse_rating(reply) for reply in replies[len(choices) :]]
-    points: dict[str, list[float]] = {}
-    for row, letter in zip(choices, letters, strict=True):
-        right = string.ascii_uppercase[right_place(row)]
-        points.setdefault(row.subset, []).append(1 / len(row.responses) if letter is None else float(letter == right))
-    subsets = {subset: wilson(sum(own), len(own)) for subset, own in points.items()}
-    subsets |= rewardbench2_estimates(_tie_items(ties, ratings), ties_formula)
-    subsets = {subset: subsets[subset] for subset in SUBSETS_2 if subset in subsets}
-    read = [reading for reading in [*letters, *ratings] if reading is not None]
-    return Judge2Result(
-        judge=name,
-        kind=JUDGE_KIND,
-        ties_formula=ties_formula,
-        subsets=subsets,
-        total=rewardbench2_total(subsets),
-        parsed=wilson(len(read), len(replies)),
-        chosen_places={letter: letters.count(letter) for letter in sorted({*letters} - {None})},
-        n_unparsed_choices=letters.count(None),
-        n_unparsed_ratings=ratings.count(None),
-        n_too_long=replies.count(TOO_LONG),
-    )
+# ---- asking
 
 
 def ask(
@@ -377,26 +202,6 @@ class PolicyJudge:
         for place, reply in zip(asked, replies, strict=True):
             found[place] = form.reply_text(ids[place], reply.ids.tolist())
         return found
-
-
-def _shown(row: BenchmarkRow) -> list[str]:
-    """The responses with the first, the correct one, in its `right_place`."""
-    first, *others = row.responses
-    place = right_place(row)
-    return [*others[:place], first, *others[place:]]
-
-
-def _tie_items(ties: Sequence[BenchmarkRow], ratings: Sequence[int | None]) -> list[RewardBench2Item]:
-    given = iter(UNPARSED_RATING if rating is None else float(rating) for rating in ratings)
-    return [
-        {
-            "id": row.id,
-            "subset": row.subset,
-            "scores": [next(given) for _ in row.responses],
-            "num_correct": row.num_correct,
-        }
-        for row in ties
-    ]
 
 
 def _after_thinking(reply: str) -> str:
