@@ -19,7 +19,9 @@ from tests.test_configs import CONFIGS, ROOT
 QUICKSTART = str(ROOT / "configs" / "quickstart" / "reward_model.yaml")
 DPO = str(ROOT / "configs" / "dpo.yaml")
 SFT = str(ROOT / "configs" / "sft.yaml")
-TINY = ["--model.backbone", "builtin:tiny", "--data.train", "builtin:courtesy"]
+CPU = ["--config", str(ROOT / "configs" / "hardware" / "cpu.yaml")]
+TINY = [*CPU, "--model.backbone", "builtin:tiny", "--data.train", "builtin:courtesy"]
+WHOLE = ["--model.lora", "null", "--model.reference", "null"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", DPO, *TINY, "--model.loss_type", "dpo"], ["loss_type", "'sigmoid'", "dpo"]),
         (["fit", "--config", DPO, *TINY, "--model.beta", "0"], ["beta", "v>0"]),
         (["fit", "--config", DPO, *TINY, "--model.gamma", "1"], ["model.gamma", "sigmoid takes none", "simpo"]),
-        (["fit", "--config", DPO, *TINY, "--model.reference", "adapter"], ["model.reference", "give model.lora"]),
+        (["fit", "--config", DPO, *TINY, "--model.lora", "null"], ["model.reference", "give model.lora"]),
         (["fit", "--config", DPO, *TINY, "--model.reference", "./absent"], ["./absent", "no directory here"]),
         (["fit", "--config", DPO, *TINY, "--model.lora.rank", "4"], ["lora", "rank"]),
         (["fit", "--config", DPO, *TINY, "--model.lora.r", "0"], ["lora", "r must be 1 or more"]),
@@ -396,7 +398,7 @@ def documented_scalars(name: str) -> set[str]:
 @pytest.mark.usefixtures("forked_proof")
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
 def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_its_numbers(capsys, tmp_path, adapters):
-    lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else []
+    lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else WHOLE
     few = ["--data.max_train_pairs", "128", "--trainer.val_check_interval", "1.0", *lora]
     assert main(["fit", "--config", DPO, *TINY, *few]) == 0
     text = capsys.readouterr().out
@@ -415,7 +417,7 @@ def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_it
         exported, best = (AutoModelForCausalLM.from_pretrained(name) for name in ("exported", "models/rl_policy"))
         for ours, theirs in zip(exported.parameters(), best.parameters(), strict=True):
             assert torch.equal(ours, theirs)
-        wrong = ["test", "--config", DPO, *TINY, "--ckpt_path", checkpoint]
+        wrong = ["test", "--config", DPO, *TINY, *WHOLE, "--ckpt_path", checkpoint]
         assert "those of another model" in refusal(capsys, *wrong), "the adapters were left out"
 
 
@@ -425,7 +427,7 @@ def test_sft_runs_on_the_cpu_with_a_tiny_model_and_dpo_goes_on_from_its_director
     assert list(table_values(capsys.readouterr().out)) == ["loss", "perplexity", "token accuracy"]
     (run,) = (tmp_path / "runs" / "sft").iterdir()
     assert logged_scalars(run) == documented_scalars("SFT")
-    go_on = ["--model.backbone", "models/sft", "--data.train", "builtin:courtesy", *few]
+    go_on = [*CPU, "--model.backbone", "models/sft", "--data.train", "builtin:courtesy", *few]
     assert main(["fit", "--config", DPO, *go_on, "--model.loss_type", "ipo", "--trainer.logger", "false"]) == 0
 
 

@@ -30,6 +30,7 @@ def test_reward_model_is_the_mission_s_run():
     assert model["backbone"] == "Qwen/Qwen2-0.5B"
     assert model["optimizer"]["init_args"]["lr"] == 2e-5
     assert (data["batch_size"], trainer["accumulate_grad_batches"], trainer["max_epochs"]) == (8, 8, 5)
+    assert (trainer["devices"], trainer["strategy"], trainer["precision"]) == (1, "zero2", "16-mixed")
     callbacks = {callback["class_path"]: callback["init_args"] for callback in reversed(trainer["callbacks"])}
     for name in ("ModelCheckpoint", "EarlyStopping"):
         assert callbacks[name]["monitor"] == "val/auroc"
@@ -41,21 +42,13 @@ def test_dpo_is_the_mission_s_run():
     model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
     assert config["model"]["class_path"] == "DPO"
     assert model["backbone"] == "meta-llama/Meta-Llama-3-8B-Instruct"
-    assert (model["loss_type"], model["beta"], model["optimizer"]["init_args"]["lr"]) == ("sigmoid", 0.1, 5e-6)
+    assert (model["loss_type"], model["beta"], model["optimizer"]["init_args"]["lr"]) == ("sigmoid", 0.1, 5e-5)
     assert (data["batch_size"], trainer["accumulate_grad_batches"]) == (4, 16)
+    assert model["lora"]["r"] == 16, "adapters, hence ten times the rate of whole weights"
+    assert (trainer["devices"], trainer["strategy"], trainer["precision"]) == (1, "zero2", "16-mixed")
     assert trainer["logger"]["class_path"] == "TensorBoardLogger"
     callbacks = {callback["class_path"]: callback["init_args"] for callback in trainer["callbacks"]}
     assert callbacks["ExportBest"]["directory"] == "models/rl_policy"
-
-
-def test_the_commented_keys_of_dpo_are_keys():
-    """The LoRA keys in the comments, as a user would uncomment them."""
-    from rlhf_lightning.models.causal_lm import Lora
-
-    lines = (ROOT / "configs" / "dpo.yaml").read_text().splitlines()
-    commented = yaml.safe_load("\n".join(line.strip(" #") for line in lines if line.startswith("    # ")))
-    assert set(commented) == {"reference", "lora", "gradient_checkpointing"}
-    assert Lora(**commented["lora"]) == Lora()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)

@@ -31,7 +31,9 @@ def test_log_probs_on_the_gpu_are_those_of_the_cpu(tiny_qwen2):
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize(
-    "reference", [["frozen"], ["precomputed"], ["adapter", "--model.lora.r", "16"]], ids=lambda given: given[0]
+    "reference",
+    [["frozen", "--model.lora", "null"], ["precomputed", "--model.lora", "null"], ["adapter"]],
+    ids=lambda given: given[0],
 )
 def test_the_true_shape_begins_at_ln_2_trains_and_repeats_its_numbers(
     capsys, tmp_path, monkeypatch, qwen2_half_billion, precision, reference

@@ -18,7 +18,7 @@ CONFIGS = ROOT / "configs"
 ZERO2 = CONFIGS / "hardware" / "zero2.yaml"
 OFFLOAD = CONFIGS / "hardware" / "zero2_offload.yaml"
 PLAIN = CONFIGS / "hardware" / "gpu_16_mixed.yaml"
-LORA = CONFIGS / "llama3_8b" / "h200_lora.yaml"
+LORA = CONFIGS / "hardware" / "zero2.yaml"
 
 
 def measure(arguments: list[str], capsys) -> float:
@@ -49,6 +49,7 @@ def test_half_a_billion_weights_take_what_was_planned(
 ):
     monkeypatch.chdir(tmp_path)
     more = ["--model.gradient_checkpointing", checkpointing, "--data.batch_size", "32"]
+    more += ["--model.lora", "null", "--model.reference", "frozen"] if config == "dpo" else []
     ratio = measure(arguments_of(config, overlay, qwen2_half_billion, *more), capsys)
     assert ratio == pytest.approx(1, abs=0.1)
 
