@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 import warnings
@@ -76,3 +77,11 @@ class VisibleLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
+
+
+def search_no_gpu() -> None:
+    """Keep DeepSpeed, which transformers imports where it is installed, from telling that it found no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

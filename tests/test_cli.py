@@ -557,7 +557,7 @@ def test_of_several_processes_one_says_that_it_was_interrupted(capsys, monkeypat
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlhf_lightning.commands.main._run_doctor", interrupted)
+    monkeypatch.setattr("rlhf_lightning.commands.doctor.run", interrupted)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert main(["doctor"]) == 130

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
@@ -50,6 +51,7 @@ goes on where it was.
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluate, write, print the verdicts, and return the exit code. Raises `UserError`."""
+    quieten()
     settings = parse(arguments)
     out = Path(settings.out)
     if out.exists() and not out.is_dir():

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import rlhf_lightning
+from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import check_room
 from rlhf_lightning.models.backbones import counts_from_padding
@@ -23,7 +24,7 @@ from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.models.storage import check_free, check_other, end_at, pad_with, replaced_model
 from rlhf_lightning.terminal import say
 from rlhf_lightning.training.callbacks import exported_bytes
-from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module, search_no_gpu
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.results import TABLE_ROWS
 
@@ -42,13 +43,13 @@ _UNITS = {"policy": "nats", "reward": "units of score"}
 
 def run(arguments: Sequence[str]) -> int:
     """The command line of `export`. Returns 0; raises `UserError` for what the user can mend."""
+    quieten()
     parser = argparse.ArgumentParser("rlhf-lightning export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a RewardModel, DPO or SFT run")
     parser.add_argument("--out", required=True, help="directory to write; an earlier export there is replaced")
     parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
     parser.error = _refuse  # one line, without the usage
     given = parser.parse_args(arguments)
-    search_no_gpu()
     difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
     say(f"model:       {given.out}")
     say(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")

@@ -6,9 +6,8 @@ import logging
 import os
 import re
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,26 +29,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
-from rlhf_lightning.files.disks import full_disk, named_full_disk
+from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, write_configuration
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
 from rlhf_lightning.planning.room_on_disk import RoomOnDisk
-from rlhf_lightning.terminal import VisibleLines, say, visible_warning
+from rlhf_lightning.terminal import say
 from rlhf_lightning.training.best import SavingOrder, any_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
-from rlhf_lightning.training.checkpoints import (
-    WholeFileIO,
-    check_class,
-    has_states,
-    is_sharded,
-    read_checkpoint,
-    search_no_gpu,
-)
+from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, has_states, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.last_validation import LastValidation
 from rlhf_lightning.training.overlays import replace_in_later_layers
@@ -460,57 +453,3 @@ def _refusal_of_a_library(error: BaseException) -> str | None:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error)[:400] if isinstance(error, MisconfigurationException | ImportError) else None
-
-
-@contextmanager
-def silenced(name: str) -> Iterator[None]:
-    """Inside, a logger says errors alone."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def quieten() -> None:
-    """Leave the terminal to the progress bar, our own lines and the results table."""
-    import warnings
-
-    import transformers
-
-    search_no_gpu()
-    # TensorBoard writes in a thread, whose error is raised again where it is next asked to write.
-    others = threading.excepthook
-    threading.excepthook = lambda ended: None if full_disk(ended.exc_value) else others(ended)
-    warnings.formatwarning = visible_warning
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    ours = logging.getLogger("rlhf_lightning")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(VisibleLines("%(message)s"))
-    handler.addFilter(lambda record: rank_zero_only.rank == 0)
-    ours.handlers = [handler]
-    ours.setLevel(logging.INFO)
-    # A loader without worker processes is meant: making a batch takes well under a millisecond.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Each run has its own directory, so a checkpoint always comes from another one.
-    warnings.filterwarnings("ignore", message="The dirpath has changed")
-    # Shards are no part of the weights under any strategy with which an average is taken.
-    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that overrides")
-    # A checkpoint of PPO is meant to hold the weights after its steps.
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-    # Our batches carry the position of each pair.
-    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
-    # Nothing is turned off: our plans give every epoch the same batches by themselves.
-    warnings.filterwarnings("ignore", message="You requested to overfit but enabled")
-    # DeepSpeed's optimizer steps out of the sight of torch's schedules; `check_schedule` looks after them.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    # Deprecations inside Lightning 2.6 and DeepSpeed 0.19 under torch 2.13.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.* is deprecated")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import OnBadRows, PromptExample
@@ -115,6 +116,7 @@ class Scored:
 
 def run(arguments: Sequence[str]) -> int:
     """Generate, write, say what was written, and return the exit code. Raises `UserError`."""
+    quieten()
     settings = parse_settings(GenerationSettings, "generate", _USAGE, arguments)
     check(settings)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,17 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS = ("pipeline", *TRAINER_COMMANDS, "evaluate", "generate", "doctor", "plan", "export")
+COMMANDS = {
+    "pipeline": "pipeline.command",
+    **dict.fromkeys(TRAINER_COMMANDS, "fit"),
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "doctor": "doctor",
+    "plan": "plan",
+    "export": "export",
+}
+"""Each command and its module below `rlhf_lightning.commands`, whose `run` takes the arguments after its name and
+returns an exit code; that of the Trainer's commands takes the name as well."""
 
 HELP = f"""rlhf-lightning {__version__}: RLHF with PyTorch Lightning, the losses written by hand
 
@@ -78,20 +89,13 @@ def _run(argv: Sequence[str] | None) -> int:
         return 0
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        if command == "export":
-            return _run_export(arguments[1:])
-        if command == "pipeline":
-            return _run_pipeline(arguments[1:])
-        if command == "evaluate":
-            return _run_evaluate(arguments[1:])
-        if command == "generate":
-            return _run_generate(arguments[1:])
-        if command == "doctor":
-            return _run_doctor(arguments[1:])
-        if command == "plan":
-            return _run_plan(arguments[1:])
-        _run_trainer(None if argv is None else arguments)
+        run = importlib.import_module(f"rlhf_lightning.commands.{COMMANDS[command]}").run
+        if command in TRAINER_COMMANDS:
+            run(None if argv is None else arguments)
+            return 0
+        return run(arguments[1:])
     except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
         return int(exit_.code or 0)
     except UserError as error:
@@ -108,7 +112,6 @@ def _run(argv: Sequence[str] | None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
             print("rlhf-lightning: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _refuse(message: str) -> int:
@@ -136,69 +139,3 @@ def _leave_group() -> None:
         return
     if distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
-
-
-def _run_trainer(arguments: list[str] | None) -> None:
-    """Parse, build and run one of Lightning's commands."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.fit import run
-
-    run(arguments)
-
-
-def _run_export(arguments: list[str]) -> int:
-    """Write a checkpoint as a Hugging Face directory."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.export import run
-    from rlhf_lightning.commands.fit import quieten
-
-    quieten()
-    return run(arguments)
-
-
-def _run_pipeline(arguments: list[str]) -> int:
-    """Run the stages of a pipeline, each in a process of its own."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.pipeline.command import run
-
-    return run(arguments)
-
-
-def _run_evaluate(arguments: list[str]) -> int:
-    """Judge models and write the report."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.evaluate import run
-    from rlhf_lightning.commands.fit import quieten
-
-    quieten()
-    return run(arguments)
-
-
-def _run_generate(arguments: list[str]) -> int:
-    """Sample, score and write responses."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.fit import quieten
-    from rlhf_lightning.commands.generate import run
-
-    quieten()
-    return run(arguments)
-
-
-def _run_doctor(arguments: list[str]) -> int:
-    """Say what is in preference data; 0: every row can be used, 1: some would be left out."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.doctor import run
-
-    return run(arguments)
-
-
-def _run_plan(arguments: list[str]) -> int:
-    """Say whether a run fits; 0: it does, 1: it does not, or only just."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from rlhf_lightning.commands.plan import run
-
-    return run(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.commands import fit as program
+from rlhf_lightning.commands.quiet import silenced
 from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import write_whole
@@ -148,7 +149,7 @@ def _fits(verdict: Verdict) -> bool:
 def _unread(data: LightningDataModule) -> str | None:
     """Read the data; why that could not be done, or None."""
     try:
-        with program.silenced(preference_datamodule.__name__):
+        with silenced(preference_datamodule.__name__):
             data.setup("fit")
     except UserError as error:
         return " ".join(str(error).split())[:200]

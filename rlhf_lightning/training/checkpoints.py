@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
+from rlhf_lightning.terminal import search_no_gpu
 from rlhf_lightning.training.results import Results
 
 log = logging.getLogger(__name__)
@@ -224,12 +225,6 @@ def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torc
         return get_fp32_state_dict_from_zero_checkpoint(
             str(path), tag=_SHARDS, exclude_frozen_parameters=without_frozen
         )
-
-
-def search_no_gpu() -> None:
-    """Keep DeepSpeed, which transformers imports where it is installed, from telling that it found no GPU."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:

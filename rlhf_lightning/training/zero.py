@@ -22,15 +22,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.training.checkpoints import (
-    check_adapters,
-    is_sharded,
-    part_of,
-    read_checkpoint,
-    remove,
-    search_no_gpu,
-    writing,
-)
+from rlhf_lightning.terminal import search_no_gpu
+from rlhf_lightning.training.checkpoints import check_adapters, is_sharded, part_of, read_checkpoint, remove, writing
 
 STOCK_NAMES = {
     "deepspeed": "zero2",
