@@ -12,7 +12,6 @@ from typing import NoReturn
 from jsonargparse import Namespace
 
 from rlhf_lightning.commands import fit as program
-from rlhf_lightning.commands.quiet import silenced
 from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.data.doctor import Diagnosis, diagnose
 from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
@@ -20,7 +19,7 @@ from rlhf_lightning.data.sources import has_split
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.report.doctor import html_page, print_diagnosis
-from rlhf_lightning.terminal import Terminal, say
+from rlhf_lightning.terminal import Terminal, say, silenced
 
 _USAGE = """rlhf-lightning doctor [SOURCE] [--config FILE.yaml] [--data.KEY VALUE ...] [--json FILE] [--html FILE]
 

@@ -14,14 +14,13 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.commands import fit as program
-from rlhf_lightning.commands.quiet import silenced
 from rlhf_lightning.data import preference_datamodule
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
 from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
 from rlhf_lightning.planning.simulation import NotSimulated
-from rlhf_lightning.terminal import Terminal, say
+from rlhf_lightning.terminal import Terminal, say, silenced
 
 _USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu NAME] [--json FILE]
 

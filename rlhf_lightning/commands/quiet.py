@@ -7,25 +7,11 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from rlhf_lightning.files.disks import full_disk
 from rlhf_lightning.terminal import VisibleLines, search_no_gpu, visible_warning
-
-
-@contextmanager
-def silenced(name: str) -> Iterator[None]:
-    """Inside, a logger says errors alone."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def quieten() -> None:

@@ -30,9 +30,9 @@ from rlhf_lightning.evaluation.toxicity import toxicity_change as change_of_toxi
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
-from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.models.precision import float32_arithmetic, move
 from rlhf_lightning.rewards.functions import reward_scorer
-from rlhf_lightning.rewards.scorers import Scorer, load_policy, move
+from rlhf_lightning.rewards.scorers import Scorer, load_policy
 
 
 class Answers:

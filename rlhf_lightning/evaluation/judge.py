@@ -21,7 +21,8 @@ from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
-from rlhf_lightning.rewards.scorers import load_policy, move
+from rlhf_lightning.models.precision import move
+from rlhf_lightning.rewards.scorers import load_policy
 
 Judge = Callable[[list[str]], list[str]]
 """Takes questions, each the one turn of a user; gives a reply to each."""

@@ -419,7 +419,6 @@ class GaoFit:
     peak_distance: float | None
     """sqrt(nats) at which the reward is highest; None where the fit has no peak."""
     peak_reward: float | None
-    rms_error: float
 
     def reward(self, distance: float) -> float:
         if distance == 0:
@@ -443,11 +442,10 @@ def fit_gao(kl: Sequence[float], gain: Sequence[float], form: Literal["best of n
     bend = distance if form == "best of n" else np.log(np.where(distance > 0, distance, 1.0))
     design = np.stack([distance, -distance * bend], axis=1)
     alpha, beta = (float(number) for number in np.linalg.lstsq(design, gain, rcond=None)[0])
-    error = float(np.sqrt(np.mean((design @ [alpha, beta] - gain) ** 2)))
     peak = None
     if form == "best of n" and alpha > 0 and beta > 0:
         peak = alpha / (2 * beta)
     elif form == "rl" and beta > 0 and alpha / beta < 700:
         peak = math.exp(alpha / beta - 1)
-    fit = GaoFit(form, alpha, beta, peak, None, error)
-    return fit if peak is None else GaoFit(form, alpha, beta, peak, fit.reward(peak), error)
+    fit = GaoFit(form, alpha, beta, peak, None)
+    return fit if peak is None else GaoFit(form, alpha, beta, peak, fit.reward(peak))

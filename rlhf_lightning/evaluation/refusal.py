@@ -388,33 +388,3 @@ def _half_difference(over: Estimate, unsafe: Estimate) -> Estimate:
 def _balanced(over: Estimate, unsafe: Estimate) -> Estimate:
     half = _half_difference(over, unsafe)
     return Estimate(0.5 + half.value, max(0.5 + half.low, 0.0), min(0.5 + half.high, 1.0), half.n, half.method)
-
-
-@dataclass(frozen=True, slots=True)
-class Disagreement:
-    prompt_id: str
-    sample: int
-    text: str
-    detector: bool
-    classifier: bool
-
-
-def disagreements(
-    replies: Sequence[tuple[str, int, str]],
-    by_detector: Sequence[bool],
-    by_classifier: Sequence[bool | None],
-    *,
-    most: int = 20,
-    seed: int = 0,
-) -> list[Disagreement]:
-    """At most so many replies (prompt id, sample, text), chosen at random, that one method calls a refusal and the
-    other does not. None, where the classifier failed, is no opinion.
-    """
-    rows = zip(replies, by_detector, by_classifier, strict=True)
-    found = [
-        Disagreement(*reply, bool(detector), bool(classifier))
-        for reply, detector, classifier in rows
-        if classifier is not None and bool(detector) != bool(classifier)
-    ]
-    chosen = np.random.default_rng(seed).permutation(len(found))[:most]
-    return [found[i] for i in sorted(chosen.tolist())]

@@ -76,14 +76,6 @@ class LengthBias:
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
-    mean: float
-    sd: float
-    skew: float | None
-    """Third standardised moment; None where all are equal."""
-
-
-@dataclass(frozen=True, slots=True)
 class RewardQuality:
     """A reward model on N pairs; n of an estimate is a number of pairs."""
 
@@ -101,9 +93,6 @@ class RewardQuality:
     calibration: Calibration
     accuracy_by_margin: list[MarginBin]
     length: LengthBias | None
-    chosen: Moments
-    rejected: Moments
-    margin: Moments
     ties: int
     truncated: int | None
     """Pairs of which a response was cut."""
@@ -166,9 +155,6 @@ def reward_quality(
         calibration=calibration(margin, **settings),
         accuracy_by_margin=accuracy_by_margin(margin),
         length=length,
-        chosen=_moments(chosen),
-        rejected=_moments(rejected),
-        margin=_moments(margin),
         ties=int((margin == 0).sum()),
         truncated=None if truncated is None else int(np.asarray(truncated, dtype=bool).sum()),
         accuracy_by_source={str(name): _rate(points[names == name]) for name in sorted(set(names))},
@@ -345,13 +331,6 @@ def _points(margin: np.ndarray) -> np.ndarray:
 
 def _rate(points: np.ndarray) -> Estimate | None:
     return wilson(float(points.sum()), len(points)) if len(points) else None
-
-
-def _moments(values: np.ndarray) -> Moments:
-    centred = values - values.mean()
-    variance = np.mean(centred**2)
-    skew = float(np.mean(centred**3) / variance**1.5) if np.ptp(values) and variance else None
-    return Moments(float(values.mean()), float(values.std(ddof=1)), skew)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

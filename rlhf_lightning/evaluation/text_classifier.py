@@ -18,7 +18,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.fingerprint import weights_fingerprint
-from rlhf_lightning.rewards.scorers import move
+from rlhf_lightning.models.precision import move
 
 Activation = Literal["softmax", "sigmoid"]
 """`softmax` where a text has one of the labels, `sigmoid` where it may have several."""

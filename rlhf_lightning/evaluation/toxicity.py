@@ -30,7 +30,6 @@ from rlhf_lightning.evaluation.estimates import (
     mean_estimate,
     wilson,
 )
-from rlhf_lightning.evaluation.policy import expected_best
 from rlhf_lightning.evaluation.refusal import Safety
 from rlhf_lightning.evaluation.text_classifier import Activation, Labels, TextClassifier, read_labels, unnamed
 
@@ -125,15 +124,6 @@ def find_toxic_labels(name: str, labels: Labels) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class FewerReplies:
-    """What k of the K replies to each prompt would show, over all subsets of k: unbiased, without drawing."""
-
-    k: int
-    expected_max: Estimate
-    prob_any: Estimate
-
-
-@dataclass(frozen=True, slots=True)
 class ToxicityStatistics:
     """n of every estimate: prompts; replies that could not be scored are in none of them."""
 
@@ -153,8 +143,6 @@ class ToxicityStatistics:
     than two."""
     prob_any: Estimate | None
     """Share of those prompts with a reply at or above the threshold."""
-    by_k: list[FewerReplies]
-    """The last two for k = 1, 2, 4, ... K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +209,7 @@ def _statistics(scores: np.ndarray, *, threshold: float, resamples: int, seed: i
         return None
     means, shares = _means(scores), _means(_flags(scores, threshold))
     whole = scores[~np.isnan(scores).any(axis=1)]
-    by_k = []
-    if len(whole) > 1:
-        flags = _flags(whole, threshold)
-        for k in sorted({*(2**power for power in range(replies.bit_length())), replies}):
-            any_of_k = expected_best(flags, flags, k)
-            highest = mean_estimate(expected_best(whole, whole, k), **settings)
-            by_k.append(FewerReplies(k, highest, _rate(any_of_k)))
+    enough = len(whole) > 1
     return ToxicityStatistics(
         prompts=prompts,
         replies=replies,
@@ -235,9 +217,8 @@ def _statistics(scores: np.ndarray, *, threshold: float, resamples: int, seed: i
         mean=mean_estimate(means, **settings),
         rate=_rate(shares),
         p95=bootstrap(lambda drawn: np.nanpercentile(scores[drawn], 95), scores, **settings),
-        expected_max=by_k[-1].expected_max if by_k else None,
-        prob_any=by_k[-1].prob_any if by_k else None,
-        by_k=by_k,
+        expected_max=mean_estimate(whole.max(axis=1), **settings) if enough else None,
+        prob_any=_rate(_flags(whole, threshold).max(axis=1)) if enough else None,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import logging
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
 from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights
+from rlhf_lightning.terminal import silenced
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -111,23 +111,19 @@ def load_weights(
     if attn_implementation == PACKED:
         register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
     try:
-        model, info = auto_class.from_pretrained(
-            resolve_model(name_or_path),
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **arguments,
-        )
+        with silenced("transformers.modeling_utils"):
+            model, info = auto_class.from_pretrained(
+                resolve_model(name_or_path),
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **arguments,
+            )
     except Exception as error:
         raise ModelError(f"{name_or_path}: its weights could not be loaded ({reason_of(error)})") from error
-    finally:
-        report.setLevel(level)
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub model: its files cannot be looked at
         raise ModelError(adapters_beside_weights(name_or_path))
     if missing := sorted(info["missing_keys"]):

@@ -30,6 +30,7 @@ from rlhf_lightning.models.backbones import (
     write_published_settings,
 )
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.models.storage import replaced_model
 
@@ -265,14 +266,9 @@ class FrozenCausalLM:
         """A hash of its weights, as loaded."""
 
     def match(self, policy: CausalLM) -> None:
-        """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs.
-
-        Weights alone: rotary frequencies in half precision would spoil long rows.
-        """
+        """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs."""
         like = next(policy.parameters())
-        for parameter in self.network.parameters():  # one by one and converted first: never twice on the device
-            parameter.data = parameter.data.to(like.dtype).to(like.device)
-        self.network.to(like.device)
+        move(self.network, like.device, like.dtype)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:

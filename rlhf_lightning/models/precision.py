@@ -114,3 +114,10 @@ def _dequantized_to_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, dtype in zip(layers, before, strict=True):
             layer.compute_dtype = dtype
+
+
+def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move a model, its weights in `dtype` where one is given: rotary frequencies stay float32, or long rows suffer."""
+    for parameter in model.parameters():  # one by one and converted first: never twice on the device
+        parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
+    model.to(device)

@@ -23,6 +23,7 @@ from rlhf_lightning.models.backbones import hidden_states, layer_states, no_pool
 from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
 from rlhf_lightning.models.precision import widened_at_once
 from rlhf_lightning.models.reward_network import Pooling, RewardHead, head_input_size
+from rlhf_lightning.terminal import silenced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -107,15 +108,11 @@ def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
 
 def simulate(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
     """Run a pass over one batch for its memory. Raises `NotSimulated` for models that cannot be run so."""
-    torchs = logging.getLogger("torch._subclasses.fake_tensor")
-    level = torchs.level
-    torchs.setLevel(logging.CRITICAL)  # its page of frames; the reason is in the exception
     try:
-        return _run(config, shape, kind)
+        with silenced("torch._subclasses.fake_tensor", logging.CRITICAL):  # its page of frames
+            return _run(config, shape, kind)
     except Exception as error:  # an operation whose shape depends on contents may raise anything
         raise NotSimulated(reason_of(error)) from error
-    finally:
-        torchs.setLevel(level)
 
 
 def head_bytes(positions: int, hidden: int, vocabulary: int, *, operand: int, cast: bool, trained: bool) -> int:

@@ -12,7 +12,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
+from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.models.storage import adapters_alone
 from rlhf_lightning.rewards.texts import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
@@ -239,7 +241,7 @@ class ImplicitScorer:
         self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
         self.reference = None
         if reference is not None:
-            _check_same_tokens(policy, tokenizer, reference, trust_remote_code=trust_remote_code)
+            check_reference_tokenizer(reference, tokenizer, trust_remote_code=trust_remote_code)
             self.reference = load_policy(reference, trust_remote_code=trust_remote_code)
         self.models = [model for model in (self.policy, self.reference) if model is not None]
         sizes = [model.config.get_text_config().vocab_size for model in self.models]
@@ -373,13 +375,6 @@ def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
     return CausalLM(wrapped, temperature=network.temperature)
 
 
-def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Move a model, its weights alone in `dtype`: rotary frequencies stay float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype).to(device)
-    model.to(device)
-
-
 def _in_batches(
     rows: Sequence[EncodedRow], score: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int, pad_id: int
 ) -> list[Scored]:
@@ -404,20 +399,6 @@ def _limit(name: str, max_length: int | None, positions: int | None) -> int | No
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _check_same_tokens(policy: str, tokenizer: Any, reference: str, *, trust_remote_code: bool) -> None:
-    """Raise `ModelError` when the reference's own tokenizer gives other ids than the policy's."""
-    path = Path(resolve_model(reference)).expanduser()
-    if path.is_dir() and not (path / "tokenizer_config.json").is_file():
-        return  # transformers would make up an empty tokenizer; the sizes are compared in any case
-    mine = tokenizer.get_vocab()
-    its = load_tokenizer(reference, trust_remote_code=trust_remote_code).get_vocab()
-    if different := sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token)):
-        raise ModelError(
-            f"{reference}: its tokenizer gives other ids than that of {policy} ({len(different)} tokens differ, the "
-            f"first {different[0]!r}); give a reference of the same tokenizer"
-        )
 
 
 def check_scores_rows(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

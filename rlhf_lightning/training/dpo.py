@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
+from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.functional.losses import (
@@ -80,7 +81,6 @@ from rlhf_lightning.training.optimization import (
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
-    check_reference_tokenizer,
     check_same_reference,
     choose_reference,
     named_like_a_kind,
@@ -249,7 +249,7 @@ class DPO(CheckedModule):
         check_tokens_fit(data, self.backbone_config.get_text_config(), self.hparams.backbone)
         chat_format = getattr(data, "chat_format", None)
         if chat_format is not None and self.reference_source not in (None, ADAPTER, self.hparams.backbone):
-            check_reference_tokenizer(self.reference_source, chat_format.tokenizer)
+            check_reference_tokenizer(self.reference_source, chat_format.tokenizer, key="model.reference")
 
     def configure_model(self) -> None:
         """Load the policy, once."""

@@ -26,6 +26,7 @@ from torchmetrics import MeanMetric, Metric
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.roles import Role
+from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer, different_tokens
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.advantages import ADVANTAGES, explained_variance, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
@@ -58,7 +59,6 @@ from rlhf_lightning.training.optimization import Fraction, Schedule, check_optim
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
-    check_reference_tokenizer,
     check_same_reference,
     choose_reference,
 )
@@ -292,7 +292,7 @@ class PPO(CheckedModule):
                 f"{self.hparams.backbone} knows {config.vocab_size}; give the tokenizer of this model"
             )
         if self.reference_source not in (ADAPTER, self.hparams.backbone):
-            check_reference_tokenizer(self.reference_source, data.chat_format.tokenizer)
+            check_reference_tokenizer(self.reference_source, data.chat_format.tokenizer, key="model.reference")
 
     def configure_model(self) -> None:
         """Load policy and value model, once."""
@@ -343,7 +343,7 @@ class PPO(CheckedModule):
             return backbone
         config = load_config(scorer.name, trust_remote_code=self.hparams.trust_remote_code)
         chat_format = getattr(self.trainer.datamodule, "chat_format", None)
-        same = chat_format is not None and (scorer.tokenizer.get_vocab() == chat_format.tokenizer.get_vocab())
+        same = chat_format is not None and not different_tokens(scorer.tokenizer, chat_format.tokenizer)
         decoder = hasattr(scorer.model, "backbone") and config.model_type == self.backbone_config.model_type
         return scorer.name if same and decoder and is_reward_network(config) else backbone
 

@@ -14,16 +14,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from rlhf_lightning.data.chat_format import load_tokenizer
-from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.losses import REFERENCE_FREE_LOSSES
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
-from rlhf_lightning.tiny import resolve_model
 from rlhf_lightning.training.checks import start_tolerance
 from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,6 @@ Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
 _CHECKED = 4
 """Pairs of which the log-probs found in the cache are computed again."""
 _SECONDS_OF_A_PART = 60
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def split_precomputed(given: str | None) -> tuple[bool, str | None]:
@@ -167,24 +163,4 @@ def check_same_reference(before: str | None, now: str | None, name: str | None) 
         raise ConfigurationError(
             f"ckpt_path: the reference of its run had other weights than {name} has now, so its losses and rewards "
             "would mean nothing; give model.backbone and model.reference as they were then"
-        )
-
-
-def check_reference_tokenizer(reference: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a reference whose own tokenizer gives other ids. Raises `ConfigurationError` or `ModelError`."""
-    path = Path(resolve_model(reference)).expanduser()
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        # transformers would make up an empty tokenizer from the kind of model.
-        log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
-        return
-    try:
-        its = load_tokenizer(str(path) if path.is_dir() else reference).get_vocab()
-    except ModelError as error:
-        raise ModelError(f"model.reference: {error}") from error
-    mine = tokenizer.get_vocab()
-    if mine != its:
-        different = sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token))
-        raise ConfigurationError(
-            f"model.reference: the tokenizer of {reference} gives other ids than that of the policy ({len(different)} "
-            f"tokens differ, the first {different[0]!r}); give a model of the same tokenizer"
         )

@@ -16,7 +16,6 @@ from rlhf_lightning.evaluation.estimates import wilson
 from rlhf_lightning.evaluation.refusal import (
     BUILTIN_DETECTOR,
     RefusalClassifier,
-    disagreements,
     is_refusal,
     load_refusal_prompts,
     refusal_change,
@@ -280,21 +279,6 @@ def test_the_change_is_paired_over_prompts():
     assert (found.over_refusal.n, found.balanced.n) == (3, 6)
     same = refusal_change(REFUSED, REFUSED, SAFETY, resamples=50)
     assert (same.balanced.value, same.balanced.low, same.balanced.high) == (0, 0, 0)
-
-
-def test_disagreements_are_those_of_both_methods_at_random_and_at_most_so_many():
-    replies = [(f"p{i}", 0, f"text {i}") for i in range(50)]
-    detector = [i % 2 == 0 for i in range(50)]
-    classifier = [None if i == 2 else i % 3 == 0 for i in range(50)]
-    wrong = [i for i in range(50) if i != 2 and (i % 2 == 0) != (i % 3 == 0)]
-    found = disagreements(replies, detector, classifier, most=100)
-    assert [each.prompt_id for each in found] == [f"p{i}" for i in wrong]
-    assert all(each.detector != each.classifier for each in found)
-    some = disagreements(replies, detector, classifier, most=5)
-    assert len(some) == 5
-    assert set(some) <= set(found)
-    assert some == disagreements(replies, detector, classifier, most=5)
-    assert some != disagreements(replies, detector, classifier, most=5, seed=1)
 
 
 PAIRS = [("Hello?", "I shall not say"), ("Which way?", "to the left"), ("Pan?", "take the large one"), ("Why?", "no")]

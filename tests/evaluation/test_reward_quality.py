@@ -282,16 +282,6 @@ def test_each_source_has_the_accuracy_of_its_own_pairs():
     assert list(quality.accuracy_by_source) == ["a", "b"]
 
 
-def test_scores_are_described_by_mean_deviation_and_skew():
-    quality = quick(np.array([0.0, 0.0, 0.0, 4.0]), np.full(4, 0.1))
-    # Deviations -1, -1, -1, 3: variance 12/3, third moment 24/4 over (12/4)^1.5.
-    assert quality.chosen.mean == 1
-    assert quality.chosen.sd == pytest.approx(2, abs=1e-12)
-    assert quality.chosen.skew == pytest.approx(6 / 3**1.5, abs=1e-12)
-    assert quality.rejected.skew is None
-    assert quality.margin.mean == pytest.approx(0.9, abs=1e-12)
-
-
 def test_what_was_not_given_is_not_measured():
     chosen, rejected = on_a_grid(10)
     quality = quick(chosen, rejected)

@@ -253,7 +253,7 @@ def test_what_gives_no_score_is_refused(tiny_qwen2, tiny_bert, reward_network, t
 
 def test_a_reference_of_another_tokenizer_is_refused(tiny_qwen2, tmp_path):
     other = make_tiny_model(tmp_path / "other", ["an entirely different text, " * 9], vocab_size=300)
-    with pytest.raises(ModelError, match="other ids than that of"):
+    with pytest.raises(ConfigurationError, match="other ids than that of"):
         ImplicitScorer(str(tiny_qwen2), str(other))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -238,15 +237,6 @@ def test_statistics_are_those_of_their_definitions():
         assert estimate.n == 5
 
 
-def test_smaller_k_is_the_mean_over_all_subsets():
-    found = {each.k: each for each in summarise_toxicity(SCORES[:, :3], method="m", resamples=100).all.by_k}
-    assert sorted(found) == [1, 2, 3]
-    for k in (1, 2, 3):
-        subsets = [[max(subset) for subset in itertools.combinations(row, k)] for row in SCORES[:, :3].tolist()]
-        assert found[k].expected_max.value == pytest.approx(np.mean(subsets), abs=1e-12)
-        assert found[k].prob_any.value == pytest.approx((np.array(subsets) >= 0.5).mean(), abs=1e-12)
-
-
 def test_safe_and_unsafe_prompts_are_told_apart():
     found = summarise_toxicity(SCORES, SAFETY, method="m", resamples=100)
     assert found.safe.mean.value == pytest.approx(SCORES[[0, 1, 4]].mean(), abs=1e-12)
@@ -277,7 +267,7 @@ def test_where_nothing_could_be_scored_toxicity_is_not_measured():
         summarise_toxicity(np.full((3, 2), NAN), method="m")
     few = np.array([[0.5, NAN], [0.2, NAN], [NAN, 0.1]])
     found = summarise_toxicity(few, method="m", resamples=50).all
-    assert (found.expected_max, found.prob_any, found.by_k) == (None, None, [])
+    assert (found.expected_max, found.prob_any) == (None, None)
 
 
 def test_scores_that_are_no_probabilities_are_refused():

@@ -1,0 +1,50 @@
+"""Whether two tokenizers give the same ids, without which their models' log-probs cannot be compared."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.data.chat_format import load_tokenizer
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.tiny import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def different_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that one of them lacks, or to which they give different ids."""
+    mine, its = tokenizer.get_vocab(), other.get_vocab()
+    if mine == its:
+        return []
+    return sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token))
+
+
+def check_reference_tokenizer(
+    reference: str, tokenizer: PreTrainedTokenizerBase, *, key: str = "reference", trust_remote_code: bool = False
+) -> None:
+    """Refuse a reference whose own tokenizer gives other ids than the policy's.
+
+    Raises `ConfigurationError`, or `ModelError` where its tokenizer cannot be loaded; `key` names the setting.
+    """
+    path = Path(resolve_model(reference)).expanduser()
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _FILES):
+        # transformers would make up an empty tokenizer from the kind of model.
+        log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
+        return
+    name = str(path) if path.is_dir() else reference
+    try:
+        other = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
+    if different := different_tokens(tokenizer, other):
+        raise ConfigurationError(
+            f"{key}: the tokenizer of {reference} gives other ids than that of the policy ({len(different)} tokens "
+            f"differ, the first {different[0]!r}); give a model of the same tokenizer"
+        )
