@@ -25,6 +25,7 @@ from rlhf_lightning.commands.pipeline.processes import Terminated, begin_process
 from rlhf_lightning.commands.pipeline.settings import Resolved, parsed_fit
 from rlhf_lightning.commands.pipeline.state import Record, State
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.terminal import say
 
 _PATIENCE = 120.0
@@ -178,13 +179,18 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
         os.dup2(opened, number)
     sys.stdout, sys.stderr = kept = _Kept(sys.stdout), _Kept(sys.stderr)
     arguments = [command, *arguments]
-    if newer_than is not None and _has_checkpoint(arguments[1:], newer_than):
-        arguments += ["--ckpt_path", "last"]
-    say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}", file=sys.stderr)
-    sys.argv[1:] = arguments
-    sys.modules.pop("rlhf_lightning.cli", None)  # it is run, not imported; with DDP, further processes are run alike
     try:
+        if newer_than is not None and _has_checkpoint(arguments[1:], newer_than):
+            arguments += ["--ckpt_path", "last"]
+        say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}", file=sys.stderr)
+        sys.argv[1:] = arguments
+        # It is run, not imported; with DDP, further processes are run alike.
+        sys.modules.pop("rlhf_lightning.cli", None)
         runpy.run_module("rlhf_lightning.cli", run_name="__main__", alter_sys=True)
+    except Exception as error:
+        if full := named_full_disk(error, [log]):
+            kept[1].text.write(f"rlhf-lightning: error: {full}\n")
+        raise
     finally:
         with suppress(OSError):
             answer.send([stream.text.getvalue()[-20_000:] for stream in kept])
@@ -216,7 +222,11 @@ class _Kept(io.TextIOBase):
 
     def write(self, text: str) -> int:
         self.text.write(text)
-        return self.stream.write(text)
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.text.write("\n")  # which `print` has not come to
+            raise
 
     def flush(self) -> None:
         self.stream.flush()
