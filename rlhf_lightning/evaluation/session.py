@@ -16,7 +16,7 @@ from rlhf_lightning.evaluation.inputs import Inputs
 from rlhf_lightning.evaluation.ranks import Ranks
 from rlhf_lightning.evaluation.rounding import ROWS, Rounding, Row, measured_rounding, spread
 from rlhf_lightning.evaluation.settings import EvaluationSettings
-from rlhf_lightning.rewards.functions import names_function
+from rlhf_lightning.rewards.functions import FunctionScorer
 from rlhf_lightning.rewards.scorers import Scorer
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Session:
     def rounding(self, title: str, make: Callable[..., Scorer], scorer: Scorer, rows: Sequence[Row]) -> Rounding | None:
         """The error of the scores of a model in half precision, which a note says; None in float32."""
         dtype = self.settings.dtype
-        if dtype == "float32" or not rows or names_function(scorer.name):
+        if dtype == "float32" or not rows or isinstance(scorer, FunctionScorer):
             return None
         with timed(f"{title}: the error of {dtype}"):
             found = self.made(partial(measured_rounding, make, scorer, rows, dtype=dtype))

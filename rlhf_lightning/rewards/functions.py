@@ -1,4 +1,4 @@
-"""Scores by a Python function of the user's, named `module:function`: a rule, another program, a service.
+"""Scores by a Python function of the user's, given or named `module:function`: a rule, another program, a service.
 
 R rows (a prompt and one response each).
 """
@@ -30,24 +30,31 @@ def names_function(given: str) -> bool:
     return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
 
 
+def is_function(given: str | RewardFunction) -> bool:
+    """Whether it is a function or names one, and so reads messages and responses as they are."""
+    return not isinstance(given, str) or names_function(given)
+
+
 def reward_scorer(
-    given: str, *, chat_template: str | None = None, trust_remote_code: bool = False, **loading: Any
+    given: str | RewardFunction, *, chat_template: str | None = None, trust_remote_code: bool = False, **loading: Any
 ) -> Scorer:
-    """What a `reward_model` key names: `module:function`, or a directory or hub name of a model that scores.
+    """What a `reward_model` is: a function, or the name of one (`module:function`), of a directory, or of a hub model.
 
     `chat_template` and `loading`: of a `RewardScorer`. Raises `ConfigurationError` or `ModelError` when it names
     nothing of the kind.
     """
     check_text_of(given, chat_template)
-    if names_function(given):
+    if is_function(given):
         return FunctionScorer(given)
     return RewardScorer(given, chat_template=chat_template, trust_remote_code=trust_remote_code, **loading)
 
 
-def check_text_of(given: str | None, chat_template: str | None, key: str = "reward_chat_template") -> None:
+def check_text_of(
+    given: str | RewardFunction | None, chat_template: str | None, key: str = "reward_chat_template"
+) -> None:
     """Raise `ConfigurationError` for a template that is none, or that nothing would read."""
     check_reward_template(chat_template, key)
-    if chat_template is not None and (given is None or names_function(given)):
+    if chat_template is not None and (given is None or is_function(given)):
         reader = "no reward model is given" if given is None else f"{given} gets messages and replies as they are"
         raise ConfigurationError(f"{key}: {reader}, so nothing reads it; leave the key out")
 
@@ -62,12 +69,15 @@ class FunctionScorer:
 
     kind = "Custom Classifier"
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.function = load_function(name)
-        file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    def __init__(self, given: str | RewardFunction) -> None:
+        if isinstance(given, str):
+            self.name, self.function = given, load_function(given)
+        else:
+            named = getattr(given, "__qualname__", type(given).__qualname__)  # an object that can be called has none
+            self.name, self.function = f"{given.__module__}:{named}", given
+        file = getattr(sys.modules[self.name.partition(":")[0]], "__file__", None)
         code = Path(file).read_bytes() if file else b""
-        self.fingerprint = hashlib.sha256(name.encode() + b"\0" + code).hexdigest()
+        self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + code).hexdigest()
 
     def __call__(
         self,

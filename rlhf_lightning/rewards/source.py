@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import TrainingError
-from rlhf_lightning.rewards.functions import reward_scorer
+from rlhf_lightning.rewards.functions import RewardFunction, reward_scorer
 from rlhf_lightning.rewards.scorers import RewardScorer
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class RewardSource:
     """Scores responses; higher is better. Says so once when conversations are too long for a reward model.
 
     Args:
-        given: `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`).
+        given: A function, `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`).
         chat_template: Of the text that a model reads (see `RewardScorer`).
         batch_size: Rows of a model at a time.
         trust_remote_code: Run code that comes with a model.
@@ -33,12 +33,17 @@ class RewardSource:
     """
 
     def __init__(
-        self, given: str, *, batch_size: int, chat_template: str | None = None, trust_remote_code: bool = False
+        self,
+        given: str | RewardFunction,
+        *,
+        batch_size: int,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.name = given
         self.scorer = reward_scorer(
             given, chat_template=chat_template, batch_size=batch_size, trust_remote_code=trust_remote_code
         )
+        self.name = self.scorer.name
         self._said = False
 
     @property

@@ -14,7 +14,7 @@ import torch
 from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.models.generation import Reply
 from rlhf_lightning.rewards.scorers import RewardScorer
-from tests.evaluation.test_scoring import saved_classifier
+from tests.rewards.test_scorers import saved_classifier
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
 
 

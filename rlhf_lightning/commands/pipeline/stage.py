@@ -200,8 +200,8 @@ def _work(answer: Connection, command: str, arguments: Sequence[str], log: str, 
 
 def _has_checkpoint(arguments: Sequence[str], newer_than: float) -> bool:
     """Whether the checkpoint from which a run would go on was written since then, and so by a run of these inputs."""
-    from rlhf_lightning.training.resume import resolve_last
     from rlhf_lightning.terminal import silenced
+    from rlhf_lightning.training.resume import resolve_last
 
     settings = parsed_fit(arguments).settings
     try:

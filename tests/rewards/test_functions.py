@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.commands.main import main
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.run import evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.report.sections import report
 from rlhf_lightning.rewards.functions import FunctionScorer, names_function
 from rlhf_lightning.rewards.scorers import Scored
+from rlhf_lightning.rewards.source import RewardSource
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop  # noqa: F401 (fixtures)
 
 CODE = """
@@ -139,3 +141,32 @@ def test_a_module_that_fails_when_it_is_imported_is_one_line(rules, capsys, code
 def test_a_name_that_is_no_function_is_refused_before_anything_is_read(rules, tmp_path, capsys):
     assert main(["evaluate", "--reward_model", "rules:absent", "--pairs", "nowhere.jsonl"]) == 2
     assert "rules:absent" in capsys.readouterr().err
+
+
+class Longest:
+    """A reward that has a setting: an object that can be called."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, prompts, responses):
+        return [self.weight * len(response) for response in responses]
+
+
+def count_words(prompts, responses):
+    return [len(response.split()) for response in responses]
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "expected"),
+    [
+        (Longest(2.0), "tests.rewards.test_functions:Longest", [10.0, 4.0]),
+        (count_words, "tests.rewards.test_functions:count_words", [2.0, 1.0]),
+    ],
+)
+def test_a_function_itself_will_do(given, name, expected):
+    source = RewardSource(given, batch_size=4)
+    assert source([[{"role": "user", "content": "?"}]] * 2, ["a bcd", "ab"]).tolist() == expected
+    assert source.name == name
+    with pytest.raises(ConfigurationError, match="gets messages and replies as they are"):
+        RewardSource(given, batch_size=4, chat_template="plain")

@@ -13,7 +13,7 @@ from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import RewardScorer
-from tests.evaluation.test_scoring import PROMPTS, RESPONSES, saved_classifier, values
+from tests.rewards.test_scorers import PROMPTS, RESPONSES, saved_classifier, values
 
 ENDED = [True, False, False, True, True]
 JINJA = (
