@@ -13,14 +13,13 @@ _PUBLIC = {
     "SFT": "rlhf_lightning.training.sft",
     "RewardModel": "rlhf_lightning.training.reward_model",
     "RewardNetwork": "rlhf_lightning.models.reward_network",
-    "PreferenceDataModule": "rlhf_lightning.data.preference_datamodule",
-    "PromptDataModule": "rlhf_lightning.data.prompt_datamodule",
+    "PreferenceDataModule": "rlhf_lightning.data.datamodules",
+    "PromptDataModule": "rlhf_lightning.data.datamodules",
 }
 __all__ = ["DPO", "PPO", "SFT", "PreferenceDataModule", "PromptDataModule", "RewardModel", "RewardNetwork"]
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
-    from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+    from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
     from rlhf_lightning.models.reward_network import RewardNetwork
     from rlhf_lightning.training.dpo import DPO
     from rlhf_lightning.training.ppo import PPO

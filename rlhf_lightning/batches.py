@@ -1,14 +1,49 @@
 """The tensors that travel from data to models.
 
-B pairs or prompts, T padded tokens, T_i tokens of row i. Masks are True where a token belongs to the row; they come
-from lengths, never from a comparison with the pad id, so that pad == eos changes nothing.
+B pairs or prompts, R rows, T padded tokens, T_i tokens of row i. Masks are True where a token belongs to the row; they
+come from lengths, never from a comparison with the pad id, so that pad == eos changes nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class ModelInputs(NamedTuple):
+    """R rows of a prompt and its response, right-padded, as a model takes them in one forward pass."""
+
+    input_ids: Tensor
+    """[R, T] int64: prompt, response, padding."""
+    attention_mask: Tensor
+    """[R, T] bool, True on every token of the row."""
+    response_mask: Tensor
+    """[R, T] bool, True on the tokens of the response."""
+    extra: dict[str, Tensor] | None = None
+    """What a model takes beside text, such as pixels, by the name of its argument; None for text alone."""
+
+    @property
+    def text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of a model of text: ids, attention mask and response mask."""
+        return self[:3]
+
+
+def collate_rows(rows: Sequence[Tensor], prompt_lengths: Sequence[int], *, pad_id: int) -> ModelInputs:
+    """Right-pad R rows of token ids to the longest of them.
+
+    `rows` are 1-D int64 on one device, each a prompt of `prompt_lengths[i]` tokens and its response. Nothing reads what
+    is padded with: the masks come from the lengths.
+    """
+    input_ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    device = input_ids.device
+    position = torch.arange(input_ids.shape[1], device=device)
+    starts = torch.tensor(prompt_lengths, device=device)[:, None]
+    ends = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    return ModelInputs(input_ids, position < ends, (position >= starts) & (position < ends))
 
 
 class PreferenceBatch(NamedTuple):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lightning.batches import ModelInputs, collate_rows
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ModelError, TrainingError
@@ -81,29 +82,6 @@ class Experience(NamedTuple):
     scores: Tensor
     """[B] float32, as the reward source gave them."""
     tokens: TokenNumbers
-
-
-class PaddedRows(NamedTuple):
-    """R rows for a forward pass, padded on the right."""
-
-    input_ids: Tensor
-    """[R, T] int64"""
-    attention_mask: Tensor
-    """[R, T] bool"""
-    response_mask: Tensor
-    """[R, T] bool"""
-
-
-def padded_rows(responses: Responses, *, pad_id: int, device: torch.device) -> PaddedRows:
-    """The rows of some responses. What they are padded with is not read by anything."""
-    width = max(map(len, responses.rows))
-    ids = torch.full((len(responses.rows), width), pad_id, device=device)
-    for place, row in enumerate(responses.rows):
-        ids[place, : len(row)] = row.to(device)
-    positions = torch.arange(width, device=device)
-    ends = torch.tensor([len(row) for row in responses.rows], device=device)[:, None]
-    starts = torch.tensor(responses.prompt_lengths, device=device)[:, None]
-    return PaddedRows(ids, positions < ends, (positions >= starts) & (positions < ends))
 
 
 @dataclass(frozen=True)
@@ -186,25 +164,25 @@ class Rollouts:
             with self.arithmetic():
                 rows = self.padded(responses.select(part))
                 own, estimates = self.forward(rows, values=values)
-                others = None if self.reference is None else self.reference(*rows)
+                others = None if self.reference is None else self.reference(*rows.text)
             others = None if others is None else others.tokens[others.mask]
             for target, flat in zip(numbers[1:], (own, others, estimates), strict=True):
                 if flat is not None:
                     target[part] = scatter_to_mask(flat.float(), mask[part])
         return numbers
 
-    def padded(self, responses: Responses) -> PaddedRows:
+    def padded(self, responses: Responses) -> ModelInputs:
         """Rows for `forward`, on the responses' device."""
-        return padded_rows(responses, pad_id=self.chat_format.pad_id, device=responses.rows[0].device)
+        return collate_rows(responses.rows, responses.prompt_lengths, pad_id=self.chat_format.pad_id)
 
-    def forward(self, rows: PaddedRows, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(self, rows: ModelInputs, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
         """Log-probs and values of the N response tokens of R rows, [N] each, in one pass; gradients go through."""
-        states = self.policy.states(*rows)
+        states = self.policy.states(*rows.text)
         logprobs = self.policy.logprobs(states)
         flat = logprobs.tokens[logprobs.mask]
         if self.value is None or not values:
             return flat, None
-        return flat, self.value(*rows) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+        return flat, self.value(*rows.text) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
 
 
 def without_adapters(policy: CausalLM) -> Reference:

@@ -534,7 +534,7 @@ def test_a_mixture_round_trips(capsys):
 
 
 def test_a_command_that_reads_data_without_a_word_leaves_its_logger_as_it_was(capsys):
-    logger = logging.getLogger("rlhf_lightning.data.preference_datamodule")
+    logger = logging.getLogger("rlhf_lightning.data.datamodules")
     for arguments in (["doctor", "builtin:courtesy"], ["plan", "--config", QUICKSTART]):
         logger.setLevel(logging.DEBUG)
         assert main(arguments) in (0, 1)

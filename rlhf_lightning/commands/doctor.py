@@ -12,9 +12,10 @@ from typing import NoReturn
 from jsonargparse import Namespace
 
 from rlhf_lightning.commands import fit as program
-from rlhf_lightning.data import preference_datamodule
+from rlhf_lightning.data import datamodules
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.doctor import Diagnosis, diagnose
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
+from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.sources import has_split
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
@@ -82,7 +83,7 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
         keys["val"], roles = (source, ("train",)) if alone else (None, roles)
     keys["tokenizer"] = keys["tokenizer"] or None
     accumulate = parsed.trainer.accumulate_grad_batches
-    with silenced(preference_datamodule.__name__):  # the findings say it all, but for the progress of reading
+    with silenced(datamodules.__name__):  # the findings say it all, but for the progress of reading
         return diagnose(PreferenceDataModule(**keys), roles=roles, accumulate=accumulate)
 
 

@@ -30,8 +30,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
-from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.commands import fit as program
-from rlhf_lightning.data import preference_datamodule
+from rlhf_lightning.data import datamodules
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
@@ -148,7 +148,7 @@ def _fits(verdict: Verdict) -> bool:
 def _unread(data: LightningDataModule) -> str | None:
     """Read the data; why that could not be done, or None."""
     try:
-        with silenced(preference_datamodule.__name__):
+        with silenced(datamodules.__name__):
             data.setup("fit")
     except UserError as error:
         return " ".join(str(error).split())[:200]

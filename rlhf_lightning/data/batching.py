@@ -16,9 +16,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch
-from rlhf_lightning.data.prompt_tokenization import TokenizedPrompts
-from rlhf_lightning.data.tokenization import TokenizedPairs
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, collate_rows
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows
 from rlhf_lightning.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -280,7 +279,7 @@ def run_seed(seed: int | None) -> int:
 
 def training_loader(
     trainer: Trainer | None,
-    rows: TokenizedPairs | TokenizedPrompts,
+    rows: TokenizedRows,
     collate: Callable[[MicroBatch], NamedTuple],
     *,
     position: dict[str, int] | None,
@@ -310,7 +309,7 @@ def training_loader(
 
 def evaluation_loader(
     trainer: Trainer | None,
-    rows: TokenizedPairs | TokenizedPrompts,
+    rows: TokenizedRows,
     collate: Callable[[MicroBatch], NamedTuple],
     *,
     stage: Stage,
@@ -326,20 +325,7 @@ def evaluation_loader(
     return _loader(trainer, collate, evaluation_plan, num_workers)
 
 
-def training_state(loader: BatchLoader | None) -> dict[str, dict[str, int]]:
-    """The position in the training data, for the checkpoint of a data module.
-
-    Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
-    """
-    return {} if loader is None else {"train_loader": loader.state_dict() | _layout(loader.plan)}
-
-
-def training_position(state: dict[str, dict[str, int]]) -> dict[str, int] | None:
-    """The position that `training_state` wrote, for `training_loader`."""
-    return state.get("train_loader")
-
-
-def _layout(plan: TrainingPlan) -> dict[str, int]:
+def layout_of(plan: TrainingPlan) -> dict[str, int]:
     """What a position in a training plan counts in, under the names that the user gives it."""
     layout = {
         "processes": plan.world_size,
@@ -352,7 +338,7 @@ def _layout(plan: TrainingPlan) -> dict[str, int]:
 
 def _check_layout(position: dict[str, int], plan: TrainingPlan) -> None:
     """Raise `ConfigurationError` when a position was counted in batches of another size, number or make."""
-    for name, now in _layout(plan).items():
+    for name, now in layout_of(plan).items():
         if (before := position.get(name, now)) != now:
             raise ConfigurationError(
                 f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot go on where it was; "
@@ -381,20 +367,11 @@ def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int
     """Right-padded rows of a micro-batch: B chosen rows, then the B rejected rows of the same pairs."""
     indices = np.asarray(micro_batch.indices, dtype=np.int64)
     segments = [pairs.segments(index) for index in indices]
-    rows = [(prompt, side[which]) for which in (0, 1) for prompt, *side in segments]
-    prompt_lengths = np.array([len(prompt) for prompt, _ in rows])
-    lengths = prompt_lengths + np.array([len(response) for _, response in rows])
-    input_ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
-    for row, (prompt, response) in zip(input_ids, rows, strict=True):
-        row[: len(prompt)] = prompt
-        row[len(prompt) : len(prompt) + len(response)] = response
-    position = np.arange(input_ids.shape[1])
-    attention_mask = position < lengths[:, None]
-    response_mask = attention_mask & (position >= prompt_lengths[:, None])
+    sides = [(prompt, side[which]) for which in (0, 1) for prompt, *side in segments]
+    rows = [torch.from_numpy(np.concatenate(both, dtype=np.int64)) for both in sides]
+    inputs = collate_rows(rows, [len(prompt) for prompt, _ in sides], pad_id=pad_id)
     return PreferenceBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        response_mask=torch.from_numpy(response_mask),
+        *inputs.text,
         margin=torch.from_numpy(pairs.margin[indices]),
         index=torch.from_numpy(indices),
         weight=torch.tensor(micro_batch.weight, dtype=torch.float32),

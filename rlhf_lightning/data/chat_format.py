@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+    TokenizerSource = str | PreTrainedTokenizerBase
+else:
+    TokenizerSource = str  # what a configuration can name
+
 log = logging.getLogger(__name__)
 
 _RULES = 2
@@ -55,21 +59,27 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
 
 def load_chat_format(
-    tokenizer: str | None,
+    tokenizer: TokenizerSource | None,
     *,
     chat_template: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> ChatFormat:
-    """The format of the tokenizer that a data module was given by hub name or directory.
+    """The format of the tokenizer that a data module was given, by hub name or directory or as an object.
 
     Says in a line where responses follow a prompt otherwise than in the whole text. Raises `ConfigurationError` when
     none was given, and what `load_tokenizer` and `ChatFormat` raise.
     """
     if tokenizer is None:
         raise ConfigurationError("data.tokenizer: give the hub name or directory of a tokenizer")
-    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-    chat_format = ChatFormat(loaded, chat_template=chat_template, template_arguments=template_arguments)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    elif not hasattr(tokenizer, "apply_chat_template"):
+        raise ConfigurationError(
+            f"data.tokenizer: a {type(tokenizer).__name__} is no tokenizer of transformers; give its hub name or "
+            "directory, or wrap it in PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
+    chat_format = ChatFormat(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
     prompt = chat_format.generation_text(PROBE)
     if not _begins(*chat_format.encode_prompts([prompt + REPLY_PROBE, prompt])):
         log.warning(

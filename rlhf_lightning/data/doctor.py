@@ -14,12 +14,13 @@ import numpy as np
 
 from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule, Role
 from rlhf_lightning.data.preferences import iterate_preferences
+from rlhf_lightning.data.roles import Role
+from rlhf_lightning.data.selection import TokenizedPairs, fit_pairs
 from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
-from rlhf_lightning.data.tokenization import TokenizedPairs, fit_rows
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 """Percent."""
@@ -258,7 +259,7 @@ def _fitted(pairs: TokenizedPairs, max_length: int, truncation: str) -> tuple[To
     kept, cut = np.empty(len(pairs), dtype=bool), np.empty(len(pairs), dtype=bool)
     for number, store in enumerate(pairs.stores):
         own = pairs.source == number
-        fit = fit_rows(store, max_length=max_length, truncation=truncation)
+        fit = fit_pairs(store, max_length=max_length, truncation=truncation)
         kept[own], cut[own] = fit.kept[pairs.rows[own]], fit.cut[pairs.rows[own]]
     rows = [pairs.rows[kept & (pairs.source == number)] for number in range(len(pairs.stores))]
     return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)

@@ -27,7 +27,7 @@ from rlhf_lightning.data.conversations import (
 )
 from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, Message, OnBadRows, PreferenceExample, Refusal
 from rlhf_lightning.data.labels import LAYOUTS, Layout, as_number, label_columns, layout_of, responses_of
-from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource, described, read_rows, source_list
+from rlhf_lightning.data.sources import Row, Source, Split, described, read_rows, source_list
 from rlhf_lightning.errors import DataError
 
 Example = TypeVar("Example")
@@ -142,7 +142,7 @@ def _may_be_prompt(name: str, value: Any) -> bool:
 
 
 def load_preferences(
-    source: Source | Path | Sequence[WeightedSource],
+    source: Source,
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",
@@ -176,7 +176,7 @@ def load_preferences(
 
 def load_examples(
     iterate: Callable[..., Iterator[Example | Refusal]],
-    source: Source | Path | Sequence[WeightedSource],
+    source: Source,
     *,
     columns: Mapping[str, str] | None,
     on_bad_rows: OnBadRows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from rlhf_lightning.data.preferences import (
     prompt_value,
     validated_rows,
 )
-from rlhf_lightning.data.sources import Row, Source, Split, WeightedSource
+from rlhf_lightning.data.sources import Row, Source, Split
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.errors import DataError
 
 
 def load_prompts(
-    source: Source | Path | Sequence[WeightedSource],
+    source: Source,
     *,
     columns: Mapping[str, str] | None = None,
     on_bad_rows: OnBadRows = "error",

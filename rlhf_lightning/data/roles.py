@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_lightning.data.sources import Source, Split, WeightedSource, has_split, source_list
 from rlhf_lightning.data.splits import Part, held_out
-from rlhf_lightning.data.token_store import TokenStore
+from rlhf_lightning.data.tokenized import TokenStore
 from rlhf_lightning.errors import ConfigurationError, DataError
 
 Role = Literal["train", "val", "test"]

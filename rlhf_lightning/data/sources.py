@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
 
 from jsonargparse.typing import PositiveFloat
 
+from rlhf_lightning.data.in_memory import RowsInMemory, are_rows
 from rlhf_lightning.errors import DataError, reason_of
 from rlhf_lightning.hub import use_cache_without_network
 
@@ -56,12 +57,12 @@ class WeightedSource:
     """One source of a mixture.
 
     Args:
-        source: File, directory or hub data set.
+        source: File, directory, hub data set or rows in memory.
         weight: How often each of its rows comes in an epoch: 1 once, 2 twice, 0.5 every other one (others each epoch).
         columns: Our names to this source's columns, where they differ from the other sources'.
     """
 
-    source: str
+    source: str | RowsInMemory
     weight: PositiveFloat = 1.0
     columns: dict[str, str] | None = None
 
@@ -79,27 +80,37 @@ class SourceKeys(TypedDict, total=False):  # of a dataclass the parser would loo
     columns: dict[str, str]
 
 
-Source = str | list[str | SourceKeys]
-"""A file, a directory, a hub data set or a set of `BUILTIN`; or a list of them, some with a weight."""
+if TYPE_CHECKING:
+    Source = str | Path | datasets.Dataset | Sequence[str | Path | SourceKeys | WeightedSource | Mapping[str, Any]]
+else:
+    Source = str | list[str | SourceKeys]  # what a configuration can name
+"""A file, a directory, a hub data set or a set of `BUILTIN`; or a list of them, some with a weight. In a script also
+the rows themselves: a list of mappings, or a `datasets.Dataset`."""
 
 
-def source_list(source: Source | Path | Sequence[WeightedSource]) -> list[WeightedSource]:
-    """The sources of a mixture; a single one is a mixture of one."""
-    sources = source if isinstance(source, list | tuple) else [source]
+def source_list(source: Source) -> list[WeightedSource]:
+    """The sources of a mixture; a single one is a mixture of one. Raises `DataError` for what is no source."""
+    sources = source if isinstance(source, list | tuple) and not are_rows(source) else [source]
     if not sources:
         raise DataError("data: the list of sources is empty; name at least one file")
     return [_weighted(one) for one in sources]
 
 
-def _weighted(source: str | Path | SourceKeys | WeightedSource) -> WeightedSource:
+def _weighted(source: Source | SourceKeys | WeightedSource) -> WeightedSource:
     if isinstance(source, WeightedSource):
         return source
-    if not isinstance(source, Mapping):
+    if are_rows(source):
+        return WeightedSource(RowsInMemory(source))
+    if isinstance(source, str | Path):
         return WeightedSource(str(source))
-    try:
-        return WeightedSource(**source)
-    except TypeError as error:
-        raise DataError(f"data: {dict(source)} is no source; give source, and perhaps weight and columns") from error
+    keys = dict(source) if isinstance(source, Mapping) else {}
+    if not {"source"} <= keys.keys() <= {"source", "weight", "columns"}:
+        found = f" with the keys {', '.join(map(str, keys))}" if keys else ""
+        raise DataError(
+            f"data: a {type(source).__name__}{found} is no source; give a file, a directory, a hub name, a list of "
+            "rows or a datasets.Dataset, or {source: ONE OF THEM, weight: 1, columns: {}}"
+        )
+    return WeightedSource(**keys | {"source": _weighted(keys["source"]).source})
 
 
 class Row(NamedTuple):
@@ -110,7 +121,7 @@ class Row(NamedTuple):
     example_id: str
 
 
-def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
+def read_rows(source: str | Path | RowsInMemory, *, split: Split = "train") -> Iterator[Row]:
     """Yield the rows of a source, in order.
 
     A source is a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a directory of such files, the
@@ -119,6 +130,10 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
 
     Raises `DataError` when the source is missing, empty, of an unknown kind, or cannot be parsed.
     """
+    if isinstance(source, RowsInMemory):
+        for number, values in enumerate(source):
+            yield Row(values, f"{source}, row {number}", f"memory:{number}")
+        return
     files = local_files(source, split=split)
     if files is None:
         yield from _hub_rows(str(source), split)
@@ -132,8 +147,10 @@ def read_rows(source: str | Path, *, split: Split = "train") -> Iterator[Row]:
             raise DataError(f"{file}: the file is empty: it holds no rows; give one with at least one preference pair")
 
 
-def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | None:
-    """The files a source stands for, or None when it is a hub name. Raises `DataError` when it is neither."""
+def local_files(source: str | Path | RowsInMemory, *, split: Split = "train") -> list[Path] | None:
+    """The files a source stands for; None for a hub name or rows in memory. Raises `DataError` where it is neither."""
+    if isinstance(source, RowsInMemory):
+        return None
     if str(source) in BUILTIN:
         name = f"{BUILTIN[str(source)]}{'train' if split == 'train' else 'val'}.jsonl"
         return [Path(__file__).parent / "courtesy" / name]
@@ -158,23 +175,27 @@ def local_files(source: str | Path, *, split: Split = "train") -> list[Path] | N
     return None
 
 
-def described(source: str, *, split: Split = "train") -> str:
+def described(source: str | RowsInMemory, *, split: Split = "train") -> str:
     """A source in words: a directory with the files that are read of it."""
-    if not _local_path(source).is_dir():
-        return source
+    if isinstance(source, RowsInMemory) or not _local_path(source).is_dir():
+        return str(source)
     return f"{source} ({', '.join(file.name for file in local_files(source, split=split))})"
 
 
-def has_split(source: str | Path, split: Split) -> bool:
+def has_split(source: str | Path | RowsInMemory, split: Split) -> bool:
     """Whether a directory, or a built-in set, brings files of its own for this split."""
     if str(source) in BUILTIN:
         return split in ("train", "val")
+    if isinstance(source, RowsInMemory):
+        return False
     path = _local_path(source)
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
 
 
-def row_count(source: str, *, split: Split = "train") -> int | None:
+def row_count(source: str | RowsInMemory, *, split: Split = "train") -> int | None:
     """About how many rows a source has, where that can be said without reading them; for a progress bar."""
+    if isinstance(source, RowsInMemory):
+        return len(source)
     files = local_files(source, split=split)
     counts = [_file_row_count(file) for file in files] if files is not None else [None]
     return None if None in counts else sum(counts)
@@ -195,8 +216,10 @@ def _file_row_count(file: Path) -> int | None:
     return None
 
 
-def fingerprint(source: str, *, split: Split = "train") -> str:
+def fingerprint(source: str | RowsInMemory, *, split: Split = "train") -> str:
     """A hash of the rows of a source and of the names that stand in their ids. Raises `DataError`."""
+    if isinstance(source, RowsInMemory):
+        return source.fingerprint()
     digest = hashlib.sha256(f"{source}:{split}".encode())
     files = local_files(source, split=split)
     if files is None:

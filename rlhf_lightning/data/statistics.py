@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from rlhf_lightning.data.examples import LoadReport
-from rlhf_lightning.data.token_store import TokenizedRows
-from rlhf_lightning.data.tokenization import TokenizedPairs
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedRows
 
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))  # odd
 

@@ -195,8 +195,8 @@ def kl_of_replies(
     with _judging(policy), _judging(other):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            ids, mask, response_mask = padded([rows[i] for i in part], chat_format.pad_id)
-            exact, k1 = _token_kl(policy, other, (ids, mask, response_mask), adapters_off=reference is None)
+            inputs = padded([rows[i] for i in part], chat_format.pad_id)
+            exact, k1 = _token_kl(policy, other, inputs.text, adapters_off=reference is None)
             lengths = [len(rows[i].response) for i in part]
             for i, its_exact, its_k1 in zip(part, exact.split(lengths), k1.split(lengths), strict=True):
                 reply = replies[i]

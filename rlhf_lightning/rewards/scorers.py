@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import ModelInputs, collate_rows
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
+from rlhf_lightning.data.truncation import truncate_left
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models.backbones import load_config, max_positions
@@ -307,38 +309,18 @@ def encode_rows(
             continue
         tail = tail[-(limit - 1) :]  # a token before it, so that its first one has a log-prob
         room = limit - len(tail)
-        first, *later = prompt.turns
-        if room > first + chat_format.tail_length:
-            place = next((place for place in later if first + len(head) - place <= room), len(head) - (room - first))
-            head = head[:first] + head[place:]
+        if room > prompt.turns[0] + chat_format.tail_length:
+            head = truncate_left(head, prompt.turns, room=room)
         else:
             head = head[-room:]
         rows.append(EncodedRow(head, tail, True))
     return rows
 
 
-class PaddedRows(NamedTuple):
-    """R rows, padded on the right to T tokens."""
-
-    input_ids: Tensor
-    """[R, T] int64"""
-    attention_mask: Tensor
-    """[R, T] bool"""
-    response_mask: Tensor
-    """[R, T] bool"""
-
-
-def padded(rows: Sequence[EncodedRow], pad_id: int) -> PaddedRows:
-    """Rows for a forward pass."""
-    width = max(len(row.prompt) + len(row.response) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask, response_mask = (torch.zeros(len(rows), width, dtype=torch.bool) for _ in range(2))
-    for place, row in enumerate(rows):
-        length = len(row.prompt) + len(row.response)
-        ids[place, :length] = torch.tensor([*row.prompt, *row.response])
-        mask[place, :length] = True
-        response_mask[place, len(row.prompt) : length] = True
-    return PaddedRows(ids, mask, response_mask)
+def padded(rows: Sequence[EncodedRow], pad_id: int) -> ModelInputs:
+    """Rows for a forward pass, right-padded."""
+    ids = [torch.tensor([*row.prompt, *row.response]) for row in rows]
+    return collate_rows(ids, [len(row.prompt) for row in rows], pad_id=pad_id)
 
 
 def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
@@ -383,7 +365,7 @@ def _in_batches(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        scores[part] = score(*padded([rows[i] for i in part], pad_id)).float().cpu()
+        scores[part] = score(*padded([rows[i] for i in part], pad_id).text).float().cpu()
     return [Scored(value, len(row.response), row.truncated) for value, row in zip(scores.tolist(), rows, strict=True)]
 
 

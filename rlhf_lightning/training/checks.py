@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.data.datamodules import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM

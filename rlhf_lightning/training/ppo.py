@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.data.datamodules import PromptDataModule
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer, different_tokens
 from rlhf_lightning.errors import ConfigurationError, TrainingError

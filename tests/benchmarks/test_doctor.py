@@ -19,7 +19,7 @@ SCRIPT = textwrap.dedent(
     import pathlib, resource, sys, time
     import datasets, lightning, torch, transformers
     from rlhf_lightning.data.doctor import diagnose
-    from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+    from rlhf_lightning.data.datamodules import PreferenceDataModule
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

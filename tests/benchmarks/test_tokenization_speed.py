@@ -24,7 +24,7 @@ SCRIPT = textwrap.dedent(
     import datasets, lightning, torch, transformers
     from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
     from rlhf_lightning.data.sources import WeightedSource
-    from rlhf_lightning.data.tokenization import tokenize_source
+    from rlhf_lightning.data.tokenized import tokenize_source
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

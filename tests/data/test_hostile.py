@@ -18,7 +18,7 @@ import torch
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.errors import UserError
 from tests.test_configs import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 from rlhf_lightning.data import DataError, load_preferences, load_prompts
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.sources import WeightedSource
-from rlhf_lightning.data.tokenization import tokenize_source
+from rlhf_lightning.data.tokenized import tokenize_source
 
 
 def user(text):

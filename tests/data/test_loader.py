@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.batching import BatchLoader, EvaluationPlan, MicroBatch, TrainingPlan, collate_pairs
 from rlhf_lightning.data.examples import LoadReport
-from rlhf_lightning.data.tokenization import PAIR_SCHEMA, PairStore, TokenizedPairs
+from rlhf_lightning.data.selection import TokenizedPairs
+from rlhf_lightning.data.tokenized import PAIR_SCHEMA, TokenStore
 from rlhf_lightning.errors import ConfigurationError
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=90).map(np.array)
@@ -253,12 +254,12 @@ def tokenized(rows, margins=None, batches=1):
     for record in records:
         record["origin"] = f"row {record['example_id']}"
     with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
-        with pa.OSFile(f"{directory}/pairs.arrow", "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
+        with pa.OSFile(f"{directory}/rows.arrow", "wb") as file, pa.ipc.new_file(file, PAIR_SCHEMA) as writer:
             for part in np.array_split(np.arange(len(records)), batches):
                 writer.write_batch(pa.RecordBatch.from_pylist([records[i] for i in part], schema=PAIR_SCHEMA))
         details = {"report": asdict(LoadReport("rows", len(rows))), "tail_length": 0}
         Path(directory, "report.json").write_text(json.dumps(details))
-        store = PairStore(directory)
+        store = TokenStore(directory)
     return TokenizedPairs([store], [np.arange(len(rows))], max_length=10**6)
 
 

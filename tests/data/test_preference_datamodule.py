@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from rlhf_lightning.data import DataError
 from rlhf_lightning.data.chat_format import load_tokenizer
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.token_cache import content_key as real_key
 from rlhf_lightning.errors import ConfigurationError, ModelError
@@ -224,11 +224,11 @@ def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
 
 def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(make, tokenizer, tmp_path, monkeypatch):
     """Every part of the key: rows, columns, tokenizer, template, its arguments; and none that changes no id."""
-    from rlhf_lightning.data import token_store, tokenization
+    from rlhf_lightning.data import tokenized
 
     made = []
-    real = tokenization.write_pairs
-    monkeypatch.setattr(tokenization, "write_pairs", lambda *a: (made.append(1), real(*a)))
+    real = tokenized.write_store
+    monkeypatch.setattr(tokenized, "write_store", lambda *a, **kind: (made.append(1), real(*a, **kind)))
 
     def makes(train, **options):
         before = len(made)
@@ -258,7 +258,7 @@ def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(mak
     assert makes(train) == 1
     write(file, "x", "y", q="?")
     assert makes(train) == 0
-    monkeypatch.setattr(token_store, "content_key", lambda *parts: real_key(*parts, "other code"))
+    monkeypatch.setattr(tokenized, "content_key", lambda *parts: real_key(*parts, "other code"))
     assert makes(train) == 1
 
 

@@ -17,8 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data import DataError
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
-from rlhf_lightning.data.prompt_datamodule import PromptDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.errors import ConfigurationError
 from tests.data.test_preference_datamodule import batches, numbered
@@ -318,15 +317,15 @@ def test_columns_and_template_reach_the_tokens(make, tmp_path):
 
 
 def test_token_ids_are_kept_between_runs_and_apart_from_those_of_pairs(make, tokenizer, shared_file, monkeypatch):
-    from rlhf_lightning.data import prompt_tokenization
+    from rlhf_lightning.data import tokenized
 
     make(shared_file.pairs).setup("fit")
     PreferenceDataModule(shared_file.pairs, tokenizer=tokenizer).setup("fit")
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(prompt_tokenization, "write_prompts", refuse)
+    monkeypatch.setattr(tokenized, "write_store", refuse)
     for options in ({}, {"max_prompt_length": 50}, {"truncation": "cut"}, {"unique": False}, {"seed": 7}):
         make(shared_file.pairs, **options).setup("fit")
     with pytest.raises(AssertionError, match="tokenized again"):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rlhf_lightning.data import BAD_ROW_REASONS, DataError, load_preferences, load_prompts
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PromptExample
-from rlhf_lightning.data.prompt_tokenization import PromptStore, select_prompts, tokenize_prompts, write_prompts
+from rlhf_lightning.data.selection import select_pairs, select_prompts
 from rlhf_lightning.data.sources import WeightedSource
-from rlhf_lightning.data.tokenization import select_pairs, tokenize_source
+from rlhf_lightning.data.tokenized import TokenStore, tokenize_source, write_store
 from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
 from tests.data.test_preferences import GOOD, HH, PROMPT, USER, say
 from tests.data.test_preferences import SHAPES as PAIRS
@@ -243,8 +243,9 @@ def example(prompt="Hi there", row=0):
 
 def tokenize(examples, chat_format=QWEN, *, max_length=1000, on_bad_rows="error", **options):
     with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
-        write_prompts(Path(directory), examples, LoadReport("prompts.jsonl", rows_read=len(examples)), chat_format)
-        store = PromptStore(directory)
+        report = LoadReport("prompts.jsonl", rows_read=len(examples))
+        write_store(Path(directory), examples, report, chat_format, kind="prompts")
+        store = TokenStore(directory)
     store.report.enforce(on_bad_rows)
     return select_prompts([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
 
@@ -382,8 +383,8 @@ def test_ids_equal_the_prompt_part_of_the_pairs_of_the_same_file(conversations, 
         file = Path(directory, "rows.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         stores = [
-            function(WeightedSource(str(file)), chat_format, cache_dir=Path(directory, "cache"))
-            for function in (tokenize_prompts, tokenize_source)
+            tokenize_source(WeightedSource(str(file)), chat_format, kind=kind, cache_dir=Path(directory, "cache"))
+            for kind in ("prompts", "pairs")
         ]
         masks = [[np.ones(len(store), dtype=bool)] for store in stores]
         prompts, report = select_prompts([stores[0]], masks[0], max_length=10**6)
@@ -425,9 +426,8 @@ def test_the_hh_pairs_give_a_prompt_also_where_a_response_is_empty():
 @real
 def test_real_prompts_tokenize_whole(tiny_qwen2, tmp_path):
     chat_format = ChatFormat(load_tokenizer(str(tiny_qwen2)))
-    store = tokenize_prompts(
-        WeightedSource(str(SHARED / "prompts" / "ppo_prompts.jsonl")), chat_format, cache_dir=tmp_path
-    )
+    source = WeightedSource(str(SHARED / "prompts" / "ppo_prompts.jsonl"))
+    store = tokenize_source(source, chat_format, kind="prompts", cache_dir=tmp_path)
     prompts, _ = select_prompts([store], [np.ones(len(store), dtype=bool)], max_length=2048)
     examples, _ = load_prompts(SHARED / "prompts" / "ppo_prompts.jsonl")
     assert [prompts.messages(index) for index in range(len(prompts))] == [list(e.prompt) for e in examples]

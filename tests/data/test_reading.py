@@ -16,8 +16,7 @@ import pytest
 from rlhf_lightning.data import DataError, reading
 from rlhf_lightning.data.doctor import Words
 from rlhf_lightning.data.sources import WeightedSource, row_count
-from rlhf_lightning.data.token_store import tokenized_directory
-from rlhf_lightning.data.tokenization import iterate_preferences, write_pairs
+from rlhf_lightning.data.tokenized import tokenize_source
 
 ROWS = [{"prompt": f"p {number}", "chosen": "yes", "rejected": "no"} for number in range(5)]
 
@@ -68,16 +67,7 @@ def test_rows_are_counted_where_they_need_not_be_read(files, name, count):
 
 def test_the_garbage_collector_is_as_it_was_also_after_a_fault(files, tmp_path):
     def make(file):
-        return tokenized_directory(
-            "pairs",
-            WeightedSource(str(file)),
-            Words(),
-            iterate=iterate_preferences,
-            write=write_pairs,
-            columns=None,
-            split="train",
-            cache_dir=tmp_path / "cache",
-        )
+        return tokenize_source(WeightedSource(str(file)), Words(), cache_dir=tmp_path / "cache")
 
     make(files / "a.jsonl")
     assert gc.get_freeze_count() == 0

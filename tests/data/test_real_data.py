@@ -10,9 +10,10 @@ import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.selection import select_pairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.splits import prompt_hash
-from rlhf_lightning.data.tokenization import select_pairs, tokenize_source
+from rlhf_lightning.data.tokenized import tokenize_source
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

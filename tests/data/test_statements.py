@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from rlhf_lightning.data import DataError, load_preferences
 from rlhf_lightning.data.batching import MicroBatch, collate_pairs
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.preference_datamodule import PreferenceDataModule
-from rlhf_lightning.data.tokenization import PairStore, select_pairs, write_pairs
+from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.tokenized import TokenStore, write_store
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
 from tests.data.test_loader import tokenized
@@ -45,8 +46,8 @@ def pair(prompt="Is it far?", chosen="Not far at all.", rejected="Far!", row=0):
 
 def stored(chat_format, examples):
     with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
-        write_pairs(Path(directory), examples, LoadReport("rows", len(examples)), chat_format)
-        return PairStore(directory)
+        write_store(Path(directory), examples, LoadReport("rows", len(examples)), chat_format)
+        return TokenStore(directory)
 
 
 def selected(chat_format, examples, *, max_length=1000, **options):

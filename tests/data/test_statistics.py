@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.selection import select_pairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
-from rlhf_lightning.data.tokenization import select_pairs, tokenize_source
+from rlhf_lightning.data.tokenized import tokenize_source
 
 
 @pytest.fixture(scope="module")

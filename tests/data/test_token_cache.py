@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.data import token_cache, token_store
+from rlhf_lightning.data import token_cache, tokenized
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
+from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.token_cache import cached_directory, content_key, writable_cache
-from rlhf_lightning.data.tokenization import PAIR_SCHEMA, PairStore, TokenizedPairs, tokenize_source, write_pairs
+from rlhf_lightning.data.tokenized import PAIR_SCHEMA, TokenStore, tokenize_source, write_store
 from tests.data.chat_formats import FORMATS
 from tests.patience import PATIENCE
 
@@ -258,12 +259,12 @@ def stored(directory, rows, *, chunk_rows=2048, chat_format=QWEN):
     """A store of rows, in record batches of so many."""
     directory.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_store, "_CHUNK_ROWS", chunk_rows)
-        write_pairs(directory, rows, LoadReport("rows", len(rows)), chat_format)
-    return PairStore(directory)
+        patch.setattr(tokenized, "_CHUNK_ROWS", chunk_rows)
+        write_store(directory, rows, LoadReport("rows", len(rows)), chat_format)
+    return TokenStore(directory)
 
 
-@pytest.mark.parametrize("file", ["pairs.arrow", "report.json"])
+@pytest.mark.parametrize("file", ["rows.arrow", "report.json"])
 def test_token_ids_damaged_on_disk_are_made_anew(tmp_path, file):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"p {n}", "chosen": "a", "rejected": "b"}) + "\n" for n in range(50)))
@@ -296,7 +297,7 @@ def test_rows_lie_in_record_batches_and_are_found_across_their_borders(tmp_path)
 
 
 def test_a_few_giant_rows_end_a_record_batch_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_store, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(tokenized, "_CHUNK_CHARACTERS", 100)
     rows = [pair("p" * 60, "a" * 30, "b" * 30), pair(row=1), pair("p" * 101, row=2), pair(row=3), pair(row=4)]
     store = stored(tmp_path / "store", rows)
     assert [len(chunk) for chunk in store._table.column("prompt").chunks] == [1, 2, 2]

@@ -12,7 +12,8 @@ import pytest
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.tokenization import PairStore, select_pairs, write_pairs
+from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.tokenized import TokenStore, write_store
 from rlhf_lightning.errors import DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, LLAMA2, UNSTABLE, byte_tokenizer
 
@@ -26,8 +27,8 @@ def example(prompt="Hi there", chosen="Well.", rejected="No!", row=0, margin=Non
 
 def tokenize(examples, chat_format=QWEN, *, max_length=1000, on_bad_rows="error", **options):
     with tempfile.TemporaryDirectory() as directory:  # the mapped file outlives its name
-        write_pairs(Path(directory), examples, LoadReport("pairs.jsonl", rows_read=len(examples)), chat_format)
-        store = PairStore(directory)
+        write_store(Path(directory), examples, LoadReport("pairs.jsonl", rows_read=len(examples)), chat_format)
+        store = TokenStore(directory)
     store.report.enforce(on_bad_rows)
     return select_pairs([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_lightning.batches import ModelInputs
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
@@ -104,7 +105,9 @@ def test_padding_on_the_left_gives_the_same_scores(make_scorer, monkeypatch):
     def on_the_left(rows, pad_id):
         tensors = own(rows, pad_id)
         shifts = [int((~mask).sum()) for mask in tensors[1]]
-        return tuple(torch.stack([row.roll(n) for row, n in zip(t, shifts, strict=True)]) for t in tensors)
+        return ModelInputs(
+            *(torch.stack([row.roll(n) for row, n in zip(t, shifts, strict=True)]) for t in tensors.text)
+        )
 
     monkeypatch.setattr(scoring, "padded", on_the_left)
     torch.testing.assert_close(values(scorer(PROMPTS, RESPONSES)), values(right), rtol=0, atol=1e-5)
@@ -163,9 +166,9 @@ def test_adapters_score_alike_merged_and_alone(tiny_qwen2, tmp_path, merge):
     form = ChatFormat(AutoTokenizer.from_pretrained(tiny_qwen2))
     rows = scoring.padded(encode_rows(form, PROMPTS, RESPONSES, limit=None), form.pad_id)
     with torch.no_grad():
-        expected = policy(*rows).sums
+        expected = policy(*rows.text).sums
         with policy.adapters_off():
-            expected -= policy(*rows).sums
+            expected -= policy(*rows.text).sums
     assert expected.abs().min() > 0.01
     saved = policy.save_pretrained(tmp_path / "saved", merge=merge)
     form.tokenizer.save_pretrained(saved)

@@ -76,7 +76,7 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
     assert 0 < sum(ended) < len(ended)
     mask, logprobs, _, values = experience.tokens
     rows = module.rollouts.padded(replies)
-    reference = scatter_to_mask(module._frozen(*rows).tokens[rows.response_mask].float(), mask).double()
+    reference = scatter_to_mask(module._frozen(*rows.text).tokens[rows.response_mask].float(), mask).double()
     for i, length in enumerate(replies.lengths.tolist()):
         its_logprobs, its_values = logprobs[i, :length].double(), values[i, :length].double()
         rewards = (-settings.kl_coef * (its_logprobs - reference[i, :length])).tolist()
@@ -118,7 +118,7 @@ def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
 
     everything = list(range(len(experience.responses.rows)))
     rows = module.rollouts.padded(experience.responses)
-    now = scatter_to_mask(module.policy(*rows).tokens[rows.response_mask].float(), experience.tokens.mask)
+    now = scatter_to_mask(module.policy(*rows.text).tokens[rows.response_mask].float(), experience.tokens.mask)
     ratio = torch.where(experience.tokens.mask, experience.tokens.reference - now.detach(), 0).double()
     (k3,) = (ratio.exp() - ratio - 1).sum(dim=1, keepdim=True).sum(dim=0).tolist()
     assert k3 > 1e-3

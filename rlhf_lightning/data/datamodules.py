@@ -1,0 +1,399 @@
+"""From sources to batches: a data module for preference pairs, one for prompts, and what both share."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from lightning.pytorch import LightningDataModule
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.batching import (
+    BatchLoader,
+    MicroBatch,
+    Stage,
+    collate_pairs,
+    collate_prompts,
+    evaluation_loader,
+    layout_of,
+    run_seed,
+    training_loader,
+)
+from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_chat_format
+from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
+from rlhf_lightning.data.roles import Part, Role, part_masks, role_sources, roles_of, sources_by_role
+from rlhf_lightning.data.selection import (
+    PromptTruncation,
+    TokenizedPairs,
+    TokenizedPrompts,
+    TokenizedRows,
+    Truncation,
+    select_pairs,
+    select_prompts,
+)
+from rlhf_lightning.data.sources import Source, Split, WeightedSource
+from rlhf_lightning.data.statistics import (
+    contradictions,
+    counts_in_words,
+    duplicates,
+    leak_in_words,
+    longer_chosen,
+    shared_prompts,
+)
+from rlhf_lightning.data.tokenized import TokenStore, tokenize_source
+
+log = logging.getLogger(__name__)
+
+
+class DataModule(LightningDataModule):
+    """What the data modules of pairs and of prompts share: sources by role, a chat format, tokenized rows, loaders.
+
+    A child gives `noun`, `limit_key`, `_select` and `_collate`.
+
+    Args:
+        train: Where the training rows come from.
+        val: Where the validation rows come from.
+        test: Where the rows of `test` and `predict` come from.
+        tokenizer: Hub name or directory. The command line fills in the model's backbone.
+        batch_size: Rows of one batch on one device.
+        eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
+        columns: Our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's columns.
+        on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
+        chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
+            when not given (`transcript` where it has none).
+        template_arguments: Handed to the template, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.
+        val_fraction: Share of prompts held out when no validation data is given.
+        shuffle: A new order each epoch, from the seed and the epoch; false keeps the file's order.
+        seed: Of the order and of a random selection of rows; the run's `seed_everything` when not given, else 0.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        cache_dir: Where token ids are kept between runs; `~/.cache/rlhf_lightning/tokens` when not given.
+        trust_remote_code: Run code that comes with the tokenizer.
+    """
+
+    noun: ClassVar[str]
+    """What a row is: `pair` or `prompt`."""
+    limit_key: ClassVar[str]
+    """The setting that prompts are truncated to."""
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
+        batch_size: PositiveInt = 8,
+        eval_batch_size: PositiveInt | None = None,
+        columns: dict[str, str] | None = None,
+        on_bad_rows: OnBadRows = "error",
+        chat_template: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        val_fraction: OpenUnitInterval = 0.1,
+        shuffle: bool = True,
+        seed: NonNegativeInt | None = None,
+        num_workers: NonNegativeInt = 0,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sources = sources_by_role(train, val, test, noun=self.noun)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.columns = columns
+        self.on_bad_rows = on_bad_rows
+        self.chat_template = chat_template
+        self.template_arguments = template_arguments
+        self.val_fraction = val_fraction
+        self.shuffle = shuffle
+        self.group_by_length = False
+        self.seed = run_seed(seed)
+        self.num_workers = num_workers
+        self.cache_dir = cache_dir
+        self.trust_remote_code = trust_remote_code
+        self.rows: dict[Role, TokenizedRows] = {}
+        """Tokenized rows by role, once `setup` has run."""
+        self.reports: dict[Role, LoadReport] = {}
+        """What became of the rows of each role's sources."""
+        self.chat_format: ChatFormat | None = None
+        self._train_loader: BatchLoader | None = None
+        self._resume_position: dict[str, int] | None = None
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Hub name or directory of the tokenizer; of one that was given as an object, those that it was loaded from."""
+        if self.tokenizer is None or isinstance(self.tokenizer, str):
+            return self.tokenizer
+        return self.tokenizer.name_or_path or None
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenize what the stage needs, or find it in the cache. Raises `DataError` or `ModelError`.
+
+        Where no tokenizer was given, it is that of the model that the trainer runs.
+        """
+        if stage == "fit":
+            self._train_loader = self._resume_position = None  # of an earlier run
+        if self.tokenizer is None and self.chat_format is None:
+            self.tokenizer = _backbone_of(self)
+        if self.read(roles_of(stage)) and stage == "fit":
+            self._log_statistics()
+
+    def read(self, roles: Sequence[Role]) -> list[Role]:
+        """Read and tokenize some roles, whatever the stage, and say which of them were not there yet."""
+        if self.chat_format is None:
+            self.chat_format = load_chat_format(
+                self.tokenizer,
+                chat_template=self.chat_template,
+                template_arguments=self.template_arguments,
+                trust_remote_code=self.trust_remote_code,
+            )
+        new = [role for role in roles if role not in self.rows]
+        for role in new:
+            rows, report = self.rows[role], self.reports[role] = self._select(role)
+            weights = [source.weight for source in self.sources["train"]] if role == "train" else None
+            words = {"noun": f"{self.noun}s", "limit": self.limit_key}
+            log.info(counts_in_words(role, rows, report, weights=weights, **words))
+        return new
+
+    def role_sources(self, role: Role) -> tuple[Sequence[WeightedSource], Split, Part | None]:
+        """Sources of a role, the split to read of them, and the part of it where they are divided by prompt."""
+        return role_sources(self.sources, role)
+
+    def train_dataloader(self) -> BatchLoader:
+        """Batches of the training rows, weighted so that each row of an optimizer step counts the same."""
+        self._train_loader = training_loader(
+            self.trainer,
+            self.rows["train"],
+            self._collate("train"),
+            position=self._resume_position if self._train_loader is None else self._train_loader.restored_position,
+            num_workers=self.num_workers,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            group_by_length=self.group_by_length,
+            seed=self.seed,
+            weights=[source.weight for source in self.sources["train"]],
+            noun=f"{self.noun}s",
+        )
+        return self._train_loader
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._evaluation_loader("val", "val")
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._evaluation_loader("test", "test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        return self._evaluation_loader("test", "predict")
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """The position in the training data, for the checkpoint.
+
+        Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
+        """
+        loader = self._train_loader
+        return {} if loader is None else {"train_loader": loader.state_dict() | layout_of(loader.plan)}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
+        self._resume_position = state_dict.get("train_loader")
+        if self._train_loader is not None and self._resume_position is not None:
+            self._train_loader.go_on_at(self._resume_position)  # some strategies load checkpoints after the data
+
+    def _evaluation_loader(self, role: Role, stage: Stage) -> BatchLoader:
+        return evaluation_loader(
+            self.trainer,
+            self.rows[role],
+            self._collate(role),
+            stage=stage,
+            num_workers=self.num_workers,
+            batch_size=self.eval_batch_size,
+            noun=f"{self.noun}s",
+        )
+
+    def _stores(self, role: Role) -> tuple[list[TokenStore], list[np.ndarray], Part | None]:
+        """The tokenized sources of a role, which of their rows belong to it, and the part that these are."""
+        sources, split, part = self.role_sources(role)
+        options = {"columns": self.columns, "split": split, "cache_dir": self.cache_dir, "kind": f"{self.noun}s"}
+        stores = [tokenize_source(source, self.chat_format, **options) for source in sources]
+        for store in stores:
+            store.report.enforce(self.on_bad_rows)
+        return stores, part_masks(stores, part, val_fraction=self.val_fraction, noun=self.noun), part
+
+    def _select(self, role: Role) -> tuple[TokenizedRows, LoadReport]:
+        """The rows of a role: from its own sources, or divided off the training sources by prompt."""
+        raise NotImplementedError
+
+    def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:
+        """What makes the tensors of a batch of a role."""
+        raise NotImplementedError
+
+    def _log_statistics(self) -> None:
+        """What may spoil the numbers of a run, in one line."""
+        shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
+        leak = leak_in_words(shared, self.rows["val"], noun=f"{self.noun}s")
+        log.log(logging.WARNING if shared else logging.INFO, "%s", self._statistics(leak))
+
+    def _statistics(self, leak: str) -> str:
+        """The line of `_log_statistics`, with what is said of prompts on both sides in it."""
+        raise NotImplementedError
+
+
+def _backbone_of(data: DataModule) -> str | None:
+    """The backbone of the model that the trainer of a data module runs; None where there is none."""
+    backbone = getattr(getattr(data.trainer, "lightning_module", None), "hparams", {}).get("backbone")
+    return backbone if isinstance(backbone, str) else None
+
+
+class PreferenceDataModule(DataModule):
+    """Preference pairs as right-padded `PreferenceBatch`es, chosen and rejected in one forward.
+
+    In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`
+    a tokenizer; without one, it is that of the model which the Trainer runs.
+
+    Args:
+        train: File (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), directory, hub data set (`owner/name` or
+            `owner/name:split`), or `builtin:courtesy`; or a list of them, where `{source: FILE, weight: 0.5}` takes
+            half of a source's pairs in each epoch, and `weight: 2` each twice.
+        val: Held-out pairs, a source like `train`. Without it: the directory's own val file, or a part of `train`
+            divided off by prompt.
+        test: Pairs for `test` and `predict`. Without it: the directory's own test file, or the validation pairs.
+        tokenizer: Hub name or directory. The command line fills in the model's backbone.
+        max_length: Longest row in tokens: prompt, response and terminator.
+        batch_size: Pairs in one forward pass on one device; two rows each.
+        truncation: For pairs over max_length. `keep_response` cuts the prompt from the left and drops what still does
+            not fit; `drop` drops the pair; `error` refuses the source.
+        max_train_pairs: Train on so many pairs, chosen at random by the seed; all when not given.
+        group_by_length: Put pairs of like length into one forward pass, within an optimizer step. Changes no result.
+    """
+
+    noun, limit_key = "pair", "max_length"
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
+        max_length: PositiveInt = 1024,
+        batch_size: PositiveInt = 8,
+        truncation: Truncation = "keep_response",
+        max_train_pairs: PositiveInt | None = None,
+        group_by_length: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train, val, test, tokenizer, batch_size=batch_size, **kwargs)
+        self.max_length = max_length
+        self.truncation = truncation
+        self.max_train_pairs = max_train_pairs
+        self.group_by_length = group_by_length
+
+    @property
+    def pairs(self) -> dict[Role, TokenizedPairs]:
+        """Tokenized pairs by role, once `setup` has run."""
+        return self.rows
+
+    def batches(self, role: Role, positions: np.ndarray) -> Iterator[PreferenceBatch]:
+        """Some of the pairs of a role once, the longest first, outside of any loader."""
+        collate, order = self._collate(role), self.rows[role].longest_first(positions)
+        for start in range(0, len(order), self.eval_batch_size):
+            yield collate(MicroBatch(order[start : start + self.eval_batch_size], 1.0))
+
+    def longest_batch(self) -> PreferenceBatch:
+        """The training pairs with the longest rows, as many as a batch has."""
+        pairs = self.rows["train"]
+        order = pairs.longest_first(np.arange(len(pairs)))
+        return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
+
+    def _select(self, role: Role) -> tuple[TokenizedPairs, LoadReport]:
+        stores, masks, part = self._stores(role)
+        pairs, report = select_pairs(stores, masks, max_length=self.max_length, truncation=self.truncation, part=part)
+        return pairs.sample(self.max_train_pairs if role == "train" else None, seed=self.seed), report
+
+    def _collate(self, role: Role) -> Callable[[MicroBatch], PreferenceBatch]:
+        return functools.partial(collate_pairs, pairs=self.rows[role], pad_id=self.chat_format.pad_id)
+
+    def _statistics(self, leak: str) -> str:
+        train, val = self.rows["train"], self.rows["val"]
+        return (
+            f"pairs: the response with more characters is chosen in {100 * longer_chosen(val):.1f} % of val; "
+            f"{len(duplicates(train))} duplicates and {len(contradictions(train))} contradictory pairs in train; "
+            f"{leak}; more from `rlhf-lightning doctor`"
+        )
+
+
+class PromptDataModule(DataModule):
+    """Prompts as `PromptBatch`es of ragged ids; preference data serves as well, by its prompts.
+
+    In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`
+    a tokenizer; without one, it is that of the model which the Trainer runs.
+
+    Args:
+        train: File (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), directory, hub data set (`owner/name` or
+            `owner/name:split`), or `builtin:courtesy`; or a list of them, where `{source: FILE, weight: 0.5}` takes
+            half of a source's prompts in each epoch, and `weight: 2` each twice.
+        val: Held-out prompts, a source like `train`. Without it: the directory's own val file, or a part of `train`
+            divided off by prompt, the same part that is held out for a reward model.
+        test: Prompts for `test` and `predict`. Without it: the directory's own test file, or the validation prompts.
+        tokenizer: Hub name or directory. The command line fills in the model's backbone.
+        max_prompt_length: Longest prompt in tokens, up to where the assistant's reply begins.
+        truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `cut` cuts them from the
+            left, after the template's head, for the policy and for the reward model alike; `error` refuses the source.
+        unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
+            not count.
+        max_train_prompts: Train on so many prompts, chosen at random by the seed; all when not given.
+    """
+
+    noun, limit_key = "prompt", "max_prompt_length"
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
+        max_prompt_length: PositiveInt = 512,
+        truncation: PromptTruncation = "drop",
+        unique: bool = True,
+        max_train_prompts: PositiveInt | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Nothing is grouped by length: nothing is padded, and a process with all the long prompts would see other
+        # rewards than the rest.
+        super().__init__(train, val, test, tokenizer, **kwargs)
+        self.max_prompt_length = max_prompt_length
+        self.truncation = truncation
+        self.unique = unique
+        self.max_train_prompts = max_train_prompts
+
+    @property
+    def prompts(self) -> dict[Role, TokenizedPrompts]:
+        """Tokenized prompts by role, once `setup` has run."""
+        return self.rows
+
+    def messages(self, role: Role, index: int) -> list[Message]:
+        """The conversation of a prompt, by its position in the role; where its ids were cut, what is left of it.
+
+        A reward model with another tokenizer renders it, and the response after it, in its own way: it reads what the
+        policy read.
+        """
+        return self.rows[role].messages_as_cut(index, self.chat_format)
+
+    def example_ids(self, role: Role) -> list[str]:
+        """The id of each prompt of a role: the row's own, or `file:row`."""
+        return self.rows[role].example_ids
+
+    def _select(self, role: Role) -> tuple[TokenizedPrompts, LoadReport]:
+        stores, masks, part = self._stores(role)
+        options = {"max_length": self.max_prompt_length, "truncation": self.truncation, "unique": self.unique}
+        prompts, report = select_prompts(stores, masks, **options, part=part)
+        return prompts.sample(self.max_train_prompts if role == "train" else None, seed=self.seed), report
+
+    def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:
+        return functools.partial(collate_prompts, prompts=self.rows[role])
+
+    def _statistics(self, leak: str) -> str:
+        lengths = self.rows["train"].lengths
+        middle = int(np.median(lengths))
+        return f"prompts: {lengths.min()} to {lengths.max()} tokens in train, median {middle}; {leak}"
