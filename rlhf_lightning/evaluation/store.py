@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
-from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.disks import write_whole, writing_to
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,7 @@ class Ledger:
         if lines[-1]:
             log.info("%s: its last line was not written to its end and is dropped", self.file)
         if damaged or lines[-1]:
-            half_written = self.file.with_name(f".{self.file.name}.part")
-            with writing_to(self.file):
-                half_written.write_bytes(b"".join(line + b"\n" for line in whole.values()))
-                half_written.replace(self.file)
+            write_whole(self.file, b"".join(line + b"\n" for line in whole.values()))
         return dict(self._entries(whole.values()))
 
     def _entries(self, lines: Sequence[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.files.leftovers import held_directory
 
 _REASONS = {
     errno.ENOSPC: "no space is left on the disk",
@@ -69,15 +70,18 @@ def writing_to(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all. Raises `ConfigurationError` where the disk is full."""
-    half_written = path.with_name(f".{path.name}.part")
-    try:
-        with writing_to(path):
-            half_written.write_text(text, encoding="utf-8")
-            half_written.replace(path)
-    finally:
-        half_written.unlink(missing_ok=True)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power cut; text as UTF-8.
+
+    Raises `ConfigurationError` where the disk is full.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    with writing_to(path), held_directory(path) as made:
+        with (made / path.name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        (made / path.name).replace(path)
 
 
 def check_room(path: str | Path, needed: float, what: str) -> None:

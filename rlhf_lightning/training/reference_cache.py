@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.files.disks import writing_to
-from rlhf_lightning.files.leftovers import held_directory, remove_abandoned
+from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.files.leftovers import remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ReferenceCache:
         remove_abandoned(self.directory)
         described = self.directory / "key.json"
         if not described.exists() and os.access(self.directory, os.W_OK):
-            _replace(described, json.dumps([str(part) for part in key], indent=2).encode())
+            write_whole(described, json.dumps([str(part) for part in key], indent=2).encode())
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -100,7 +100,8 @@ class ReferenceCache:
         records["pair"] = np.frombuffer(b"".join(pairs), dtype="V16")
         records["chosen"], records["rejected"] = values.detach().float().cpu().numpy().T
         content = records.tobytes()
-        _replace(self.directory / f"{secrets.token_hex(8)}.part", zlib.crc32(content).to_bytes(4, "little") + content)
+        content = zlib.crc32(content).to_bytes(4, "little") + content
+        write_whole(self.directory / f"{secrets.token_hex(8)}.part", content)
 
     def _parts(self) -> Iterator[np.ndarray]:
         for file in sorted(self.directory.glob("[!.]*.part")):
@@ -128,13 +129,3 @@ def _code() -> str:
     for name in ("torch", "transformers"):
         digest.update(importlib.metadata.version(name).encode())
     return digest.hexdigest()
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    with writing_to(file), held_directory(file) as made:
-        with (made / file.name).open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        (made / file.name).replace(file)

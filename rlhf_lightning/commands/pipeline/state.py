@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from rlhf_lightning.commands.pipeline.inputs import Contents
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.files.disks import writing_to
+from rlhf_lightning.files.disks import write_whole
 
 _FORMAT = 2
 """Of state.json. State of another format is refused."""
@@ -62,13 +61,7 @@ class State:
         stages = {name: asdict(record) for name, record in self.records.items()}
         files = self.contents.known
         stored = {"format": _FORMAT, "crc32": _checksum(stages, files), "stages": stages, "files": files}
-        part = self.file.with_name(f".{self.file.name}.part")
-        with writing_to(self.file):
-            with part.open("w", encoding="utf-8") as opened:
-                json.dump(stored, opened, indent=1)
-                opened.flush()
-                os.fsync(opened.fileno())
-            part.replace(self.file)
+        write_whole(self.file, json.dumps(stored, indent=1))
 
 
 def _checksum(stages: dict[str, Any], files: dict[str, Any]) -> int:
