@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_lightning.data import DataError, load_preferences, sources
+from rlhf_lightning.data import DataError, file_rows, load_preferences
 from rlhf_lightning.data.sources import WeightedSource, described, fingerprint, has_split, read_rows, source_list
 
 ROWS = [
@@ -229,19 +229,19 @@ NO_LISTS = [
 
 @pytest.mark.parametrize("characters", [1, 2, 7, 64, 1 << 20])
 def test_a_list_read_in_parts_holds_what_its_whole_text_holds(tmp_path, monkeypatch, characters):
-    monkeypatch.setattr(sources, "_JSON_CHARACTERS", characters)
+    monkeypatch.setattr(file_rows, "_JSON_CHARACTERS", characters)
     file = tmp_path / "rows.json"
     for text in LISTS:
         file.write_text(text, encoding="utf-8-sig")
-        assert list(sources._list_items(file)) == json.loads(text)
+        assert list(file_rows._list_items(file)) == json.loads(text)
     for text in NO_LISTS:
         file.write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=r"rows\.json: (not valid JSON|the key 'a' stands twice|holds a dict)"):
-            list(sources._list_items(file))
+            list(file_rows._list_items(file))
 
 
 def test_the_memory_to_read_a_list_does_not_grow_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_JSON_CHARACTERS", 1000)
+    monkeypatch.setattr(file_rows, "_JSON_CHARACTERS", 1000)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS * 5000), encoding="utf-8")
     tracemalloc.start()
     try:
