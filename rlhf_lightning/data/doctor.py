@@ -185,7 +185,7 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
     """
     max_length, truncation = data.max_length, data.truncation
     data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
-    if data.tokenizer_source is None:
+    if data.tokenizer is None:
         data.chat_format, max_length = Words(), None
     data.read(roles)
     found = [
