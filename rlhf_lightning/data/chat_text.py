@@ -198,7 +198,7 @@ class ChatText:
     def _values_alone(self) -> dict[str, Any] | None:
         """All that `apply_chat_template` hands to the template beside the messages; None where it may do more.
 
-        It spends some 40 % of its time on cleaning what is the same for every row, and messages that are plain texts.
+        It spends half of its time on cleaning what is the same for every row, and messages that are plain texts here.
         """
         from transformers import PreTrainedTokenizerBase
 
