@@ -194,19 +194,6 @@ class ChatText:
     def _probe_text(self) -> str:
         return self.prompt_text(PROBE)
 
-    @functools.cached_property
-    def _values_alone(self) -> dict[str, Any] | None:
-        """All that `apply_chat_template` hands to the template beside the messages; None where it may do more.
-
-        It spends half of its time on cleaning what is the same for every row, and messages that are plain texts here.
-        """
-        from transformers import PreTrainedTokenizerBase
-
-        renders = type(self.tokenizer).apply_chat_template
-        if self.template_arguments or renders is not PreTrainedTokenizerBase.apply_chat_template:
-            return None
-        return {"tools": None, "documents": None, **self.tokenizer.special_tokens_map}
-
     @property
     def _is_opened(self) -> bool:
         """Whether a policy goes on in the midst of a thought."""
@@ -298,14 +285,7 @@ class ChatText:
         return path.read_text(encoding="utf-8")
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, template: str | None = None) -> str:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
         try:
-            if messages and template is None and self._values_alone is not None:
-                # Compiled templates are kept by transformers.
-                return _compile_jinja_template(self.template).render(
-                    messages=list(messages), add_generation_prompt=add_generation_prompt, **self._values_alone
-                )
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=template or self.template,

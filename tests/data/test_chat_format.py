@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import string
 
@@ -385,17 +384,6 @@ def test_a_token_that_holds_header_and_words_has_no_place():
     assert _tokens_at([(4, 5)], [0, 2, 5, 7]) == [2]  # offsets without the blank
     assert _tokens_at([(4, 5)], [0, 2, 3, 7]) is None
     assert _tokens_at([(4, 4)], [0, 2]) is None
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_is_rendered_without_apply_chat_template_is_what_that_renders(name, monkeypatch):
-    chat_format = copy.copy(FORMATS[name].chat_format)
-    rendered = [chat_format.generation_text(messages) for messages in ([USER], TALK)]
-    rendered.append(chat_format.response_text(" Two\n\n"))
-    assert chat_format._values_alone is not None
-    monkeypatch.setitem(vars(chat_format), "_values_alone", None)
-    assert rendered[:2] == [chat_format.generation_text(messages) for messages in ([USER], TALK)]
-    assert rendered[2] == chat_format.response_text(" Two\n\n")
 
 
 def test_a_template_that_runs_out_of_memory_is_refused_with_that_reason(tiny_qwen2, monkeypatch):
