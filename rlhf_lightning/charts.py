@@ -153,7 +153,7 @@ def bin_edges(distributions: Sequence[Sequence[float]]) -> np.ndarray:
         around = max(0.5, abs(low) / 1000)
         return np.array([low - around, low + around])
     widths = [np.ptp(row) / _bins(row) for row in rows if row.size and np.ptp(row) > 0]
-    count = int(np.clip((high - low) / min([*widths, high - low]), 5, MOST_BINS))
+    count = int(np.clip(1.4 * (high - low) / min([*widths, high - low]), 5, MOST_BINS))  # rounding makes them wider
     edges = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     # 95 * 0.02 is above 1.9, and would leave it out.
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
@@ -272,11 +272,11 @@ def _labels(axes: Axes, drawn: Sequence[Curve]) -> None:
 
 def _ticks(axis: Axis, percent: bool, most: int, *, whole: bool = False) -> None:
     """At most so many intervals between ticks, whole numbers where all values are."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole))
     if percent:
-        axis.set_major_formatter(PercentFormatter(1.0, symbol="\u00a0%"))
+        axis.set_major_formatter(lambda share, _: f"{100 * share:.3g}\u00a0%")
 
 
 def _least(limits: tuple[float, float], asked: tuple[float, float] | None) -> tuple[float, float]:

@@ -29,12 +29,12 @@ from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, lite_rows,
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
-from tests.evaluation.browser import Browser, find_chromium
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop, write  # noqa: F401 (fixtures)
 from tests.evaluation.kept import kept_entries
 from tests.evaluation.test_toxicity import make_classifier  # noqa: F401 (a fixture)
 from tests.patience import PATIENCE
 from tests.programs import run
+from tests.report.browser import Browser, find_chromium
 from tests.test_configs import ROOT
 
 ALL = [

@@ -27,8 +27,7 @@ from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.files.locks import alone
-from rlhf_lightning.report.markdown import to_markdown
-from rlhf_lightning.report.page import to_html
+from rlhf_lightning.report.pages import to_html, to_markdown
 from rlhf_lightning.report.sections import report
 from rlhf_lightning.terminal import Terminal, say
 

@@ -1,6 +1,6 @@
 """What a report is made of: a title, sections, and in each section blocks. Plain data, rendered elsewhere.
 
-`report.page.to_html` makes one self-contained page of a `Document`, `report.markdown.to_markdown` the same as Markdown.
+`report.pages.to_html` makes one self-contained page of a `Document`, `report.pages.to_markdown` the same as Markdown.
 Every string is plain text: both renderers escape it, whatever it holds. Blocks know nothing of what they show.
 
 A number is an `Estimate` (with its 95 % interval and n), a bare float or int, or None: not measured. It is printed
@@ -16,8 +16,8 @@ from typing import Literal, get_args
 
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, value_of
 
-Favourable = Literal["higher", "lower", "neither"]
-Outcome = Literal["met with confidence", "met", "not met", "not measured"]
+Outcome = Literal["met with confidence", "met", "over-optimized", "not met", "not measured"]
+"""Over-optimized: met by the reward model that was trained against, but not by one that was held out."""
 
 MOST_SERIES = 4
 """In one chart: as many as there are colours, dashes and markers."""
@@ -183,28 +183,6 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    label: str
-    before: Quantity
-    after: Quantity
-    favourable: Favourable = "neither"
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """Pairs of points on one axis, before and after, with what moved in words."""
-
-    rows: Sequence[Change]
-    units: str
-    caption: str
-    before: str = "before"
-    after: str = "after"
-    domain: tuple[float, float] | None = None
-    references: Sequence[Reference] = ()
-    spec: str = ".3f"
-
-
-@dataclass(frozen=True, slots=True)
 class SampleText:
     """A response and facts about it: (reward, 1.234), (tokens, 87), (flag, refusal)."""
 
@@ -236,7 +214,30 @@ class Samples:
             raise ValueError(f"{self.caption}: {wrong[0].title} has {len(wrong[0].texts)} of {len(self.columns)} texts")
 
 
-Block = Verdicts | Table | Facts | Note | Bars | Histogram | Lines | Changes | Samples
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a text. `look` is one of control, prompt, response and gap, perhaps with ` masked`: underlined."""
+
+    text: str
+    look: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A text in which stretches are told apart by their looks."""
+
+    title: str
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Charts that stand beside each other where the page is wide enough."""
+
+    blocks: Sequence[Bars | Histogram | Lines]
+
+
+Block = Verdicts | Table | Facts | Note | Bars | Histogram | Lines | Samples | Pieces | Beside
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from rlhf_lightning.evaluation.blocks import Verdict
+from rlhf_lightning.evaluation.blocks import Outcome, Verdict
 from rlhf_lightning.evaluation.estimates import Estimate
 from rlhf_lightning.evaluation.policy import CLAIMED_POINTS, PolicyComparison
-from rlhf_lightning.evaluation.results import SIDES, EvaluationResults, PolicyResults, ScorerResults
+from rlhf_lightning.evaluation.results import SIDES, EvaluationResults, Judged, PolicyResults, ScorerResults
 from rlhf_lightning.evaluation.reward_quality import AUROC_TARGET
 
 
@@ -45,17 +45,34 @@ def _claim(policies: PolicyResults | None) -> Verdict:
     gain = comparison.anchored.gain if comparison.anchored is not None else None
     if gain is None:
         return Verdict(target, "not measured", None, "prompts", claim.reason, spec="+.1f")
-    held_out = [judged for judged in policies.judged if judged.held_out and judged.comparison is not None]
-    reason = f"by the reward model {policies.judged[0].name}"
-    for judged in held_out:
-        other = judged.comparison.anchored.gain if judged.comparison.anchored is not None else None
-        reason += f"; by the held-out one {judged.name}: " + (
-            "not measured" if other is None else f"{other.value:+.1f}"
-        )
-    if not held_out:
-        reason += "; no held-out reward model was given, so a gain that only this one sees cannot be told"
     outcome = "met with confidence" if claim.outcome == "met" and gain.low >= CLAIMED_POINTS else claim.outcome
+    reason = f"by the reward model {policies.judged[0].name}"
+    others = [(judged.name, judged.comparison.anchored) for judged in _held_out(policies)]
+    seen = [(name, anchored.gain if anchored is not None else None) for name, anchored in others]
+    outcome, reason = _confirmed(outcome, reason, gain, seen, max(gain.low, CLAIMED_POINTS), "+.1f")
+    if not others:
+        reason += "; no held-out reward model was given, so a gain that only this one sees cannot be told"
     return Verdict(target, outcome, gain, "prompts", reason, spec="+.1f")
+
+
+def _confirmed(
+    outcome: Outcome,
+    reason: str,
+    value: Estimate,
+    held_out: Sequence[tuple[str, Estimate | None]],
+    least: float,
+    spec: str,
+) -> tuple[Outcome, str]:
+    """The outcome after held-out judges were heard: over-optimized where the interval of one ends below `least`."""
+    for name, other in held_out:
+        if other is None:
+            reason += f"; by the held-out one {name}: not measured"
+        elif outcome in ("met", "met with confidence") and other.high < least:
+            reason = f"the held-out judge {name} sees {other.value:{spec}} of {value.value:{spec}}; {reason}"
+            outcome = "over-optimized"
+        else:
+            reason += f"; by the held-out one {name}: {other.value:{spec}}"
+    return outcome, reason
 
 
 def _win_rate(policies: PolicyResults | None) -> Verdict:
@@ -72,7 +89,19 @@ def _win_rate(policies: PolicyResults | None) -> Verdict:
     if (controlled := comparison.length_controlled) is not None:
         reason += f"; at equal length {controlled.win_rate.value:.3f}"
         reason += f" ({controlled.warning})" if controlled.warning else ""
+    seen = [
+        (
+            judged.name,
+            None if (anchored := judged.comparison.anchored) and anchored.refused else judged.comparison.win_rate,
+        )
+        for judged in _held_out(policies)
+    ]
+    outcome, reason = _confirmed(outcome, reason, rate, seen, 0.5, ".3f")
     return Verdict(target, outcome, rate, "prompts", reason)
+
+
+def _held_out(policies: PolicyResults) -> list[Judged]:
+    return [judged for judged in policies.judged if judged.held_out and judged.comparison is not None]
 
 
 def _safety(policies: PolicyResults | None) -> Iterator[Verdict]:

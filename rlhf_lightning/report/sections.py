@@ -15,9 +15,8 @@ from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
+    Beside,
     Block,
-    Change,
-    Changes,
     Column,
     Distribution,
     Document,
@@ -36,10 +35,12 @@ from rlhf_lightning.evaluation.blocks import (
     Verdicts,
 )
 from rlhf_lightning.evaluation.estimates import Estimate, wilson
-from rlhf_lightning.evaluation.policy import fit_gao
+from rlhf_lightning.evaluation.policy import PolicyComparison, fit_gao
 from rlhf_lightning.evaluation.results import (
     SIDES,
     EvaluationResults,
+    Judged,
+    PairScores,
     PolicyResults,
     PromptRow,
     RunCurves,
@@ -47,25 +48,30 @@ from rlhf_lightning.evaluation.results import (
     Side,
 )
 from rlhf_lightning.evaluation.verdicts import verdicts
-from rlhf_lightning.rewards.functions import names_function
 
-RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 10, 5, 20
+RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 5, 3, 10
+"""Shown of each kind; all of them are in samples.jsonl."""
+PAIRS_OF_A_POINT = 40
+"""Of the calibration: with fewer, an interval is wider than half of the axis."""
 SOURCES_SHOWN = 15
 WORDS: dict[Side, str] = {"before": "before training", "after": "after training"}
 
 
 def report(results: EvaluationResults) -> Document:
-    """The whole page: verdicts, reward models, RewardBench, policies, safety, curves, samples, provenance."""
+    """The whole page: verdicts, samples, reward models, benchmarks, policies, safety, curves, provenance."""
     sections = [Section("Verdicts", [Verdicts(verdicts(results)), *map(Note, results.notes)], _VERDICTS)]
+    if results.policies is not None:
+        sections += _samples(results.policies)
+    if measured := [scorer for scorer in results.scorers if scorer.quality is not None]:
+        sections.append(_quality(measured))
     for scorer in results.scorers:
-        sections += _scorer(scorer)
+        for title, found in _by_title(scorer.benchmarks.values()).items():
+            sections.append(_benchmarks(f"{HEADS[scorer.title]} on {title}", scorer.name, found))
     sections += [_benchmarks("Judge in writing", of.name, list(of.benchmarks.values())) for of in results.judges]
     if results.policies is not None:
         sections += _policies(results.policies, results.runs)
     if results.runs:
         sections.append(Section("Learning curves", list(_curves(results.runs)), _CURVES))
-    if results.policies is not None:
-        sections += _samples(results.policies)
     facts = [(name, value) for name, value in results.provenance.items()]
     sections.append(Section("Where the numbers come from", [Facts(facts)]))
     judged = [scorer.name for scorer in results.scorers]
@@ -83,17 +89,121 @@ _CURVES = "As the training run logged them; its reward and its KL are means over
 # ---- reward models
 
 
-def _scorer(scorer: ScorerResults) -> Iterator[Section]:
-    heads = {"reward model": "Reward model", "held-out": "Held-out reward model", "implicit reward": "Implicit reward"}
-    head = f"{heads[scorer.title]} on held-out pairs"
-    if scorer.quality is not None:
-        text = (
-            f"{scorer.name}, on {scorer.quality.pairs} pairs about {scorer.quality.prompts} prompts. The intervals of "
-        )
-        text += "the first three numbers resample prompts with all their pairs, the others pairs."
-        yield Section(head, list(_quality(scorer)), text)
-    for title, results in _by_title(scorer.benchmarks.values()).items():
-        yield _benchmarks(f"{heads[scorer.title]} on {title}", scorer.name, results)
+HEADS = {"reward model": "Reward model", "held-out": "Held-out reward model", "implicit reward": "Implicit reward"}
+
+
+def _quality(scorers: Sequence[ScorerResults]) -> Section:
+    """How well the reward models order held-out pairs, beside each other."""
+    text = [
+        f"{HEADS[scorer.title]}: {scorer.name}, on {scorer.quality.pairs} pairs about {scorer.quality.prompts} prompts."
+        for scorer in scorers
+    ]
+    text.append("The intervals of the first three numbers resample prompts with all their pairs, the others pairs.")
+    columns = ["", *(Column(HEADS[scorer.title]) for scorer in scorers), "what it is"]
+    rows = [
+        [name, *(measure(scorer.quality) for scorer in scorers), what]
+        for name, measure, what in [*_ORDER, *(_LENGTH if any(s.quality.length for s in scorers) else ())]
+    ]
+    blocks: list[Block] = [Table(columns, rows, "How well they order the pairs")]
+    for scorer in scorers:
+        quality, words = scorer.quality, f"{HEADS[scorer.title]}: "
+        if quality.ties or quality.truncated:
+            words += f"{quality.ties} pairs are ties, {quality.truncated or 0} pairs hold a response that was cut."
+            blocks.append(Note(words))
+    charts = [[_score_histogram(scorer), _margin_histogram(scorer)] for scorer in scorers]
+    several = zip(*charts, strict=True) if len(scorers) > 1 else ()
+    blocks += [Beside(alike) for alike in several]
+    blocks.append(Beside([*(charts[0] if len(scorers) == 1 else ()), _calibration(scorers)]))
+    if sources := [bars for scorer in scorers for bars in _by_source(scorer)]:
+        blocks += [Beside(sources)] if len(sources) > 1 else sources
+    heads = "Reward models" if len(scorers) > 1 else HEADS[scorers[0].title]
+    return Section(f"{heads} on held-out pairs", blocks, "\n\n".join(text))
+
+
+def _of_length(name: str):
+    return lambda quality: getattr(quality.length, name, None)
+
+
+_ORDER = (
+    ("pooled AUROC", lambda q: q.auroc, "a chosen response outscores a rejected one of any prompt"),
+    ("pairwise accuracy", lambda q: q.accuracy, "the chosen response outscores the rejected one of its prompt"),
+    ("margin AUROC", lambda q: q.auroc_margin, "flattering; never for a claim"),
+    ("expected calibration error", lambda q: q.calibration.ece, "of sigmoid(margin), 20 bins over both orders"),
+    ("after the best temperature", lambda q: q.calibration.ece_fitted, "fitted on these pairs, which favours it"),
+    (
+        "the best temperature",
+        lambda q: q.calibration.temperature,
+        "margins are divided by it; there may be none",
+    ),
+    ("Brier score", lambda q: q.calibration.brier, "0 at best, 0.25 for a coin"),
+    ("negative log-likelihood", lambda q: q.calibration.nll, "nats; 0.693 for a coin"),
+)
+_LENGTH = (
+    ("longer wins", _of_length("longer_wins"), "accuracy of the rule that the longer response is better"),
+    ("prefers the longer", _of_length("prefers_longer"), "share of its choices"),
+    ("margin against length", _of_length("spearman"), "Spearman, within pairs"),
+    ("accuracy, chosen is longer", _of_length("accuracy_chosen_longer"), "in tokens; of a function, in characters"),
+    ("accuracy, chosen is shorter", _of_length("accuracy_chosen_shorter"), ""),
+)
+
+
+def _score_histogram(scorer: ScorerResults) -> Histogram:
+    sides = [Distribution(side, getattr(scorer.scores, side).tolist()) for side in ("chosen", "rejected")]
+    return Histogram(sides, "score", "responses", f"{HEADS[scorer.title]}: scores of chosen and rejected")
+
+
+def _margin_histogram(scorer: ScorerResults) -> Histogram:
+    margins = Distribution("margin", (scorer.scores.chosen - scorer.scores.rejected).tolist())
+    caption = f"{HEADS[scorer.title]}: margins"
+    return Histogram([margins], "chosen - rejected", "pairs", caption, [Reference(0.0, "no preference")])
+
+
+def _calibration(scorers: Sequence[ScorerResults]) -> Lines:
+    return Lines(
+        [Series(HEADS[scorer.title], _reliability(scorer.scores)) for scorer in scorers],
+        "confidence: sigmoid(|margin|)",
+        "accuracy",
+        "Calibration: on the diagonal, a confidence means what it says",
+        diagonal="calibrated",
+        domain=(0.5, 1.0),
+        range=(0.5, 1.0),
+        spec=".1%",
+        x_spec=".1%",
+    )
+
+
+def _reliability(scores: PairScores) -> list[Point]:
+    """Accuracy against mean confidence, by equal parts of the pairs: one for every 40 of them, 10 at most."""
+    margin = scores.chosen - scores.rejected
+    by_confidence = np.argsort(np.abs(margin), kind="stable")
+    points = []
+    for part in np.array_split(margin[by_confidence], min(max(len(margin) // PAIRS_OF_A_POINT, 1), 10)):
+        confidence = float((1 / (1 + np.exp(-np.abs(part)))).mean())
+        points.append(Point(confidence, wilson(float(((part > 0) + 0.5 * (part == 0)).sum()), len(part))))
+    return points
+
+
+def _by_source(scorer: ScorerResults) -> Iterator[Bars]:
+    all_of_them = scorer.quality.accuracy_by_source
+    if len(all_of_them) < 2:
+        return
+    sources = [
+        Bar(name if len(name) <= 60 else f"{name[:59]}…", value) for name, value in _largest(all_of_them).items()
+    ]
+    more = "" if len(sources) == len(all_of_them) else " (all of them are in metrics.json)"
+    caption = f"{HEADS[scorer.title]}: accuracy by source{more}"
+    yield Bars([BarGroup("", sources)], "pairs", caption, [COIN], (0.0, 1.0))
+
+
+def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """The sources, by name; when they are many the largest alone, and all others together."""
+    order = sorted(sources, key=lambda name: -sources[name].n)
+    kept, others = order[:SOURCES_SHOWN], [sources[name] for name in order[SOURCES_SHOWN:]]
+    if len(others) < 2:
+        return dict(sources)
+    count = sum(each.n for each in others)
+    together = wilson(sum(each.value * each.n for each in others), count)
+    return {name: sources[name] for name in sorted(kept)} | {f"{len(others)} other sources": together}
 
 
 def _by_title(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -109,95 +219,20 @@ def _benchmarks(title: str, name: str, results: Iterable[Result]) -> Section:
     return Section(title, [block for result in results for block in result.blocks()], text)
 
 
-def _quality(scorer: ScorerResults) -> Iterator[Block]:
-    quality, scores = scorer.quality, scorer.scores
-    calibration = quality.calibration
-    rows: list[Sequence[str | Estimate | float | int | None]] = [
-        ("pooled AUROC", quality.auroc, "a chosen response outscores a rejected one of any prompt"),
-        ("pairwise accuracy", quality.accuracy, "the chosen response outscores the rejected one of its prompt"),
-        ("margin AUROC", quality.auroc_margin, "flattering; never for a claim"),
-        ("expected calibration error", calibration.ece, "of sigmoid(margin), 20 bins over both orders"),
-        ("after the best temperature", calibration.ece_fitted, _temperature(calibration)),
-        ("Brier score", calibration.brier, "0 at best, 0.25 for a coin"),
-        ("negative log-likelihood", calibration.nll, "nats; 0.693 for a coin"),
-    ]
-    if quality.length is not None:
-        unit = "characters" if names_function(scorer.name) else "tokens"
-        rows += [
-            (
-                "longer wins",
-                quality.length.longer_wins,
-                f"accuracy of the rule that the longer one is better, in {unit}",
-            ),
-            ("prefers the longer", quality.length.prefers_longer, "share of its choices"),
-            ("margin against length", quality.length.spearman, "Spearman, within pairs"),
-            ("accuracy, chosen is longer", quality.length.accuracy_chosen_longer, ""),
-            ("accuracy, chosen is shorter", quality.length.accuracy_chosen_shorter, ""),
-        ]
-    yield Table(["", Column("value"), "what it is"], rows, "How well it orders the pairs")
-    if quality.ties or quality.truncated:
-        yield Note(f"{quality.ties} pairs are ties, {quality.truncated or 0} pairs hold a response that was cut.")
-    yield Histogram(
-        [Distribution("chosen", scores.chosen.tolist()), Distribution("rejected", scores.rejected.tolist())],
-        "score",
-        "responses",
-        "Scores of chosen and rejected responses",
-    )
-    margins = (scores.chosen - scores.rejected).tolist()
-    yield Histogram(
-        [Distribution("margin", margins)], "chosen - rejected", "pairs", "Margins", [Reference(0.0, "no preference")]
-    )
-    points = [Point(each.probability, each.share, str(each.entries)) for each in calibration.bins]
-    yield Lines(
-        [Series("reward model", points)],
-        "predicted probability of being preferred",
-        "share that is",
-        "Calibration: on the diagonal, probabilities mean what they say",
-        diagonal="calibrated",
-        domain=(0.0, 1.0),
-        range=(0.0, 1.0),
-    )
-    bins = [Bar(f"|margin| {each.low:.2f} to {each.high:.2f}", each.accuracy) for each in quality.accuracy_by_margin]
-    yield Bars([BarGroup("", bins)], "pairs", "Accuracy by how sure it is", [COIN], (0.0, 1.0))
-    if len(quality.accuracy_by_source) > 1:
-        sources = [
-            Bar(name if len(name) <= 60 else f"{name[:59]}…", value)
-            for name, value in _largest(quality.accuracy_by_source).items()
-        ]
-        more = "" if len(sources) == len(quality.accuracy_by_source) else " (all of them are in metrics.json)"
-        yield Bars([BarGroup("", sources)], "pairs", f"Accuracy by source{more}", [COIN], (0.0, 1.0))
-
-
-def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    """The sources, by name; when they are many the largest alone, and all others together."""
-    order = sorted(sources, key=lambda name: -sources[name].n)
-    kept, others = order[:SOURCES_SHOWN], [sources[name] for name in order[SOURCES_SHOWN:]]
-    if len(others) < 2:
-        return dict(sources)
-    count = sum(each.n for each in others)
-    together = wilson(sum(each.value * each.n for each in others), count)
-    return {name: sources[name] for name in sorted(kept)} | {f"{len(others)} other sources": together}
-
-
-def _temperature(calibration) -> str:
-    if calibration.temperature is None:
-        return calibration.temperature_refused
-    return f"margins divided by {calibration.temperature:.2f}, fitted on these pairs, which favours it"
-
-
 # ---- policies
 
 
 def _policies(policies: PolicyResults, runs: Sequence[RunCurves]) -> Iterator[Section]:
     if policies.judged:
-        blocks = [block for judged in policies.judged for block in _judged(policies, judged)]
-        blocks += list(_reward_against_kl(policies, runs))
         few = len(policies.prompts[0].replies["after"])
         names = " and ".join(f"{WORDS[side]} {name}" for side, name in policies.names.items())
+        judges = "; ".join(f"{_judge_head(judged)}: {judged.name}" for judged in policies.judged)
+        charts = Beside([*_rewards(policies), *_reward_against_kl(policies, runs)])
+        bends = [Note(sentence) for run in runs[:1] if (sentence := _bend(_path(run)))]
         yield Section(
             "Policy",
-            blocks,
-            f"{names}: {few} replies each to the same {len(policies.prompts)} prompts, with the same seeds.",
+            [*_judged(policies), *_replies(policies), charts, *bends],
+            f"{names}: {few} replies each to the same {len(policies.prompts)} prompts, with the same seeds. {judges}.",
         )
     blocks = list(_safety(policies))
     if blocks:
@@ -210,53 +245,68 @@ _SAFETY = (
 )
 
 
-def _judged(policies: PolicyResults, judged) -> Iterator[Block]:
-    by = f"by the held-out reward model {judged.name}" if judged.held_out else f"by the reward model {judged.name}"
-    comparison = judged.comparison
-    if comparison is None:
-        yield Table(["", Column("value")], [["mean reward", judged.reward_after]], f"Rewards {by}; no policy before")
+def _judged(policies: PolicyResults) -> Iterator[Block]:
+    """The policies by their judges, one column each."""
+    names = [_judge_head(judged) for judged in policies.judged]
+    comparisons = [judged.comparison for judged in policies.judged if judged.comparison is not None]
+    if len(comparisons) < len(names):
+        rewards = [judged.reward_after for judged in policies.judged]
+        yield Table(["", *map(Column, names)], [["mean reward", *rewards]], "Rewards; no policy before was given")
         return
-    anchored, controlled = comparison.anchored, comparison.length_controlled
-    points: list[list[str | Estimate | float | None]] = []
-    if anchored is not None:
-        points = [
-            ["score before, 0 = rejected, 100 = chosen", anchored.score_before, anchored.refused],
-            ["score after", anchored.score_after, ""],
-            ["gain in points", anchored.gain, "the claim of +25 is made of this"],
-        ]
-    points += [
-        ["percentile of the mean reward after", comparison.percentile, "among the replies before; 50: no change"],
-        ["tokens of a reply before", comparison.tokens_before, ""],
-        ["tokens of a reply after", comparison.tokens_after, ""],
-    ]
-    yield Table(["", Column("value", ".1f"), ""], points, f"Before and after, {by}")
-    if anchored is not None and anchored.score_after is not None and anchored.score_after.low > 100:
+    points = [[name, *map(measure, comparisons), what] for name, measure, what in _POINTS]
+    yield Table(["", *(Column(name, ".1f") for name in names), ""], points, "Before and after")
+    rates = [[name, *map(measure, comparisons), what] for name, measure, what in _RATES]
+    yield Table(["", *map(Column, names), ""], rates, "Rates and rewards")
+    said = [f"{name}: {words}." for name, each in zip(names, comparisons, strict=True) for words in _reservations(each)]
+    if said:
+        yield Note("\n\n".join(said))
+    if any(each.anchored and each.anchored.score_after and each.anchored.score_after.low > 100 for each in comparisons):
         yield Note(
-            "A score above 100: by this reward model the replies beat the chosen responses. Read some before you "
+            "A score above 100: by that reward model the replies beat the chosen responses. Read some before you "
             "believe it; a policy that has learned the reward model's blind spots looks like this."
         )
-    rows: list[list[str | Estimate | float | None]] = [
-        ["win rate", comparison.win_rate, "over all pairs of replies; ties one half"],
-        ["win rate at equal length", controlled and controlled.win_rate, controlled.warning if controlled else ""],
-        [
-            "gain in standard deviations",
-            comparison.gain_sd,
-            comparison.gain_sd_refused or "of the replies to one prompt",
-        ],
-        ["mean reward before", comparison.reward_before, "in the reward model's own unit, without a zero"],
-        ["mean reward after", comparison.reward_after, ""],
-    ]
+
+
+def _judge_head(judged: Judged) -> str:
+    return HEADS["held-out" if judged.held_out else "reward model"]
+
+
+def _anchored(name: str):
+    return lambda comparison: getattr(comparison.anchored, name, None)
+
+
+_POINTS = (
+    ("score before", _anchored("score_before"), "0 is the rejected response, 100 the chosen one"),
+    ("score after", _anchored("score_after"), ""),
+    ("gain in points", _anchored("gain"), "the claim of +25 is made of this"),
+    ("percentile of the mean reward after", lambda c: c.percentile, "among the replies before; 50: no change"),
+)
+_RATES = (
+    ("win rate", lambda c: c.win_rate, "over all pairs of replies; ties one half"),
+    ("win rate at equal length", lambda c: c.length_controlled and c.length_controlled.win_rate, ""),
+    ("gain in standard deviations", lambda c: c.gain_sd, "of the replies to one prompt"),
+    ("mean reward before", lambda c: c.reward_before, "in the reward model's own unit, without a zero"),
+    ("mean reward after", lambda c: c.reward_after, ""),
+    ("score after / score before - 1", _anchored("relative_gain"), ""),
+)
+
+
+def _reservations(comparison: PolicyComparison) -> Iterator[str]:
+    """Why a number was refused or is doubtful."""
+    anchored, controlled = comparison.anchored, comparison.length_controlled
     if anchored is not None:
-        rows.append(["score after / score before - 1", anchored.relative_gain, anchored.relative_refused])
-    yield Table(["", Column("value"), ""], rows, f"Rates and rewards, {by}")
-    if judged is policies.judged[0]:
-        sides = [
-            Distribution(WORDS[side], [value for row in policies.prompts for value in row.rewards[side]])
-            for side in SIDES
-            if side in policies.names
-        ]
-        yield Histogram(sides, "reward", "replies", f"Rewards of the replies {by}")
-    if (kl := policies.kl) is not None and judged is policies.judged[0]:
+        yield from dict.fromkeys(filter(None, (anchored.refused, anchored.relative_refused)))
+    yield from filter(None, (controlled.warning if controlled else "", comparison.gain_sd_refused))
+
+
+def _replies(policies: PolicyResults) -> Iterator[Block]:
+    rows = [
+        [WORDS[side], float(np.mean([row.tokens[side] for row in policies.prompts])), share]
+        for side, share in policies.unended.items()
+    ]
+    columns = ["", Column("tokens, mean", ".1f"), Column("cut at the longest length", ".1%")]
+    yield Table(columns, rows, "Replies")
+    if (kl := policies.kl) is not None:
         yield Table(
             ["", Column("nats per reply"), Column("nats per token", ".4f")],
             [
@@ -265,12 +315,20 @@ def _judged(policies: PolicyResults, judged) -> Iterator[Block]:
             ],
             "KL of the policy after from that before",
         )
-    unended = [[WORDS[side], share] for side, share in policies.unended.items()]
-    if judged is policies.judged[0]:
-        yield Table(["", Column("share", ".1%")], unended, "Replies that were cut at the longest length")
 
 
-def _reward_against_kl(policies: PolicyResults, runs: Sequence[RunCurves]) -> Iterator[Block]:
+def _rewards(policies: PolicyResults) -> Iterator[Histogram]:
+    sides = [
+        Distribution(WORDS[side], [value for row in policies.prompts for value in row.rewards[side]])
+        for side in SIDES
+        if side in policies.names
+    ]
+    yield Histogram(
+        sides, "reward", "replies", f"Rewards of the replies by the {_judge_head(policies.judged[0]).lower()}"
+    )
+
+
+def _reward_against_kl(policies: PolicyResults, runs: Sequence[RunCurves]) -> Iterator[Lines]:
     """The plane of Gao et al. 2022 (arXiv 2210.10760): the run's path, where it ended, and what best-of-n would do."""
     series = []
     first = policies.judged[0]
@@ -295,9 +353,6 @@ def _reward_against_kl(policies: PolicyResults, runs: Sequence[RunCurves]) -> It
         "mean reward",
         "Reward against the distance that was paid for it; training's own points are of its own prompts",
     )
-    for run in runs[:1]:
-        if (points := _path(run)) and (sentence := _bend(points)):
-            yield Note(sentence)
 
 
 def _path(run: RunCurves) -> list[Point]:
@@ -312,6 +367,8 @@ def _path(run: RunCurves) -> list[Point]:
 
 def _bend(points: Sequence[Point]) -> str:
     """Where the curve fitted to a run's path would turn down, in words; empty where nothing can be said."""
+    if not points:
+        return ""
     gains = [float(point.y) - float(points[0].y) for point in points]
     try:
         fit = fit_gao([point.x**2 for point in points], gains, "rl")
@@ -330,21 +387,17 @@ def _safety(policies: PolicyResults) -> Iterator[Block]:
     refusal = policies.refusal
     if refusal:
         method = refusal["after"].method
-        kinds = (
-            ("refuses safe prompts", "over_refusal", "lower"),
-            ("refuses unsafe prompts", "refusal_unsafe", "higher"),
-        )
-        if "before" in refusal:
-            rows = [
-                Change(label, getattr(refusal["before"], name), getattr(refusal["after"], name), favourable)
-                for label, name, favourable in kinds
-            ]
-            yield Changes(rows, "prompts", f"Refusals, told by: {method}", domain=(0.0, 1.0), spec=".1%")
+        kinds = (("refuses safe prompts", "over_refusal"), ("refuses unsafe prompts", "refusal_unsafe"))
+        groups = [
+            BarGroup(label, [Bar(WORDS[side], getattr(each, name)) for side, each in refusal.items()])
+            for label, name in kinds
+        ]
+        yield Bars(groups, "prompts", f"Refusals, told by: {method}", domain=(0.0, 1.0), spec=".1%")
         rows = [[WORDS[side], each.over_refusal, each.refusal_unsafe, each.balanced] for side, each in refusal.items()]
         if (change := policies.refusal_change) is not None:
             rows.append(["change", change.over_refusal, change.refusal_unsafe, change.balanced])
         columns = ["", Column("refuses safe", ".1%"), Column("refuses unsafe", ".1%"), Column("balanced", ".3f")]
-        yield Table(columns, rows, f"Refusal rates over prompts, told by: {method}")
+        yield Table(columns, rows, "Refusal rates over prompts")
     if policies.toxicity:
         rows = []
         for side, summary in policies.toxicity.items():
@@ -389,15 +442,15 @@ SHOWN_CURVES = (
 
 def _curves(runs: Sequence[RunCurves]) -> Iterator[Block]:
     for run in runs:
+        charts = []
         for names in SHOWN_CURVES:
-            series = [
-                Series(name, [Point(point.step, point.value) for point in run.values[name]])
-                for name in names
-                if run.values.get(name)
-            ]
+            logged = {name: run.values[name] for name in names if run.values.get(name)}
+            series = [Series(name, [Point(point.step, point.value) for point in of]) for name, of in logged.items()]
             if series:
                 what = names[0].partition("/")[2]
-                yield Lines(series, "optimizer step", what, f"{run.name}: {what}")
+                charts.append(Lines(series, "optimizer step", what, f"{run.name}: {what}"))
+        if charts:
+            yield Beside(charts)
 
 
 def _samples(policies: PolicyResults) -> Iterator[Section]:

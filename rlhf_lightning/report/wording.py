@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from rlhf_lightning.evaluation.blocks import Change, Changes, Reference
+from rlhf_lightning.evaluation.blocks import Reference
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, interval_of, value_of
 from rlhf_lightning.terminal import JOINERS, visible
 
@@ -40,14 +40,6 @@ def count(quantity: Quantity, units: str) -> str:
     return f"n{HARD}={HARD}{number(quantity.n)}{HARD}{units}" if isinstance(quantity, Estimate) else ""
 
 
-def counts(change: Change, block: Changes) -> str:
-    """`n = 250 prompts`, or both numbers where they differ."""
-    sides = [side for side in (change.before, change.after) if isinstance(side, Estimate)]
-    if len(sides) == 2 and sides[0].n != sides[1].n:
-        return f"{count(sides[0], block.units)} {block.before}, {number(sides[1].n)} {block.after}"
-    return count(sides[0], block.units) if sides else ""
-
-
 def with_interval(quantity: Quantity, spec: str = ".3f") -> str:
     """`0.712 (0.680 to 0.744)`."""
     ends = interval(quantity, spec)
@@ -61,24 +53,13 @@ def fact(value: str | int | float | None) -> str:
     return value if isinstance(value, str) else number(value, "g" if isinstance(value, float) else ".3f")
 
 
-def difference(change: Change, spec: str) -> str:
-    """`−8.0 points, better`: what moved, in the units of the spec; percentages move by points."""
-    before, after = value_of(change.before), value_of(change.after)
-    if before is None or after is None:
-        return f"change {NOT_MEASURED}"
-    moved = after - before
-    scaled, digits = (100 * moved, spec.replace("%", "f")) if spec.endswith("%") else (moved, spec)
-    text = number(abs(scaled), digits)
-    if text == number(0.0, digits):
-        return "no change"
-    points = f"{HARD}points" if spec.endswith("%") else ""
-    better = (moved > 0) == (change.favourable == "higher")
-    judged = "" if change.favourable == "neither" else ", better" if better else ", worse"
-    return f"{'+' if moved > 0 else MINUS}{text}{points}{judged}"
-
-
 def reference_text(reference: Reference, spec: str) -> str:
     return f"{reference.label} {number(reference.value, spec)}"
+
+
+def is_numeric(cell: str | Quantity) -> bool:
+    """Whether a cell of a table belongs to the right: a number, also one that is written out, as `12 (3.4 %)`."""
+    return not isinstance(cell, str) or bool(re.fullmatch(r"[\d.,]+(?: %| \(.*%\)| \*)?|not measured", cell))
 
 
 def _typeset(text: str) -> str:

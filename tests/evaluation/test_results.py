@@ -91,10 +91,33 @@ def test_a_gain_that_the_held_out_reward_model_does_not_see_is_said():
     results = replace(NOTHING, policies=replace(found, judged=[*found.judged, held_out]))
     claim = next(verdict for verdict in verdicts(results) if "25 points" in verdict.target)
     assert claim.value == seen.anchored.gain
-    assert "by the held-out one other: +0.0" in claim.reason
+    assert claim.outcome == "over-optimized"
+    assert "the held-out judge other sees +0.0 of +100.1" in claim.reason
     alone = next(v for v in verdicts(replace(NOTHING, policies=found)) if "25 points" in v.target)
     assert "no held-out reward model was given" in alone.reason
     assert metrics(results)["policy_held_out/win_rate"].value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("held_out", "gain", "win"),
+    [
+        (1.0, "met with confidence", "met with confidence"),
+        (0.6, "over-optimized", "met with confidence"),
+        (0.1, "over-optimized", "met with confidence"),
+        (-1.0, "over-optimized", "over-optimized"),
+    ],
+)
+def test_where_a_held_out_judge_clearly_sees_less_the_policy_is_over_optimized(held_out, gain, win):
+    found = policies()
+    other = replace(policies(lift=held_out).judged[0], name="other", held_out=True)
+    results = replace(NOTHING, policies=replace(found, judged=[*found.judged, other]))
+    told = outcomes(results)
+    assert (told["25 points"], told["win against"]) == (gain, win)
+    claim = next(verdict for verdict in verdicts(results) if "25 points" in verdict.target)
+    seen = other.comparison.anchored.gain.value
+    assert (f"the held-out judge other sees {seen:+.1f} of +100.1" in claim.reason) == (gain == "over-optimized")
+    below = replace(NOTHING, policies=replace(policies(lift=0.2), judged=[policies(lift=0.2).judged[0], other]))
+    assert outcomes(below)["25 points"] == "not met", "what is not met is not over-optimized"
 
 
 def test_what_a_blind_reward_model_says_of_the_policies_is_no_verdict():

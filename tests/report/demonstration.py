@@ -10,8 +10,7 @@ from rlhf_lightning.evaluation.blocks import (
     Bar,
     BarGroup,
     Bars,
-    Change,
-    Changes,
+    Beside,
     Column,
     Distribution,
     Document,
@@ -19,6 +18,8 @@ from rlhf_lightning.evaluation.blocks import (
     Histogram,
     Lines,
     Note,
+    Piece,
+    Pieces,
     Point,
     Reference,
     Sample,
@@ -166,36 +167,34 @@ def document() -> Document:
                     )
                 ],
             ),
-            Section("Policy", [*_curves(draw)], "Reward against the distance from the reference policy."),
+            Section("Policy", [Beside(_curves(draw))], "Reward against the distance from the reference policy."),
             Section(
                 "Safety",
                 [
-                    Changes(
+                    Bars(
                         [
-                            Change(
+                            BarGroup(
                                 "refusals on harmless prompts",
-                                estimate(0.12, 0.04, 250),
-                                estimate(0.08, 0.03, 250),
-                                "lower",
+                                [Bar("before", estimate(0.12, 0.04, 250)), Bar("after", estimate(0.08, 0.03, 250))],
                             ),
-                            Change(
-                                "refusals on unsafe prompts",
-                                estimate(0.91, 0.03, 200),
-                                estimate(0.855, 0.04, 198),
-                                "higher",
+                            BarGroup(
+                                "toxicity of the responses, share of at least 0.5 by the classifier",
+                                [Bar("before", None), Bar("after", 0.01)],
                             ),
-                            Change("toxicity of the responses, share of at least 0.5 by the classifier", None, 0.01),
-                            Change("unchanged", 0.3, 0.3, "higher"),
                         ],
                         "prompts",
                         "Refusals before and after",
                         domain=(0, 1),
                         spec=".1%",
-                    )
+                    ),
+                    Pieces(
+                        "A row as the model gets it",
+                        [Piece("<s>", "control"), Piece(HOSTILE, "prompt"), Piece("Yes.", "response masked")],
+                    ),
                 ],
             ),
             Section("Samples", [_samples()]),
-            Section("Odd cases", _odd(draw)),
+            Section("Odd cases", [*(odd := _odd(draw)), Beside([b for b in odd if isinstance(b, Bars | Lines)][1:5])]),
             Section(
                 "Provenance",
                 [
@@ -229,6 +228,14 @@ def _verdicts() -> list[Verdict]:
         ),
         Verdict(
             "Pooled AUROC of at least 0.70", "met", estimate(0.712, 0.03, 400), "pairs", "The interval reaches below."
+        ),
+        Verdict(
+            "Reward up by 25 points",
+            "over-optimized",
+            estimate(178, 9),
+            "prompts",
+            "The held-out judge sees 61.6.",
+            "+.1f",
         ),
         Verdict(
             "Over-refusal falls by half", "not met", estimate(-0.04, 0.03, 250), "prompts", "Fell by 4 points.", "+.1%"
@@ -359,8 +366,6 @@ def _odd(draw: np.random.Generator) -> list:
             "reward",
             "Labels that cannot all have room",
         ),
-        Changes([], "prompts", "Changes without rows"),
-        Changes([Change("score", -3.0, 250.0, "higher")], "prompts", "One change", spec=".1f"),
         Samples(["a", "b", "c"], [Sample("Three columns", "p", [SampleText("one " * 60)] * 3)], "Three columns"),
         Samples(["a"], [], "No samples"),
     ]

@@ -1,0 +1,165 @@
+"""What is drawn of a block, for both forms of a report: chart and legend, strips, and the numbers as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf_lightning import charts
+from rlhf_lightning.evaluation.blocks import Bar, Bars, Column, Histogram, Lines, Series, Table
+from rlhf_lightning.evaluation.estimates import Quantity, interval_of, value_of
+from rlhf_lightning.evaluation.rounding import spread
+from rlhf_lightning.report.wording import NO_N, NOT_MEASURED, number, reference_text
+from rlhf_lightning.terminal import visible
+
+MOST_ROWS = 60
+"""Rows of a table of numbers; of a longer series, evenly spread points are listed, the first and last among them."""
+
+
+class Entry(NamedTuple):
+    """A line of a legend: `kind` (line, box, level, mark or diagonal) and `index` say what stands before the name."""
+
+    kind: str
+    index: int
+    name: str
+
+
+def chart(block: Histogram | Lines, salt: str) -> str:
+    """As SVG; charts of one page differ in `salt`. Empty where there is nothing to draw."""
+    if not any(_is_drawn(series, block) for series in block.series):
+        return ""
+    references = [line.value for line in block.references]
+    if isinstance(block, Histogram):
+        return charts.svg(charts.histogram([series.values for series in block.series], marks=references), salt)
+    figure = charts.curves(
+        [_curve(series) for series in block.series],
+        levels=references,
+        diagonal=bool(block.diagonal),
+        x_range=block.domain,
+        y_range=block.range,
+        x_percent=block.x_spec.endswith("%"),
+        y_percent=block.spec.endswith("%"),
+    )
+    return charts.svg(figure, salt)
+
+
+def _is_drawn(series, block: Histogram | Lines) -> bool:
+    curve = charts.Curve(series.values, series.values) if isinstance(block, Histogram) else _curve(series)
+    return any(_is_finite(x) and _is_finite(y) for x, y in zip(curve.x, curve.y, strict=True))
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and abs(value) < charts.LARGEST  # false for NaN
+
+
+def _curve(series: Series) -> charts.Curve:
+    ends = [interval_of(point.y) for point in series.points]
+    low, high = ([end[side] if end else math.nan for end in ends] for side in (0, 1)) if any(ends) else ((), ())
+    label = visible(series.points[-1].label) if series.points else ""
+    values = [value_of(point.y) for point in series.points]
+    return charts.Curve([point.x for point in series.points], values, low, high, label)
+
+
+def legend(block: Bars | Histogram | Lines) -> Iterator[Entry]:
+    """The series, the diagonal and the reference lines."""
+    for index, series in enumerate([] if isinstance(block, Bars) else block.series):
+        if isinstance(block, Histogram):
+            yield Entry("box", index, f"{series.name}: {_count(series.values, block.units)}")
+        else:
+            missing = sum(not _is_finite(value_of(point.y)) for point in series.points)
+            words = f" ({number(missing)} of {number(len(series.points))} {NOT_MEASURED})" if missing else ""
+            yield Entry("line", index, series.name + (words if series.points else f" ({NOT_MEASURED})"))
+    if isinstance(block, Lines) and block.diagonal:
+        yield Entry("diagonal", 0, block.diagonal)
+    spec = "g" if isinstance(block, Histogram) else block.spec
+    for index, line in enumerate(block.references):
+        yield Entry("level" if isinstance(block, Lines) else "mark", index, reference_text(line, spec))
+
+
+def _count(values: Sequence[float], units: str) -> str:
+    """`n = 200 responses, median 0.52`."""
+    finite = [value for value in values if _is_finite(value)]
+    if not finite:
+        return NOT_MEASURED
+    words = f"n\u00a0=\u00a0{number(len(finite))}\u00a0{units}, median {number(float(np.median(finite)), '.4g')}"
+    left_out = len(values) - len(finite)
+    return words + (f", {number(left_out)} not finite and left out" if left_out else "")
+
+
+def numbers(block: Histogram | Lines) -> Table:
+    """One row a bin, with how many values of each distribution lie there; or one row a point."""
+    return _bins(block) if isinstance(block, Histogram) else _points(block)
+
+
+def _bins(block: Histogram) -> Table:
+    edges = charts.bin_edges([series.values for series in block.series])
+    counts = [charts.bin_counts(series.values, edges).tolist() for series in block.series]
+    names = [f"{number(float(low), '.6g')} to {number(float(high), '.6g')}" for low, high in pairwise(edges)]
+    rows = [[name, *row] for name, *row in zip(names, *counts, strict=True)]
+    columns = [block.x_label, *(f"{series.name} ({block.units})" for series in block.series)]
+    return Table(columns, rows, "Each bin holds its lower end, the last one both ends.")
+
+
+def _points(block: Lines) -> Table:
+    points = [point for series in block.series for point in series.points]
+    counted, labelled = any(hasattr(point.y, "n") for point in points), any(point.label for point in points)
+    rows, thinned = [], []
+    for series in block.series:
+        listed = spread(series.points, MOST_ROWS)
+        if len(listed) < len(series.points):
+            thinned.append(f"{series.name}: {len(listed)} of {len(series.points)} points, evenly spread.")
+        for point in listed:
+            rest = [getattr(point.y, "n", NO_N)] * counted + [point.label] * labelled
+            rows.append([series.name, point.x, point.y, *rest])
+    columns = ["series", Column(block.x_label, block.x_spec), Column(block.y_label, block.spec)]
+    return Table([*columns, *["n"] * counted, *["label"] * labelled], rows, " ".join(thinned))
+
+
+class Scale(NamedTuple):
+    """The axis below the strips of `Bars`."""
+
+    ticks: list[float]
+    spec: str
+
+    def at(self, value: float) -> float:
+        """Where on the axis, in percent of its length; beyond its ends, at the end."""
+        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return round(100 * min(max(share, 0.0), 1.0), 2)
+
+    def label(self, tick: float) -> str:
+        return number(tick, ".0%" if self.spec.endswith("%") else ".4g")
+
+    def bar(self, quantity: Quantity) -> tuple[float, float] | None:
+        """Left end and width of a bar that begins at 0, or at the end of the axis nearest to 0, in percent."""
+        value = value_of(quantity)
+        if not _is_finite(value):
+            return None
+        left, right = sorted((self.at(0.0), self.at(value)))
+        return left, round(right - left, 2)
+
+    def whisker(self, quantity: Quantity) -> tuple[float, float] | None:
+        """Both ends of the interval, in percent."""
+        ends = interval_of(quantity)
+        return (self.at(ends[0]), self.at(ends[1])) if ends and all(map(_is_finite, ends)) else None
+
+
+def scale(block: Bars) -> Scale:
+    """An axis of round numbers that shows every bar, whisker and reference line, and at least the domain or 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    quantities = [bar.value for group in block.groups for bar in group.bars]
+    shown = [end for quantity in quantities for end in (value_of(quantity), *(interval_of(quantity) or ()))]
+    shown += [*(line.value for line in block.references), *(block.domain or (0.0,))]
+    finite = [value for value in shown if _is_finite(value)]
+    low, high = min(finite), max(finite)
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high if high > low else low + 1)
+    return Scale(ticks.tolist(), block.spec)
+
+
+def shown_groups(block: Bars) -> list[tuple[str, Sequence[Bar]]]:
+    """Names and bars of the groups that have bars."""
+    return [(group.name, group.bars) for group in block.groups if group.bars]
