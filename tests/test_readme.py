@@ -82,6 +82,14 @@ def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
     assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+[.?]'\}\]\n", capsys.readouterr().out)
 
 
+def test_the_python_example_of_training_on_rows_in_memory_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(example("L.Trainer"), namespace)
+    assert namespace["trainer"].global_step > 0
+    assert len(namespace["trainer"].datamodule.pairs["val"]) > 0
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text()
     marked = README.split("<!-- test-command -->")[1].split("```")[1]
