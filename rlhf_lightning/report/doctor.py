@@ -1,19 +1,20 @@
-"""The doctor's findings for people: in the terminal, and as one self-contained HTML page."""
+"""The doctor's findings for people: in the terminal, and as a page that is drawn as a report is."""
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from rich import table
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.data.doctor import QUANTILES, Diagnosis, Piece, RoleDiagnosis, Sample
 from rlhf_lightning.data.examples import BAD_ROW_REASONS
+from rlhf_lightning.evaluation import blocks
+from rlhf_lightning.evaluation.blocks import Document, Pieces, Section, Table
+from rlhf_lightning.report.pages import to_html
 from rlhf_lightning.terminal import visible as shown
 
 _ROWS_SHOWN = 10
@@ -161,12 +162,12 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """The findings as tables, and the samples in colour."""
     for finding in findings(diagnosis):
         if finding.rows:
-            table = Table(title=finding.title, title_justify="left", title_style="bold")
+            shape = table.Table(title=finding.title, title_justify="left", title_style="bold")
             for number, column in enumerate(finding.header):
-                table.add_column(column, overflow="fold", justify="left" if number < 2 else "right")
+                shape.add_column(column, overflow="fold", justify="left" if number < 2 else "right")
             for row in finding.rows:
-                table.add_row(*(Text(shown(cell)) for cell in row))
-            console.print(table)
+                shape.add_row(*(Text(shown(cell)) for cell in row))
+            console.print(shape)
         else:
             console.print(Text(finding.title, style="bold"))
         for remark in finding.remarks:
@@ -190,48 +191,21 @@ _LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ stands fo
 
 
 def html_page(diagnosis: Diagnosis) -> str:
-    """One page without scripts or links to elsewhere; every text of the data is escaped."""
-    parts = [f"<h1>Preference data</h1><p class=verdict>{_escaped(verdict(diagnosis))}</p>"]
+    """The findings and samples as one page, drawn as a report is."""
+    sections = []
     for finding in findings(diagnosis):
-        parts.append(f"<h2>{_escaped(finding.title)}</h2>")
-        if finding.rows:
-            head = "".join(f"<th>{_escaped(name)}</th>" for name in finding.header)
-            rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in finding.rows)
-            parts.append(f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>")
-        parts += [f"<p class=remark>{_escaped(remark)}</p>" for remark in finding.remarks]
-    parts.append("<h2>Examples as the model gets them</h2>")
-    for title, pieces in _sample_rows(diagnosis):
-        spans = "".join(
-            f'<span class="{piece.kind}{" masked" if piece.in_response else ""}">'
-            f"{html.escape(visible(piece.text))}</span>"
-            for piece in pieces
-        )
-        parts.append(f"<h3>{_escaped(title)}</h3><pre>{spans}</pre>")
-    parts.append(f"<p class=remark>{_LEGEND}</p>")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Preference data</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+        tables = [Table(finding.header, finding.rows, "")] if finding.rows else []
+        sections.append(Section(finding.title, tables, "\n\n".join(finding.remarks)))
+    samples = [
+        Pieces(title, [blocks.Piece(visible(piece.text), _look(piece)) for piece in pieces])
+        for title, pieces in _sample_rows(diagnosis)
+    ]
+    sections.append(Section("Examples as the model gets them", samples, _LEGEND))
+    return to_html(Document("Preference data", sections, subtitle=verdict(diagnosis)))
 
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; font-weight: 600; }
-.verdict { font-size: 1.1rem; font-weight: 600; } .remark { color: GrayText; margin: .3rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; vertical-align: top; }
-th:nth-child(-n+2), td:nth-child(-n+2), td.text { text-align: left; }
-td { overflow-wrap: break-word; max-width: 32rem; } td.text { min-width: 7rem; }
-td:first-child { white-space: nowrap; min-width: 0; }
-td.share { background: linear-gradient(to right, #d97706 var(--share), transparent var(--share)) bottom no-repeat;
-  background-size: 100% 3px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8884; border-radius: .4rem; padding: .8rem; }
-.control { color: #c026d3; font-weight: 700; } .prompt { opacity: .7; } .response { color: #15803d; }
-.gap { background: #fde68a; color: #000; } .masked { text-decoration: underline; text-underline-offset: .2em; }
-"""
+def _look(piece: Piece) -> str:
+    return piece.kind + (" masked" if piece.in_response else "")
 
 
 def row_numbers(origins: Sequence[str], *, files: int) -> str:
@@ -272,21 +246,6 @@ def _shortened(piece: Piece) -> Iterator[Piece]:
     yield replace(piece, text=text[:_SHOWN_AT_THE_START])
     yield Piece(f" ... {hidden} characters more ... ", "gap", piece.in_response)
     yield replace(piece, text=text[-_SHOWN_AT_THE_END:])
-
-
-def _cell(text: str) -> str:
-    if not re.fullmatch(r"[\d.,*]+(?: %| \(.*%\)| \*)?|not measured", text):
-        return f"<td class=text>{_escaped(text)}</td>"
-    share = text.rpartition("(")[2].removesuffix(")") if "(" in text else text
-    number = share.removesuffix(" %")
-    if share.endswith(" %") and number.replace(".", "", 1).isdigit():
-        return f'<td class=share style="--share: {number}%">{_escaped(text)}</td>'
-    return f"<td>{_escaped(text)}</td>"
-
-
-def _escaped(text: str) -> str:
-    """HTML of a text as the terminal shows it: with nothing in it that could hide or reorder."""
-    return html.escape(shown(text))
 
 
 def _percent(share: float) -> str:
