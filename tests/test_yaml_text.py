@@ -74,3 +74,10 @@ def test_a_configuration_that_a_run_wrote_is_named_when_it_was_changed(tmp_path,
     file.write_text(file.read_text(encoding="utf-8").replace("0.001", "0.003"), encoding="utf-8")
     check_configurations([f"--config={file}"])
     assert f"{file}: is not as its run wrote it" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "# a comment\n\n  # another"])
+def test_a_configuration_in_which_nothing_stands_is_refused_by_its_name(text, tmp_path):
+    (tmp_path / "cut.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"cut\.yaml: is empty"):
+        check_configurations(["--config", str(tmp_path / "cut.yaml")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,8 @@ def check_configurations(arguments: Sequence[str]) -> None:
                 text = path.read_bytes().decode("utf-8")
                 _name_change(path, text)
                 check_yaml(text)
+                if not re.search(r"^\s*[^#\s]", text, re.MULTILINE):
+                    raise ConfigurationError("is empty; give another file, or leave it out")
             except UserError as error:
                 raise ConfigurationError(f"{path}: {error}") from error
             except (yaml.YAMLError, UnicodeDecodeError) as error:
