@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import rlhf_lightning
@@ -26,6 +25,7 @@ from rlhf_lightning.terminal import say
 from rlhf_lightning.training.callbacks import exported_bytes
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
+from rlhf_lightning.training.module import PolicyModule, TrainedModule
 from rlhf_lightning.training.results import TABLE_ROWS
 
 if TYPE_CHECKING:
@@ -100,14 +100,14 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     return difference, _UNITS[kind]
 
 
-def _backbone(module: LightningModule) -> PreTrainedModel:
-    return decoder(module.policy.model) if hasattr(module, "policy") else module.network.backbone
+def _backbone(module: TrainedModule) -> PreTrainedModel:
+    return decoder(module.policy.model) if isinstance(module, PolicyModule) else module.network.backbone
 
 
 @torch.no_grad()
-def _outputs(module: LightningModule) -> tuple[Tensor, str]:
+def _outputs(module: TrainedModule) -> tuple[Tensor, str]:
     """The trainer's outputs on the probe, and whether it is a `policy` or a `reward`."""
-    if hasattr(module, "policy"):
+    if isinstance(module, PolicyModule):
         return log_probs(module.policy.model, module.policy.config.get_text_config().vocab_size), "policy"
     return module.network(*probe_rows(module.network.backbone.config.vocab_size)), "reward"
 

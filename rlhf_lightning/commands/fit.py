@@ -44,6 +44,7 @@ from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, prin
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, has_states, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.last_validation import LastValidation
+from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.ppo import PPO
@@ -195,21 +196,31 @@ class Program(LightningCLI):
             if isinstance(callback, ProcessStates):
                 callback.replace = self._replace
         self.datamodule.setup(self.subcommand)
-        if check := getattr(self.model, "check_data", None):
-            check(self.datamodule)
-        if self.subcommand == "fit" and not self.config.fit.force:
-            refuse_what_cannot_fit(self.model, self.datamodule, self.config.fit.trainer, self.trainer.callbacks)
-        trained = not isinstance(self.model, RewardModel) or is_reward_network(self.model.backbone_config)
-        if self.subcommand != "fit" and self.config[self.subcommand].get("ckpt_path") is None:
-            if not trained:
-                log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
-            else:
-                log.info("no ckpt_path: this is %s as it was loaded", self.model.hparams.backbone)
+        if isinstance(self.model, TrainedModule):
+            self._check_model(self.model)
+        else:
+            log.warning(
+                "warning: %s is not derived from rlhf_lightning.training.module.TrainedModule, so its data, memory and "
+                "names of metrics are not checked beforehand",
+                type(self.model).__name__,
+            )
         if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
             if self.subcommand != "fit":
                 take_version(self.trainer)
             for lock, busy in locks_of(self.trainer) if self.subcommand == "fit" else ():
                 self._locks.enter_context(alone(lock, busy))
+
+    def _check_model(self, model: TrainedModule) -> None:
+        """Hold a module against data and machine. Raises `ConfigurationError`."""
+        model.check_data(self.datamodule)
+        if self.subcommand == "fit":
+            if not self.config.fit.force:
+                refuse_what_cannot_fit(model, self.datamodule, self.config.fit.trainer, self.trainer.callbacks)
+        elif self.config[self.subcommand].get("ckpt_path") is None:
+            if isinstance(model, RewardModel) and not is_reward_network(model.backbone_config):
+                log.warning("the head is untrained: give --ckpt_path, or a saved reward network as --model.backbone")
+            else:
+                log.info("no ckpt_path: this is %s as it was loaded", model.hparams.backbone)
 
     def _check_checkpoint(self, ckpt_path: str | None) -> None:
         """Refuse a checkpoint that this run cannot use, before any work. Raises `ConfigurationError`."""
@@ -382,7 +393,7 @@ def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
     if type(model) not in CLASSES:
         return  # one of the user's own may log what it likes
     known = [f"val/{name}" for name in model.val_metrics]
-    learned = [f"train/{name}" for name in getattr(model, "train_metrics", ())]
+    learned = [f"train/{name}" for name in model.train_metrics]
     known += learned
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)

@@ -21,6 +21,7 @@ from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, 
 from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
 from rlhf_lightning.planning.simulation import NotSimulated
 from rlhf_lightning.terminal import Terminal, say, silenced
+from rlhf_lightning.training.module import TrainedModule
 
 _USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu NAME] [--json FILE]
 
@@ -116,7 +117,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
     """Work the plan of a run out, from the arguments that `fit` would get. Raises `UserError`."""
     planned = program.run(["fit", *settings], program=_Planned)
     trainer, module, data = planned.trainer_settings, planned.model, planned.datamodule
-    if not hasattr(module, "trial_loss"):
+    if not (isinstance(module, TrainedModule) and module.learns_from_pairs):
         raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
     machine = machine_of(trainer, gpu=gpu)
     unread = _unread(data) if read_data else "--no_data"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.planning.simulation import Kind, Pass, Shape, Weights, cache_bytes, count_weights, simulate
+from rlhf_lightning.training.references import ReferenceKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Reference = Literal["none", "adapter", "copy", "precomputed"]
 Strategy = Literal["single", "ddp", "zero1", "zero2"]
 
 GPUS = {
@@ -52,7 +52,7 @@ class Run:
     shape: Shape
     """Of the training batch, `rows` of `tokens` each: the worst that can come."""
     eval_rows: int
-    reference: Reference
+    reference: ReferenceKind
     strategy: Strategy
     offload: bool
     half: bool

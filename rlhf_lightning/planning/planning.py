@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning.errors import ConfigurationError
@@ -22,16 +22,14 @@ from rlhf_lightning.planning.memory import (
     Estimator,
     Footprint,
     Nearest,
-    Reference,
     Run,
     Strategy,
     optimizer_bytes,
 )
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
 from rlhf_lightning.training.callbacks import ExportBest
-from rlhf_lightning.training.references import ADAPTER
+from rlhf_lightning.training.module import PolicyModule, TrainedModule
 from rlhf_lightning.training.samples import Samples
-from rlhf_lightning.training.sft import SFT
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +103,14 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
 
 
 def run_of(
-    module: LightningModule, data: LightningDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
+    module: TrainedModule, data: LightningDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
 ) -> Run:
     """What the memory of a run depends on, from its module, its data module and the Trainer's settings.
 
     Rows are as long as the longest of the training pairs once they are read, and as `max_length` before.
     Raises `ConfigurationError` for strategies whose copies of the weights are not known here.
     """
-    hparams, rows_per_pair = module.hparams, 1 if isinstance(module, SFT) else 2
+    hparams, rows_per_pair = module.hparams, module.rows_per_pair
     strategy, offload = _strategy(settings.strategy, machine.devices * machine.machines)
     read = getattr(data, "pairs", {}).get("train")
     tokens = int(read.lengths.max()) if read is not None else data.max_length
@@ -120,10 +118,10 @@ def run_of(
     samples = [callback.max_new_tokens for callback in callbacks if isinstance(callback, Samples)]
     return Run(
         shape=Shape(
-            policy=hasattr(module, "policy"),
+            policy=isinstance(module, PolicyModule),
             rows=data.batch_size * rows_per_pair,
             tokens=tokens,
-            lora=getattr(module, "lora", None),
+            lora=module.lora,
             packed=hparams.attn_implementation == "packed",
             gradient_checkpointing=hparams.gradient_checkpointing and not hparams.get("freeze_backbone", False),
             trust_remote_code=hparams.trust_remote_code,
@@ -131,7 +129,7 @@ def run_of(
             freeze_backbone=hparams.get("freeze_backbone", False),
         ),
         eval_rows=data.eval_batch_size * rows_per_pair,
-        reference=_reference(module),
+        reference=module.reference_kind,
         strategy=strategy,
         offload=offload,
         half=settings.precision in ("16-mixed", "bf16-mixed"),
@@ -148,13 +146,13 @@ def run_of(
 
 
 def refuse_what_cannot_fit(
-    module: LightningModule, data: LightningDataModule, settings: Any, callbacks: Sequence[Any]
+    module: TrainedModule, data: LightningDataModule, settings: Any, callbacks: Sequence[Any]
 ) -> None:
     """Raise `ConfigurationError`, with the nearest settings that fit, for a run that cannot fit this machine.
 
     What cannot be counted is let pass with a line in the log, and so is at once what is small beside a CPU's memory.
     """
-    if not hasattr(module, "trial_loss"):
+    if not module.learns_from_pairs:
         return
     try:
         machine = machine_of(settings)
@@ -280,7 +278,7 @@ def _strategy(given: Any, processes: int) -> tuple[Strategy, bool]:
     )
 
 
-def _rough(module: LightningModule, run: Run) -> float:
+def _rough(module: TrainedModule, run: Run) -> float:
     """A generous guess at a run's bytes, without simulating it."""
     config = module.backbone_config.get_text_config()
     weights = count_weights(module.backbone_config, run.shape).total
@@ -288,12 +286,3 @@ def _rough(module: LightningModule, run: Run) -> float:
     per_token = 60 * config.hidden_size * (getattr(config, "num_hidden_layers", None) or 12) * 4
     attention = rows * run.shape.tokens**2 * 4
     return 24 * weights + rows * run.shape.tokens * per_token + attention + 3 * 1024 * config.vocab_size * 4
-
-
-def _reference(module: LightningModule) -> Reference:
-    source = getattr(module, "reference_source", None)
-    if source is None:
-        return "none"
-    if source == ADAPTER:  # its own weights, at hand at any time
-        return "none" if module.precomputed else "adapter"
-    return "precomputed" if module.precomputed else "copy"

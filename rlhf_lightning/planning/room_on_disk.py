@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rlhf_lightning.files.disks import free_bytes, size
 from rlhf_lightning.planning.memory import optimizer_bytes
 from rlhf_lightning.training.callbacks import ExportBest, exported_bytes
+from rlhf_lightning.training.module import TrainedModule
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class RoomOnDisk(Callback):
         trained = [each.numel() for each in pl_module.parameters() if each.requires_grad]
         adapters = bool(pl_module.hparams.get("lora"))
         weights = [each.numel() * each.element_size() for each in pl_module.parameters()]
-        factory = getattr(pl_module, "optimizer_factory", None)
-        states = 8.0 if factory is None else optimizer_bytes(factory, foreach=False)[0]
+        ours = isinstance(pl_module, TrainedModule)
+        states = optimizer_bytes(pl_module.optimizer_factory, foreach=False)[0] if ours else 8.0
         checkpoint = (4 * sum(trained) if adapters else sum(weights)) + states * sum(trained)
         needs = [
             (each.dirpath, checkpoint, "a checkpoint")

@@ -17,18 +17,20 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
 from rlhf_lightning.terminal import search_no_gpu
 from rlhf_lightning.training.results import Results
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import PolicyModule, TrainedModule
 
 log = logging.getLogger(__name__)
 
@@ -189,17 +191,6 @@ def _damage(file: Path, *_of_this_state: int) -> str | None:
     return None if broken is None else f"{file.name} is damaged at {broken}"
 
 
-class CheckedModule(LightningModule):
-    """A module whose `load_from_checkpoint` refuses a damaged file, as the commands of the program do."""
-
-    @_restricted_classmethod  # as Lightning's, which refuses it on an instance: its weights would stay as they are
-    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments: Any, **named: Any) -> Self:
-        """As Lightning's. Raises `ConfigurationError` for a damaged checkpoint."""
-        if isinstance(checkpoint_path, str | os.PathLike) and os.path.exists(checkpoint_path):
-            check_whole(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
-
-
 def restored_module(kind: type[LightningModule], path: str | Path) -> LightningModule:
     """The module of a checkpoint, file or DeepSpeed directory, float32, on the CPU. Raises `ConfigurationError`."""
     check_whole(path)
@@ -227,7 +218,7 @@ def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torc
         )
 
 
-def store_origin(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
     """Write into a checkpoint which class made it, from which data and how, and the data's tokenizer and template.
 
     Also what was measured of its weights. All of it is in checkpoints of the weights alone, too.
@@ -275,7 +266,7 @@ def metrics_of(checkpoint: dict[str, Any]) -> dict[str, float]:
     return checkpoint.get(ORIGIN, {}).get("measured", {}).get("metrics", {})
 
 
-def store_adapters_alone(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def store_adapters_alone(module: PolicyModule, checkpoint: dict[str, Any]) -> None:
     """Leave the weights below adapters out of a checkpoint; a hash of them stays. Call after `store_origin`."""
     if module.policy.has_adapters:
         trained = _trained(module)
@@ -294,7 +285,7 @@ def check_class(path: str | Path, module: LightningModule) -> None:
         )
 
 
-def warn_of_other_settings(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def warn_of_other_settings(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
     """Say which settings of the model differ from those of the checkpoint's run."""
     before, now = checkpoint.get("hyper_parameters", {}), module.hparams
     names = [name for name in before.keys() & now.keys() if not name.startswith("_") and before[name] != now[name]]
@@ -303,7 +294,7 @@ def warn_of_other_settings(module: LightningModule, checkpoint: dict[str, Any]) 
         log.warning("ckpt_path: its run had other settings: %s", changes)
 
 
-def complete_adapters(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def complete_adapters(module: PolicyModule, checkpoint: dict[str, Any]) -> None:
     """Put the module's own weights below the adapters of a checkpoint. Raises `ConfigurationError` for others."""
     if not module.policy.has_adapters:
         return

@@ -19,10 +19,12 @@ from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.best import best_checkpoint
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
-from rlhf_lightning.training.results import network_of, weights_sum
+from rlhf_lightning.training.results import weights_sum
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from rlhf_lightning.training.module import TrainedModule
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +136,12 @@ def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool =
     return True
 
 
-def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | None:
+def fault_of_training(module: TrainedModule, stored: dict[str, Any]) -> str | None:
     """Why the model of a checkpoint is none that was trained, or None.
 
     `module` is restored from the checkpoint, and `stored` is what it holds.
     """
-    network = network_of(module)
+    network = module.trained_network
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     if wrong := [name for name, parameter in trained if not parameter.isfinite().all()]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -150,7 +152,7 @@ def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | 
     if stored["global_step"] == 0 and metrics_of(stored):
         return None  # the start of a run that validated it; see `warn_of_start`
     start = stored.get(ORIGIN, {}).get("measured", {}).get("start")
-    unmoved = getattr(network, "has_adapters", False) and not adapters_moved(network)
+    unmoved = isinstance(network, CausalLM) and network.has_adapters and not adapters_moved(network)
     if unmoved or (start is not None and weights_sum(network) == start):
         return (
             f"step {stored['global_step']} has changed no weight, so this is still {module.hparams.backbone} as it was "

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
@@ -33,53 +30,24 @@ from rlhf_lightning.functional.losses import (
     REFERENCE_FREE_LOSSES,
 )
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
-from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
-from rlhf_lightning.models.causal_lm import (
-    CausalLM,
-    FrozenCausalLM,
-    Lora,
-    Quantization,
-    ResponseLogprobs,
-    load_causal_config,
-)
+from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, ResponseLogprobs, load_causal_config
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import (
-    ORIGIN,
-    CheckedModule,
-    complete_adapters,
-    store_adapters_alone,
-    store_origin,
-    warn_of_other_settings,
-)
+from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
     check_schedule,
     check_start,
-    check_tokens_fit,
     schedule_lead,
     warn_of_falling_chosen,
 )
-from rlhf_lightning.training.logs import (
-    begin_log,
-    let_monitor_means,
-    log_parameters,
-    log_split,
-    log_training_means,
-    update_metrics,
-)
-from rlhf_lightning.training.optimization import (
-    Fraction,
-    Schedule,
-    Smoothing,
-    begin_with_found_rate,
-    check_optimizer,
-    optimizer_and_schedule,
-)
+from rlhf_lightning.training.module import Measured, PolicyModule
+from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.references import (
     ADAPTER,
+    ReferenceKind,
     check_reference_config,
     check_same_reference,
     choose_reference,
@@ -130,7 +98,7 @@ class PairLogprobs(NamedTuple):
         return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
 
 
-class DPO(CheckedModule):
+class DPO(PolicyModule):
     """DPO: a causal language model tuned so that chosen responses gain on rejected ones, relative to a reference.
 
     Args:
@@ -150,16 +118,13 @@ class DPO(CheckedModule):
             given. `precomputed`, or `precomputed:NAME` for another model, computes its log-probs once, keeps them on
             disk, and trains without it in memory. `simpo` and `orpo` have none.
         reference_cache: Where precomputed log-probs are kept; `~/.cache/rlhf_lightning/references` when not given.
-        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
-        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 5e-6 when none is named.
-        schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
-        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: Run code that comes with the model.
     """
+
+    shown = ("loss", "rewards/accuracies")
+    log_line = {"loss": "loss", "rewards/accuracies": "reward accuracy"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -173,36 +138,24 @@ class DPO(CheckedModule):
         sft_weight: NonNegativeFloat = 0.0,
         reference: str | None = None,
         reference_cache: str | None = None,
-        lora: Lora | None = None,
-        quantization: Quantization | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-6),
-        schedule: Schedule = "linear",
         warmup_ratio: Fraction = 0.1,
-        attn_implementation: AttentionImplementation | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        lora = asdict(lora) if isinstance(lora, Lora) else lora  # a checkpoint holds plain values
-        self.save_hyperparameters(ignore=["optimizer"])
-        check_optimizer(optimizer)
-        check_attention(attn_implementation)
-        self.optimizer_factory = optimizer
-        self.lora = None if lora is None else Lora(**lora)
+        super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         own = {"label_smoothing": label_smoothing, "gamma": gamma, "alpha": alpha, "dpop_lambda": dpop_lambda}
         self.loss_settings = {"beta": beta} | _settings_of_loss(loss_type, own)
-        self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
         self.precomputed, kind = split_precomputed(reference)
         self.reference_source = choose_reference(
             reference if loss_type in REFERENCE_FREE_LOSSES else kind,
             backbone,
             loss_type,
-            adapters=lora is not None,
-            quantization=quantization,
+            adapters=self.lora is not None,
+            quantization=self.hparams.quantization,
         )
         if self.reference_source not in (None, ADAPTER, backbone):
             try:
-                config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+                config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)
             except ModelError as error:
                 if not named_like_a_kind(self.reference_source):
                     raise
@@ -211,7 +164,6 @@ class DPO(CheckedModule):
                     f"({error})"
                 ) from error
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
-        self.policy: CausalLM | None = None
         self._frozen: FrozenCausalLM | None = None
         self._reference_fingerprint: str | None = None
         self._precomputed: dict[str, Tensor] = {}
@@ -223,52 +175,34 @@ class DPO(CheckedModule):
         self.log_ratio_pairs = PairCount()
         self.val_metrics = self._metrics(pairs=PairCount())
         self.test_metrics = self._metrics(pairs=PairCount())
-        self.logged_step = 0
-        self.lr: float | None = None
-        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
-        self._batch_began = 0.0
         self._learning_rate = 0.0
         self._steps_without_move = 0
         self._schedule_lead = 0
         self._start_checked = self._moved = self._warned = False
 
     def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule)
+        super().setup(stage)
         if self.reference_source not in (None, ADAPTER) and self._frozen is None:
-            settings = self.hparams
-            network = CausalLM.from_pretrained(
-                self.reference_source,
-                attn_implementation=settings.attn_implementation,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            self._frozen = FrozenCausalLM(network)
+            self._frozen = FrozenCausalLM(CausalLM.from_pretrained(self.reference_source, **self.loading))
             self._reference_fingerprint = self._frozen.fingerprint
 
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
-        check_tokens_fit(data, self.backbone_config.get_text_config(), self.hparams.backbone)
+        super().check_data(data)
         chat_format = getattr(data, "chat_format", None)
         if chat_format is not None and self.reference_source not in (None, ADAPTER, self.hparams.backbone):
             check_reference_tokenizer(self.reference_source, chat_format.tokenizer, key="model.reference")
 
-    def configure_model(self) -> None:
-        """Load the policy, once."""
-        if self.policy is not None:
-            return
-        settings = self.hparams
-        self.policy = CausalLM.from_pretrained(
-            settings.backbone,
-            lora=self.lora,
-            quantization=settings.quantization,
-            attn_implementation=settings.attn_implementation,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    @property
+    def reference_kind(self) -> ReferenceKind:
+        if self.reference_source is None:
+            return "none"
+        if self.reference_source == ADAPTER:  # its own weights, at hand at any time
+            return "none" if self.precomputed else "adapter"
+        return "precomputed" if self.precomputed else "copy"
 
     def on_fit_start(self) -> None:
-        begin_log(self, self.train_metrics)
-        begin_with_found_rate(self)
-        log_parameters(self.policy, self.policy.config, self.hparams.backbone)
+        super().on_fit_start()
         self._precompute("train", "val")
         settings = self.loss_settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
         numbers = ", ".join(f"{name} {value:g}" for name, value in settings.items())
@@ -276,11 +210,6 @@ class DPO(CheckedModule):
         how = "none" if source is None else "the policy without its adapters" if source == ADAPTER else source
         how += ", precomputed" if self.precomputed and source is not None else ""
         log.info("loss: %s, %s; reference: %s", self.hparams.loss_type, numbers, how)
-
-    def configure_optimizers(self):
-        return optimizer_and_schedule(
-            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
-        )
 
     def forward(self, batch: PreferenceBatch) -> PairLogprobs:
         """Log-probabilities of both responses of each pair under the policy, in one pass over 2B rows."""
@@ -364,7 +293,7 @@ class DPO(CheckedModule):
         losses = self.losses(policy, reference)
         check_finite(self, batch, losses)
         self._check_start(losses, policy, reference)
-        self._update(self.train_metrics, losses.detach(), policy, reference)
+        self._measured(losses.detach(), policy, reference).feed(self.train_metrics)
         if reference is not None:
             self.log_ratios["chosen"].update(policy.chosen.detach() - reference.chosen)
             self.log_ratios["rejected"].update(policy.rejected.detach() - reference.rejected)
@@ -378,60 +307,37 @@ class DPO(CheckedModule):
     def on_train_start(self) -> None:
         self._schedule_lead = schedule_lead(self)
 
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._batch_began = time.perf_counter()
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self._check_adapters()
         check_schedule(self, self._schedule_lead)
-        seconds = time.perf_counter() - self._batch_began
-        self.throughput.update(batch.attention_mask.sum(), seconds)
-        self.log_numbers()
+        super().on_train_batch_end(outputs, batch, batch_idx)
 
-    def log_numbers(self) -> None:
-        """Log the training numbers, if it is time to."""
-        shown = {"loss": "loss", "rewards/accuracies": "reward accuracy"}
-        logged = log_training_means(self, self.train_metrics, shown=shown, throughput=self.throughput)
+    def log_numbers(self) -> dict[str, float] | None:
+        logged = super().log_numbers()
         if logged is None or self.reference_source is None:
-            return
+            return logged
         if self.log_ratio_pairs.compute() >= _PAIRS_BEFORE_ALARM:  # of all processes: they must agree
             means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
             has_sft = self.hparams.sft_weight > 0
             self._warned = self._warned or warn_of_falling_chosen(**means, sft_weight=has_sft)
             for metric in (*self.log_ratios.values(), self.log_ratio_pairs):
                 metric.reset()
-
-    def on_validation_epoch_start(self) -> None:
-        let_monitor_means(self, self.train_metrics)
-
-    on_train_epoch_end = on_validation_epoch_start
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "val", self.val_metrics)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "test", self.test_metrics)
+        return logged
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         with self._float32():
             return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        store_origin(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         checkpoint[ORIGIN]["reference"] = self._reference_fingerprint
-        store_adapters_alone(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        warn_of_other_settings(self, checkpoint)
         check_same_reference(checkpoint[ORIGIN].get("reference"), self._reference_fingerprint, self.reference_source)
-        complete_adapters(self, checkpoint)
-
-    def export(self, directory: str | Path, *, merge: bool = True) -> None:
-        """Write the policy as `CausalLM.save_pretrained` does."""
-        self.policy.save_pretrained(directory, merge=merge)
+        super().on_load_checkpoint(checkpoint)
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == TrainerFn.VALIDATING:
@@ -449,11 +355,10 @@ class DPO(CheckedModule):
         self._frozen.match(self.policy)
         return float32_arithmetic(self.policy, self._frozen.network)
 
-    def _evaluation_step(self, batch: PreferenceBatch, stage: Role, metrics: nn.ModuleDict) -> None:
+    def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
         with self._float32():
             policy, reference = self(batch), self.reference_logprobs(batch, stage)
-        self._update(metrics, self.losses(policy, reference), policy, reference)
-        log_split(self, stage, metrics, shown=("loss", "rewards/accuracies"))
+        return self._measured(self.losses(policy, reference), policy, reference)
 
     def _metrics(self, **others: Metric) -> nn.ModuleDict:
         """Metrics of many pairs; each is defined in the README under its logged name."""
@@ -466,10 +371,8 @@ class DPO(CheckedModule):
         return nn.ModuleDict(metrics | {"rewards/accuracies": PairwiseAccuracy()} | others)
 
     @torch.no_grad()
-    def _update(
-        self, metrics: nn.ModuleDict, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None
-    ) -> None:
-        """Feed B pairs."""
+    def _measured(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> Measured:
+        """What B pairs give to the metrics."""
         chosen, rejected = self.rewards(policy, reference)
         values = {
             "loss": losses,
@@ -483,7 +386,7 @@ class DPO(CheckedModule):
         }
         if reference is not None:
             values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
-        update_metrics(metrics, values, chosen, rejected)
+        return Measured(values, (chosen, rejected))
 
     def _taken(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
         """The log-probs that the loss takes, of chosen and rejected responses: whole, or per token."""

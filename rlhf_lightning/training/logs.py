@@ -7,9 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.training.results import Results
@@ -17,17 +16,12 @@ from rlhf_lightning.training.results import Results
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from rlhf_lightning.training.module import TrainedModule
+
 log = logging.getLogger(__name__)
 
 
-def update_metrics(metrics: nn.ModuleDict, values: dict[str, Tensor | tuple[Tensor, ...]], *pair: Tensor) -> None:
-    """Feed each metric the values, or the tuple of them, under its name; any other the two sides of the pairs."""
-    for name, metric in metrics.items():
-        given = values.get(name, pair)
-        metric.update(*given) if isinstance(given, tuple) else metric.update(given)
-
-
-def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, shown: tuple[str, ...]) -> None:
+def log_split(module: TrainedModule, stage: str, metrics: nn.ModuleDict, *, shown: tuple[str, ...]) -> None:
     """Log the metrics of a whole split as `stage/name`, some of them `shown` in the progress bar."""
     # Lightning's own step of a validation is one behind, or more; `Results` gives the loggers the right one.
     trainer = module.trainer
@@ -43,7 +37,7 @@ def log_split(module: LightningModule, stage: str, metrics: nn.ModuleDict, *, sh
         )
 
 
-def begin_log(module: LightningModule, metrics: nn.ModuleDict) -> None:
+def begin_log(module: TrainedModule, metrics: nn.ModuleDict) -> None:
     """Forget what an earlier run of the module, or a search for a batch size or learning rate, has fed."""
     module.logged_step = 0
     for metric in metrics.values():
@@ -51,7 +45,7 @@ def begin_log(module: LightningModule, metrics: nn.ModuleDict) -> None:
 
 
 def log_training_means(
-    module: LightningModule,
+    module: TrainedModule,
     metrics: nn.ModuleDict,
     *,
     shown: dict[str, str],
@@ -61,11 +55,12 @@ def log_training_means(
 
     Logs `train/NAME` of the metrics, tokens per second where they were counted, peak memory on CUDA, and the learning
     rate, then begins anew. `shown` gives the metrics of a line in a log file, and their names in words. The module
-    keeps `logged_step`, the step of its last log. Returns what was logged, or None when it is not the time.
+    keeps `logged_step`, the step of its last log. Returns what was logged, or None when it is
+    not the time, or there is nothing.
     """
     trainer = module.trainer
     step, every = trainer.global_step, trainer.log_every_n_steps
-    if every == 0 or step == module.logged_step or step % every:
+    if not metrics or every == 0 or step == module.logged_step or step % every:
         return None
     module.logged_step = step
     values = {f"train/{name}": metric.compute().item() for name, metric in metrics.items()}
@@ -77,7 +72,8 @@ def log_training_means(
     let_monitor(module, values)
     for logger in module.loggers:
         logger.log_metrics(values, step=step)
-    trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
+    if "loss" in metrics:
+        trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
     if not sys.stderr.isatty():  # a log file shows no progress bar
         numbers = ", ".join(f"{words} {values[f'train/{name}']:.4f}" for name, words in shown.items())
         log.info("step %d/%d: %s", step, int(trainer.estimated_stepping_batches), numbers)
@@ -86,12 +82,12 @@ def log_training_means(
     return values
 
 
-def let_monitor(module: LightningModule, values: dict[str, float]) -> None:
+def let_monitor(module: TrainedModule, values: dict[str, float]) -> None:
     """Give numbers to the callbacks that monitor one, such as `EarlyStopping`, under their logged names."""
     module.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
 
-def let_monitor_means(module: LightningModule, metrics: nn.ModuleDict) -> None:
+def let_monitor_means(module: TrainedModule, metrics: nn.ModuleDict) -> None:
     """The same of the means over all pairs since the last log; where there are none, those of the last log stay.
 
     For the times at which callbacks look: a validation, and the end of an epoch.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse.typing import restricted_number_type
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.training.module import TrainedModule
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def check_optimizer(optimizer: OptimizerCallable) -> None:
 
 
 def optimizer_and_schedule(
-    module: LightningModule,
+    module: TrainedModule,
     optimizer: OptimizerCallable,
     *,
     schedule: Schedule,
@@ -85,7 +88,7 @@ def optimizer_and_schedule(
     return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, factor), "interval": "step"}}
 
 
-def begin_with_found_rate(module: LightningModule) -> None:
+def begin_with_found_rate(module: TrainedModule) -> None:
     """Let a learning rate that Lightning's `LearningRateFinder` found as a callback reach the schedule too.
 
     It comes after `configure_optimizers`; call on the start of a fit.
@@ -98,13 +101,12 @@ def begin_with_found_rate(module: LightningModule) -> None:
                 group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
 
 
-def _take_found_rate(module: LightningModule, optimizer: torch.optim.Optimizer) -> bool:
+def _take_found_rate(module: TrainedModule, optimizer: torch.optim.Optimizer) -> bool:
     """Give an optimizer the `lr` of its module, where there is one. Returns whether there was."""
-    found = getattr(module, "lr", None)
-    if found is not None:
+    if module.lr is not None:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = found
-    return found is not None
+            group["lr"] = group["initial_lr"] = module.lr
+    return module.lr is not None
 
 
 def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:

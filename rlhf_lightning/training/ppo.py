@@ -11,8 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,8 +31,8 @@ from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
 from rlhf_lightning.metrics import ResponseCount
-from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config, max_positions
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.models.backbones import load_config, max_positions
+from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, load_causal_config
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import RewardHead, is_reward_network
@@ -44,18 +42,11 @@ from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.rollouts import Experience, Rollouts, without_adapters
-from rlhf_lightning.training.checkpoints import (
-    ORIGIN,
-    CheckedModule,
-    complete_adapters,
-    store_adapters_alone,
-    store_origin,
-    warn_of_other_settings,
-)
+from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import check_schedule, schedule_lead, start_tolerance
 from rlhf_lightning.training.last_validation import validate
-from rlhf_lightning.training.logs import log_parameters, log_split, update_metrics
-from rlhf_lightning.training.optimization import Fraction, Schedule, check_optimizer, optimizer_and_schedule
+from rlhf_lightning.training.module import Measured, PolicyModule
+from rlhf_lightning.training.optimization import Fraction, optimizer_and_schedule
 from rlhf_lightning.training.references import (
     ADAPTER,
     check_reference_config,
@@ -84,7 +75,7 @@ class Targets(NamedTuple):
     """[B, S] float32, what the value model is trained to; before whitening."""
 
 
-class PPO(CheckedModule):
+class PPO(PolicyModule):
     """PPO: a causal language model tuned on the rewards of its own replies, held near a reference.
 
     Each batch of prompts is a rollout: replies are drawn, scored and turned into advantages, and the policy and the
@@ -136,16 +127,13 @@ class PPO(CheckedModule):
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
             given.
-        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
-        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 1e-6 when none is named. The learning rate is the policy's.
-        schedule: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
-        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        trust_remote_code: Run code that comes with the models.
     """
+
+    learns_from_pairs = False
+    shown = ("reward", "reward_with_kl", "kl")
 
     def __init__(
         self,
@@ -180,31 +168,19 @@ class PPO(CheckedModule):
         max_grad_norm: NonNegativeFloat = 1.0,
         validate_at_start: bool = True,
         reference: str | None = None,
-        lora: Lora | None = None,
-        quantization: Quantization | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-6),
-        schedule: Schedule = "linear",
         warmup_ratio: Fraction = 0.0,
-        attn_implementation: AttentionImplementation | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        lora = asdict(lora) if isinstance(lora, Lora) else lora  # a checkpoint holds plain values
-        self.save_hyperparameters(ignore=["optimizer"])
+        super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.automatic_optimization = False
-        check_optimizer(optimizer)
-        check_attention(attn_implementation)
-        self.optimizer_factory = optimizer
-        self.lora = None if lora is None else Lora(**lora)
         self.estimator = ADVANTAGES[advantage]
         self._check_settings()
-        self.backbone_config = load_causal_config(backbone, trust_remote_code=trust_remote_code)
         self.reference_source = choose_reference(
-            reference, backbone, "ppo", adapters=lora is not None, quantization=quantization
+            reference, backbone, "ppo", adapters=self.lora is not None, quantization=self.hparams.quantization
         )
         if self.reference_source not in (ADAPTER, backbone):
-            config = load_causal_config(self.reference_source, trust_remote_code=trust_remote_code)
+            config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.rewards: RewardSource | None = None
         self.engine: RolloutEngine = TransformersEngine(generation_batch_size)
@@ -214,7 +190,6 @@ class PPO(CheckedModule):
         self.moments = RunningMoments()
         self.rollouts_done = 0
         self.rollout_log = RolloutLog(self)
-        self.policy: CausalLM | None = None
         self.value: ValueNetwork | RewardHead | None = None
         self._frozen: FrozenCausalLM | None = None
         self._reference_fingerprint: str | None = None
@@ -252,7 +227,7 @@ class PPO(CheckedModule):
     # ---- models
 
     def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule)
+        super().setup(stage)
         settings = self.hparams
         if settings.validate_at_start:
             self.trainer.num_sanity_val_steps = 0
@@ -266,7 +241,7 @@ class PPO(CheckedModule):
         if self.estimator.uses_values and settings.value_model != SHARED:
             settings.value_model = self._value_source()  # a checkpoint says what its value model was
         if self.reference_source != ADAPTER and self._frozen is None:
-            network = CausalLM.from_pretrained(self.reference_source, **self._loading())
+            network = CausalLM.from_pretrained(self.reference_source, **self.loading)
             network.temperature *= self.hparams.temperature
             self._frozen = FrozenCausalLM(network)
             self._reference_fingerprint = self._frozen.fingerprint
@@ -299,13 +274,7 @@ class PPO(CheckedModule):
         if self.policy is not None:
             return
         settings = self.hparams
-        self.policy = CausalLM.from_pretrained(
-            settings.backbone,
-            lora=self.lora,
-            quantization=settings.quantization,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            **self._loading(),
-        )
+        super().configure_model()
         self.policy.temperature *= settings.temperature
         if not self.estimator.uses_values:
             return
@@ -316,15 +285,8 @@ class PPO(CheckedModule):
             self.value = ValueNetwork.from_pretrained(
                 settings.value_model or settings.backbone,
                 gradient_checkpointing=settings.gradient_checkpointing,
-                **self._loading(),
+                **self.loading,
             )
-
-    def _loading(self) -> dict[str, Any]:
-        settings = self.hparams
-        return {
-            "attn_implementation": settings.attn_implementation,
-            "trust_remote_code": settings.trust_remote_code,
-        }
 
     def _value_source(self) -> str:
         """What the value model begins as. Raises `ConfigurationError` for a model of other token ids."""
@@ -348,7 +310,7 @@ class PPO(CheckedModule):
         return scorer.name if same and decoder and is_reward_network(config) else backbone
 
     def on_fit_start(self) -> None:
-        log_parameters(self.policy, self.policy.config, self.hparams.backbone)
+        super().on_fit_start()
         if isinstance(self.value, ValueNetwork):
             config = self.value.network.backbone.config
             head = "its own" if has_head_for_tokens(config) else "a new"
@@ -648,14 +610,8 @@ class PPO(CheckedModule):
 
     # ---- evaluation
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "val", self.val_metrics)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "test", self.test_metrics)
-
-    def _evaluation_step(self, batch: PromptBatch, stage: Role, metrics: nn.ModuleDict) -> None:
-        """One response to each prompt, sampled as in training, always with the same seeds."""
+    def measure(self, batch: PromptBatch, stage: Role) -> Measured:
+        """Of one response to each prompt, sampled as in training, always with the same seeds."""
         (responses, scores, tokens) = self.rollout(batch, stage, "evaluation", samples=1, values=False)
         mask, logprobs, reference, _ = tokens
         k1, k3 = (torch.where(mask, kl_estimate(logprobs, reference, estimator=name), 0) for name in ("k1", "k3"))
@@ -670,13 +626,12 @@ class PPO(CheckedModule):
             "response_length": responses.lengths.float().to(self.device),
             "missing_eos": missing_eos,
         }
-        update_metrics(metrics, values, scores)
-        log_split(self, stage, metrics, shown=("reward", "reward_with_kl", "kl"))
+        return Measured(values, (scores,))
 
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        store_origin(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         checkpoint[ORIGIN]["reference"] = self._reference_fingerprint
         checkpoint["ppo"] = {
             "kl_coef": self.kl_control.state_dict(),
@@ -684,21 +639,15 @@ class PPO(CheckedModule):
             "rollouts": self.rollouts_done,
             "path": self.rollout_log.state(),
         }
-        store_adapters_alone(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        warn_of_other_settings(self, checkpoint)
         check_same_reference(checkpoint[ORIGIN].get("reference"), self._reference_fingerprint, self.reference_source)
         state = checkpoint["ppo"]
         self.kl_control.load_state_dict(state["kl_coef"])
         self.moments.load_state_dict(state["moments"])
         self.rollouts_done = state["rollouts"]
         self.rollout_log.restore(state["path"])
-        complete_adapters(self, checkpoint)
-
-    def export(self, directory: str | Path, *, merge: bool = True) -> None:
-        """Write the policy as `CausalLM.save_pretrained` does."""
-        self.policy.save_pretrained(directory, merge=merge)
+        super().on_load_checkpoint(checkpoint)
 
     # ---- numbers over all processes
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FROZEN, ADAPTER, PRECOMPUTED = "frozen", "adapter", "precomputed"
+
+ReferenceKind = Literal["none", "adapter", "copy", "precomputed"]
+"""How a reference is held in memory: not at all, as the policy's own weights, as a copy, or by its log-probs alone."""
 
 Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
 """Takes what `CausalLM.forward` takes."""

@@ -59,7 +59,9 @@ class Results(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None:
-            self.start = weights_sum(network_of(pl_module))
+            from rlhf_lightning.training.module import TrainedModule  # which logs with this module's help
+
+            self.start = weights_sum(pl_module.trained_network if isinstance(pl_module, TrainedModule) else pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if self.first_loss is None and isinstance(outputs, dict) and "loss" in outputs:
@@ -88,11 +90,6 @@ def table_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Metrics of a table and their names in words; a reward model's mean reward says nothing by itself."""
     hidden = () if "replies" in metrics else ("reward",)
     return [(name, words) for name, words in TABLE_ROWS.items() if name in metrics and name not in hidden]
-
-
-def network_of(module: LightningModule) -> nn.Module:
-    """What is trained and exported of a module: its policy, its reward network, or all of a module of the user's."""
-    return next((getattr(module, name) for name in ("policy", "network") if hasattr(module, name)), module)
 
 
 @torch.no_grad()

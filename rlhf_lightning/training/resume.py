@@ -25,6 +25,7 @@ from torchmetrics import Metric
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint, remove
 from rlhf_lightning.training.last_validation import validate
+from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.optimization import warn_of_another_schedule
 
 log = logging.getLogger(__name__)
@@ -142,11 +143,12 @@ class ProcessStates(Callback):
             for state, value in states.items():
                 setattr(metric, state, value.to(metric.device))
             metric._update_count = 1  # else compute() warns that nothing has been fed
-        pl_module.logged_step = self._loaded["logged_step"]
+        logged_step = self._loaded["logged_step"]
         _set_random_states(self._loaded["random"])
         self._loaded = None
-        if log_numbers := getattr(pl_module, "log_numbers", None):  # the checkpoint was written before they were
-            log_numbers()
+        if isinstance(pl_module, TrainedModule):
+            pl_module.logged_step = logged_step
+            pl_module.log_numbers()  # the checkpoint was written before they were
         if self._epoch_to_end is not None:
             self._epoch_to_end.restore(trainer.fit_loop)
         if self._missed_validation(trainer):
@@ -251,7 +253,8 @@ def _states(module: LightningModule) -> dict[str, Any]:
         for name, metric in module.named_modules()
         if isinstance(metric, Metric) and not name.startswith(("val_", "test_")) and metric.update_called
     }
-    return {"random": _random_states(), "metrics": metrics, "logged_step": getattr(module, "logged_step", 0)}
+    logged_step = module.logged_step if isinstance(module, TrainedModule) else 0
+    return {"random": _random_states(), "metrics": metrics, "logged_step": logged_step}
 
 
 def _batches_of_open_step(trainer: Trainer) -> int:

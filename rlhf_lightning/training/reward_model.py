@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.losses import bradley_terry_loss
 from rlhf_lightning.metrics import (
@@ -26,33 +27,17 @@ from rlhf_lightning.metrics import (
     PairwiseCalibrationError,
     PooledAUROC,
 )
-from rlhf_lightning.models.backbones import AttentionImplementation, load_config
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import CheckedModule, store_origin, warn_of_other_settings
-from rlhf_lightning.training.checks import check_finite, check_tokens_fit
-from rlhf_lightning.training.logs import (
-    begin_log,
-    let_monitor_means,
-    log_parameters,
-    log_split,
-    log_training_means,
-    update_metrics,
-)
-from rlhf_lightning.training.optimization import (
-    Fraction,
-    Schedule,
-    Smoothing,
-    begin_with_found_rate,
-    check_optimizer,
-    optimizer_and_schedule,
-)
+from rlhf_lightning.training.checks import check_finite
+from rlhf_lightning.training.module import Measured, TrainedModule
+from rlhf_lightning.training.optimization import Fraction, Smoothing
 
 log = logging.getLogger(__name__)
 
 
-class RewardModel(CheckedModule):
+class RewardModel(TrainedModule):
     """Reward model: a transformer backbone with a two-layer MLP head, trained with -log sigmoid(r_chosen - r_rejected).
 
     Args:
@@ -65,20 +50,17 @@ class RewardModel(CheckedModule):
             means of the embeddings and of all layers side by side. Of a saved reward network, its own is kept.
         freeze_backbone: Train the head alone: a pass without backward, and no optimizer states of the backbone. Goes
             with `pooling: layers`, as the last layer alone says little of what nobody trained it for.
+            Gradient checkpointing does nothing then.
         label_smoothing: Probability with which a label is taken to be wrong.
         centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
             different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
         use_margin: Subtract each pair's margin from the difference of its rewards in the loss.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 2e-5 when none is named.
-        schedule: Learning rate after the warm-up.
-        warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
-        attn_implementation: Of the backbone; what transformers prefers when not given. `packed` computes nothing on
-            padding.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-            Nothing is kept of a frozen backbone, so that there it does nothing.
-        trust_remote_code: Run code that comes with the model.
     """
+
+    shown = ("loss", "auroc")
+    log_line = {"loss": "loss", "accuracy": "accuracy"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -92,17 +74,9 @@ class RewardModel(CheckedModule):
         centering: NonNegativeFloat = 0.0,
         use_margin: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-5),
-        schedule: Schedule = "linear",
-        warmup_ratio: Fraction = 0.03,
-        attn_implementation: AttentionImplementation | None = None,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        **shared: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
-        check_optimizer(optimizer)
-        self.optimizer_factory = optimizer
-        self.backbone_config = load_config(backbone, trust_remote_code=trust_remote_code)
+        super().__init__(backbone, optimizer=optimizer, **shared)
         self.hparams.pooling = pooling_of(self.backbone_config) or pooling
         if pooling not in ("last", self.hparams.pooling):
             log.warning("model.pooling: %s keeps its own, %s, not %s", backbone, self.hparams.pooling, pooling)
@@ -117,28 +91,14 @@ class RewardModel(CheckedModule):
         )
         self.val_metrics = _evaluation_metrics()
         self.test_metrics = _evaluation_metrics()
-        self.logged_step = 0
-        self.lr: float | None = None
-        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
-
-    def setup(self, stage: str) -> None:
-        self.check_data(self.trainer.datamodule)
-
-    def check_data(self, data: LightningDataModule | None) -> None:
-        """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
-        check_tokens_fit(data, self.backbone_config, self.hparams.backbone)
 
     def configure_model(self) -> None:
         """Load the network, once."""
         if self.network is not None:
             return
         settings = self.hparams
-        loading = {
-            "attn_implementation": settings.attn_implementation,
-            "trust_remote_code": settings.trust_remote_code,
-        }
         if is_reward_network(self.backbone_config):
-            self.network = RewardNetwork.from_pretrained(settings.backbone, **loading).train()
+            self.network = RewardNetwork.from_pretrained(settings.backbone, **self.loading).train()
         else:
             self.network = RewardNetwork.from_backbone(
                 settings.backbone,
@@ -146,24 +106,17 @@ class RewardModel(CheckedModule):
                 activation=settings.activation,
                 dropout=settings.dropout,
                 pooling=settings.pooling,
-                **loading,
+                **self.loading,
             )
         self.network.backbone.requires_grad_(not settings.freeze_backbone)
         if settings.gradient_checkpointing and not settings.freeze_backbone:
             self.network.backbone.activation_checkpointing_enable()
 
     def on_fit_start(self) -> None:
-        begin_log(self, self.train_metrics)
-        begin_with_found_rate(self)
-        log_parameters(self.network, self.backbone_config, self.hparams.backbone)
+        super().on_fit_start()
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
         head = head if self.trainer.ckpt_path is None else "the checkpoint's"
         log.info("reward: %s head, pooling %s", head, self.hparams.pooling)
-
-    def configure_optimizers(self):
-        return optimizer_and_schedule(
-            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
-        )
 
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows."""
@@ -183,41 +136,20 @@ class RewardModel(CheckedModule):
         chosen, rejected = self(batch)
         losses = self.losses(batch, chosen, rejected)
         check_finite(self, batch, losses)
-        _update(self.train_metrics, losses.detach(), chosen.detach(), rejected.detach())
+        _measured(losses.detach(), chosen.detach(), rejected.detach()).feed(self.train_metrics)
         return batch.weight * losses.mean()
 
     def trial_loss(self, batch: PreferenceBatch) -> Tensor:
         """The mean loss of a batch, of which nothing is logged."""
         return self.losses(batch, *self(batch)).mean()
 
-    def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.log_numbers()
-
-    def log_numbers(self) -> None:
-        """Log the training numbers, if it is time to."""
-        log_training_means(self, self.train_metrics, shown={"loss": "loss", "accuracy": "accuracy"})
-
-    def on_validation_epoch_start(self) -> None:
-        let_monitor_means(self, self.train_metrics)
-
-    on_train_epoch_end = on_validation_epoch_start
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "val", self.val_metrics)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "test", self.test_metrics)
-
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         with float32_arithmetic(self.network):
             return PairScores(batch.index, *self(batch))
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        store_origin(self, checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Raises `ConfigurationError` when the head would read other states, or go on with an optimizer of others."""
-        warn_of_other_settings(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
         pooling = checkpoint["hyper_parameters"].get("pooling", "last")
         if pooling != self.hparams.pooling:
             raise ConfigurationError(
@@ -236,11 +168,10 @@ class RewardModel(CheckedModule):
         """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""
         self.network.save_pretrained(directory)
 
-    def _evaluation_step(self, batch: PreferenceBatch, stage: str, metrics: nn.ModuleDict) -> None:
+    def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
         with float32_arithmetic(self.network):
             chosen, rejected = self(batch)
-        _update(metrics, self.losses(batch, chosen, rejected), chosen, rejected)
-        log_split(self, stage, metrics, shown=("loss", "auroc"))
+        return _measured(self.losses(batch, chosen, rejected), chosen, rejected)
 
 
 def _evaluation_metrics() -> nn.ModuleDict:
@@ -258,7 +189,7 @@ def _evaluation_metrics() -> nn.ModuleDict:
     return nn.ModuleDict(metrics)
 
 
-def _update(metrics: nn.ModuleDict, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-    """Feed B pairs: the losses, the differences, the mean rewards, or the two sides."""
+def _measured(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Measured:
+    """What B pairs give: the losses, the differences, the mean rewards, and the two sides."""
     means = {"loss": losses, "margin": chosen - rejected, "reward": (chosen + rejected) / 2}
-    update_metrics(metrics, means, chosen, rejected)
+    return Measured(means, (chosen, rejected))

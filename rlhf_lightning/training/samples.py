@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.generation import greedy_replies
 from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.training.module import PolicyModule
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Samples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that has no policy. Raises `ConfigurationError`."""
-        if not hasattr(pl_module, "policy"):
+        if not isinstance(pl_module, PolicyModule):
             raise ConfigurationError(f"Samples: a {type(pl_module).__name__} has no policy that could answer")
 
     def state_dict(self) -> dict[str, list[str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.training.module import TrainedModule
 
 
 class TrialStep(Callback):
@@ -21,10 +23,11 @@ class TrialStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises `ConfigurationError` when the device's memory does not suffice."""
         device = pl_module.device
-        made = getattr(trainer.datamodule, "longest_batch", None)
-        if made is None or not hasattr(pl_module, "trial_loss") or (device.type == "cpu" and not self.on_cpu):
+        if not (isinstance(pl_module, TrainedModule) and pl_module.learns_from_pairs):
             return
-        batch = trainer.strategy.batch_to_device(made())
+        if not isinstance(trainer.datamodule, PreferenceDataModule) or (device.type == "cpu" and not self.on_cpu):
+            return
+        batch = trainer.strategy.batch_to_device(trainer.datamodule.longest_batch())
         first = next(parameter for parameter in pl_module.parameters() if parameter.requires_grad)
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.terminal import search_no_gpu
 from rlhf_lightning.training.checkpoints import check_adapters, is_sharded, part_of, read_checkpoint, remove, writing
+from rlhf_lightning.training.module import TrainedModule
 
 STOCK_NAMES = {
     "deepspeed": "zero2",
@@ -140,7 +141,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False} | kwargs)
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        self.exclude_frozen_parameters = getattr(self.lightning_module, "lora", None) is not None
+        self.exclude_frozen_parameters = isinstance(self.lightning_module, TrainedModule) and bool(
+            self.lightning_module.lora
+        )
         super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(True)
         _check_finite(self.lightning_module, self.precision_plugin.precision)

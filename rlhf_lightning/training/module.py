@@ -1,0 +1,281 @@
+"""What the callbacks, checkpoints, planner and commands of the package know of a module, and what all modules share.
+
+`TrainedModule` is that interface, `PolicyModule` the one with a causal language model. A module of your own derives
+from one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
+from torch import Tensor, nn
+
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.roles import Role
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.metrics import TokensPerSecond
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.training.checkpoints import (
+    check_whole,
+    complete_adapters,
+    store_adapters_alone,
+    store_origin,
+    warn_of_other_settings,
+)
+from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.logs import (
+    begin_log,
+    let_monitor_means,
+    log_parameters,
+    log_split,
+    log_training_means,
+)
+from rlhf_lightning.training.optimization import (
+    Fraction,
+    Schedule,
+    begin_with_found_rate,
+    check_optimizer,
+    optimizer_and_schedule,
+)
+from rlhf_lightning.training.references import ReferenceKind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Measured(NamedTuple):
+    """What a batch gives to metrics."""
+
+    values: dict[str, Tensor | tuple[Tensor, ...]]
+    """What a metric is updated with, by the metric's name."""
+    others: tuple[Tensor, ...] = ()
+    """What each metric that has no value of its own is updated with, such as the scores of both responses, [B] each."""
+
+    def feed(self, metrics: nn.ModuleDict) -> None:
+        """Update each metric."""
+        for name, metric in metrics.items():
+            given = self.values.get(name, self.others)
+            metric.update(*given) if isinstance(given, tuple) else metric.update(given)
+
+
+class TrainedModule(LightningModule):
+    """A module with one optimizer, a learning-rate schedule, metrics, and a network that can be exported.
+
+    A class derived from it gives `configure_model`, `training_step`, `trial_loss`, `measure` and `export`, and puts its
+    metrics, by the names under which they are logged, into `train_metrics`, `val_metrics` and `test_metrics`.
+
+    Args:
+        backbone: What the network begins as: hub name or directory of a model, or `builtin:tiny`.
+        optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them.
+        schedule: Learning rate after the warm-up.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
+        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises `ConfigurationError` for impossible settings, and for a class without one of the methods it has to give.
+    """
+
+    rows_per_pair: ClassVar[int] = 2
+    """Rows of a training pair in a forward pass."""
+    learns_from_pairs: ClassVar[bool] = True
+    """Whether a training step is one pass over a batch of pairs, forward and backward. The memory of other steps is
+    neither tried out before training nor counted by `plan`, and they have no `trial_loss`."""
+    shown: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics of a validation in the progress bar."""
+    log_line: ClassVar[dict[str, str]] = {"loss": "loss"}
+    """Training metrics of a line in a log file, and their names in words."""
+    lora: Lora | None = None
+    """The adapters that are trained in the place of all weights."""
+    read_config = staticmethod(load_config)
+    """Reads the configuration of the backbone, and refuses models of another kind."""
+
+    def __init__(
+        self,
+        backbone: str,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
+        schedule: Schedule = "linear",
+        warmup_ratio: Fraction = 0.03,
+        attn_implementation: AttentionImplementation | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self._check_complete()
+        check_optimizer(optimizer)
+        self.optimizer_factory = optimizer
+        self.backbone_config: PretrainedConfig = self.read_config(backbone, trust_remote_code=trust_remote_code)
+        self.train_metrics, self.val_metrics, self.test_metrics = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.throughput: TokensPerSecond | None = None
+        """Counts the tokens of the training, where the module feeds it."""
+        self.logged_step = 0
+        """The optimizer step of the last line of the training log."""
+        self.lr: float | None = None
+        """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
+
+    def _check_complete(self) -> None:
+        needed = ["training_step", "export", *(["trial_loss"] if self.learns_from_pairs else [])]
+        needed += [] if is_overridden("validation_step", self, TrainedModule) else ["measure"]
+        parents = {"training_step": LightningModule}
+        missing = [name for name in needed if not is_overridden(name, self, parents.get(name, TrainedModule))]
+        if missing:
+            raise ConfigurationError(
+                f"{type(self).__name__}: does not define {', '.join(missing)}, which a module of this package must "
+                "have; see the docstring of rlhf_lightning.training.module.TrainedModule"
+            )
+
+    # ---- what a class may or must give
+
+    @property
+    def trained_network(self) -> nn.Module:
+        """What is trained and exported; all of the module when not overridden."""
+        return self
+
+    @property
+    def reference_kind(self) -> ReferenceKind:
+        """How a reference is held in memory; `none` when not overridden."""
+        return "none"
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
+        check_tokens_fit(data, self.backbone_config.get_text_config(), self.hparams.backbone)
+
+    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+        """The mean loss of a batch of training pairs, of which nothing is logged."""
+        raise NotImplementedError
+
+    def measure(self, batch: Any, stage: Role) -> Measured:
+        """What a batch gives to the metrics of the validation or test split."""
+        raise NotImplementedError
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the network as a Hugging Face directory, adapters merged into its weights or by themselves."""
+        raise NotImplementedError
+
+    # ---- what they share
+
+    @_restricted_classmethod  # as Lightning's, which refuses it on an instance: its weights would stay as they are
+    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments: Any, **named: Any) -> Self:
+        """As Lightning's. Raises `ConfigurationError` for a damaged checkpoint."""
+        if isinstance(checkpoint_path, str | os.PathLike) and os.path.exists(checkpoint_path):
+            check_whole(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
+
+    def setup(self, stage: str) -> None:
+        self.check_data(self.trainer.datamodule)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments with which any model of the module is loaded."""
+        names = ("attn_implementation", "trust_remote_code")
+        return {name: self.hparams[name] for name in names}
+
+    def configure_optimizers(self):
+        return optimizer_and_schedule(
+            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
+        )
+
+    def on_fit_start(self) -> None:
+        begin_log(self, self.train_metrics)
+        begin_with_found_rate(self)
+        log_parameters(self.trained_network, self.backbone_config, self.hparams.backbone)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log_numbers()
+
+    def log_numbers(self) -> dict[str, float] | None:
+        """Log the training metrics if it is time to, and return what was logged."""
+        return log_training_means(self, self.train_metrics, shown=self.log_line, throughput=self.throughput)
+
+    def on_validation_epoch_start(self) -> None:
+        let_monitor_means(self, self.train_metrics)
+
+    on_train_epoch_end = on_validation_epoch_start
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure(batch, "test", self.test_metrics)
+
+    def _measure(self, batch: Any, stage: Role, metrics: nn.ModuleDict) -> None:
+        self.measure(batch, stage).feed(metrics)
+        log_split(self, stage, metrics, shown=self.shown)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        store_origin(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        warn_of_other_settings(self, checkpoint)
+
+
+class PolicyModule(TrainedModule):
+    """A `TrainedModule` whose network is a causal language model, all of it or its adapters trained.
+
+    A class derived from it gives `training_step`, `trial_loss` and `measure`.
+
+    Args:
+        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
+        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
+    """
+
+    read_config = staticmethod(load_causal_config)
+
+    def __init__(
+        self, backbone: str, lora: Lora | None = None, quantization: Quantization | None = None, **shared: Any
+    ) -> None:
+        super().__init__(backbone, **shared)
+        if isinstance(lora, Lora):  # a checkpoint holds plain values
+            self.save_hyperparameters({"lora": (lora := asdict(lora))})
+        self.lora = None if lora is None else Lora(**lora)
+        check_attention(self.hparams.attn_implementation)
+        self.policy: CausalLM | None = None
+        self._batch_began = 0.0
+
+    @property
+    def trained_network(self) -> CausalLM:
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if self.policy is not None:
+            return
+        settings = self.hparams
+        self.policy = CausalLM.from_pretrained(
+            settings.backbone,
+            lora=self.lora,
+            quantization=settings.quantization,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            **self.loading,
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._batch_began = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.throughput is not None:
+            tokens = batch.attention_mask[: self.rows_per_pair * batch.pairs].sum()
+            self.throughput.update(tokens, time.perf_counter() - self._batch_began)
+        self.log_numbers()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        store_adapters_alone(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        complete_adapters(self, checkpoint)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write the policy as `CausalLM.save_pretrained` does."""
+        self.policy.save_pretrained(directory, merge=merge)

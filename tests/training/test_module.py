@@ -1,0 +1,93 @@
+"""The interface that modules have for the rest of the package, and classes of a user's own that derive from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from rlhf_lightning import DPO
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.models.causal_lm import Lora
+from rlhf_lightning.training.callbacks import ExportBest
+from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from tests.training.conftest import builder, sgd, weights
+
+
+class Scaled(DPO):
+    """A user's own: another key, and a loss that is twice as large."""
+
+    def __init__(self, scale: float = 2.0, **others: Any) -> None:
+        super().__init__(**others)
+
+    def losses(self, policy, reference):
+        return self.hparams.scale * super().losses(policy, reference)
+
+
+class Unfinished(PolicyModule):
+    def training_step(self, batch, batch_idx):
+        return self.policy(*batch).sums.mean()
+
+
+def test_a_class_without_its_methods_is_refused_by_name(tiny_qwen2):
+    with pytest.raises(ConfigurationError, match=r"^Unfinished: does not define trial_loss, measure, [^\n]*$"):
+        Unfinished(str(tiny_qwen2))
+
+    class Finished(Unfinished):
+        learns_from_pairs = False
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    Finished(str(tiny_qwen2))
+    with pytest.raises(ConfigurationError, match="define training_step, export, trial_loss, measure"):
+        TrainedModule(str(tiny_qwen2))
+
+
+def test_a_derived_class_has_its_own_keys_and_those_of_its_parents(tiny_qwen2, pairs, trainer, tmp_path):
+    build = builder(Scaled, tiny_qwen2, pairs, lr=0.003)
+    module, data = build(model={"scale": 3.0, "beta": 0.2, "lora": Lora(r=2)})
+    keys = "scale beta loss_type reference lora quantization schedule warmup_ratio attn_implementation backbone"
+    assert set(keys.split()) <= module.hparams.keys()
+    assert "optimizer" not in module.hparams
+    for kept in (module.hparams, module.hparams_initial):
+        assert (kept["scale"], kept["beta"], kept["lora"]["r"]) == (3.0, 0.2, 2)
+    run = trainer(max_steps=2, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(module, data)
+    again = Scaled.load_from_checkpoint(run.checkpoint_callback.best_model_path)
+    assert again.hparams == module.hparams
+    assert torch.equal(weights(again), weights(module))
+
+
+def test_a_derived_loss_is_the_one_that_is_trained(tiny_qwen2, pairs, trainer):
+    ends = []
+    for kind, lr in ((DPO, 0.004), (Scaled, 0.002)):
+        module, data = builder(kind, tiny_qwen2, pairs, lr=lr)()
+        trainer(max_steps=2, limit_val_batches=0).fit(module, data)
+        ends.append(weights(module))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_the_interface_says_what_a_module_is(build_sft, build_dpo, build):
+    lora = {"r": 2}
+    assert (build_sft()[0].rows_per_pair, build_dpo()[0].rows_per_pair) == (1, 2)
+    assert build_dpo(model={"lora": lora})[0].lora == Lora(**lora)
+    assert build()[0].lora is None
+    kinds = {"frozen": "copy", "precomputed": "precomputed", None: "copy"}
+    for given, kind in kinds.items():
+        assert build_dpo(model={"reference": given})[0].reference_kind == kind
+    assert build_dpo(model={"lora": lora})[0].reference_kind == "adapter"
+    assert build_dpo(model={"lora": lora, "reference": "precomputed"})[0].reference_kind == "none"
+    assert build_sft()[0].reference_kind == "none"
+
+
+def test_a_module_of_another_kind_has_no_export(trainer, tmp_path):
+    with pytest.raises(ConfigurationError, match="a LightningModule has no export"):
+        ExportBest(str(tmp_path / "model")).setup(trainer(), pl.LightningModule(), "fit")
+
+
+def test_an_optimizer_with_impossible_arguments_is_refused(tiny_qwen2):
+    with pytest.raises(ConfigurationError, match=r"model\.optimizer: Invalid learning rate"):
+        DPO(str(tiny_qwen2), optimizer=sgd(-1.0))
