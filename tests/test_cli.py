@@ -81,7 +81,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
     ("arguments", "words"),
     [
         (["train"], ["unknown command 'train'", "fit, validate, test, predict"]),
-        (["fit", "--config", DPO, *TINY, "--model.loss_type", "dpo"], ["loss_type", "'sigmoid'", "dpo"]),
+        (["fit", "--config", DPO, *TINY, "--model.loss_type", "dpo"], ["model.loss_type", "sigmoid", "'dpo'"]),
         (["fit", "--config", DPO, *TINY, "--model.beta", "0"], ["beta", "v>0"]),
         (["fit", "--config", DPO, *TINY, "--model.gamma", "1"], ["model.gamma", "sigmoid takes none", "simpo"]),
         (["fit", "--config", DPO, *TINY, "--model.lora", "null"], ["model.reference", "give model.lora"]),

@@ -17,6 +17,7 @@ LAYERS = {
     "tiny": 0,
     "hub": 0,
     "terminal": 0,
+    "user_code": 0,
     "files": 0,
     "functional": 0,
     "charts": 1,

@@ -29,10 +29,11 @@ from rlhf_lightning.files.locks import alone
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.models.precision import move
-from rlhf_lightning.rewards.functions import check_text_of, names_function
+from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import load_policy
 from rlhf_lightning.rewards.source import RewardSource, check_scores
 from rlhf_lightning.terminal import say
+from rlhf_lightning.user_code import names_function
 
 log = logging.getLogger(__name__)
 

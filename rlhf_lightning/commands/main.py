@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.user_code import find_in_working_directory
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS = {
@@ -90,6 +91,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    find_in_working_directory()  # a user's own classes
     try:
         run = importlib.import_module(f"rlhf_lightning.commands.{COMMANDS[command]}").run
         if command in TRAINER_COMMANDS:

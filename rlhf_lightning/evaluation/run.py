@@ -27,8 +27,9 @@ from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSe
 from rlhf_lightning.evaluation.text_classifier import read_labels
 from rlhf_lightning.evaluation.toxicity import find_toxic_labels
 from rlhf_lightning.models.causal_lm import load_causal_config
-from rlhf_lightning.rewards.functions import check_text_of, load_function, names_function, reward_scorer
+from rlhf_lightning.rewards.functions import check_text_of, reward_scorer
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer, check_scores_rows
+from rlhf_lightning.user_code import load_function, names_function
 
 
 def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> EvaluationResults:
@@ -120,7 +121,7 @@ def _check_models(settings: EvaluationSettings) -> None:
             load_causal_config(name, **trust)
     for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
         if names_function(name):
-            load_function(name)
+            load_function(name, "the directory of a reward model")
         elif not name.endswith(".ckpt"):
             check_scores_rows(name, **trust)
     if settings.toxicity_model is not None and settings.toxic_labels is None:

@@ -4,10 +4,8 @@ from rlhf_lightning.functional.advantages import generalized_advantages, shaped_
 from rlhf_lightning.functional.kl import AdaptiveKLController, exact_kl, kl_estimate
 from rlhf_lightning.functional.logprobs import gather_logprobs, linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.losses import (
-    AVERAGE_LOGPROB_LOSSES,
-    LENGTH_AWARE_LOSSES,
     PREFERENCE_LOSSES,
-    REFERENCE_FREE_LOSSES,
+    PreferenceLoss,
     apo_down_loss,
     apo_zero_loss,
     bco_pair_loss,
@@ -30,11 +28,9 @@ from rlhf_lightning.functional.losses import (
 from rlhf_lightning.functional.reductions import last_token_index, masked_mean, masked_whiten
 
 __all__ = [
-    "AVERAGE_LOGPROB_LOSSES",
-    "LENGTH_AWARE_LOSSES",
     "PREFERENCE_LOSSES",
-    "REFERENCE_FREE_LOSSES",
     "AdaptiveKLController",
+    "PreferenceLoss",
     "apo_down_loss",
     "apo_zero_loss",
     "bco_pair_loss",

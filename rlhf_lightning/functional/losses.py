@@ -10,8 +10,10 @@ All preference losses refuse with ValueError: inputs of different shapes, beta <
 adds.
 """
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -423,31 +425,46 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
-#: The name in a YAML file -> the loss. A loss takes (policy_chosen, policy_rejected, reference_chosen,
-#: reference_rejected), or the first two when it is reference-free, then keywords, `beta` among them.
-PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": dpo_loss,
-    "robust": robust_dpo_loss,
-    "ipo": ipo_loss,
-    "hinge": hinge_loss,
-    "sigmoid_norm": sigmoid_norm_loss,
-    "simpo": simpo_loss,
-    "orpo": orpo_loss,
-    "apo_zero": apo_zero_loss,
-    "apo_down": apo_down_loss,
-    "exo_pair": exo_pair_loss,
-    "nca_pair": nca_pair_loss,
-    "bco_pair": bco_pair_loss,
-    "sppo_hard": sppo_hard_loss,
-    "dpop": dpop_loss,
-    "r_dpo": r_dpo_loss,
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A preference loss, and what it is to be given; the names of its function's parameters say the rest."""
+
+    function: Callable[..., Tensor]
+    """Takes policy_chosen and policy_rejected, then reference_chosen and reference_rejected unless it does without a
+    reference, [B] each; and keywords, `beta` among them. Gives the loss of each pair, [B]."""
+    average: bool = False
+    """It takes average log-probs (`sequence_logprobs(..., average=True)`), not sums."""
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @property
+    def uses_reference(self) -> bool:
+        return "reference_chosen" in self.parameters
+
+    @property
+    def uses_lengths(self) -> bool:
+        """It takes `chosen_lengths` and `rejected_lengths` too, the response tokens of each pair, [B]."""
+        return "chosen_lengths" in self.parameters
+
+
+#: The name in a YAML file -> the loss.
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": PreferenceLoss(dpo_loss),
+    "robust": PreferenceLoss(robust_dpo_loss),
+    "ipo": PreferenceLoss(ipo_loss, average=True),
+    "hinge": PreferenceLoss(hinge_loss),
+    "sigmoid_norm": PreferenceLoss(sigmoid_norm_loss, average=True),
+    "simpo": PreferenceLoss(simpo_loss, average=True),
+    "orpo": PreferenceLoss(orpo_loss, average=True),
+    "apo_zero": PreferenceLoss(apo_zero_loss),
+    "apo_down": PreferenceLoss(apo_down_loss),
+    "exo_pair": PreferenceLoss(exo_pair_loss),
+    "nca_pair": PreferenceLoss(nca_pair_loss),
+    "bco_pair": PreferenceLoss(bco_pair_loss),
+    "sppo_hard": PreferenceLoss(sppo_hard_loss),
+    "dpop": PreferenceLoss(dpop_loss),
+    "r_dpo": PreferenceLoss(r_dpo_loss),
 }
-
-#: Losses of average log-probs (`sequence_logprobs(..., average=True)`); all others take sums.
-AVERAGE_LOGPROB_LOSSES = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo"})
-
-#: Losses that need no reference model, called with the two policy log-probs alone.
-REFERENCE_FREE_LOSSES = frozenset({"simpo", "orpo"})
-
-#: Losses that also take `chosen_lengths` and `rejected_lengths`, the response tokens of each pair, [B].
-LENGTH_AWARE_LOSSES = frozenset({"r_dpo"})

@@ -6,8 +6,6 @@ R rows (a prompt and one response each).
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,16 +16,10 @@ from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer
 from rlhf_lightning.rewards.texts import check_reward_template
-from rlhf_lightning.tiny import TINY
+from rlhf_lightning.user_code import load_function, names_function
 
 RewardFunction = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[float]]
 """Takes R conversations, each a sequence of {role, content}, and the R responses as text; gives R floats."""
-
-
-def names_function(given: str) -> bool:
-    """Whether a name has the form `module:function`, and is not that of a built-in model."""
-    module, _, function = given.partition(":")
-    return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
 
 
 def is_function(given: str | RewardFunction) -> bool:
@@ -71,7 +63,7 @@ class FunctionScorer:
 
     def __init__(self, given: str | RewardFunction) -> None:
         if isinstance(given, str):
-            self.name, self.function = given, load_function(given)
+            self.name, self.function = given, load_function(given, "the directory of a reward model")
         else:
             named = getattr(given, "__qualname__", type(given).__qualname__)  # an object that can be called has none
             self.name, self.function = f"{given.__module__}:{named}", given
@@ -100,24 +92,3 @@ class FunctionScorer:
         if len(scores) != len(responses):
             raise ModelError(f"{self.name}: gave {len(scores)} scores for {len(responses)} responses")
         return [Scored(score, len(text), False) for score, text in zip(scores, responses, strict=True)]
-
-
-def load_function(given: str) -> RewardFunction:
-    """The function of `module:function`, of a module in the working directory or of an installed package.
-
-    Raises `ConfigurationError`.
-    """
-    module, _, function = given.partition(":")
-    sys.path.insert(0, os.getcwd())  # a file beside the user's configuration
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the module does when it is imported
-        raise ConfigurationError(
-            f"{given}: cannot be imported ({type(error).__name__}: {reason_of(error)}); give module:function of a "
-            "module in this directory or of an installed package, or the directory of a reward model"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ConfigurationError(f"{given}: names an object of type {type(found).__name__}, not a function")
-    return found

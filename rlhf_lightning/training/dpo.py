@@ -5,10 +5,9 @@ B pairs, 2B rows, T padded tokens.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
@@ -23,12 +22,6 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
-from rlhf_lightning.functional.losses import (
-    AVERAGE_LOGPROB_LOSSES,
-    LENGTH_AWARE_LOSSES,
-    PREFERENCE_LOSSES,
-    REFERENCE_FREE_LOSSES,
-)
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
 from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, ResponseLogprobs, load_causal_config
 from rlhf_lightning.models.fingerprint import weights_fingerprint
@@ -45,6 +38,7 @@ from rlhf_lightning.training.checks import (
 )
 from rlhf_lightning.training.module import Measured, PolicyModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
+from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
 from rlhf_lightning.training.references import (
     ADAPTER,
     ReferenceKind,
@@ -58,44 +52,8 @@ from rlhf_lightning.training.references import (
 
 log = logging.getLogger(__name__)
 
-LossType = Literal[
-    "sigmoid",
-    "robust",
-    "ipo",
-    "hinge",
-    "sigmoid_norm",
-    "simpo",
-    "orpo",
-    "apo_zero",
-    "apo_down",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "dpop",
-    "r_dpo",
-]
-
-
 _PAIRS_BEFORE_ALARM = 64
 """Of so many pairs at least are the mean log-ratios that are looked at: a few steps may go up and down."""
-
-
-class PairLogprobs(NamedTuple):
-    """Log-probabilities of the responses of B pairs, in nats, float32, and their tokens."""
-
-    chosen: Tensor
-    """[B], summed over the tokens."""
-    rejected: Tensor
-    """[B]"""
-    chosen_lengths: Tensor
-    """[B] int64, terminator included."""
-    rejected_lengths: Tensor
-    """[B] int64"""
-
-    def averages(self) -> tuple[Tensor, Tensor]:
-        """The log-probabilities per token, [B] each."""
-        return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
 
 
 class DPO(PolicyModule):
@@ -104,7 +62,8 @@ class DPO(PolicyModule):
     Args:
         backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
         loss_type: Name of the loss; its formula stands in the function of that name in `rlhf_lightning.functional`.
-            `ipo`, `sigmoid_norm`, `simpo` and `orpo` take log-probs per token, the others those of whole responses.
+            `ipo`, `sigmoid_norm`, `simpo` and `orpo` take log-probs per token, the others those of whole responses. Or
+            `module:function` of yours, which takes what `dpo_loss` does, and gives the loss of each pair.
         beta: Strength of the pull to the reference; about 5 for `sigmoid_norm`, 2 to 10 for `simpo`.
         label_smoothing: Probability with which a label is taken to be wrong; for `sigmoid` (cDPO), `robust`,
             `sigmoid_norm`, `simpo` and `exo_pair`.
@@ -143,16 +102,24 @@ class DPO(PolicyModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
-        own = {"label_smoothing": label_smoothing, "gamma": gamma, "alpha": alpha, "dpop_lambda": dpop_lambda}
-        self.loss_settings = {"beta": beta} | _settings_of_loss(loss_type, own)
-        self.precomputed, kind = split_precomputed(reference)
-        self.reference_source = choose_reference(
-            reference if loss_type in REFERENCE_FREE_LOSSES else kind,
-            backbone,
+        self.loss = PairLoss(
             loss_type,
-            adapters=self.lora is not None,
-            quantization=self.hparams.quantization,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            gamma=gamma,
+            alpha=alpha,
+            dpop_lambda=dpop_lambda,
         )
+        self.precomputed, kind = split_precomputed(reference)
+        self.reference_source = None
+        if self.loss.uses_reference:
+            self.reference_source = choose_reference(
+                kind, backbone, adapters=self.lora is not None, quantization=self.hparams.quantization
+            )
+        elif reference is not None:
+            raise ConfigurationError(
+                f"model.reference: the loss {loss_type} has no reference; leave the key out (null)"
+            )
         if self.reference_source not in (None, ADAPTER, backbone):
             try:
                 config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)
@@ -204,7 +171,7 @@ class DPO(PolicyModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._precompute("train", "val")
-        settings = self.loss_settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
+        settings = self.loss.settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
         numbers = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         source = self.reference_source
         how = "none" if source is None else "the policy without its adapters" if source == ADAPTER else source
@@ -266,12 +233,7 @@ class DPO(PolicyModule):
 
     def losses(self, policy: PairLogprobs, reference: PairLogprobs | None) -> Tensor:
         """Loss of each pair, [B] float32."""
-        loss = PREFERENCE_LOSSES[self.hparams.loss_type]
-        sides = [*self._taken(policy), *(() if reference is None else self._taken(reference))]
-        lengths = {}
-        if self.hparams.loss_type in LENGTH_AWARE_LOSSES:
-            lengths = {"chosen_lengths": policy.chosen_lengths, "rejected_lengths": policy.rejected_lengths}
-        preference = loss(*sides, **self.loss_settings, **lengths)
+        preference = self.loss(policy, reference)
         if self.hparams.sft_weight == 0:
             return preference
         return preference - self.hparams.sft_weight * policy.averages()[0]
@@ -282,10 +244,10 @@ class DPO(PolicyModule):
 
         For losses without a reference beta times the policy's average log-probs.
         """
-        chosen, rejected = self._taken(policy)
+        sides = self.loss.taken(policy)
         if reference is not None:
-            chosen, rejected = (own - its for own, its in zip((chosen, rejected), self._taken(reference), strict=True))
-        return self.hparams.beta * chosen, self.hparams.beta * rejected
+            sides = [own - its for own, its in zip(sides, self.loss.taken(reference), strict=True)]
+        return tuple(self.hparams.beta * side for side in sides)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         policy = self(batch)
@@ -388,10 +350,6 @@ class DPO(PolicyModule):
             values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
         return Measured(values, (chosen, rejected))
 
-    def _taken(self, pairs: PairLogprobs) -> tuple[Tensor, Tensor]:
-        """The log-probs that the loss takes, of chosen and rejected responses: whole, or per token."""
-        return pairs.averages() if self.hparams.loss_type in AVERAGE_LOGPROB_LOSSES else (pairs.chosen, pairs.rejected)
-
     def _check_start(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> None:
         """At the first batch of all: a policy that begins as its reference must have the loss of two equal models."""
         begins_as_reference = self.reference_source in (ADAPTER, self.hparams.backbone)
@@ -412,22 +370,3 @@ class DPO(PolicyModule):
                 f"step {self.trainer.global_step}: the optimizer stepped with learning rate {self._learning_rate:g}, "
                 "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.targets"
             )
-
-
-def _settings_of_loss(loss_type: str, given: dict[str, float | None]) -> dict[str, float]:
-    """The given settings that belong to a loss. Raises `ConfigurationError` for one it does not take, or misses."""
-    parameters = inspect.signature(PREFERENCE_LOSSES[loss_type]).parameters
-    settings = {}
-    for name, value in given.items():
-        if value is not None and name not in parameters:
-            takers = [other for other, loss in PREFERENCE_LOSSES.items() if name in inspect.signature(loss).parameters]
-            raise ConfigurationError(
-                f"model.{name}: the loss {loss_type} takes none; leave it out, or use loss_type {' or '.join(takers)}"
-            )
-        if value is not None:
-            settings[name] = value
-        elif name in parameters and parameters[name].default is inspect.Parameter.empty:
-            raise ConfigurationError(f"model.{name}: the loss {loss_type} needs it; give a number")
-    if loss_type == "exo_pair" and settings.get("label_smoothing") == 0:
-        raise ConfigurationError("model.label_smoothing: exo_pair takes its logarithm; give a number above 0, or none")
-    return settings

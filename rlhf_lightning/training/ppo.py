@@ -177,7 +177,7 @@ class PPO(PolicyModule):
         self.estimator = ADVANTAGES[advantage]
         self._check_settings()
         self.reference_source = choose_reference(
-            reference, backbone, "ppo", adapters=self.lora is not None, quantization=self.hparams.quantization
+            reference, backbone, adapters=self.lora is not None, quantization=self.hparams.quantization
         )
         if self.reference_source not in (ADAPTER, backbone):
             config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)

@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError, TrainingError
-from rlhf_lightning.functional.losses import REFERENCE_FREE_LOSSES
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.training.checks import start_tolerance
 from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
@@ -113,19 +112,11 @@ def _check_found(
             )
 
 
-def choose_reference(
-    given: str | None, backbone: str, loss_type: str, *, adapters: bool, quantization: str | None
-) -> str | None:
-    """`adapter`, the directory or name of the model to freeze, or None for a loss without a reference.
+def choose_reference(given: str | None, backbone: str, *, adapters: bool, quantization: str | None) -> str:
+    """`adapter`, or the directory or name of the model to freeze.
 
     Raises `ConfigurationError` when the settings contradict each other.
     """
-    if loss_type in REFERENCE_FREE_LOSSES:
-        if given is not None:
-            raise ConfigurationError(
-                f"model.reference: the loss {loss_type} has no reference; leave the key out (null)"
-            )
-        return None
     chosen = given or (ADAPTER if adapters else FROZEN)
     if chosen == ADAPTER and not adapters:
         raise ConfigurationError(

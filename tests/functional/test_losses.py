@@ -3,7 +3,6 @@
 A twin knows nothing of torch: floats in, floats out. Everything in float64 and to 1e-12 unless said.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,10 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.functional import (
-    AVERAGE_LOGPROB_LOSSES,
-    LENGTH_AWARE_LOSSES,
     PREFERENCE_LOSSES,
-    REFERENCE_FREE_LOSSES,
     bradley_terry_loss,
     dpo_loss,
     dpop_loss,
@@ -179,7 +175,7 @@ def yaml_name(name: str) -> str:
 
 
 def takes_reference(name: str) -> bool:
-    return yaml_name(name) not in REFERENCE_FREE_LOSSES
+    return PREFERENCE_LOSSES[yaml_name(name)].uses_reference
 
 
 def call(name: str, *logprobs: Tensor, **changed) -> Tensor:
@@ -187,7 +183,7 @@ def call(name: str, *logprobs: Tensor, **changed) -> Tensor:
     options = {"beta": B} | TWINS[name].options | changed
     options |= {key: torch.full_like(logprobs[0], options[key]) for key in options if key.endswith("lengths")}
     arguments = logprobs if takes_reference(name) else logprobs[:2]
-    return PREFERENCE_LOSSES[yaml_name(name)](*arguments, **options)
+    return PREFERENCE_LOSSES[yaml_name(name)].function(*arguments, **options)
 
 
 def example(name: str, pairs: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -225,19 +221,20 @@ def test_the_table_holds_the_fifteen_names_and_every_one_is_tested_here():
 
 
 @every_loss
-def test_the_sets_tell_a_trainer_how_to_call_the_loss(name):
-    signature = inspect.signature(PREFERENCE_LOSSES[name]).parameters
-    keywords = {key for key, parameter in signature.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    assert ("reference_chosen" in signature) is (name not in REFERENCE_FREE_LOSSES)
-    assert ("chosen_lengths" in keywords) is (name in LENGTH_AWARE_LOSSES)
-    assert len(signature) - len(keywords) == (2 if name in REFERENCE_FREE_LOSSES else 4)
+def test_the_table_tells_a_trainer_how_to_call_the_loss(name):
+    loss = PREFERENCE_LOSSES[name]
+    keywords = {key for key, parameter in loss.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    assert loss.uses_reference is (name not in {"simpo", "orpo"})
+    assert loss.uses_lengths is (name == "r_dpo")
+    assert len(loss.parameters) - len(keywords) == (4 if loss.uses_reference else 2)
     assert "beta" in keywords
 
 
 @every_loss
-def test_the_sets_and_the_docstrings_agree_on_summed_or_average_logprobs(name):
-    said = "Average" if name in AVERAGE_LOGPROB_LOSSES else "Summed"
-    assert f"{said} log-probs" in PREFERENCE_LOSSES[name].__doc__.replace("*", "")
+def test_the_table_and_the_docstrings_agree_on_summed_or_average_logprobs(name):
+    loss = PREFERENCE_LOSSES[name]
+    assert loss.average is (name in {"ipo", "sigmoid_norm", "simpo", "orpo"})
+    assert f"{'Average' if loss.average else 'Summed'} log-probs" in loss.function.__doc__.replace("*", "")
 
 
 @every_twin

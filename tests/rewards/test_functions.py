@@ -13,9 +13,10 @@ from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.run import evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.report.sections import report
-from rlhf_lightning.rewards.functions import FunctionScorer, names_function
+from rlhf_lightning.rewards.functions import FunctionScorer
 from rlhf_lightning.rewards.scorers import Scored
 from rlhf_lightning.rewards.source import RewardSource
+from rlhf_lightning.user_code import names_function
 from tests.evaluation.conftest import PAIRS, PROMPTS, here, workshop  # noqa: F401 (fixtures)
 
 CODE = """

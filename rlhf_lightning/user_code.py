@@ -1,0 +1,45 @@
+"""Functions of a user's own, named `module:function` in a configuration."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_lightning.errors import ConfigurationError, reason_of
+from rlhf_lightning.tiny import TINY
+
+
+def names_function(given: str) -> bool:
+    """Whether a name has the form `module:function`, and is not that of a built-in model."""
+    module, _, function = given.partition(":")
+    return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def load_function(given: str, otherwise: str) -> Callable[..., Any]:
+    """The function of `module:function`, of a module in the working directory or of an installed package.
+
+    `otherwise` ends the sentence of a refusal: what else could be given. Raises `ConfigurationError`.
+    """
+    module, _, function = given.partition(":")
+    sys.path.insert(0, os.getcwd())  # a file beside the user's configuration
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigurationError(
+            f"{given}: cannot be imported ({type(error).__name__}: {reason_of(error)}); give module:function of a "
+            f"module in this directory or of an installed package, or {otherwise}"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ConfigurationError(f"{given}: names an object of type {type(found).__name__}, not a function")
+    return found
+
+
+def find_in_working_directory() -> None:
+    """Let classes of modules in the working directory be named, behind all that is installed."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
