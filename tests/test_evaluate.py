@@ -192,7 +192,7 @@ def test_accuracy_is_told_apart_by_a_column_or_by_file(evaluated, here, tmp_path
     found = {name: estimate["value"] for name, estimate in quality["accuracy_by_source"].items()}
     assert set(found) == {*expected, "prompts.jsonl"}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert "Accuracy by source" in (out / "report.html").read_text()
+    assert "accuracy by source" in (out / "report.html").read_text()
 
 
 def test_every_score_stands_in_a_file(whole, here):  # noqa: F811
