@@ -23,7 +23,7 @@ PRELOADED = [
     *pipeline_processes.PRELOADED,
     *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("attrs", "tensorboard.plugins.hparams", "tests.training.killer", "tests.test_pipeline"),
-    "tests.frozen",
+    *("tests.frozen", "tests.reliability.kills"),
 ]
 """One process forks those of all tests; modules that are not installed are passed over."""
 

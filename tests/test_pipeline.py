@@ -424,7 +424,7 @@ def inner_process(directory: Path, patience: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "code", "patience"),
-    [("SIGKILL", -9, 60), ("SIGTERM", 143, 60), ("SIGTERM", 143, 0.5), ("SIGINT", 130, 60)],
+    [("SIGKILL", -9, 60), ("SIGTERM", 143, 60), ("SIGTERM", 143, 0.5), ("SIGINT", 130, 60), ("SIGHUP", 129, 60)],
 )
 def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, name, code, patience):
     write_stage("second", source="models/first", act="wait", at=15)

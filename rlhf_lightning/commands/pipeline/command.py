@@ -33,8 +33,8 @@ that was broken off goes on from its last checkpoint.
 --again STAGE   run it from its beginning, though nothing has changed; may be given several times
 --only STAGE    run no other stage
 
-Exit code 0: all stages are done, 2: the file or a setting cannot be used, 130 or 143: interrupted; the same command
-goes on. Else that of the stage which failed.
+Exit code 0: all stages are done, 2: the file or a setting cannot be used, 128 and the number of a signal (Ctrl-C: 130,
+SIGTERM: 143): interrupted; the same command goes on. Else that of the stage which failed.
 """
 
 
@@ -62,8 +62,8 @@ def run(arguments: Sequence[str]) -> int:
             return _run(pipeline, again=own.again, only=own.only)
         except KeyboardInterrupt:
             code = 130
-        except Terminated:
-            code = 143
+        except Terminated as terminated_by:
+            code = 128 + terminated_by.number
     say("rlhf-lightning: interrupted; the same command goes on from here", file=sys.stderr)
     return code
 

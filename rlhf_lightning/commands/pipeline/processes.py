@@ -22,21 +22,27 @@ PRELOADED = (
 
 
 class Terminated(BaseException):
-    """SIGTERM."""
+    """A signal, other than Ctrl-C, that asks the pipeline to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`."""
+    """Inside, SIGTERM raises `Terminated`, and so do SIGHUP and SIGUSR1, which nohup and others may have taken."""
 
-    def stop(*_) -> NoReturn:
-        raise Terminated
+    def stop(number: int, _: object) -> NoReturn:
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    free = [n for n in (signal.SIGHUP, signal.SIGUSR1) if signal.getsignal(n) is signal.SIG_DFL]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *free)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def server() -> ForkServerContext:

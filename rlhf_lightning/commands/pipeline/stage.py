@@ -153,7 +153,7 @@ def _watched(
                 board.show(stage.name, "running", progress.read())
         except (KeyboardInterrupt, Terminated) as interruption:
             board.show(stage.name, "stopping", progress.read())
-            asked = signal.SIGINT if isinstance(interruption, KeyboardInterrupt) else signal.SIGTERM
+            asked = interruption.number if isinstance(interruption, Terminated) else signal.SIGINT
             signal_group(process, asked)
             wait([process.sentinel], timeout=_PATIENCE)
             raise
