@@ -39,6 +39,15 @@ def load_function(given: str, otherwise: str) -> Callable[..., Any]:
     return found
 
 
+def name_of(given: str | Callable[..., Any]) -> str:
+    """A name as it is, or `module:function` of a function."""
+    return (
+        given
+        if isinstance(given, str)
+        else f"{given.__module__}:{getattr(given, '__qualname__', type(given).__name__)}"
+    )
+
+
 def find_in_working_directory() -> None:
     """Let classes of modules in the working directory be named, behind all that is installed."""
     if (here := os.getcwd()) not in sys.path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_there_are_commands_to_check():
     assert {command[0] for command in commands()} >= {"fit", "test", "predict", "evaluate", "doctor", "plan", "export"}
 
 
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> None:
+    """The module of the user's own functions, as the README has it."""
+    (text,) = [block for block in blocks("py") if block.startswith("# mine.py")]
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+@pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_command_parses(capsys, monkeypatch, command):
     monkeypatch.chdir(ROOT)
@@ -78,16 +89,45 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
 
 
 def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
-    exec(example("PromptDataModule"), {})
+    exec(example("messages("), {})
     assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+[.?]'\}\]\n", capsys.readouterr().out)
 
 
 def test_the_python_example_of_training_on_rows_in_memory_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    exec(example("L.Trainer"), namespace)
+    exec(example("PreferenceDataModule"), namespace)
     assert namespace["trainer"].global_step > 0
     assert len(namespace["trainer"].datamodule.pairs["val"]) > 0
+
+
+OWN = [command for command in commands() if any("mine" in word for word in command)]
+
+
+@pytest.mark.usefixtures("mine", "forked_proof")
+@pytest.mark.parametrize("command", OWN, ids=" ".join)
+def test_functions_and_classes_of_the_users_own_train(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    command = [str(ROOT / word) if word.startswith("configs/") else word for word in command]
+    small = [
+        "--model.backbone",
+        "builtin:tiny",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_val_batches",
+        "1",
+    ]
+    small += ["--trainer.max_epochs", "1", "--data.batch_size", "4", "--trainer.callbacks", "[]"]
+    small += ["--model.max_new_tokens", "6"] if "ppo" in command[2] else []
+    assert main([*command, *small]) == 0, capsys.readouterr().err
+
+
+def test_the_script_with_a_function_as_reward_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(example("lambda prompts, responses"), found)
+    assert found["policy"].rollouts_done == 3
+    assert found["policy"].hparams.reward_model.endswith(":<lambda>")
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -147,6 +147,12 @@ class AdvantageEstimator(NamedTuple):
     kl_in_loss: bool = False
     """Whether the KL is a term of the loss (k3), with a weight of its own; else it is part of the reward (k1)."""
 
+    def __call__(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int, gamma: float, gae_lambda: float
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, both [B, T]."""
+        return self.function(rewards, values, mask, group_size=group_size, gamma=gamma, gae_lambda=gae_lambda)
+
 
 def _without_values(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """An estimator of advantages alone in the signature of the table."""

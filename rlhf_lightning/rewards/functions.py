@@ -16,7 +16,7 @@ from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer
 from rlhf_lightning.rewards.texts import check_reward_template
-from rlhf_lightning.user_code import load_function, names_function
+from rlhf_lightning.user_code import load_function, name_of, names_function
 
 RewardFunction = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[float]]
 """Takes R conversations, each a sequence of {role, content}, and the R responses as text; gives R floats."""
@@ -62,12 +62,10 @@ class FunctionScorer:
     kind = "Custom Classifier"
 
     def __init__(self, given: str | RewardFunction) -> None:
+        self.name, self.function = name_of(given), given
         if isinstance(given, str):
-            self.name, self.function = given, load_function(given, "the directory of a reward model")
-        else:
-            named = getattr(given, "__qualname__", type(given).__qualname__)  # an object that can be called has none
-            self.name, self.function = f"{given.__module__}:{named}", given
-        file = getattr(sys.modules[self.name.partition(":")[0]], "__file__", None)
+            self.function = load_function(given, "the directory of a reward model")
+        file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
         code = Path(file).read_bytes() if file else b""
         self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + code).hexdigest()
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -26,7 +26,7 @@ from rlhf_lightning.data.datamodules import PromptDataModule
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer, different_tokens
 from rlhf_lightning.errors import ConfigurationError, TrainingError
-from rlhf_lightning.functional.advantages import ADVANTAGES, explained_variance, shaped_rewards
+from rlhf_lightning.functional.advantages import explained_variance, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
@@ -44,6 +44,7 @@ from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.rollouts import Experience, Rollouts, without_adapters
 from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import check_schedule, schedule_lead, start_tolerance
+from rlhf_lightning.training.estimators import AdvantageName, find_estimator
 from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.module import Measured, PolicyModule
 from rlhf_lightning.training.optimization import Fraction, optimizer_and_schedule
@@ -54,13 +55,12 @@ from rlhf_lightning.training.references import (
     choose_reference,
 )
 from rlhf_lightning.training.rollout_log import RolloutLog
+from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
 
 TRANSFORMERS = "transformers"
 """The `engine` that is the policy itself."""
-
-AdvantageName = Literal[tuple(ADVANTAGES)]
 
 SHARED = "shared"
 """The `value_model` that is a head on the policy's own hidden states."""
@@ -85,12 +85,13 @@ class PPO(PolicyModule):
         backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
         reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
             label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
-            floats.
+            floats; in Python the function itself.
         reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
             `pair`, prompt and reply as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a
             Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
         advantage: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other replies to the
-            same prompt, or `reinforce++`, against the whole rollout.
+            same prompt, or `reinforce++`, against the whole rollout. Or `module:function` of yours, which takes what
+            the functions of `rlhf_lightning.functional.advantages.ADVANTAGES` take.
         value_model: Directory or hub name of what the value model begins as; `shared` is a head on the policy's hidden
             states. When not given, the reward model if it has the policy's tokenizer, else the policy's backbone.
         value_coef: Weight of the value loss.
@@ -138,7 +139,7 @@ class PPO(PolicyModule):
     def __init__(
         self,
         backbone: str,
-        reward_model: str,
+        reward_model: str | Callable[..., Any],
         reward_chat_template: str | None = None,
         advantage: AdvantageName = "gae",
         value_model: str | None = None,
@@ -172,9 +173,11 @@ class PPO(PolicyModule):
         warmup_ratio: Fraction = 0.0,
         **shared: Any,
     ) -> None:
+        reward_source, reward_model = reward_model, name_of(reward_model)  # which is what a checkpoint holds
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.automatic_optimization = False
-        self.estimator = ADVANTAGES[advantage]
+        self.reward_source = reward_source
+        self.estimator = find_estimator(advantage)
         self._check_settings()
         self.reference_source = choose_reference(
             reference, backbone, adapters=self.lora is not None, quantization=self.hparams.quantization
@@ -233,7 +236,7 @@ class PPO(PolicyModule):
             self.trainer.num_sanity_val_steps = 0
         if self.rewards is None:
             self.rewards = RewardSource(
-                settings.reward_model,
+                self.reward_source,
                 chat_template=settings.reward_chat_template,
                 batch_size=settings.generation_batch_size,
                 trust_remote_code=settings.trust_remote_code,
@@ -438,7 +441,7 @@ class PPO(PolicyModule):
         # In float64: a large score must not round the KL beside it away.
         in_reward = 0.0 if self.estimator.kl_in_loss else self.kl_coef
         rewards = shaped_rewards(shaped.double(), kl, mask, kl_coef=in_reward)
-        advantages, returns = self.estimator.function(
+        advantages, returns = self.estimator(
             rewards,
             tokens.values,
             mask,

@@ -105,9 +105,7 @@ def test_a_rule_is_judged_on_pairs_and_judges_the_policies(rules, tmp_path):
     assert (rule.name, rule.held_out, model.held_out) == ("rules:brief", False, True)
     assert rule.reward_after.value == pytest.approx(-np.mean(lengths))
     assert rule.comparison.win_rate.n == PROMPTS
-    words = str(report(results))
-    assert "the longer one is better, in characters" in words
-    assert "the longer one is better, in tokens" in words, "of the model beside it"
+    assert "of a function, in characters" in str(report(results)), "beside the model's, in tokens"
 
 
 @pytest.mark.parametrize(
