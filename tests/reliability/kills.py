@@ -402,7 +402,7 @@ def at_validation(number: signal.Signals) -> list[str]:
 
 
 def line(what: str, name: str, *chains: Sequence[Blow]) -> Line:
-    return Line("kill", what, trials(name, *chains))
+    return Line("kill", what, trials(name, *chains), in_suite=what in IN_SUITE)
 
 
 def told_while(name: str, part: float) -> list[list[Blow]]:
@@ -418,6 +418,8 @@ def any_time(name: str, whom: Whom = everyone) -> Callable[[random.Random], Blow
     return lambda draw: later(name, draw.uniform(0.05, 0.85), whom=whom)
 
 
+IN_SUITE = ("fit, reward model", "fit, while tokens are cached", "fit, told to end at any moment")
+"""Of a trial's 3 to 6 s on one core; tests/training/test_resume.py kills the other kinds, too."""
 FITS = ("reward model", "SFT", "DPO, frozen reference", "DPO, adapters", "DPO, precomputed reference", "PPO")
 
 LINES: list[Line] = [

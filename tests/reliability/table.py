@@ -23,6 +23,8 @@ class Line(NamedTuple):
     kind: Kind
     what: str
     trials: Callable[[], Sequence[Trial]]
+    in_suite: bool = True
+    """Whether the suite tries one of them; where a trial takes long, and other tests are like it, it does not."""
 
 
 class Tried(NamedTuple):
