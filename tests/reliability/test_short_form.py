@@ -8,7 +8,6 @@ from tests.reliability.__main__ import main
 from tests.reliability.lines import LINES
 from tests.reliability.table import Line, attempt, drawn
 
-
 SHORT = [line for line in LINES if line.in_suite]
 
 
