@@ -397,3 +397,8 @@ class PromptDataModule(DataModule):
         lengths = self.rows["train"].lengths
         middle = int(np.median(lengths))
         return f"prompts: {lengths.min()} to {lengths.max()} tokens in train, median {middle}; {leak}"
+
+
+def chat_format_of(data: LightningDataModule | None) -> ChatFormat | None:
+    """How the data is rendered; None before it is read, and where no data module of this package has done so."""
+    return data.chat_format if isinstance(data, DataModule) else None

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.planning.memory import (
     CONTEXT,
@@ -103,7 +104,7 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
 
 
 def run_of(
-    module: TrainedModule, data: LightningDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
+    module: TrainedModule, data: PreferenceDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
 ) -> Run:
     """What the memory of a run depends on, from its module, its data module and the Trainer's settings.
 
@@ -112,7 +113,7 @@ def run_of(
     """
     hparams, rows_per_pair = module.hparams, module.rows_per_pair
     strategy, offload = _strategy(settings.strategy, machine.devices * machine.machines)
-    read = getattr(data, "pairs", {}).get("train")
+    read = data.pairs.get("train")
     tokens = int(read.lengths.max()) if read is not None else data.max_length
     states, temporary = optimizer_bytes(module.optimizer_factory, foreach=not machine.on_cpu)
     samples = [callback.max_new_tokens for callback in callbacks if isinstance(callback, Samples)]
@@ -153,6 +154,9 @@ def refuse_what_cannot_fit(
     What cannot be counted is let pass with a line in the log, and so is at once what is small beside a CPU's memory.
     """
     if not module.learns_from_pairs:
+        return
+    if not isinstance(data, PreferenceDataModule):
+        log.info("memory: not counted beforehand (the rows of a %s are not known)", type(data).__name__)
         return
     try:
         machine = machine_of(settings)

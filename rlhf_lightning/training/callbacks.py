@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import check_room, write_whole
 from rlhf_lightning.models.storage import check_free, check_other, end_at, replaced_model
@@ -150,7 +151,7 @@ class ExportBest(Callback):
             check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
             with replaced_model(self.directory) as made:
                 module.export(made, merge=self.merge)
-                chat_format = getattr(trainer.datamodule, "chat_format", None)
+                chat_format = chat_format_of(trainer.datamodule)
                 if chat_format is not None:
                     chat_format.save_pretrained(made)
                     end_at(made, chat_format.terminator_id)

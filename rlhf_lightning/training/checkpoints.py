@@ -24,6 +24,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 
+from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, chat_format_of
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
 from rlhf_lightning.terminal import search_no_gpu
@@ -224,7 +225,7 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
     Also what was measured of its weights. All of it is in checkpoints of the weights alone, too.
     """
     trainer, data = module.trainer, module.trainer.datamodule
-    chat_format = getattr(data, "chat_format", None)
+    chat_format = chat_format_of(data)
     training = {"processes": trainer.world_size, "precision": str(trainer.precision)}
     training |= {
         "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
@@ -236,14 +237,14 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
             "optimizer": type(trainer.optimizers[0]).__name__,
             "lr": float(group.get("initial_lr", group["lr"])),
         }
-    if data is not None and "train" in getattr(data, "pairs", {}):
+    if isinstance(data, PreferenceDataModule) and "train" in data.pairs:
         sources = [str(source.source) for source in data.sources["train"]]
         training |= {"data": sources, "pairs": len(data.pairs["train"]), "batch_size": int(data.batch_size)}
     checkpoint[ORIGIN] = {
         "class": type(module).__name__,
-        "tokenizer": getattr(data, "tokenizer_source", None),
-        "chat_template": getattr(chat_format, "template", None),
-        "template_arguments": getattr(chat_format, "template_arguments", {}),
+        "tokenizer": data.tokenizer_source if isinstance(data, DataModule) else None,
+        "chat_template": chat_format.template if chat_format else None,
+        "template_arguments": chat_format.template_arguments if chat_format else {},
         "training": training,
     }
     for callback in trainer.callbacks:

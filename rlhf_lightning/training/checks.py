@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.datamodules import PromptDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule, chat_format_of
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -43,12 +43,12 @@ def check_tokens_fit(data: LightningDataModule | None, config: PretrainedConfig,
             "data: PromptDataModule has prompts alone, and this model learns from pairs; use PreferenceDataModule"
         )
     limit = max_positions(config)
-    if (max_length := getattr(data, "max_length", None)) and limit is not None and max_length > limit:
+    if isinstance(data, PreferenceDataModule) and limit is not None and data.max_length > limit:
         raise ConfigurationError(
-            f"data.max_length is {max_length}, but {name} has positions for {limit} tokens; "
+            f"data.max_length is {data.max_length}, but {name} has positions for {limit} tokens; "
             f"set max_length to {limit} or less"
         )
-    chat_format = getattr(data, "chat_format", None)
+    chat_format = chat_format_of(data)
     if chat_format is not None and len(chat_format.tokenizer) > config.vocab_size:
         raise ConfigurationError(
             f"the tokenizer {data.tokenizer_source} has {len(chat_format.tokenizer)} tokens, but "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
@@ -156,7 +157,7 @@ class DPO(PolicyModule):
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
         super().check_data(data)
-        chat_format = getattr(data, "chat_format", None)
+        chat_format = chat_format_of(data)
         if chat_format is not None and self.reference_source not in (None, ADAPTER, self.hparams.backbone):
             check_reference_tokenizer(self.reference_source, chat_format.tokenizer, key="model.reference")
 

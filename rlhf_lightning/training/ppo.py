@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.data.datamodules import PromptDataModule
+from rlhf_lightning.data.datamodules import PromptDataModule, chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer, different_tokens
 from rlhf_lightning.errors import ConfigurationError, TrainingError
@@ -307,7 +307,7 @@ class PPO(PolicyModule):
         if not isinstance(scorer, RewardScorer):
             return backbone
         config = load_config(scorer.name, trust_remote_code=self.hparams.trust_remote_code)
-        chat_format = getattr(self.trainer.datamodule, "chat_format", None)
+        chat_format = chat_format_of(self.trainer.datamodule)
         same = chat_format is not None and not different_tokens(scorer.tokenizer, chat_format.tokenizer)
         decoder = hasattr(scorer.model, "backbone") and config.model_type == self.backbone_config.model_type
         return scorer.name if same and decoder and is_reward_network(config) else backbone
