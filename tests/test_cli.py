@@ -97,9 +97,15 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", QUICKSTART, "--trainer.max_epochs", "many"], ["trainer.max_epochs", "many"]),
         (["fit", "--config", QUICKSTART, "--data.batch_size", "abc"], ["data", "batch_size", "'abc'"]),
         (["fit", "--config", QUICKSTART, "--data.batch_size", "-1"], ["data", "batch_size", "-1", "v>0"]),
-        (["fit", "--config", QUICKSTART, "--model.centering", "-1"], ["model", "centering", "-1", "v>=0"]),
+        (
+            ["fit", "--config", QUICKSTART, "--model.center_rewards_coefficient", "-1"],
+            ["model", "center_rewards_coefficient", "-1", "v>=0"],
+        ),
         (["fit", "--config", QUICKSTART, "--model.label_smoothing", "0.5"], ["label_smoothing", "0.5"]),
-        (["fit", "--config", QUICKSTART, "--model.schedule", "steep"], ["schedule", "'linear'", "steep"]),
+        (
+            ["fit", "--config", QUICKSTART, "--model.lr_scheduler_type", "steep"],
+            ["lr_scheduler_type", "'linear'", "steep"],
+        ),
         (["fit", "--config", QUICKSTART, "--model", "Nonsense"], ["model", "no such class", "Nonsense"]),
         (["fit", "--config", QUICKSTART, "--model.optimizer", "Nonsense"], ["optimizer", "Nonsense"]),
         (["fit", "--config", QUICKSTART, "--model.optimizer.lrr", "1"], ["optimizer", "'lrr' is not accepted"]),

@@ -121,7 +121,7 @@ def test_a_template_of_the_run_is_exported_with_the_model_and_with_the_arguments
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     (tmp_path / "mine.jinja").write_text(template)
-    options = {"chat_template": str(tmp_path / "mine.jinja"), "template_arguments": {"tone": "Be kind."}}
+    options = {"chat_template": str(tmp_path / "mine.jinja"), "chat_template_kwargs": {"tone": "Be kind."}}
     path = checkpoint("build_dpo", data=options)
     (tmp_path / "mine.jinja").unlink()
     own = DPO.load_from_checkpoint(path).policy
@@ -207,7 +207,7 @@ def test_a_directory_that_holds_something_else_is_refused(checkpoint, tmp_path, 
 
 
 def test_export_best_refuses_to_merge_into_four_bits_before_the_training(build_dpo, trainer, tmp_path):  # noqa: F811
-    module, datamodule = build_dpo(model=LORA | {"quantization": "4bit"})
+    module, datamodule = build_dpo(model=LORA | {"load_in_4bit": True})
     with pytest.raises(ConfigurationError, match="set merge: false"):
         trainer(callbacks=[ExportBest(str(tmp_path / "best"))]).fit(module, datamodule)
 

@@ -637,7 +637,7 @@ def test_what_settings_name_is_found_in_files_directories_prefixes_and_modules(t
         Path(name).mkdir()
     settings = {
         "model.backbone": "policy",
-        "model.reference": "precomputed:reference",
+        "model.reference": "reference",
         "model.reward_model": "rewards:length",
         "data.train": ["pairs.jsonl", "hub/name"],
         "data.val[0].source": "more.jsonl",

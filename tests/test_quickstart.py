@@ -73,7 +73,7 @@ def ppo(quickstart, trainer):  # noqa: F811
         factory = functools.partial(torch.optim.AdamW, **settings.pop("optimizer")["init_args"])
         seed_everything(seed)
         backbone = str(quickstart[0] / "models" / "quickstart_sft")
-        settings |= {"backbone": backbone, "samples_per_prompt": 1, "micro_batch_size": 64, "epochs": 2}
+        settings |= {"backbone": backbone, "num_generations": 1, "micro_batch_size": 64, "num_ppo_epochs": 2}
         module = PPO(**settings | {"reward_model": reward_model}, optimizer=factory)
         prompts = PromptDataModule(**data | {"batch_size": 54, "seed": seed}, tokenizer=backbone)
         module.rewards = AlsoTrue(reward_model, batch_size=64)

@@ -82,7 +82,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     warn_of_divergence(stored)
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []
-    options += ["4bit"] if module.hparams.get("quantization") else []
+    options += ["4bit"] if module.hparams.get("load_in_4bit") else []
     check_room(directory, exported_bytes(module, merge=merge), "the model")
     with replaced_model(directory) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
@@ -140,7 +140,7 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
     chat_format = ChatFormat(
         tokenizer,
         chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
-        template_arguments=origin.get("template_arguments"),  # checkpoints of before have none
+        chat_template_kwargs=origin.get("chat_template_kwargs"),  # checkpoints of before have none
     )
     chat_format.save_pretrained(directory)
     end_at(directory, chat_format.terminator_id)

@@ -62,7 +62,7 @@ def load_chat_format(
     tokenizer: TokenizerSource | None,
     *,
     chat_template: str | None = None,
-    template_arguments: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> ChatFormat:
     """The format of the tokenizer that a data module was given, by hub name or directory or as an object.
@@ -79,7 +79,7 @@ def load_chat_format(
             f"data.tokenizer: a {type(tokenizer).__name__} is no tokenizer of transformers; give its hub name or "
             "directory, or wrap it in PreTrainedTokenizerFast(tokenizer_object=...)"
         )
-    chat_format = ChatFormat(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
+    chat_format = ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
     prompt = chat_format.generation_text(PROBE)
     if not _begins(*chat_format.encode_prompts([prompt + REPLY_PROBE, prompt])):
         log.warning(
@@ -162,9 +162,9 @@ class ChatFormat(ChatText):
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template: str | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template, template_arguments=template_arguments)
+        super().__init__(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
         self.terminator_id = self._choose_terminator()
         self.start_ids = self._find_start_ids()
         before, _, after = self.generation_text(PROBE).partition(USER_PROBE)
@@ -423,7 +423,7 @@ class ChatFormat(ChatText):
                 self.tokenizer.save_pretrained(directory)
                 for file in sorted(directory.iterdir()):
                     digest.update(file.read_bytes())
-        rules = (_RULES, self.template, sorted(self.template_arguments.items()), self.start_ids, self.terminator_id)
+        rules = (_RULES, self.template, sorted(self.chat_template_kwargs.items()), self.start_ids, self.terminator_id)
         spelling = (self.prompt_tail, self.opening, self.response_lead, self.response_trail, self.end)
         frame = (self.head_ids, self.tail_length, sorted(self.control_ids))
         digest.update(repr((*rules, *spelling, *frame, self.tokenizer.special_tokens_map)).encode())
@@ -448,7 +448,7 @@ class ChatFormat(ChatText):
         end, *start = self.tokenizer.convert_ids_to_tokens([self.terminator_id, *self.start_ids])
         template = self.template or TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
         # Each line ends with a block, after which Jinja, as transformers sets it up, leaves out the line end.
-        for name, value in self.template_arguments.items():
+        for name, value in self.chat_template_kwargs.items():
             if name.isidentifier() and name in template:
                 template = f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n{template}"
         prompt = self.generation_text(PROBE)

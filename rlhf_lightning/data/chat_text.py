@@ -54,7 +54,7 @@ class ChatText:
     """How a tokenizer writes a conversation as text: `prompt_text`, then `response_text`, then `end`.
 
     Uses the tokenizer's chat template, the Jinja file `chat_template`, or, when there is neither or `chat_template` is
-    `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. `template_arguments` are handed to the
+    `"transcript"`, the plain format `\\n\\nHuman: ...\\n\\nAssistant: ...`. `chat_template_kwargs` are handed to the
     template, such as `{enable_thinking: false}` (Qwen 3) or `{date_string: 26 Jul 2024}` (Llama 3.1).
 
     A response is written as the template writes the last turn of a conversation: with the empty thought that it puts
@@ -72,10 +72,10 @@ class ChatText:
         tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template: str | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template_arguments = _checked_arguments(template_arguments or {})
+        self.chat_template_kwargs = _checked_arguments(chat_template_kwargs or {})
         self.template = self._choose_template(chat_template)
         self.prompt_tail = ""
         """The header of a reply, where the template leaves it out of its generation prompt."""
@@ -265,7 +265,7 @@ class ChatText:
         if first != second:
             advice = "give a copy with a fixed date: chat_template: FILE.jinja"
             if "date_string" in self.template:
-                advice = 'fix it with template_arguments: {date_string: "26 Jul 2024"}'
+                advice = 'fix it with chat_template_kwargs: {date_string: "26 Jul 2024"}'
             raise ModelError(f"the chat template writes the current date, so a run differs from day to day; {advice}")
 
     def _choose_template(self, chat_template: str | None) -> str | None:
@@ -291,7 +291,7 @@ class ChatText:
                 chat_template=template or self.template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self.template_arguments,
+                **self.chat_template_kwargs,
             )
         except Exception as error:  # Jinja's own errors, and whatever a template raises on purpose
             roles = ", ".join(message["role"] for message in messages)
@@ -322,12 +322,12 @@ def _checked_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a template, which must be plain values: transformers hands it `<date>` in place of a date."""
     for name, value in arguments.items():
         if name in _OWN_ARGUMENTS:
-            raise ConfigurationError(f"template_arguments: {name} is what this program itself hands to the template")
+            raise ConfigurationError(f"chat_template_kwargs: {name} is what this program itself hands to the template")
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"template_arguments: {name} is a {type(value).__name__}, which no template can read; give text, "
+                f"chat_template_kwargs: {name} is a {type(value).__name__}, which no template can read; give text, "
                 "numbers, true, false, or lists and mappings of them"
             ) from error
     return dict(arguments)

@@ -65,7 +65,7 @@ class DataModule(LightningDataModule):
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
             when not given (`transcript` where it has none).
-        template_arguments: Handed to the template, such as `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.
+        chat_template_kwargs: Handed to the template: `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.
         val_fraction: Share of prompts held out when no validation data is given.
         shuffle: A new order each epoch, from the seed and the epoch; false keeps the file's order.
         seed: Of the order and of a random selection of rows; the run's `seed_everything` when not given, else 0.
@@ -90,7 +90,7 @@ class DataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         on_bad_rows: OnBadRows = "error",
         chat_template: str | None = None,
-        template_arguments: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         val_fraction: OpenUnitInterval = 0.1,
         shuffle: bool = True,
         seed: NonNegativeInt | None = None,
@@ -106,7 +106,7 @@ class DataModule(LightningDataModule):
         self.columns = columns
         self.on_bad_rows = on_bad_rows
         self.chat_template = chat_template
-        self.template_arguments = template_arguments
+        self.chat_template_kwargs = chat_template_kwargs
         self.val_fraction = val_fraction
         self.shuffle = shuffle
         self.group_by_length = False
@@ -147,7 +147,7 @@ class DataModule(LightningDataModule):
             self.chat_format = load_chat_format(
                 self.tokenizer,
                 chat_template=self.chat_template,
-                template_arguments=self.template_arguments,
+                chat_template_kwargs=self.chat_template_kwargs,
                 trust_remote_code=self.trust_remote_code,
             )
         new = [role for role in roles if role not in self.rows]
@@ -262,7 +262,7 @@ class PreferenceDataModule(DataModule):
         tokenizer: Hub name or directory. The command line fills in the model's backbone.
         max_length: Longest row in tokens: prompt, response and terminator.
         batch_size: Pairs in one forward pass on one device; two rows each.
-        truncation: For pairs over max_length. `keep_response` cuts the prompt from the left and drops what still does
+        truncation: For pairs over max_length. `left` truncates the prompt from the left and drops what still does
             not fit; `drop` drops the pair; `error` refuses the source.
         max_train_pairs: Train on so many pairs, chosen at random by the seed; all when not given.
         group_by_length: Put pairs of like length into one forward pass, within an optimizer step. Changes no result.
@@ -278,7 +278,7 @@ class PreferenceDataModule(DataModule):
         tokenizer: TokenizerSource | None = None,
         max_length: PositiveInt = 1024,
         batch_size: PositiveInt = 8,
-        truncation: Truncation = "keep_response",
+        truncation: Truncation = "left",
         max_train_pairs: PositiveInt | None = None,
         group_by_length: bool = True,
         **kwargs: Any,
@@ -338,8 +338,8 @@ class PromptDataModule(DataModule):
         test: Prompts for `test` and `predict`. Without it: the directory's own test file, or the validation prompts.
         tokenizer: Hub name or directory. The command line fills in the model's backbone.
         max_prompt_length: Longest prompt in tokens, up to where the assistant's reply begins.
-        truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `cut` cuts them from the
-            left, after the template's head, for the policy and for the reward model alike; `error` refuses the source.
+        truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `left` truncates them
+            from the left, after the template's head, for policy and reward model alike; `error` refuses the source.
         unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
             not count.
         max_train_prompts: Train on so many prompts, chosen at random by the seed; all when not given.

@@ -38,7 +38,7 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 _SIDES = ("chosen", "rejected")
 _WITHOUT_A_PLACE = {
     "tools": "remove the column, or write the tools into the system message as the model's chat template does",
-    "chat_template_kwargs": "remove the column, and set data.template_arguments for all rows alike",
+    "chat_template_kwargs": "remove the column, and set data.chat_template_kwargs for all rows alike",
 }
 """Columns that change what a chat template writes, row by row, and what to do instead."""
 _LARGEST_MARGIN = 1e6

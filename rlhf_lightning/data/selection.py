@@ -20,11 +20,11 @@ from rlhf_lightning.data.tokenized import TokenStore
 from rlhf_lightning.data.truncation import resume_at, truncate_left
 from rlhf_lightning.errors import DataError
 
-Truncation = Literal["keep_response", "drop", "error"]
-"""What to do with a pair longer than max_length: `keep_response` cuts its prompt from the left (see
+Truncation = Literal["left", "drop", "error"]
+"""What to do with a pair longer than max_length: `left` cuts its prompt from the left (see
 `ChatFormat.encode_turns`), and drops the pair when nothing of its last turn would stay; `drop` drops it; `error`
 refuses the source."""
-PromptTruncation = Literal["cut", "drop", "error"]
+PromptTruncation = Literal["left", "drop", "error"]
 """What to do with a prompt longer than max_prompt_length: `cut` cuts it from the left (see `ChatFormat.encode_turns`)
 and drops it when nothing of its last turn would stay, or when its turns cannot be told apart; `drop` drops it; `error`
 refuses the source."""
@@ -187,15 +187,15 @@ class Fit(NamedTuple):
     """[R] bool: kept, with the prompt truncated from the left."""
 
 
-def fit_pairs(store: TokenStore, *, max_length: int, truncation: Truncation = "keep_response") -> Fit:
+def fit_pairs(store: TokenStore, *, max_length: int, truncation: Truncation = "left") -> Fit:
     """Decide on each pair by its longer side. Truncation keeps the head and at least one id of the last turn."""
     room = max_length - store.lengths[:, 1:].max(axis=1)
-    return _fit(store, room, cut=truncation == "keep_response")
+    return _fit(store, room, cut=truncation == "left")
 
 
 def fit_prompts(store: TokenStore, *, max_length: int, truncation: PromptTruncation = "drop") -> Fit:
     """The same for prompts. One whose turns cannot be told apart is not truncated, for a reward model reads them."""
-    fit = _fit(store, max_length, cut=truncation == "cut")
+    fit = _fit(store, max_length, cut=truncation == "left")
     blurred = fit.cut & ~store.numbers("divided")
     return Fit(fit.kept & ~blurred, fit.cut & ~blurred)
 
@@ -212,7 +212,7 @@ def select_pairs(
     masks: Sequence[np.ndarray],
     *,
     max_length: int,
-    truncation: Truncation = "keep_response",
+    truncation: Truncation = "left",
     part: Part | None = None,
 ) -> tuple[TokenizedPairs, LoadReport]:
     """The rows of some stores that a run takes: those of `masks` ([R] bool each) that fit into `max_length`.
@@ -230,7 +230,7 @@ def select_pairs(
         )
 
     rows, messages, report = _fitting_rows(stores, masks, fits, describe, part=part)
-    advice = "raise max_length" + (", or set truncation: keep_response or drop" if truncation == "error" else "")
+    advice = "raise max_length" + (", or set truncation: left or drop" if truncation == "error" else "")
     _enforce_fit(rows, masks, messages, report, refuse=truncation == "error", noun="pairs", advice=advice)
     return TokenizedPairs(stores, rows, max_length=max_length), report
 
@@ -257,7 +257,7 @@ def select_prompts(
         return f"the prompt has {store.lengths[row, 0]} tokens, max_prompt_length is {max_length}{why}"
 
     rows, messages, report = _fitting_rows(stores, masks, fits, describe, part=part)
-    advice = {"cut": "", "drop": ", or set truncation: cut", "error": ", or set truncation: cut or drop"}[truncation]
+    advice = {"left": "", "drop": ", or set truncation: left", "error": ", or set truncation: left or drop"}[truncation]
     advice = f"raise max_prompt_length{advice}"
     _enforce_fit(rows, masks, messages, report, refuse=truncation == "error", noun="prompts", advice=advice)
     prompts = TokenizedPrompts(stores, rows, max_length=max_length)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,35 +37,34 @@ from rlhf_lightning.models.storage import replaced_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Quantization = Literal["4bit"]
-"""`4bit`: NF4 with double quantization (Dettmers et al. 2023, QLoRA, arXiv 2305.14314)."""
-
 _PROBE_TOKENS = 6
 _PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters: W + (alpha / r) B A, with B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
+    """Low-rank adapters: W + (lora_alpha / r) B A, with B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         r: Rank.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: Of the adapters' input. Above 0 the policy's log-probs become random numbers.
-        targets: Names of the layers that get adapters (`[q_proj, v_proj]`), or `all-linear` for every linear layer but
-            the output layer.
+        lora_alpha: Scale; the update is multiplied by lora_alpha / r.
+        lora_dropout: Of the adapters' input. Above 0 the policy's log-probs become random numbers.
+        target_modules: Names of the layers that get adapters (`[q_proj, v_proj]`), or `all-linear` for every linear
+            layer but the output layer.
         modules_to_save: Layers that are trained whole beside the adapters, such as `lm_head`.
     """
 
     r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: str | list[str] = "all-linear"
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ModelError(f"lora: r must be 1 or more, alpha above 0, dropout in [0, 1); given {asdict(self)}")
+        if self.r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ModelError(
+                f"lora: r must be 1 or more, lora_alpha above 0, lora_dropout in [0, 1); given {asdict(self)}"
+            )
 
 
 class ResponseStates(NamedTuple):
@@ -123,7 +122,7 @@ class CausalLM(nn.Module):
         name_or_path: str,
         *,
         lora: Lora | None = None,
-        quantization: Quantization | None = None,
+        load_in_4bit: bool = False,
         attn_implementation: AttentionImplementation | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -137,9 +136,9 @@ class CausalLM(nn.Module):
         from transformers import AutoModelForCausalLM
 
         config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
-        if quantization is not None and lora is None:
-            raise ModelError("model.quantization: 4-bit weights cannot be trained; give model.lora as well")
-        extra = {} if quantization is None else {"quantization_config": four_bits()}
+        if load_in_4bit and lora is None:
+            raise ModelError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
+        extra = {"quantization_config": four_bits()} if load_in_4bit else {}
         model = load_weights(
             AutoModelForCausalLM,
             name_or_path,
@@ -230,7 +229,7 @@ class CausalLM(nn.Module):
         """
         model = inner_model(self.model)
         if getattr(model, "is_quantized", False):
-            raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out quantization")
+            raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out load_in_4bit")
         weights = {name: weight.to(dtype) for name, weight in self._merged_weights().items()}
         with replaced_model(directory) as made:
             model.save_pretrained(made, state_dict=weights, max_shard_size="5GB")
@@ -353,18 +352,22 @@ def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
     names = [name for name, _ in model.named_modules()]
     absent = [key for key in lora.modules_to_save or [] if not any(name.split(".")[-1] == key for name in names)]
     layers = sorted({name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
-    given = [] if isinstance(lora.targets, str) else lora.targets  # peft takes one text for a regular expression
+    given = (
+        [] if isinstance(lora.target_modules, str) else lora.target_modules
+    )  # peft takes one text for a regular expression
     unknown = [key for key in given if not any(f".{name}".endswith(f".{key}") for name in names)]
     if unknown:
-        raise ModelError(f"model.lora.targets: {unknown[0]} matches no layer of this model; use some of {layers}")
+        raise ModelError(
+            f"model.lora.target_modules: {unknown[0]} matches no layer of this model; use some of {layers}"
+        )
     if absent:
         raise ModelError(f"model.lora.modules_to_save: {absent[0]} is no layer of this model, which has {layers}")
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
     )
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -375,8 +378,8 @@ def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
             wrapped = get_peft_model(model, settings)
         except ValueError as error:
             raise ModelError(
-                f"model.lora.targets: {lora.targets} matches no layer that can have adapters ({reason_of(error)}); "
-                f"use all-linear, or some of {layers}"
+                f"model.lora.target_modules: {lora.target_modules} matches no layer that can have adapters "
+                f"({reason_of(error)}); use all-linear, or some of {layers}"
             ) from error
     ends = {
         "output layer": inner_model(wrapped).get_output_embeddings(),
@@ -384,7 +387,9 @@ def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
     }
     for what, layer in ends.items():
         if isinstance(layer, BaseTunerLayer) and (tied or what == "output layer"):
-            raise ModelError(f"model.lora.targets: {lora.targets} matches the {what}; leave it out of the targets")
+            raise ModelError(
+                f"model.lora.target_modules: {lora.target_modules} matches the {what}; leave it out of the targets"
+            )
         if hasattr(layer, "modules_to_save") and tied:
             raise ModelError(
                 f"model.lora.modules_to_save: the {what} share their weights with the other end of this model, and "
@@ -401,15 +406,16 @@ def _check_adapters(model: nn.Module, lora: Lora) -> None:
         hidden_states(decoder(model), ids, ids.bool())
     except Exception as error:  # peft asks for nothing, and fails in the middle of a layer
         raise ModelError(
-            f"model.lora.targets: adapters on {lora.targets} do not run in a {inner_model(model).config.model_type} "
-            f"model ({reason_of(error)}); name other layers, such as [q_proj, v_proj]"
+            f"model.lora.target_modules: adapters on {lora.target_modules} do not run in a "
+            f"{inner_model(model).config.model_type} model ({reason_of(error)}); name other layers, such as "
+            "[q_proj, v_proj]"
         ) from error
 
 
 def four_bits() -> Any:
     """The quantization of QLoRA, for transformers. Raises `ModelError` without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("model.quantization: the package bitsandbytes is not installed; pip install bitsandbytes")
+        raise ModelError("model.load_in_4bit: the package bitsandbytes is not installed; pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     half = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32

@@ -243,7 +243,7 @@ def _changes(run: Run) -> Iterator[_Change]:
         yield _Change(keys, _smaller_batches(fewer * per_pair, accumulate))
     yield _Change({"data.eval_batch_size": "1"}, lambda run: replace(run, eval_rows=per_pair))
     if run.reference == "copy":
-        keys = {"model.reference": "precomputed"}
+        keys = {"model.precompute_reference": "true"}
         yield _Change(keys, lambda run: replace(run, reference="precomputed"))
     if not run.zero and not run.on_cpu and not run.quantized:
         keys = {"trainer.strategy": "zero2", "trainer.precision": "16-mixed"}
@@ -258,7 +258,7 @@ def _changes(run: Run) -> Iterator[_Change]:
     if adapters:
         yield _Change(adapters, _on_adapters)
     if not run.quantized and not run.on_cpu:
-        keys = adapters | {"model.quantization": "4bit", "trainer.strategy": "auto", "trainer.precision": "16-mixed"}
+        keys = adapters | {"model.load_in_4bit": "true", "trainer.strategy": "auto", "trainer.precision": "16-mixed"}
         yield _Change(keys, _on_four_bits)
 
 

@@ -142,7 +142,7 @@ def run_of(
         sample_tokens=tokens + max(samples) if samples else 0,
         optimizer_bytes=states,
         optimizer_temporary=temporary,
-        quantized=hparams.get("quantization") is not None,
+        quantized=hparams.get("load_in_4bit", False),
     )
 
 

@@ -244,7 +244,7 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
         "class": type(module).__name__,
         "tokenizer": data.tokenizer_source if isinstance(data, DataModule) else None,
         "chat_template": chat_format.template if chat_format else None,
-        "template_arguments": chat_format.template_arguments if chat_format else {},
+        "chat_template_kwargs": chat_format.chat_template_kwargs if chat_format else {},
         "training": training,
     }
     for callback in trainer.callbacks:

@@ -48,7 +48,6 @@ from rlhf_lightning.training.references import (
     choose_reference,
     named_like_a_kind,
     precomputed_logprobs,
-    split_precomputed,
 )
 
 log = logging.getLogger(__name__)
@@ -75,8 +74,8 @@ class DPO(PolicyModule):
             is taken within each response, so that every pair counts the same, whatever its length and its batch.
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
-            given. `precomputed`, or `precomputed:NAME` for another model, computes its log-probs once, keeps them on
-            disk, and trains without it in memory. `simpo` and `orpo` have none.
+            given. `simpo` and `orpo` have none.
+        precompute_reference: Compute the reference's log-probs once, keep them on disk, and train without it in memory.
         reference_cache: Where precomputed log-probs are kept; `~/.cache/rlhf_lightning/references` when not given.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 5e-6 when none is named.
@@ -97,6 +96,7 @@ class DPO(PolicyModule):
         dpop_lambda: NonNegativeFloat | None = None,
         sft_weight: NonNegativeFloat = 0.0,
         reference: str | None = None,
+        precompute_reference: bool = False,
         reference_cache: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-6),
         warmup_ratio: Fraction = 0.1,
@@ -111,15 +111,16 @@ class DPO(PolicyModule):
             alpha=alpha,
             dpop_lambda=dpop_lambda,
         )
-        self.precomputed, kind = split_precomputed(reference)
+        self.precomputed = precompute_reference
         self.reference_source = None
         if self.loss.uses_reference:
             self.reference_source = choose_reference(
-                kind, backbone, adapters=self.lora is not None, quantization=self.hparams.quantization
+                reference, backbone, adapters=self.lora is not None, load_in_4bit=self.hparams.load_in_4bit
             )
-        elif reference is not None:
+        elif reference is not None or precompute_reference:
             raise ConfigurationError(
-                f"model.reference: the loss {loss_type} has no reference; leave the key out (null)"
+                f"model.reference: the loss {loss_type} has no reference; leave the key out (null), and "
+                "model.precompute_reference"
             )
         if self.reference_source not in (None, ADAPTER, backbone):
             try:
@@ -128,8 +129,7 @@ class DPO(PolicyModule):
                 if not named_like_a_kind(self.reference_source):
                     raise
                 raise ConfigurationError(
-                    f"model.reference: {self.reference_source} is neither frozen, adapter or precomputed nor a model "
-                    f"({error})"
+                    f"model.reference: {self.reference_source} is neither frozen nor adapter nor a model ({error})"
                 ) from error
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self._frozen: FrozenCausalLM | None = None
@@ -369,5 +369,5 @@ class DPO(PolicyModule):
         if not self._moved and self._steps_without_move >= allowed:
             raise TrainingError(
                 f"step {self.trainer.global_step}: the optimizer stepped with learning rate {self._learning_rate:g}, "
-                "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.targets"
+                "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.target_modules"
             )

@@ -30,7 +30,8 @@ def find_estimator(name: str) -> AdvantageEstimator:
         near = difflib.get_close_matches(name, ADVANTAGES)
         meant = f"did you mean {' or '.join(near)}? It is" if near else "use"
         raise ConfigurationError(
-            f"model.advantage: {name!r} is no estimator; {meant} one of {', '.join(ADVANTAGES)}, or module:function"
+            f"model.advantage_estimator: {name!r} is no estimator; {meant} one of {', '.join(ADVANTAGES)}, or "
+            "module:function"
         )
     found = load_function(name, f"one of {', '.join(ADVANTAGES)}")
     estimator = found if isinstance(found, AdvantageEstimator) else AdvantageEstimator(found)
@@ -45,9 +46,12 @@ def _try(name: str, estimator: AdvantageEstimator) -> None:
     try:
         made = estimator(rewards, values, mask, group_size=_GROUP, gamma=1.0, gae_lambda=0.95)
     except Exception as error:  # a user's function may raise anything
-        raise ConfigurationError(f"model.advantage: {name} fails on a small rollout: {reason_of(error)}") from error
+        raise ConfigurationError(
+            f"model.advantage_estimator: {name} fails on a small rollout: {reason_of(error)}"
+        ) from error
     pair = isinstance(made, tuple) and len(made) == 2
     if not pair or any(not isinstance(each, Tensor) or each.shape != shape for each in made):
         raise ConfigurationError(
-            f"model.advantage: {name} does not give (advantages, returns), each of the shape of the rewards, [B, T]"
+            f"model.advantage_estimator: {name} does not give (advantages, returns), each of the shape of the rewards, "
+            "[B, T]"
         )

@@ -23,7 +23,7 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config
-from rlhf_lightning.models.causal_lm import CausalLM, Lora, Quantization, load_causal_config
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
 from rlhf_lightning.training.checkpoints import (
     check_whole,
     complete_adapters,
@@ -76,7 +76,7 @@ class TrainedModule(LightningModule):
     Args:
         backbone: What the network begins as: hub name or directory of a model, or `builtin:tiny`.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them.
-        schedule: Learning rate after the warm-up.
+        lr_scheduler_type: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
@@ -103,7 +103,7 @@ class TrainedModule(LightningModule):
         self,
         backbone: str,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
-        schedule: Schedule = "linear",
+        lr_scheduler_type: Schedule = "linear",
         warmup_ratio: Fraction = 0.03,
         attn_implementation: AttentionImplementation | None = None,
         gradient_checkpointing: bool = False,
@@ -182,7 +182,10 @@ class TrainedModule(LightningModule):
 
     def configure_optimizers(self):
         return optimizer_and_schedule(
-            self, self.optimizer_factory, schedule=self.hparams.schedule, warmup_ratio=self.hparams.warmup_ratio
+            self,
+            self.optimizer_factory,
+            schedule=self.hparams.lr_scheduler_type,
+            warmup_ratio=self.hparams.warmup_ratio,
         )
 
     def on_fit_start(self) -> None:
@@ -225,15 +228,13 @@ class PolicyModule(TrainedModule):
     A class derived from it gives `training_step`, `trial_loss` and `measure`.
 
     Args:
-        lora: Train low-rank adapters alone: `{r: 16, alpha: 32, dropout: 0, targets: all-linear}`.
-        quantization: `4bit` holds the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
+        lora: Train low-rank adapters alone: `{r: 16, lora_alpha: 32, lora_dropout: 0, target_modules: all-linear}`.
+        load_in_4bit: Hold the weights below the adapters in NF4 (QLoRA); needs bitsandbytes.
     """
 
     read_config = staticmethod(load_causal_config)
 
-    def __init__(
-        self, backbone: str, lora: Lora | None = None, quantization: Quantization | None = None, **shared: Any
-    ) -> None:
+    def __init__(self, backbone: str, lora: Lora | None = None, load_in_4bit: bool = False, **shared: Any) -> None:
         super().__init__(backbone, **shared)
         if isinstance(lora, Lora):  # a checkpoint holds plain values
             self.save_hyperparameters({"lora": (lora := asdict(lora))})
@@ -254,7 +255,7 @@ class PolicyModule(TrainedModule):
         self.policy = CausalLM.from_pretrained(
             settings.backbone,
             lora=self.lora,
-            quantization=settings.quantization,
+            load_in_4bit=settings.load_in_4bit,
             gradient_checkpointing=settings.gradient_checkpointing,
             **self.loading,
         )

@@ -79,7 +79,7 @@ class PPO(PolicyModule):
     """PPO: a causal language model tuned on the rewards of its own replies, held near a reference.
 
     Each batch of prompts is a rollout: replies are drawn, scored and turned into advantages, and the policy and the
-    value model learn from them in `epochs` passes of `minibatches` optimizer steps.
+    value model learn from them in `num_ppo_epochs` passes of `num_mini_batches` optimizer steps.
 
     Args:
         backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
@@ -89,35 +89,35 @@ class PPO(PolicyModule):
         reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
             `pair`, prompt and reply as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a
             Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
-        advantage: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other replies to the
-            same prompt, or `reinforce++`, against the whole rollout. Or `module:function` of yours, which takes what
-            the functions of `rlhf_lightning.functional.advantages.ADVANTAGES` take.
+        advantage_estimator: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other
+            responses to the same prompt, or `reinforce++`, against the whole rollout. Or `module:function` of yours,
+            which takes what the functions of `rlhf_lightning.functional.advantages.ADVANTAGES` take.
         value_model: Directory or hub name of what the value model begins as; `shared` is a head on the policy's hidden
             states. When not given, the reward model if it has the policy's tokenizer, else the policy's backbone.
-        value_coef: Weight of the value loss.
+        vf_coef: Weight of the value loss.
         value_lr: Learning rate of the value model, whose parameters are a group of their own.
-        samples_per_prompt: Replies drawn to each prompt.
+        num_generations: Replies drawn to each prompt.
         max_new_tokens: Longest reply.
-        temperature: Of the drawing, and so of all log-probs.
-        generation_batch_size: Replies drawn or scored at a time; changes no result.
+        temperature: Sampling temperature; applied to all log-probs.
+        generation_micro_batch_size: Replies drawn or scored at a time; changes no result.
         engine: What draws the replies: `transformers`, the policy itself; or the URL of a vLLM server, which is given
             the weights before each rollout. Its log-probs are not learned from: the policy scores each reply again.
         engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
-        epochs: Passes over a rollout.
-        minibatches: Optimizer steps in each pass; each process's replies are divided at random.
+        num_ppo_epochs: Passes over a rollout.
+        num_mini_batches: Optimizer steps in each pass; each process's replies are divided at random.
         micro_batch_size: Replies in one forward and backward pass; changes no result.
         clip_range: Of the ratio of probabilities.
-        value_clip_range: How far a value may move, in units of reward.
+        clip_range_value: How far a value may move, in units of reward.
         gamma: Discount per token.
         gae_lambda: Of the generalized advantages.
         whiten_advantages: Give them mean 0 and variance 1 over the rollout of all processes; for `gae`.
         kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
             that of the reply (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss beside
             advantages that are in standard deviations of a group's scores.
-        kl_target: Nats per reply that the coefficient is steered to; it stays as it is when not given.
-        kl_horizon: Replies over which the steering works.
-        kl_stop: Approximate KL from the policy that drew the rollout, in nats per token, at 1.5 times of which its
-            remaining passes are left out; none when not given.
+        adaptive_kl_target: Nats per response that `kl_coef` is steered to (Ziegler et al. 2019); fixed when not given.
+        kl_horizon: Responses over which it is steered there.
+        target_kl: Skip a rollout's remaining passes once the approximate KL to the policy that sampled it, in nats per
+            token, exceeds 1.5 times this; never when not given.
         missing_eos_penalty: Taken off the score of a reply that did not end in `max_new_tokens` tokens.
         normalize_scores: Divide scores by the standard deviation of all so far, after taking off their mean.
         score_clip: Largest size of a score, after that.
@@ -141,28 +141,28 @@ class PPO(PolicyModule):
         backbone: str,
         reward_model: str | Callable[..., Any],
         reward_chat_template: str | None = None,
-        advantage: AdvantageName = "gae",
+        advantage_estimator: AdvantageName = "gae",
         value_model: str | None = None,
-        value_coef: NonNegativeFloat = 0.1,
+        vf_coef: NonNegativeFloat = 0.1,
         value_lr: PositiveFloat = 1e-5,
-        samples_per_prompt: PositiveInt = 1,
+        num_generations: PositiveInt = 1,
         max_new_tokens: PositiveInt = 128,
         temperature: PositiveFloat = 1.0,
-        generation_batch_size: PositiveInt = 64,
+        generation_micro_batch_size: PositiveInt = 64,
         engine: str = TRANSFORMERS,
         engine_directory: str = "runs/vllm_weights",
-        epochs: PositiveInt = 4,
-        minibatches: PositiveInt = 1,
+        num_ppo_epochs: PositiveInt = 4,
+        num_mini_batches: PositiveInt = 1,
         micro_batch_size: PositiveInt = 8,
         clip_range: PositiveFloat = 0.2,
-        value_clip_range: PositiveFloat = 0.2,
+        clip_range_value: PositiveFloat = 0.2,
         gamma: ClosedUnitInterval = 1.0,
         gae_lambda: ClosedUnitInterval = 0.95,
         whiten_advantages: bool = True,
         kl_coef: NonNegativeFloat = 0.05,
-        kl_target: PositiveFloat | None = None,
+        adaptive_kl_target: PositiveFloat | None = None,
         kl_horizon: PositiveFloat = 10000.0,
-        kl_stop: PositiveFloat | None = None,
+        target_kl: PositiveFloat | None = None,
         missing_eos_penalty: NonNegativeFloat = 1.0,
         normalize_scores: bool = False,
         score_clip: PositiveFloat | None = None,
@@ -177,19 +177,19 @@ class PPO(PolicyModule):
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.automatic_optimization = False
         self.reward_source = reward_source
-        self.estimator = find_estimator(advantage)
+        self.estimator = find_estimator(advantage_estimator)
         self._check_settings()
         self.reference_source = choose_reference(
-            reference, backbone, adapters=self.lora is not None, quantization=self.hparams.quantization
+            reference, backbone, adapters=self.lora is not None, load_in_4bit=self.hparams.load_in_4bit
         )
         if self.reference_source not in (ADAPTER, backbone):
             config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)
             check_reference_config(self.reference_source, config, backbone, self.backbone_config)
         self.rewards: RewardSource | None = None
-        self.engine: RolloutEngine = TransformersEngine(generation_batch_size)
+        self.engine: RolloutEngine = TransformersEngine(generation_micro_batch_size)
         if engine != TRANSFORMERS:
             self.engine = VLLMEngine(engine, engine_directory)
-        self.kl_control = AdaptiveKLController(kl_coef or 1.0, kl_target or 1.0, kl_horizon)
+        self.kl_control = AdaptiveKLController(kl_coef or 1.0, adaptive_kl_target or 1.0, kl_horizon)
         self.moments = RunningMoments()
         self.rollouts_done = 0
         self.rollout_log = RolloutLog(self)
@@ -204,27 +204,29 @@ class PPO(PolicyModule):
     def _check_settings(self) -> None:
         settings = self.hparams
         check_text_of(settings.reward_model, settings.reward_chat_template, "model.reward_chat_template")
-        if settings.kl_target is not None and settings.kl_coef == 0:
+        if settings.adaptive_kl_target is not None and settings.kl_coef == 0:
             raise ConfigurationError(
-                "model.kl_target: the coefficient that it steers is model.kl_coef, which is 0 and stays so; give a "
-                "start above 0"
+                "model.adaptive_kl_target: the coefficient that it steers is model.kl_coef, which is 0 and stays so; "
+                "give a start above 0"
             )
         if settings.engine != TRANSFORMERS and not settings.engine.startswith(("http://", "https://")):
             raise ConfigurationError(
                 f"model.engine: {settings.engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM "
                 "server"
             )
-        if self.estimator.uses_groups and settings.samples_per_prompt < 2:
+        if self.estimator.uses_groups and settings.num_generations < 2:
             raise ConfigurationError(
-                f"model.advantage: {settings.advantage} compares replies to one prompt; set "
-                "model.samples_per_prompt to 2 or more"
+                f"model.advantage_estimator: {settings.advantage_estimator} compares replies to one prompt; set "
+                "model.num_generations to 2 or more"
             )
         if settings.value_model is not None and not self.estimator.uses_values:
-            raise ConfigurationError(f"model.value_model: {settings.advantage} has no value model; leave the key out")
-        if self.lora is not None and self.lora.dropout > 0:
             raise ConfigurationError(
-                "model.lora.dropout: above 0 the log-probs of a reply are random numbers, and PPO's ratios of them "
-                "mean nothing; set it to 0"
+                f"model.value_model: {settings.advantage_estimator} has no value model; leave the key out"
+            )
+        if self.lora is not None and self.lora.lora_dropout > 0:
+            raise ConfigurationError(
+                "model.lora.lora_dropout: above 0 the log-probs of a reply are random numbers, and PPO's ratios of "
+                "them mean nothing; set it to 0"
             )
 
     # ---- models
@@ -238,7 +240,7 @@ class PPO(PolicyModule):
             self.rewards = RewardSource(
                 self.reward_source,
                 chat_template=settings.reward_chat_template,
-                batch_size=settings.generation_batch_size,
+                batch_size=settings.generation_micro_batch_size,
                 trust_remote_code=settings.trust_remote_code,
             )
         if self.estimator.uses_values and settings.value_model != SHARED:
@@ -352,10 +354,10 @@ class PPO(PolicyModule):
         return optimizer_and_schedule(
             self,
             self.optimizer_factory,
-            schedule=self.hparams.schedule,
+            schedule=self.hparams.lr_scheduler_type,
             warmup_ratio=self.hparams.warmup_ratio,
             groups=groups,
-            steps_per_batch=self.hparams.epochs * self.hparams.minibatches,
+            steps_per_batch=self.hparams.num_ppo_epochs * self.hparams.num_mini_batches,
         )
 
     # ---- rollout
@@ -364,13 +366,13 @@ class PPO(PolicyModule):
         began = time.perf_counter()
         self.rollout_log.show(phase="rollout")
         self._synchronize()
-        samples = self.hparams.samples_per_prompt
+        samples = self.hparams.num_generations
         experience = self.rollout(batch, "train", "rollout", self.rollouts_done, samples=samples, values=True)
         targets, numbers = self._learnable(experience)
         drawn = time.perf_counter()
         self.rollout_log.show(phase="update", **{name: numbers[name] for name in ("reward", "reward_with_kl", "kl")})
         numbers |= self._update(experience, targets)
-        if self.hparams.kl_target is not None:
+        if self.hparams.adaptive_kl_target is not None:
             self.kl_control.update(numbers["kl"], len(experience.scores) * self.trainer.world_size)
         self.rollouts_done += 1
         numbers["seconds/rollout"] = drawn - began
@@ -406,7 +408,7 @@ class PPO(PolicyModule):
             self.trainer.datamodule.chat_format,
             self.engine,
             max_new_tokens=self.hparams.max_new_tokens,
-            micro_batch_size=self.hparams.generation_batch_size,
+            micro_batch_size=self.hparams.generation_micro_batch_size,
             scorer=self.rewards,
             reference=self._frozen or without_adapters(self.policy),
             value=self.value,
@@ -445,7 +447,7 @@ class PPO(PolicyModule):
             rewards,
             tokens.values,
             mask,
-            group_size=settings.samples_per_prompt,
+            group_size=settings.num_generations,
             gamma=settings.gamma,
             gae_lambda=settings.gae_lambda,
         )
@@ -499,24 +501,24 @@ class PPO(PolicyModule):
         """All passes over a rollout, one optimizer step per minibatch; means over their tokens."""
         settings, data = self.hparams, self.trainer.datamodule
         count = len(experience.scores)
-        minibatches = min(settings.minibatches, self._least(count))
+        num_mini_batches = min(settings.num_mini_batches, self._least(count))
         totals: dict[str, float] = {}
         stopped = False
         steps = 0
-        for epoch in range(settings.epochs):
+        for epoch in range(settings.num_ppo_epochs):
             generator = torch.Generator().manual_seed(
                 seed_of(data.seed, "order", self.rollouts_done, epoch, self.global_rank)
             )
             order = torch.randperm(count, generator=generator).tolist()
             approximate = []
-            for part in parts(order, minibatches):
+            for part in parts(order, num_mini_batches):
                 numbers = self._step(experience, targets, part)
                 approximate.append(numbers["approx_kl"])
                 steps += 1
                 for name, value in numbers.items():
                     totals[name] = totals.get(name, 0.0) + value
-            if settings.kl_stop is not None and sum(approximate) / len(approximate) > 1.5 * settings.kl_stop:
-                stopped = epoch + 1 < settings.epochs
+            if settings.target_kl is not None and sum(approximate) / len(approximate) > 1.5 * settings.target_kl:
+                stopped = epoch + 1 < settings.num_ppo_epochs
                 break
         means = {name: value / steps for name, value in totals.items()}
         return means | {"steps": float(steps), "stopped_early": float(stopped)}
@@ -567,13 +569,13 @@ class PPO(PolicyModule):
         value_losses = torch.zeros_like(policy_losses)
         if values is not None:
             value_losses = ppo_value_loss(
-                scatter_to_mask(values.float(), mask), old_values, returns, clip_range=settings.value_clip_range
+                scatter_to_mask(values.float(), mask), old_values, returns, clip_range=settings.clip_range_value
             )
         kl_losses = torch.zeros_like(policy_losses)
         if self.estimator.kl_in_loss and self.kl_coef > 0:
             kl_losses = self.kl_coef * kl_estimate(logprobs, reference, estimator="k3")
         weight = float(counts)
-        loss = weight * torch.where(mask, policy_losses + settings.value_coef * value_losses + kl_losses, 0).sum()
+        loss = weight * torch.where(mask, policy_losses + settings.vf_coef * value_losses + kl_losses, 0).sum()
         with torch.no_grad():
             ratio = (logprobs - old).clamp(-20, 20).exp()
             logged = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FROZEN, ADAPTER, PRECOMPUTED = "frozen", "adapter", "precomputed"
+FROZEN, ADAPTER = "frozen", "adapter"
 
 ReferenceKind = Literal["none", "adapter", "copy", "precomputed"]
 """How a reference is held in memory: not at all, as the policy's own weights, as a copy, or by its log-probs alone."""
@@ -35,12 +35,6 @@ Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
 _CHECKED = 4
 """Pairs of which the log-probs found in the cache are computed again."""
 _SECONDS_OF_A_PART = 60
-
-
-def split_precomputed(given: str | None) -> tuple[bool, str | None]:
-    """Whether `precomputed` or `precomputed:PATH` is asked for, and the reference that is left of it."""
-    first, _, rest = (given or "").partition(":")
-    return (True, rest or None) if first == PRECOMPUTED else (False, given)
 
 
 @torch.no_grad()
@@ -112,7 +106,7 @@ def _check_found(
             )
 
 
-def choose_reference(given: str | None, backbone: str, *, adapters: bool, quantization: str | None) -> str:
+def choose_reference(given: str | None, backbone: str, *, adapters: bool, load_in_4bit: bool) -> str:
     """`adapter`, or the directory or name of the model to freeze.
 
     Raises `ConfigurationError` when the settings contradict each other.
@@ -123,14 +117,12 @@ def choose_reference(given: str | None, backbone: str, *, adapters: bool, quanti
             "model.reference: adapter is the policy without its adapters, and there are none; give model.lora, or "
             "reference: frozen"
         )
-    if quantization is not None and not adapters:
+    if load_in_4bit and not adapters:
+        raise ConfigurationError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
+    if chosen == FROZEN and load_in_4bit:
         raise ConfigurationError(
-            f"model.quantization: {quantization} weights cannot be trained; give model.lora as well"
-        )
-    if chosen == FROZEN and quantization is not None:
-        raise ConfigurationError(
-            f"model.reference: frozen would be a copy without the policy's {quantization} quantization, so another "
-            "model; use reference: adapter"
+            "model.reference: frozen would be a copy without the policy's 4-bit quantization, so another model; use "
+            "reference: adapter"
         )
     return backbone if chosen == FROZEN else chosen
 

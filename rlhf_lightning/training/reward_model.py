@@ -52,8 +52,8 @@ class RewardModel(TrainedModule):
             with `pooling: layers`, as the last layer alone says little of what nobody trained it for.
             Gradient checkpointing does nothing then.
         label_smoothing: Probability with which a label is taken to be wrong.
-        centering: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes the rewards of
-            different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
+        center_rewards_coefficient: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes
+            the rewards of different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
         use_margin: Subtract each pair's margin from the difference of its rewards in the loss.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 2e-5 when none is named.
@@ -71,7 +71,7 @@ class RewardModel(TrainedModule):
         pooling: Pooling = "last",
         freeze_backbone: bool = False,
         label_smoothing: Smoothing = 0.0,
-        centering: NonNegativeFloat = 0.0,
+        center_rewards_coefficient: NonNegativeFloat = 0.0,
         use_margin: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-5),
         **shared: Any,
@@ -129,7 +129,7 @@ class RewardModel(TrainedModule):
             rejected,
             margin=batch.margin if self.hparams.use_margin else None,
             label_smoothing=self.hparams.label_smoothing,
-            centering=self.hparams.centering,
+            centering=self.hparams.center_rewards_coefficient,
         )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:

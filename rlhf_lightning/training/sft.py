@@ -34,7 +34,7 @@ class SFT(PolicyModule):
         backbone: Model to start from: hub name or directory of any causal language model, or `builtin:tiny`.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 1e-5 when none is named.
-        schedule: Learning rate after the warm-up.
+        lr_scheduler_type: Learning rate after the warm-up.
     """
 
     rows_per_pair = 1
@@ -44,10 +44,10 @@ class SFT(PolicyModule):
         self,
         backbone: str,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
-        schedule: Schedule = "cosine",
+        lr_scheduler_type: Schedule = "cosine",
         **shared: Any,
     ) -> None:
-        super().__init__(backbone, optimizer=optimizer, schedule=schedule, **shared)
+        super().__init__(backbone, optimizer=optimizer, lr_scheduler_type=lr_scheduler_type, **shared)
         self.train_metrics = nn.ModuleDict(
             {"loss": MeanMetric(nan_strategy="disable"), "lengths/chosen": MeanMetric(nan_strategy="disable")}
         )

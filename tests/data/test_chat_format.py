@@ -43,13 +43,13 @@ def test_a_template_that_writes_the_date_is_refused_with_the_advice_that_fits():
     with pytest.raises(ModelError, match=r"writes the current date, so a run differs .*chat_template: FILE.jinja$"):
         chatml(DATED)
     with pytest.raises(
-        ModelError, match=r'writes the current date.*fix it with template_arguments: \{date_string: "26 Jul 2024"\}$'
+        ModelError, match=r'writes the current date.*fix it with chat_template_kwargs: \{date_string: "26 Jul 2024"\}$'
     ):
         chatml(DATE_STRING)
 
 
 def test_a_template_whose_date_is_fixed_is_accepted(tmp_path):
-    fixed = chatml(DATE_STRING, template_arguments={"date_string": "26 Jul 2024"})
+    fixed = chatml(DATE_STRING, chat_template_kwargs={"date_string": "26 Jul 2024"})
     assert fixed.prompt_text([USER]).startswith("Today is 26 Jul 2024\n<|im_start|>user\n")
     file = tmp_path / "fixed.jinja"
     file.write_text(DATED.replace("strftime_now('%d %b %Y')", "'1 May 1999'"), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_the_text_of_a_prompt_is_the_same_on_any_day(day, monkeypatch):
         def now(cls, tz=None):
             return day
 
-    chat_format = chatml(DATE_STRING, template_arguments={"date_string": "26 Jul 2024"})
+    chat_format = chatml(DATE_STRING, chat_template_kwargs={"date_string": "26 Jul 2024"})
     before = chat_format.prompt_text(TALK)
     monkeypatch.setattr(library, "datetime", Clock)
     with pytest.raises(ModelError, match="writes the current date"):
@@ -96,7 +96,7 @@ def test_a_template_that_alters_the_reply_is_refused():
 
 
 def test_template_arguments_reach_the_template():
-    on, off = (chatml(THOUGHT, template_arguments={"enable_thinking": value}) for value in (True, False))
+    on, off = (chatml(THOUGHT, chat_template_kwargs={"enable_thinking": value}) for value in (True, False))
     assert on.prompt_text([USER]) == chatml(THOUGHT).prompt_text([USER]) == FORMATS["qwen"].prompt
     assert off.prompt_text([USER]) == FORMATS["qwen"].prompt + "<no_think>"
     assert off.terminator_id == on.terminator_id
@@ -184,7 +184,7 @@ def test_template_arguments_are_exported_as_defaults(tmp_path):
         "no-name": 1,
         "date_string": "26 'Jul'\n2024",
     }
-    chat_format = chatml(DATE_STRING[: -len(CHATML)] + THOUGHT, template_arguments=arguments)
+    chat_format = chatml(DATE_STRING[: -len(CHATML)] + THOUGHT, chat_template_kwargs=arguments)
     exported = Exported(chat_format, tmp_path)
     trained, asked = exported.prompt([USER])
     assert trained == asked
@@ -195,8 +195,8 @@ def test_template_arguments_are_exported_as_defaults(tmp_path):
 
 
 def test_an_argument_that_no_template_can_read_is_refused():
-    with pytest.raises(ConfigurationError, match=r"template_arguments: date_string is a date, which no template can"):
-        chatml(DATE_STRING, template_arguments={"date_string": datetime.date(2024, 7, 26)})
+    with pytest.raises(ConfigurationError, match=r"chat_template_kwargs: date_string is a date, which no template can"):
+        chatml(DATE_STRING, chat_template_kwargs={"date_string": datetime.date(2024, 7, 26)})
 
 
 @pytest.mark.parametrize("letter", "aAbBdHIjmMpSUwWyY")
@@ -273,8 +273,8 @@ def changed_formats():
     yield "as it was", make
     yield "template", lambda: make(template="{# another #}" + CHATML)
     yield "transcript", lambda: make({"chat_template": "transcript"})
-    yield "arguments", lambda: make({"template_arguments": {"x": 1}})
-    yield "other arguments", lambda: make({"template_arguments": {"x": 2}})
+    yield "arguments", lambda: make({"chat_template_kwargs": {"x": 1}})
+    yield "other arguments", lambda: make({"chat_template_kwargs": {"x": 2}})
     yield "eos", lambda: make(eos_token="<|endoftext|>")
     yield "specials", lambda: make(specials="<|im_start|> <|im_end|> <|endoftext|> <|more|>")
     yield "start token", lambda: make(adds="<|endoftext|> $A")
@@ -304,7 +304,7 @@ def test_the_fingerprint_changes_with_nothing_else(tmp_path):
     file = tmp_path / "same.jinja"
     file.write_text(CHATML, encoding="utf-8")
     assert ChatFormat(first.tokenizer, chat_template=str(file)).fingerprint() == before
-    ordered = [ChatFormat(first.tokenizer, template_arguments=a) for a in ({"x": 1, "y": 2}, {"y": 2, "x": 1})]
+    ordered = [ChatFormat(first.tokenizer, chat_template_kwargs=a) for a in ({"x": 1, "y": 2}, {"y": 2, "x": 1})]
     assert ordered[0].fingerprint() == ordered[1].fingerprint()
 
 

@@ -95,7 +95,7 @@ def test_what_is_left_out_is_not_counted_among_the_used_pairs(examine):
     assert val.shared_prompts == []  # the only training pairs of that prompt are left out
 
 
-@pytest.mark.parametrize("truncation", ["keep_response", "drop", "error"])
+@pytest.mark.parametrize("truncation", ["left", "drop", "error"])
 def test_what_it_says_of_a_max_length_is_what_a_run_with_it_does(examine, source, tiny_qwen2, truncation):
     rows = [{"prompt": "word " * n, "chosen": "yes " * (n % 7 + 1), "rejected": "no"} for n in range(1, 90)]
     (role,) = examine(rows, roles=("train",), max_length=64, truncation=truncation).roles

@@ -40,7 +40,7 @@ THINKING = [text for thought in ("Let me see.", "a\n\nb") for text in (f"<think>
 
 @functools.cache
 def chat_format(kind, template, special=True, **arguments):
-    return ChatFormat(family(kind, template, special=special), template_arguments=arguments)
+    return ChatFormat(family(kind, template, special=special), chat_template_kwargs=arguments)
 
 
 def encoded(form, messages, *responses):
@@ -56,7 +56,7 @@ def whole_text(form, messages, response):
     if form.template is None:
         return form.prompt_text(messages) + ("" if response[:1].isspace() else " ") + response
     whole = [*messages, {"role": "assistant", "content": response}]
-    text = form.tokenizer.apply_chat_template(whole, tokenize=False, **form.template_arguments)
+    text = form.tokenizer.apply_chat_template(whole, tokenize=False, **form.chat_template_kwargs)
     if form.end is None:
         return text.removesuffix("\n\n") if "###" in text else text
     return text[: text.rindex(form.end) + len(form.end)]

@@ -249,7 +249,7 @@ def test_token_ids_are_kept_between_runs_and_made_anew_when_anything_changes(mak
         assert makes(train, **harmless) == 0
     assert makes(train, columns={"prompt": "q"}) == 1
     assert makes(train, chat_template="transcript") == 1
-    assert makes(train, template_arguments={"x": 1}) == 1
+    assert makes(train, chat_template_kwargs={"x": 1}) == 1
     other = load_tokenizer(tokenizer)
     other.add_tokens(["yes"])
     other.save_pretrained(tmp_path / "tokenizer")

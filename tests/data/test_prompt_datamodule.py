@@ -98,7 +98,7 @@ def test_messages_are_those_of_the_position_in_a_mixture_where_some_rows_are_lef
     report = data.reports["train"]
     assert [origin.split("/")[-1] for origin in report.rows_repeated] == ["a.jsonl, row 3", "b.jsonl, row 1"]
     assert [origin.split("/")[-1] for origin in report.bad_rows["too_long"]] == ["a.jsonl, row 1", "b.jsonl, row 0"]
-    data = make([a, b], val=write(tmp_path / "v.jsonl", "v"), max_prompt_length=64, unique=False, truncation="cut")
+    data = make([a, b], val=write(tmp_path / "v.jsonl", "v"), max_prompt_length=64, unique=False, truncation="left")
     data.setup("fit")
     assert len(data.prompts["train"]) == 7
     assert data.prompts["train"].lengths.max() == 64
@@ -326,7 +326,7 @@ def test_token_ids_are_kept_between_runs_and_apart_from_those_of_pairs(make, tok
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(tokenized, "write_store", refuse)
-    for options in ({}, {"max_prompt_length": 50}, {"truncation": "cut"}, {"unique": False}, {"seed": 7}):
+    for options in ({}, {"max_prompt_length": 50}, {"truncation": "left"}, {"unique": False}, {"seed": 7}):
         make(shared_file.pairs, **options).setup("fit")
     with pytest.raises(AssertionError, match="tokenized again"):
         make(shared_file.pairs, chat_template="transcript").setup("fit")
@@ -336,7 +336,7 @@ def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
     train = write(tmp_path / "a.jsonl", "short", "word " * 80, "Short ", "x")
     val = write(tmp_path / "b.jsonl", "other " * 80)
     with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        data = make(train, val=val, max_prompt_length=64, truncation="cut")
+        data = make(train, val=val, max_prompt_length=64, truncation="left")
         data.setup("fit")
     train_line, val_line, statistics = caplog.messages
     assert train_line.startswith("train: 3 prompts (")
@@ -379,11 +379,11 @@ def test_what_cannot_be_is_refused_with_advice(make, tmp_path):
 def test_the_class_is_known_by_its_bare_name(capsys):
     from rlhf_lightning.commands.main import main
 
-    data = ["--data", "PromptDataModule", "--data.train", "x.jsonl", "--data.truncation", "cut"]
+    data = ["--data", "PromptDataModule", "--data.train", "x.jsonl", "--data.truncation", "left"]
     assert main(["fit", "--model", "RewardModel", "--model.backbone", "builtin:tiny", *data, "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["data"]
     assert printed["class_path"].endswith("PromptDataModule")
-    assert printed["init_args"]["truncation"] == "cut"
+    assert printed["init_args"]["truncation"] == "left"
 
 
 def test_a_reward_model_is_not_trained_on_prompts(make, tokenizer, tmp_path):

@@ -271,7 +271,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame(name):
     whole = int(tokenize([example(string.ascii_lowercase)], chat_format)[0].lengths[0])
     for less in (0, 1, 25):
         prompts, report = tokenize(
-            [example(string.ascii_lowercase)], chat_format, max_length=whole - less, truncation="cut"
+            [example(string.ascii_lowercase)], chat_format, max_length=whole - less, truncation="left"
         )
         expected = FORMATS[name].prompt.replace("Hi there", string.ascii_lowercase[less:])
         assert text_of(chat_format, prompts.ids(0)) == expected
@@ -279,10 +279,10 @@ def test_a_long_prompt_is_cut_from_the_left_and_keeps_its_frame(name):
         assert len(report.rows_cut) == (less > 0)
         assert prompts.messages(0) == [{"role": "user", "content": string.ascii_lowercase}]
     rows = [example(string.ascii_lowercase + "0"), example("z", row=1)]
-    prompts, report = tokenize(rows, chat_format, max_length=whole - 25, truncation="cut")
+    prompts, report = tokenize(rows, chat_format, max_length=whole - 25, truncation="left")
     assert len(prompts) == 2, "one id of the messages is enough"
     with pytest.raises(DataError, match=r"1 of 1 prompts do not fit: .*row 0: .*; raise max_prompt_length$"):
-        tokenize(rows[:1], chat_format, max_length=whole - 26, truncation="cut")
+        tokenize(rows[:1], chat_format, max_length=whole - 26, truncation="left")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -300,7 +300,7 @@ def test_the_messages_of_a_cut_prompt_are_what_its_ids_say(name):
         longest, shortest = whole.lengths.tolist()
         seen = set()
         for max_length in range(longest, shortest - 1, -1):
-            prompts, _ = select_prompts(whole.stores, everything, max_length=max_length, truncation="cut")
+            prompts, _ = select_prompts(whole.stores, everything, max_length=max_length, truncation="left")
             if prompts.example_ids[0] == "id-0":
                 read = prompts.messages_as_cut(0, chat_format)
                 (again,) = chat_format.encode_prompts([chat_format.prompt_text(read)])
@@ -317,11 +317,11 @@ def test_a_conversation_whose_turns_cannot_be_told_apart_is_left_out_rather_than
     system = {"role": "system", "content": "Be kind."}
     rows = [example("x" * 60), example([USER, say("a"), USER, say("b"), USER], row=1)]
     rows.append(example([system, system, USER], row=2))
-    prompts, report = tokenize(rows, chat_format, max_length=44, truncation="cut")
+    prompts, report = tokenize(rows, chat_format, max_length=44, truncation="left")
     assert prompts.example_ids == ["id-0"]
     assert report.bad_rows == {"too_long": ["prompts.jsonl, row 1", "prompts.jsonl, row 2"]}
     assert "cannot be told apart" in report.first_messages[0]
-    assert len(tokenize(rows, chat_format, max_length=200, truncation="cut")[0]) == 3
+    assert len(tokenize(rows, chat_format, max_length=200, truncation="left")[0]) == 3
 
 
 def test_a_long_prompt_is_dropped_and_counted_by_default_or_refused():
@@ -332,7 +332,7 @@ def test_a_long_prompt_is_dropped_and_counted_by_default_or_refused():
     assert report.first_messages == ["prompts.jsonl, row 1: the prompt has 55 tokens, max_prompt_length is 54"]
     assert len(tokenize(rows, max_length=55)[0]) == 2
     with pytest.raises(
-        DataError, match=r"1 of 2 prompts do not fit: .*row 1: .*; raise max_prompt_length, or set truncation: cut or"
+        DataError, match=r"1 of 2 prompts do not fit: .*row 1: .*; raise max_prompt_length, or set truncation: left or"
     ) as caught:
         tokenize(rows, max_length=54, truncation="error")
     assert "\n" not in str(caught.value)

@@ -250,7 +250,7 @@ def test_rows_and_their_place_in_the_cache_are_the_same_on_any_day(monkeypatch):
         day = datetime.datetime(year, 12, 31)
         monkeypatch.setattr(library, "datetime", SimpleNamespace(now=lambda day=day: day))
         tokenizer = byte_tokenizer(TOKENS, template + CHATML, eos_token="<|im_end|>")
-        chat_format = ChatFormat(tokenizer, template_arguments={"date_string": "5 May 2005"})
+        chat_format = ChatFormat(tokenizer, chat_template_kwargs={"date_string": "5 May 2005"})
         ids = [part.tolist() for part in selected(chat_format, [pair(TALK)])[0].segments(0)]
         seen.add((chat_format.fingerprint(), repr(ids)))
     assert len(seen) == 1
@@ -285,7 +285,7 @@ def test_a_row_that_states_no_preference_is_refused_with_its_number_and_reason(t
 texts = st.text(string.ascii_lowercase + " ", min_size=1, max_size=30).filter(str.strip)
 
 
-@pytest.mark.parametrize("truncation", ["keep_response", "drop"])
+@pytest.mark.parametrize("truncation", ["left", "drop"])
 @settings(max_examples=15)
 @given(
     st.lists(st.tuples(texts, texts, texts).filter(lambda t: t[1].strip() != t[2].strip()), min_size=1, max_size=5),
@@ -297,7 +297,7 @@ def test_a_cut_takes_of_the_messages_alone_and_what_does_not_fit_is_counted(name
     examples = [pair(*row, row=number) for number, row in enumerate(rows)]
     whole, _ = selected(chat_format, examples)
     room = max_length - whole.segment_lengths[:, 1:].max(axis=1) - len(chat_format.head_ids) - chat_format.tail_length
-    fits = (whole.lengths <= max_length) | ((room > 0) & (truncation == "keep_response"))
+    fits = (whole.lengths <= max_length) | ((room > 0) & (truncation == "left"))
     if not fits.any():
         with pytest.raises(
             DataError, match=rf"{len(rows)} of {len(rows)} pairs do not fit: row 0: .*; raise max_length"
@@ -325,7 +325,7 @@ def test_a_cut_takes_of_the_messages_alone_and_what_does_not_fit_is_counted(name
             cut.append(f"row {row}")
             assert pairs.lengths[index] == max_length
     assert report.rows_cut == cut
-    assert truncation == "keep_response" or not cut
+    assert truncation == "left" or not cut
 
 
 # C13

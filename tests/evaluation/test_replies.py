@@ -274,7 +274,7 @@ def test_the_mean_of_k1_over_many_replies_is_that_of_the_exact_kl(draw, policy, 
 
 def test_without_a_reference_it_is_the_policy_without_its_adapters(draw, policy, chat_format, tiny_qwen2):
     replies = draw(PROMPTS[:3])
-    adapted = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, targets=["q_proj", "v_proj"]))
+    adapted = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, target_modules=["q_proj", "v_proj"]))
     generator = torch.Generator().manual_seed(0)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -32,7 +32,11 @@ def test_log_probs_on_the_gpu_are_those_of_the_cpu(tiny_qwen2):
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize(
     "reference",
-    [["frozen", "--model.lora", "null"], ["precomputed", "--model.lora", "null"], ["adapter"]],
+    [
+        ["frozen", "--model.lora", "null"],
+        ["frozen", "--model.precompute_reference", "true", "--model.lora", "null"],
+        ["adapter"],
+    ],
     ids=lambda given: given[0],
 )
 def test_the_true_shape_begins_at_ln_2_trains_and_repeats_its_numbers(

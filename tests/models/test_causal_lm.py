@@ -14,7 +14,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora, ResponseLogprobs
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.models.test_reward_network import VOCAB
 
-LORA = Lora(r=4, alpha=8)
+LORA = Lora(r=4, lora_alpha=8)
 
 
 @pytest.fixture(params=["tiny_qwen2", "tiny_llama"])
@@ -313,8 +313,8 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_qwen2):
 
 @pytest.mark.parametrize("targets", ["nothing_of_this_name", ["nothing", "neither"], ["q_proj", "nothing"]])
 def test_targets_that_match_nothing_are_refused(tiny_qwen2, targets):
-    with pytest.raises(ModelError, match=r"model\.lora\.targets: .*noth.* matches no layer.*q_proj") as error:
-        CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(targets=targets))
+    with pytest.raises(ModelError, match=r"model\.lora\.target_modules: .*noth.* matches no layer.*q_proj") as error:
+        CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(target_modules=targets))
     assert "\n" not in str(error.value)
 
 
@@ -324,8 +324,8 @@ def test_targets_that_match_nothing_are_refused(tiny_qwen2, targets):
         ({"modules_to_save": ["absent"]}, "modules_to_save: absent is no layer"),
         ({"modules_to_save": ["lm_head"]}, "share their weights"),
         ({"modules_to_save": ["embed_tokens"]}, "share their weights"),
-        ({"targets": ["q_proj", "embed_tokens"]}, "matches the embeddings"),
-        ({"targets": ["q_proj", "lm_head"]}, "matches the output layer"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "matches the embeddings"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "matches the output layer"),
     ],
 )
 def test_adapters_at_the_ends_of_a_tied_model_are_refused(tiny_qwen2, settings, message):
@@ -333,7 +333,7 @@ def test_adapters_at_the_ends_of_a_tied_model_are_refused(tiny_qwen2, settings, 
         CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(**settings))
 
 
-@pytest.mark.parametrize("settings", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize("settings", [{"r": 0}, {"lora_alpha": 0}, {"lora_dropout": 1.0}])
 def test_impossible_adapters_are_refused(settings):
     with pytest.raises(ModelError, match="r must be 1 or more"):
         Lora(**settings)
@@ -352,10 +352,10 @@ def test_a_missing_peft_is_named_with_its_remedy(tiny_qwen2, monkeypatch):
 
 def test_four_bits_need_adapters_and_bitsandbytes(tiny_qwen2, monkeypatch):
     with pytest.raises(ModelError, match=r"give model\.lora"):
-        CausalLM.from_pretrained(str(tiny_qwen2), quantization="4bit")
+        CausalLM.from_pretrained(str(tiny_qwen2), load_in_4bit=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
-        CausalLM.from_pretrained(str(tiny_qwen2), lora=LORA, quantization="4bit")
+        CausalLM.from_pretrained(str(tiny_qwen2), lora=LORA, load_in_4bit=True)
 
 
 # ---- saving ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-ADAPTERS = Lora(r=4, alpha=8.0)
+ADAPTERS = Lora(r=4, lora_alpha=8.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

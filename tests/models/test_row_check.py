@@ -246,7 +246,7 @@ def test_what_transformers_itself_refuses_to_pack_is_refused_in_a_line(tmp_path)
 
 def test_adapters_on_a_router_are_refused_in_a_line(tmp_path):
     directory = saved(tmp_path, "llama4_text", WINDOWS["llama4_text"](8), AutoModelForCausalLM)
-    CausalLM.from_pretrained(directory, lora=Lora(r=2, targets=["q_proj"]))
+    CausalLM.from_pretrained(directory, lora=Lora(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"adapters on all-linear do not run in a llama4_text model"):
         CausalLM.from_pretrained(directory, lora=Lora(r=2))
 

@@ -68,7 +68,7 @@ def test_nothing_but_the_temperature_shapes_the_drawing(server, policy, tmp_path
 
 @pytest.mark.parametrize("saved", [None, ["norm"]])
 def test_the_copy_has_the_adapters_merged_and_the_policy_keeps_them(tiny_llama, tmp_path, saved):
-    policy = CausalLM.from_pretrained(str(tiny_llama), lora=Lora(r=4, alpha=8.0, modules_to_save=saved))
+    policy = CausalLM.from_pretrained(str(tiny_llama), lora=Lora(r=4, lora_alpha=8.0, modules_to_save=saved))
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:

@@ -48,10 +48,10 @@ def fit(name: str, *arguments: str, after: Command | None = None) -> Command:
 
 
 REWARD_MODEL = fit("reward_model")
-DPO = fit("dpo", "--model.reference", "precomputed", "--model.reference_cache", "references")
+DPO = fit("dpo", "--model.precompute_reference", "true", "--model.reference_cache", "references")
 PPO = fit(
-    *("ppo", "--model.reward_model", "rules:length", "--model.max_new_tokens", "4", "--model.epochs", "1"),
-    *("--model.minibatches", "1", "--model.micro_batch_size", "8"),
+    *("ppo", "--model.reward_model", "rules:length", "--model.max_new_tokens", "4", "--model.num_ppo_epochs", "1"),
+    *("--model.num_mini_batches", "1", "--model.micro_batch_size", "8"),
 )
 CHECKPOINT = "runs/quickstart_reward_model/version_0/checkpoints/newest-6.ckpt"
 ON_PAIRS = ("--config", str(QUICKSTART / "reward_model.yaml"), *PAIRS)

@@ -168,10 +168,10 @@ def settings(kind: str) -> dict:
     trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": kind}}
     trainer["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": saved}]
     trainer |= {"enable_progress_bar": False}
-    model = {"backbone": "models/base", "schedule": "constant", "warmup_ratio": 0.0}
+    model = {"backbone": "models/base", "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     data = {"train": "pairs", "batch_size": 2}
     if kind == "PPO":
-        model |= {"reward_model": "models/RewardModel", "max_new_tokens": 3, "epochs": 1, "minibatches": 1}
+        model |= {"reward_model": "models/RewardModel", "max_new_tokens": 3, "num_ppo_epochs": 1, "num_mini_batches": 1}
         del model["warmup_ratio"]
         trainer |= {"max_epochs": 1, "limit_train_batches": 1}
     else:
@@ -179,7 +179,7 @@ def settings(kind: str) -> dict:
         trainer["callbacks"].append(export)
         data["cache_dir"] = "tokens"
     if kind == "DPO":
-        model |= {"reference": "precomputed", "reference_cache": "references"}
+        model |= {"precompute_reference": True, "reference_cache": "references"}
     kind_of_data = "PromptDataModule" if kind == "PPO" else "PreferenceDataModule"
     run = {"seed_everything": 1, "trainer": trainer, "model": {"class_path": kind, "init_args": model}}
     return run | {"data": {"class_path": kind_of_data, "init_args": data}}

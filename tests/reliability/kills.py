@@ -36,7 +36,7 @@ from tests.training.killer import count_lines, signal_at_line
 from tests.training.test_resume import CURVES, LOGGED, curve, digest, killer, last_checkpoint, write_config
 
 LAST = ("--ckpt_path", "last")
-PRECOMPUTED = {"lora": None, "reference": "precomputed", "reference_cache": "cache"}
+PRECOMPUTED = {"lora": None, "precompute_reference": True, "reference_cache": "cache"}
 
 
 class Command(NamedTuple):

@@ -159,7 +159,7 @@ def test_a_policy_is_worth_nothing_more_than_itself(tiny_qwen2):
 def test_adapters_score_alike_merged_and_alone(tiny_qwen2, tmp_path, merge):
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, alpha=8.0)).eval()
+    policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, lora_alpha=8.0)).eval()
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -262,7 +262,7 @@ def test_a_reference_of_another_tokenizer_is_refused(tiny_qwen2, tmp_path):
 
 def test_adapters_whose_model_is_gone_are_refused_in_one_line(tiny_qwen2, tmp_path):
     pytest.importorskip("peft")
-    policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, alpha=8.0))
+    policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, lora_alpha=8.0))
     saved = policy.save_pretrained(tmp_path / "saved", merge=False)
     AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(saved)
     config = json.loads((saved / "adapter_config.json").read_text())

@@ -42,7 +42,12 @@ def builder(kind, directory, pairs, *, lr: float):
 
     def make(*, model=None, data=None):
         torch.manual_seed(0)
-        settings = {"backbone": str(directory), "optimizer": sgd(lr), "schedule": "constant", "warmup_ratio": 0.0}
+        settings = {
+            "backbone": str(directory),
+            "optimizer": sgd(lr),
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0.0,
+        }
         module = kind(**settings | (model or {}))
         datamodule = PreferenceDataModule(
             **{"train": str(pairs), "tokenizer": str(directory), "batch_size": 2, "seed": 3} | (data or {})

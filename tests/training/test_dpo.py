@@ -28,7 +28,7 @@ from rlhf_lightning.training.pair_loss import LossType, PairLogprobs
 from tests.training.conftest import VAL_PAIRS, sgd, weights
 from tests.training.test_reward_model import LossLog
 
-LORA = {"lora": {"r": 4, "alpha": 8.0}}
+LORA = {"lora": {"r": 4, "lora_alpha": 8.0}}
 FREE = {"simpo": {"gamma": 0.5, "beta": 2.0}, "orpo": {}}
 NEEDED = {**FREE, "r_dpo": {"alpha": 0.01}}
 """Settings that a loss cannot do without."""
@@ -388,7 +388,7 @@ def test_a_loaded_checkpoint_gives_the_same_numbers(build_dpo, trainer, tmp_path
     assert {name.replace("test/", "val/"): value for name, value in metrics.items()} == measured
     loaded = DPO.load_from_checkpoint(save.best_model_path)
     assert torch.equal(weights(loaded), weights(module))
-    assert loaded.lora == module.lora == (Lora(r=4, alpha=8.0) if model else None)
+    assert loaded.lora == module.lora == (Lora(r=4, lora_alpha=8.0) if model else None)
 
 
 def test_a_checkpoint_knows_its_reference_and_refuses_another(build_dpo, trainer, tmp_path, tiny_qwen2, caplog):
@@ -415,7 +415,7 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_other_weights_bel
     with pytest.raises(ConfigurationError, match=r"belong to other weights than those of .*other"):
         trainer().test(*build_dpo(model=LORA | {"backbone": str(other)}), ckpt_path=save.best_model_path)
     with pytest.raises(ConfigurationError, match=r"give the model\.lora of its run"):
-        trainer().test(*build_dpo(model={"lora": {"targets": ["q_proj"]}}), ckpt_path=save.best_model_path)
+        trainer().test(*build_dpo(model={"lora": {"target_modules": ["q_proj"]}}), ckpt_path=save.best_model_path)
 
 
 @pytest.mark.parametrize("stop", [2, 4])
@@ -524,7 +524,7 @@ def test_a_few_pairs_are_no_reason_for_the_alarm(build_dpo, trainer, caplog, mon
         ({"loss_type": "exo_pair", "label_smoothing": 0.0}, r"model\.loss_type: exo_pair refuses .*label_smoothing"),
         ({"loss_type": "orpo", "reference": "frozen"}, "the loss orpo has no reference"),
         ({"reference": "adapter"}, r"give model\.lora"),
-        (LORA | {"quantization": "4bit", "reference": "frozen"}, "use reference: adapter"),
+        (LORA | {"load_in_4bit": True, "reference": "frozen"}, "use reference: adapter"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(build_dpo, model, message):
@@ -549,7 +549,7 @@ def test_a_reference_that_is_no_model_is_refused_at_once(build_dpo, directory):
 
 
 def test_a_misspelt_kind_of_reference_is_refused_with_the_kinds(build_dpo):
-    with pytest.raises(ConfigurationError, match="froezen is neither frozen, adapter or precomputed nor a model"):
+    with pytest.raises(ConfigurationError, match="froezen is neither frozen nor adapter nor a model"):
         build_dpo(model={"reference": "froezen"})
 
 

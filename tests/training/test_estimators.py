@@ -53,7 +53,7 @@ def test_the_table_and_functions_of_the_users_own_are_found_by_name():
 )
 def test_what_is_no_estimator_is_refused(name, words):
     with pytest.raises(
-        ConfigurationError, match=f"^model.advantage: {name}|^{name}|^model.advantage: '{name}"
+        ConfigurationError, match=f"^model.advantage_estimator: {name}|^{name}|^model.advantage_estimator: '{name}"
     ) as found:
         find_estimator(name)
     assert words in str(found.value)

@@ -52,7 +52,9 @@ def test_a_class_without_its_methods_is_refused_by_name(tiny_qwen2):
 def test_a_derived_class_has_its_own_keys_and_those_of_its_parents(tiny_qwen2, pairs, trainer, tmp_path):
     build = builder(Scaled, tiny_qwen2, pairs, lr=0.003)
     module, data = build(model={"scale": 3.0, "beta": 0.2, "lora": Lora(r=2)})
-    keys = "scale beta loss_type reference lora quantization schedule warmup_ratio attn_implementation backbone"
+    keys = (
+        "scale beta loss_type reference lora load_in_4bit lr_scheduler_type warmup_ratio attn_implementation backbone"
+    )
     assert set(keys.split()) <= module.hparams.keys()
     assert "optimizer" not in module.hparams
     for kept in (module.hparams, module.hparams_initial):
@@ -78,11 +80,12 @@ def test_the_interface_says_what_a_module_is(build_sft, build_dpo, build):
     assert (build_sft()[0].rows_per_pair, build_dpo()[0].rows_per_pair) == (1, 2)
     assert build_dpo(model={"lora": lora})[0].lora == Lora(**lora)
     assert build()[0].lora is None
-    kinds = {"frozen": "copy", "precomputed": "precomputed", None: "copy"}
-    for given, kind in kinds.items():
-        assert build_dpo(model={"reference": given})[0].reference_kind == kind
+    for given in ("frozen", None):
+        assert build_dpo(model={"reference": given})[0].reference_kind == "copy"
+        precomputed = build_dpo(model={"reference": given, "precompute_reference": True})[0]
+        assert precomputed.reference_kind == "precomputed"
     assert build_dpo(model={"lora": lora})[0].reference_kind == "adapter"
-    assert build_dpo(model={"lora": lora, "reference": "precomputed"})[0].reference_kind == "none"
+    assert build_dpo(model={"lora": lora, "precompute_reference": True})[0].reference_kind == "none"
     assert build_sft()[0].reference_kind == "none"
 
 

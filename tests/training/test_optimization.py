@@ -38,7 +38,7 @@ def test_the_factor_rises_from_one_part_and_then_follows_the_schedule(schedule, 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_of_one_step_or_two_changes_the_weights_in_each(build, trainer, schedule, steps):
-    module, data = build(model={"schedule": schedule, "warmup_ratio": 0.1, "optimizer": sgd(0.1)})
+    module, data = build(model={"lr_scheduler_type": schedule, "warmup_ratio": 0.1, "optimizer": sgd(0.1)})
     module.configure_model()
     seen = [weights(module)]
     module.on_before_zero_grad = lambda optimizer: seen.append(weights(module))
@@ -78,7 +78,9 @@ def test_a_longer_run_from_a_checkpoint_says_what_becomes_of_the_learning_rate(
     build, trainer, tmp_path, caplog, schedule, epochs, lr, expected
 ):
     def run(epochs, lr, **path):
-        module, data = build(model={"schedule": schedule, "optimizer": functools.partial(torch.optim.SGD, lr=lr)})
+        module, data = build(
+            model={"lr_scheduler_type": schedule, "optimizer": functools.partial(torch.optim.SGD, lr=lr)}
+        )
         fitted = trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[ProcessStates()])
         fitted.fit(module, data, **path)
         return fitted
@@ -107,7 +109,7 @@ class Fits(pl.Callback):
 
 @pytest.mark.parametrize("kind", ["build", "build_dpo", "build_sft"])
 def test_lightning_s_tuner_finds_a_batch_size_and_a_learning_rate_and_the_run_begins_with_them(request, trainer, kind):
-    module, data = request.getfixturevalue(kind)(model={"schedule": "linear"})
+    module, data = request.getfixturevalue(kind)(model={"lr_scheduler_type": "linear"})
     module.configure_model()
     start = weights(module)
     fits = Fits()
@@ -121,7 +123,7 @@ def test_lightning_s_tuner_finds_a_batch_size_and_a_learning_rate_and_the_run_be
     fitted.fit(module, data)
     assert fits.pairs == [4, 4, 3, 4, 4, 3]
     assert fits.rates == pytest.approx([rate * (6 - step) / 6 for step in range(6)])
-    whole, again = request.getfixturevalue(kind)(model={"schedule": "linear", "optimizer": sgd(rate)})
+    whole, again = request.getfixturevalue(kind)(model={"lr_scheduler_type": "linear", "optimizer": sgd(rate)})
     again.batch_size = 4
     trainer(max_epochs=2, limit_val_batches=0).fit(whole, again)
     assert torch.equal(weights(module), weights(whole))
@@ -130,7 +132,7 @@ def test_lightning_s_tuner_finds_a_batch_size_and_a_learning_rate_and_the_run_be
 
 
 def test_a_learning_rate_found_by_a_callback_is_that_of_the_schedule(build, trainer):
-    module, data = build(model={"schedule": "linear"}, data={"batch_size": 1})
+    module, data = build(model={"lr_scheduler_type": "linear"}, data={"batch_size": 1})
     finder, fits = LearningRateFinder(num_training_steps=20, min_lr=1e-7, max_lr=1e-2), Fits()
     trainer(max_epochs=2, limit_val_batches=0, callbacks=[finder, fits]).fit(module, data)
     assert finder.optimal_lr.suggestion() == module.lr > 0

@@ -7,7 +7,7 @@ import yaml
 
 from rlhf_lightning.commands.fit import ParsedRun, run
 
-MODEL = {"class_path": "RewardModel", "init_args": {"backbone": "builtin:tiny", "centering": 0.5}}
+MODEL = {"class_path": "RewardModel", "init_args": {"backbone": "builtin:tiny", "center_rewards_coefficient": 0.5}}
 DATA = {"class_path": "PreferenceDataModule", "init_args": {"train": "builtin:courtesy"}}
 
 
@@ -146,4 +146,4 @@ def test_the_model_and_the_logger_too(settings):
     found = settings(first, second)
     assert given([found.trainer.logger]) == [("CSVLogger", {"save_dir": "other", "name": "lightning_logs"})]
     assert (found.model.class_path.rsplit(".")[-1], found.model.init_args.backbone) == ("SFT", "builtin:tiny")
-    assert "centering" not in found.model.init_args
+    assert "center_rewards_coefficient" not in found.model.init_args

@@ -145,7 +145,7 @@ def test_adapters_on_a_list_of_layers_are_counted(estimator):
     def trained(**lora) -> int:
         return estimator.footprint(run(shape={"lora": Lora(r=8, **lora)}, reference="adapter")).weights.trained
 
-    assert trained(targets=["q_proj", "v_proj"]) == 2 * 8 * ((4096 + 4096) + (4096 + 1024))
+    assert trained(target_modules=["q_proj", "v_proj"]) == 2 * 8 * ((4096 + 4096) + (4096 + 1024))
     assert trained(modules_to_save=["norm"]) - trained() == 5 * 4096  # peft takes every name that ends so
 
 
@@ -184,7 +184,7 @@ def test_the_advice_fits_and_none_of_its_changes_can_be_left_out(estimator):
     limit = estimator.footprint(run(shape={"lora": Lora(), "rows": 2, "tokens": 2048}, reference="adapter")).peak * 1.2
     found = estimator.nearest(big, lambda footprint: footprint.peak <= limit)
     assert found.footprint.peak <= limit < estimator.footprint(big).peak
-    assert "model.quantization" not in found.keys, "mildest first"
+    assert "model.load_in_4bit" not in found.keys, "mildest first"
     mild = estimator.nearest(big, lambda footprint: footprint.peak < estimator.footprint(big).peak)
     assert mild.keys == {"model.gradient_checkpointing": "true"}
     assert estimator.nearest(big, lambda footprint: False) is None

@@ -62,7 +62,7 @@ def build_ppo(tiny_qwen2):
         torch.manual_seed(0)
         optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)
         plain = {"backbone": str(tiny_qwen2), "reward_model": f"{HERE}:length", "optimizer": optimizer}
-        module = PPO(**plain | {"schedule": "constant", "max_new_tokens": 6, "value_lr": 1e-3} | settings)
+        module = PPO(**plain | {"lr_scheduler_type": "constant", "max_new_tokens": 6, "value_lr": 1e-3} | settings)
         prompts = {"train": "builtin:courtesy", "tokenizer": str(tiny_qwen2), "batch_size": 6, "seed": 3}
         return module, PromptDataModule(**prompts | {"max_train_prompts": 18} | (data or {}))
 
@@ -106,10 +106,10 @@ def weights(module):
     [
         {},
         {"value_model": "shared"},
-        {"advantage": "grpo", "samples_per_prompt": 2},
-        {"advantage": "rloo", "samples_per_prompt": 3},
-        {"advantage": "reinforce++"},
-        {"lora": {"r": 4, "alpha": 8.0}},
+        {"advantage_estimator": "grpo", "num_generations": 2},
+        {"advantage_estimator": "rloo", "num_generations": 3},
+        {"advantage_estimator": "reinforce++"},
+        {"lora": {"r": 4, "lora_alpha": 8.0}},
         {"attn_implementation": "packed"},
         {"temperature": 0.7},
     ],
@@ -117,7 +117,7 @@ def weights(module):
 )
 def test_the_first_minibatch_finds_the_policy_that_drew_the_replies(build_ppo, trainer, settings):
     """Ratio 1, nothing clipped, no KL: `_check_start` stops the run otherwise. Then the policy moves."""
-    _, recorder, fitter = fitted(trainer, build_ppo(epochs=1, **settings), max_epochs=1)
+    _, recorder, fitter = fitted(trainer, build_ppo(num_ppo_epochs=1, **settings), max_epochs=1)
     first = recorder.rows[0]
     assert first["ratio"] == pytest.approx(1, abs=1e-4)
     assert first["clip_fraction"] == 0
@@ -127,12 +127,12 @@ def test_the_first_minibatch_finds_the_policy_that_drew_the_replies(build_ppo, t
     assert recorder.rows[-1]["kl"] != first["kl"]
 
 
-@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 3), (4, 1), (1, 6)])
-def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, minibatches):
+@pytest.mark.parametrize(("epochs", "num_mini_batches"), [(1, 1), (2, 3), (4, 1), (1, 6)])
+def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, num_mini_batches):
     """A peer's `num_mini_batches` changed nothing (algorithms note, 3.4)."""
-    _, recorder, fitter = fitted(trainer, build_ppo(epochs=epochs, minibatches=minibatches))
-    assert [row["steps"] for row in recorder.rows] == [epochs * minibatches] * 3
-    assert fitter.global_step == 3 * epochs * minibatches
+    _, recorder, fitter = fitted(trainer, build_ppo(num_ppo_epochs=epochs, num_mini_batches=num_mini_batches))
+    assert [row["steps"] for row in recorder.rows] == [epochs * num_mini_batches] * 3
+    assert fitter.global_step == 3 * epochs * num_mini_batches
 
 
 @pytest.mark.parametrize("settings", [{}, {"value_model": "shared"}, {"attn_implementation": "packed"}])
@@ -140,14 +140,22 @@ def test_how_a_minibatch_is_divided_and_drawn_changes_no_weight(build_ppo, train
     sgd = functools.partial(torch.optim.SGD, lr=0.05)
     settings = settings | {"max_grad_norm": 0.0}  # clipping would hide a wrong factor
     whole, one, _ = fitted(trainer, build_ppo(micro_batch_size=6, optimizer=sgd, **settings))
-    split, other, _ = fitted(trainer, build_ppo(micro_batch_size=1, generation_batch_size=2, optimizer=sgd, **settings))
+    split, other, _ = fitted(
+        trainer, build_ppo(micro_batch_size=1, generation_micro_batch_size=2, optimizer=sgd, **settings)
+    )
     torch.testing.assert_close(weights(whole), weights(split), rtol=0, atol=2e-6)
     for row, twin in zip(one.curve, other.curve, strict=True):
         assert row == pytest.approx(twin, abs=2e-4)
 
 
 def test_a_run_that_was_broken_goes_on_as_if_it_had_not_been(build_ppo, trainer, tmp_path):
-    settings = {"kl_target": 3.0, "kl_horizon": 100.0, "normalize_scores": True, "epochs": 2, "minibatches": 2}
+    settings = {
+        "adaptive_kl_target": 3.0,
+        "kl_horizon": 100.0,
+        "normalize_scores": True,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+    }
     whole, curve, _ = fitted(trainer, build_ppo(**settings), max_epochs=2)
 
     class Broken(Callback):
@@ -230,7 +238,7 @@ def test_a_server_draws_with_the_weights_of_each_rollout_and_its_logprobs_are_on
 ):
     """The start check holds, since the policy scores the replies again; what the server's rounding does is logged."""
     server = StandIn()
-    made = build_ppo(engine=server.url, engine_directory=str(tmp_path / "weights"), temperature=0.8, epochs=1)
+    made = build_ppo(engine=server.url, engine_directory=str(tmp_path / "weights"), temperature=0.8, num_ppo_epochs=1)
     _, recorder, _ = fitted(trainer, made)
     server.shutdown()
     server.server_close()
@@ -279,7 +287,9 @@ def test_the_reward_that_is_learned_from_is_the_score_less_penalty_and_kl(build_
         assert row["reward_with_kl"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"advantage": "grpo", "samples_per_prompt": 2}], ids=["sum", "per token"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"advantage_estimator": "grpo", "num_generations": 2}], ids=["sum", "per token"]
+)
 def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(build_ppo, trainer, settings):
     """Per reply: score - penalty - kl_coef * KL; whatever the steered coefficient and the moments are by then."""
     module, data = build_ppo(kl_coef=0.3, missing_eos_penalty=0.7, max_new_tokens=12, **settings)
@@ -303,7 +313,7 @@ def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(b
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_equal_rewards_teach_nothing(build_ppo, trainer, advantage, normalize):
-    settings = {"advantage": advantage, "samples_per_prompt": 3, "normalize_scores": normalize, "kl_coef": 0.0}
+    settings = {"advantage_estimator": advantage, "num_generations": 3, "normalize_scores": normalize, "kl_coef": 0.0}
     settings |= {"missing_eos_penalty": 0.0, "reward_model": f"{HERE}:constant_and_large"}
     made = build_ppo(optimizer=functools.partial(torch.optim.SGD, lr=1.0), max_grad_norm=0.0, **settings)
     made[0].configure_model()
@@ -369,13 +379,13 @@ def test_a_value_model_has_a_head_of_its_own_where_that_of_the_reward_model_read
 
 
 def test_passes_are_left_out_once_the_policy_has_gone_far(build_ppo, trainer):
-    _, recorder, _ = fitted(trainer, build_ppo(epochs=5, kl_stop=1e-7), max_epochs=1)
+    _, recorder, _ = fitted(trainer, build_ppo(num_ppo_epochs=5, target_kl=1e-7), max_epochs=1)
     assert recorder.rows[0]["stopped_early"] == 1
     assert recorder.rows[0]["steps"] < 5
 
 
 def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, trainer):
-    module, recorder, _ = fitted(trainer, build_ppo(kl_target=1e-3, kl_horizon=60.0), max_epochs=2)
+    module, recorder, _ = fitted(trainer, build_ppo(adaptive_kl_target=1e-3, kl_horizon=60.0), max_epochs=2)
     assert module.kl_coef > 0.05
     assert [row["kl_coef"] for row in recorder.rows] != [0.05] * len(recorder.rows)
 
@@ -398,11 +408,14 @@ def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, word
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"advantage": "grpo"}, "samples_per_prompt"),
-        ({"advantage": "rloo", "samples_per_prompt": 2, "value_model": "shared"}, "has no value model"),
+        ({"advantage_estimator": "grpo"}, "num_generations"),
+        ({"advantage_estimator": "rloo", "num_generations": 2, "value_model": "shared"}, "has no value model"),
         ({"lora": {"r": 4, "dropout": 0.1}}, "dropout"),
         ({"reference": "adapter"}, "adapter"),
-        ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target: the coefficient that it steers is model.kl_coef, which is 0"),
+        (
+            {"adaptive_kl_target": 1.0, "kl_coef": 0.0},
+            "adaptive_kl_target: the coefficient that it steers is model.kl_coef, which is 0",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(build_ppo, settings, words):

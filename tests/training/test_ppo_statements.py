@@ -39,7 +39,7 @@ def rollout(build_ppo, trainer):  # noqa: F811
     """Module, experience, targets and steps of a second rollout, when policy, reference and values are far apart."""
 
     def make(**settings):
-        module, data = build_ppo(**{"max_new_tokens": 8, "epochs": 2} | settings)
+        module, data = build_ppo(**{"max_new_tokens": 8, "num_ppo_epochs": 2} | settings)
         module.engine = Ending(module.engine)
         kept = []
         update = module._update
@@ -88,7 +88,7 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
     assert (logprobs - reference)[mask].abs().max() > 1e-3
 
 
-GROUPS = {"samples_per_prompt": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "max_train_prompts": 12}}
+GROUPS = {"num_generations": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "max_train_prompts": 12}}
 
 
 def group_scores(module, experience):
@@ -102,7 +102,7 @@ def group_scores(module, experience):
 
 def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
     """Shao et al. 2024, eq. 3 and 4; the weight counts where scores are equal too."""
-    module, experience, targets, _ = rollout(advantage="grpo", kl_coef=0.4, **GROUPS)
+    module, experience, targets, _ = rollout(advantage_estimator="grpo", kl_coef=0.4, **GROUPS)
     groups = group_scores(module, experience)
     expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
     expected = torch.where(experience.tokens.mask, expected, 0)
@@ -131,7 +131,7 @@ def test_grpo_has_statistics_of_scores_and_its_kl_in_the_loss(rollout):
 
 def test_rloo_has_the_kl_of_a_reply_in_its_reward(rollout):
     """Ahmadian et al. 2024: R = score - kl_coef * log(policy / reference), less the mean R of the others."""
-    module, experience, targets, _ = rollout(advantage="rloo", kl_coef=0.4, **GROUPS)
+    module, experience, targets, _ = rollout(advantage_estimator="rloo", kl_coef=0.4, **GROUPS)
     kl = (
         torch.where(experience.tokens.mask, experience.tokens.logprobs - experience.tokens.reference, 0)
         .double()
@@ -183,7 +183,7 @@ def test_c37_the_order_of_replies_changes_no_gradient(rollout, value_model):
 
 
 def test_each_pass_learns_from_each_reply_once_in_an_order_of_its_own(rollout):
-    _, experience, _, steps = rollout(minibatches=3)
+    _, experience, _, steps = rollout(num_mini_batches=3)
     second = [part for taken, part in steps if taken is experience]
     passes = [[i for part in each for i in part] for each in (second[:3], second[3:])]
     assert [sorted(each) for each in passes] == [list(range(6))] * 2
@@ -191,7 +191,7 @@ def test_each_pass_learns_from_each_reply_once_in_an_order_of_its_own(rollout):
 
 
 def test_c33_the_moments_of_a_rollout_stand_still_while_it_is_learned_from(rollout):
-    module, experience, targets, _ = rollout(normalize_scores=True, minibatches=2)
+    module, experience, targets, _ = rollout(normalize_scores=True, num_mini_batches=2)
     before = module.moments.state_dict()
     module._update(experience, targets)
     assert module.moments.state_dict() == before
@@ -201,7 +201,7 @@ def test_c33_the_moments_of_a_rollout_stand_still_while_it_is_learned_from(rollo
 
 def test_c30_the_first_ratio_is_one_of_another_temperature_too(build_ppo, trainer):  # noqa: F811
     sgd = functools.partial(torch.optim.SGD, lr=1e-12)
-    _, recorder, _ = fitted(trainer, build_ppo(temperature=1.7, epochs=3, optimizer=sgd, value_lr=1e-12))
+    _, recorder, _ = fitted(trainer, build_ppo(temperature=1.7, num_ppo_epochs=3, optimizer=sgd, value_lr=1e-12))
     for row in recorder.rows:
         assert row["ratio"] == pytest.approx(1, abs=1e-5)
         assert row["clip_fraction"] == 0

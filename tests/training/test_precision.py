@@ -8,7 +8,7 @@ import torch
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.training.callbacks import PairScores
 
-LORA = {"lora": {"r": 4, "alpha": 8.0}}
+LORA = {"lora": {"r": 4, "lora_alpha": 8.0}}
 # Measured on these models, bf16 moves a log-ratio by up to 0.5 nats and a score by 0.05.
 SAME = {"rel": 1e-6, "abs": 1e-6}
 
@@ -49,8 +49,8 @@ def predicted(make, trainer, precision):
         ("build_sft", {}),
         ("build_dpo", {}),
         ("build_dpo", LORA),
-        ("build_dpo", {"reference": "precomputed"}),
-        ("build_dpo", {"reference": "precomputed"} | LORA),
+        ("build_dpo", {"precompute_reference": True}),
+        ("build_dpo", {"precompute_reference": True} | LORA),
         ("build_dpo", {"loss_type": "simpo", "beta": 2.0, "gamma": 0.5}),
     ],
     ids=["reward", "layers", "sft", "frozen", "adapter", "precomputed", "precomputed-adapter", "no-reference"],

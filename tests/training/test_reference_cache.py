@@ -19,16 +19,16 @@ from rlhf_lightning.training import references
 from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
 from tests.training.conftest import TRAIN_PAIRS, VAL_PAIRS, weights
 
-LORA = {"lora": {"r": 4, "alpha": 8.0}}
+LORA = {"lora": {"r": 4, "lora_alpha": 8.0}}
 
 
 @pytest.fixture
 def run(build_dpo, trainer, tmp_path):
     """Train with a reference; returns the module and the number of pairs that were added to the cache."""
 
-    def fit(reference="precomputed", *, model=None, data=None, **settings):
+    def fit(reference=None, *, precompute=True, model=None, data=None, **settings):
         settings = {"max_epochs": 2, "gradient_clip_val": 1.0} | settings
-        cache = {"reference_cache": str(tmp_path / "cache")} if reference.startswith("precomputed") else {}
+        cache = {"precompute_reference": True, "reference_cache": str(tmp_path / "cache")} if precompute else {}
         module, datamodule = build_dpo(model={"reference": reference} | cache | (model or {}), data=data)
         before = kept(tmp_path)
         trainer(**settings).fit(module, datamodule)
@@ -45,7 +45,7 @@ def kept(directory) -> int:
 @pytest.mark.parametrize(("model", "reference"), [({}, "frozen"), (LORA, "adapter")], ids=["frozen", "adapter"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_training_is_that_with_the_reference_in_memory(run, model, reference, loss_type):
-    own, _ = run(reference, model=model | {"loss_type": loss_type})
+    own, _ = run(reference, precompute=False, model=model | {"loss_type": loss_type})
     module, computed = run(model=model | {"loss_type": loss_type})
     assert computed == TRAIN_PAIRS + VAL_PAIRS
     # Rows padded to another length: float32 rounding.
@@ -63,11 +63,11 @@ def test_the_reference_is_not_kept_in_memory(run):
 
 def test_another_model_can_be_precomputed(run, tmp_path):
     other = make_tiny_model(tmp_path / "other", builtin_texts(), initializer_range=0.2, seed=7)
-    own, _ = run(str(other), limit_val_batches=0)
-    module, computed = run(f"precomputed:{other}", limit_val_batches=0)
+    own, _ = run(str(other), precompute=False, limit_val_batches=0)
+    module, computed = run(str(other), limit_val_batches=0)
     assert computed == TRAIN_PAIRS + VAL_PAIRS
     torch.testing.assert_close(weights(module), weights(own), rtol=0, atol=2e-6)
-    assert run("precomputed")[1] == TRAIN_PAIRS + VAL_PAIRS
+    assert run()[1] == TRAIN_PAIRS + VAL_PAIRS
 
 
 def test_what_is_known_is_not_computed_again_whatever_the_order_or_the_learning_rate(run):
@@ -183,7 +183,7 @@ def test_entries_that_are_whole_but_wrong_stop_the_run(run, tmp_path):
 
 
 def test_testing_and_validating_use_the_cache_too(build_dpo, trainer, tmp_path):
-    cache = {"reference": "precomputed", "reference_cache": str(tmp_path / "cache")}
+    cache = {"precompute_reference": True, "reference_cache": str(tmp_path / "cache")}
     (expected,) = trainer().validate(*build_dpo(), verbose=False)
     for stage in ("validate", "test"):
         module, datamodule = build_dpo(model=cache)
@@ -197,7 +197,7 @@ def test_testing_and_validating_use_the_cache_too(build_dpo, trainer, tmp_path):
 
 def test_a_loss_without_a_reference_refuses_a_precomputed_one(build_dpo):
     with pytest.raises(ConfigurationError, match="the loss simpo has no reference"):
-        build_dpo(model={"loss_type": "simpo", "gamma": 0.5, "beta": 2.0, "reference": "precomputed"})
+        build_dpo(model={"loss_type": "simpo", "gamma": 0.5, "beta": 2.0, "precompute_reference": True})
 
 
 def test_hashes_tell_pairs_apart():

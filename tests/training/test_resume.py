@@ -19,11 +19,16 @@ from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard
 from tests.programs import run, start
 from tests.training.killer import signal_at_line
 
-LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
+LORA = {"lora": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.2, "target_modules": "all-linear"}}
 # Dropout: without the states of the random numbers, the rest of the run would be another one.
 MODELS = {"RewardModel": {"dropout": 0.2}, "DPO": LORA, "SFT": LORA}
-MODELS["PPO"] = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 6, "epochs": 2, "minibatches": 2}
-MODELS["PPO"] |= {"kl_target": 3.0, "kl_horizon": 20.0, "normalize_scores": True}
+MODELS["PPO"] = {
+    "reward_model": "tests.training.test_ppo:length",
+    "max_new_tokens": 6,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 2,
+}
+MODELS["PPO"] |= {"adaptive_kl_target": 3.0, "kl_horizon": 20.0, "normalize_scores": True}
 CURVES = {"PPO": ("train/reward", "train/kl", "train/kl_coef", "train/value_loss", "train/lr", "val/reward")}
 ZERO = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed", "--trainer.devices", "2"]
 
@@ -214,7 +219,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, unbroken):
     assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "last-3.ckpt"
 
 
-CACHE = ["--model.lora", "null", "--model.reference", "precomputed", "--model.reference_cache", "cache"]
+CACHE = ["--model.lora", "null", "--model.precompute_reference", "true", "--model.reference_cache", "cache"]
 AT_VALIDATION = ["--trainer.callbacks.validating", "true"]
 
 

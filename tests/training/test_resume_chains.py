@@ -24,14 +24,19 @@ from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint
 from rlhf_lightning.training.resume import ProcessStates
 from rlhf_lightning.training.signals import SaveAtSignal
 
-LORA = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.2, "targets": "all-linear"}}
-PPO_KEYS = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 4, "epochs": 2, "minibatches": 2}
+LORA = {"lora": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.2, "target_modules": "all-linear"}}
+PPO_KEYS = {
+    "reward_model": "tests.training.test_ppo:length",
+    "max_new_tokens": 4,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 2,
+}
 KINDS = {
     "RewardModel": (RewardModel, {"dropout": 0.2}),
     "SFT": (SFT, LORA),
     "DPO frozen": (DPO, {"reference": "frozen"}),
     "DPO adapter": (DPO, LORA),
-    "DPO precomputed": (DPO, {"reference": "precomputed"}),
+    "DPO precomputed": (DPO, {"precompute_reference": True}),
     "PPO": (PPO, PPO_KEYS),
 }
 # Six batches an epoch. Epochs end after a checkpoint, inside an accumulation, before a validation that is not due.

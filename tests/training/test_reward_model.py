@@ -112,7 +112,7 @@ def test_the_first_loss_of_equal_scores_is_ln_2(build, trainer):
     [
         ({}, lambda c, r, m: F.softplus(r - c)),
         ({"use_margin": True}, lambda c, r, m: F.softplus(r - c + m)),
-        ({"centering": 0.5}, lambda c, r, m: F.softplus(r - c) + 0.5 * (c + r) ** 2),
+        ({"center_rewards_coefficient": 0.5}, lambda c, r, m: F.softplus(r - c) + 0.5 * (c + r) ** 2),
         ({"label_smoothing": 0.25}, lambda c, r, m: 0.75 * F.softplus(r - c) + 0.25 * F.softplus(c - r)),
     ],
 )
@@ -155,7 +155,7 @@ def test_learning_rate_rises_over_the_warm_up_and_then_follows_the_schedule(buil
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             rates.append(optimizer.param_groups[0]["lr"])
 
-    settings = {"schedule": schedule, "warmup_ratio": 0.5, "optimizer": sgd(0.1)}
+    settings = {"lr_scheduler_type": schedule, "warmup_ratio": 0.5, "optimizer": sgd(0.1)}
     module, datamodule = build(model=settings, data={"batch_size": 1})
     trainer(callbacks=[Rates()], accumulate_grad_batches=3, max_epochs=2, limit_val_batches=0).fit(module, datamodule)
     assert rates == pytest.approx([0.1 * factor for factor in expected])
@@ -332,7 +332,7 @@ def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(build, trainer, tmp_path, stop):
     """3 optimizer steps an epoch, 2 epochs; stopped within the first, at its end, and within the second."""
     settings = {"batch_size": 2, "accumulate": 2, "max_epochs": 2, "enable_checkpointing": True}
-    adam = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-3), "schedule": "linear"}
+    adam = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-3), "lr_scheduler_type": "linear"}
     unbroken = trained(build, trainer, model=adam, **settings)
     save = ModelCheckpoint(tmp_path / "all", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     trained(build, trainer, model=adam, callbacks=[save], **settings)

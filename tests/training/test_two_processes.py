@@ -46,7 +46,7 @@ def runs(tmp_path_factory, tiny_qwen2, pairs):
             "init_args": {
                 "backbone": str(tiny_qwen2),
                 "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
-                "schedule": "constant",
+                "lr_scheduler_type": "constant",
                 "warmup_ratio": 0.0,
             },
         },

@@ -300,7 +300,9 @@ def test_a_loaded_checkpoint_gives_the_same_numbers(build_dpo, trainer, with_val
 
 
 def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_others(build_dpo, trainer, with_val, tmp_path):
-    lora = {"lora": {"r": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj"], "modules_to_save": None}}
+    lora = {
+        "lora": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "target_modules": ["q_proj"], "modules_to_save": None}
+    }
     module, run = saved(build_dpo, trainer, with_val, tmp_path / "a.ckpt", **lora)
     names = set(read_checkpoint(tmp_path / "a.ckpt")["state_dict"])
     assert names == {name for name, p in module.named_parameters() if p.requires_grad}
@@ -312,7 +314,7 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_refuses_others(build_dpo,
     for name, parameter in restored.named_parameters():
         if "lora_" in name:
             assert torch.equal(parameter.half(), module.get_parameter(name))
-    other = {"lora": lora["lora"] | {"targets": ["v_proj"]}}
+    other = {"lora": lora["lora"] | {"target_modules": ["v_proj"]}}
     wrong, datamodule = build_dpo(data=with_val, model=other)
     with pytest.raises(ConfigurationError, match=r"other weights than the adapters of model\.lora"):
         trainer(strategy="zero2").test(wrong, datamodule=datamodule, ckpt_path=tmp_path / "a.ckpt")

@@ -134,11 +134,10 @@ def paths_in(command: str, settings: Mapping[str, Any], *, existing: bool = True
             if not isinstance(text, str) or not text or len(text) > 1000 or "\n" in text:
                 continue
             if not key.startswith(_NO_INPUTS[command]):
-                for name in (text, text.partition(":")[2]):  # precomputed:NAME
-                    with suppress(OSError, RuntimeError, ValueError):
-                        path = Path(name).expanduser()
-                        if name and (not existing or path.exists()):
-                            yield key, path
+                with suppress(OSError, RuntimeError, ValueError):
+                    path = Path(text).expanduser()
+                    if not existing or path.exists():
+                        yield key, path
             if re.fullmatch(r"[A-Za-z_][\w.]*(:\w+)?", text):  # module:function and the classes of the user
                 parts = text.partition(":")[0].split(".")
                 for count in range(1, len(parts) + 1):
