@@ -423,8 +423,18 @@ def of_runs() -> Iterator[Line]:
     yield line("TensorBoard, run that goes on", lambda: damaged(own(), [flipped(0.5), *OTHERS], GO_ON))
 
 
+IN_SUITE = (
+    "checkpoint, fit --ckpt_path last",
+    "model, fit as backbone",
+    "token cache",
+    "reference cache",
+    "state.json",
+)
+"""The lines of which the suite tries a trial: each takes seconds, and the tests of each kind of file try more."""
+
+
 def line(what: str, trials: Callable[[], Iterable[Trial]]) -> Line:
-    return Line("corruption", what, lambda: list(trials()))
+    return Line("corruption", what, lambda: list(trials()), in_suite=what in IN_SUITE)
 
 
 LINES: list[Line] = [

@@ -210,5 +210,5 @@ def pipelines() -> Sequence[Trial]:
 LINES: list[Line] = [
     Line("full disk", "fit of a reward model, of DPO and of PPO", fits),
     Line("full disk", "export, evaluate, doctor, predict, test, plan", others),
-    Line("full disk", "pipeline", pipelines),
+    Line("full disk", "pipeline", pipelines, in_suite=False),
 ]
