@@ -6,6 +6,7 @@ A row belongs to one process, whatever their number, so that none is left out or
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import traceback
@@ -103,6 +104,7 @@ def launch(device: str, devices: int) -> Ranks:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it chose another level when it was imported
     fabric = Fabric(
         accelerator=torch.device(device).type,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]) if started else devices,

@@ -23,7 +23,7 @@ from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
-from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.module import Exportable
 from rlhf_lightning.training.results import Results, table_rows
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class ExportBest(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could not be written in the end, before any training. Raises `ConfigurationError`."""
-        if not isinstance(pl_module, TrainedModule):
+        if not isinstance(pl_module, Exportable):
             raise ConfigurationError(
                 f"ExportBest: a {type(pl_module).__name__} has no export; derive it from "
                 "rlhf_lightning.training.module.TrainedModule, or leave the callback out"

@@ -19,12 +19,11 @@ from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.best import best_checkpoint
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
-from rlhf_lightning.training.results import weights_sum
+from rlhf_lightning.training.results import network_of, weights_sum
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from rlhf_lightning.training.module import TrainedModule
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +135,12 @@ def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool =
     return True
 
 
-def fault_of_training(module: TrainedModule, stored: dict[str, Any]) -> str | None:
+def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | None:
     """Why the model of a checkpoint is none that was trained, or None.
 
     `module` is restored from the checkpoint, and `stored` is what it holds.
     """
-    network = module.trained_network
+    network = network_of(module)
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     if wrong := [name for name, parameter in trained if not parameter.isfinite().all()]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

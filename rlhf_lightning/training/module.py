@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -65,6 +65,13 @@ class Measured(NamedTuple):
         for name, metric in metrics.items():
             given = self.values.get(name, self.others)
             metric.update(*given) if isinstance(given, tuple) else metric.update(given)
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """What `ExportBest` asks of a module: any LightningModule that can write its network has it."""
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None: ...
 
 
 class TrainedModule(LightningModule):

@@ -59,9 +59,7 @@ class Results(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None:
-            from rlhf_lightning.training.module import TrainedModule  # which logs with this module's help
-
-            self.start = weights_sum(pl_module.trained_network if isinstance(pl_module, TrainedModule) else pl_module)
+            self.start = weights_sum(network_of(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if self.first_loss is None and isinstance(outputs, dict) and "loss" in outputs:
@@ -109,3 +107,10 @@ def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
         for name, value in trainer.callback_metrics.items()
         if name.startswith(prefix)
     }
+
+
+def network_of(module: LightningModule) -> nn.Module:
+    """What a module trains and exports: its `trained_network`, or all of a module that is not of this package."""
+    from rlhf_lightning.training.module import TrainedModule  # which logs with this module's help
+
+    return module.trained_network if isinstance(module, TrainedModule) else module
