@@ -82,12 +82,10 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "numbers.json"
     write_whole(file, "before")
 
-    def half(path, text, **_):
-        with path.open("w") as out:
-            out.write(text[:3])
+    def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ConfigurationError, match=f"^{file}: "):
         write_whole(file, "afterwards")
     assert file.read_text() == "before"
@@ -185,7 +183,7 @@ def trained(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
         assert main(["doctor", "pairs.jsonl"]) == 0  # so that its tokens are in the cache
         patch.setattr(disks, "free_bytes", lambda _: 5000.0)
-        patch.setattr("rlhf_lightning.training.own_directories.free_bytes", lambda _: 5000.0)
+        patch.setattr("rlhf_lightning.planning.room_on_disk.free_bytes", lambda _: 5000.0)
         said = directory / "said.txt"
         with said.open("w") as out, contextlib.redirect_stderr(out):
             code = main(FIT)

@@ -104,7 +104,8 @@ def launch(device: str, devices: int) -> Ranks:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it chose another level when it was imported
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they chose another level when they were imported
     fabric = Fabric(
         accelerator=torch.device(device).type,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]) if started else devices,

@@ -410,7 +410,7 @@ def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, word
     [
         ({"advantage_estimator": "grpo"}, "num_generations"),
         ({"advantage_estimator": "rloo", "num_generations": 2, "value_model": "shared"}, "has no value model"),
-        ({"lora": {"r": 4, "dropout": 0.1}}, "dropout"),
+        ({"lora": {"r": 4, "lora_dropout": 0.1}}, "lora_dropout"),
         ({"reference": "adapter"}, "adapter"),
         (
             {"adaptive_kl_target": 1.0, "kl_coef": 0.0},
