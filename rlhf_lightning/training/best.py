@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lightning.errors import ConfigurationError
@@ -39,6 +39,16 @@ class SavingOrder(Callback):
 
     At the end of a run that has saved no checkpoint, the final weights are saved.
     """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give an average of the weights those that are not trained as they are; averaged with themselves they are
+        rounded, and from a checkpoint of adapters alone others would be loaded than were validated."""
+        for callback in trainer.callbacks:
+            average = callback._average_model if isinstance(callback, WeightAveraging) else None
+            if average is not None:
+                for averaged, current in zip(average.module.parameters(), pl_module.parameters(), strict=True):
+                    if not current.requires_grad:
+                        averaged.data.copy_(current.data)
 
     def __init__(self) -> None:
         self.final: Path | None = None
