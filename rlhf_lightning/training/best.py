@@ -40,6 +40,11 @@ class SavingOrder(Callback):
     At the end of a run that has saved no checkpoint, the final weights are saved.
     """
 
+    def __init__(self) -> None:
+        self.final: Path | None = None
+        """The checkpoint of the final weights, where it was saved here."""
+        self._validated_at = self._step = 0
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give an average of the weights those that are not trained as they are; averaged with themselves they are
         rounded, and from a checkpoint of adapters alone others would be loaded than were validated."""
@@ -49,11 +54,6 @@ class SavingOrder(Callback):
                 for averaged, current in zip(average.module.parameters(), pl_module.parameters(), strict=True):
                     if not current.requires_grad:
                         averaged.data.copy_(current.data)
-
-    def __init__(self) -> None:
-        self.final: Path | None = None
-        """The checkpoint of the final weights, where it was saved here."""
-        self._validated_at = self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated_at": self._validated_at}
