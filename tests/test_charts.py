@@ -36,8 +36,8 @@ def texts(drawing: str) -> list[str]:
 def test_a_curve_goes_through_its_points_in_proportion():
     drawing = svg(curves([Curve([0, 1, 4], [0.0, 0.25, 1.0])]), "a")
     ((x0, y0), (x1, y1), (x2, y2)) = paths(drawing, 0)[0]
-    assert (x1 - x0) / (x2 - x0) == pytest.approx(0.25, abs=2e-3)
-    assert (y0 - y1) / (y0 - y2) == pytest.approx(0.25, abs=2e-3)
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(0.25, abs=1e-3)
+    assert (y0 - y1) / (y0 - y2) == pytest.approx(0.25, abs=1e-3)
     assert 0 < x0 < x2 < charts.WIDTH
 
 
@@ -73,7 +73,7 @@ def test_a_histogram_is_as_high_as_its_shares():
     drawing = svg(histogram([[0.1] * 3 + [5.1], [5.1]]), "a")
     first, second = (path for index in (0, 1) for path in paths(drawing, index))
     floor = first[0][1]
-    assert (floor - min(y for _, y in first)) / (floor - min(y for _, y in second)) == pytest.approx(0.75, abs=5e-3)
+    assert (floor - min(y for _, y in first)) / (floor - min(y for _, y in second)) == pytest.approx(0.75, abs=1e-3)
 
 
 @example([[2.0, 1.9]])  # 95 * 0.02 > 1.9
