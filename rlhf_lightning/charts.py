@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -85,6 +85,12 @@ def _axes() -> Axes:
     return Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained").subplots()
 
 
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
 @_look()
 def curves(
     drawn: Sequence[Curve],
@@ -114,7 +120,7 @@ def curves(
     _ticks(axes.yaxis, y_percent, 5)
     if labelled:
         _labels(axes, drawn)
-    return axes.figure
+    return _figure(axes)
 
 
 @_look()
@@ -125,16 +131,16 @@ def histogram(distributions: Sequence[Sequence[float]], *, marks: Sequence[float
         counts = bin_counts(values, edges)
         if not counts.any():
             continue
-        shares, look = counts / counts.sum(), {"color": SERIES[index], "zorder": 2}
-        axes.stairs(shares, edges, linewidth=1.8, linestyle=DASHES[index], **look)
+        shares, colour = counts / counts.sum(), SERIES[index]
+        axes.stairs(shares, edges, linewidth=1.8, linestyle=DASHES[index], color=colour, zorder=2)
         if index == 0:
-            axes.stairs(shares, edges, fill=True, alpha=0.25, linewidth=0, **look)
+            axes.stairs(shares, edges, fill=True, alpha=0.25, linewidth=0, color=colour, zorder=2)
     for index, mark in enumerate(_finite(marks)):
         axes.axvline(mark, color=COLOURS["ink"], linewidth=1.2, linestyle=LEVEL_DASHES[index % 4])
     axes.set_ylim(bottom=0)
     _ticks(axes.xaxis, False, 6)
     _ticks(axes.yaxis, True, 4)
-    return axes.figure
+    return _figure(axes)
 
 
 def bin_edges(distributions: Sequence[Sequence[float]]) -> np.ndarray:
@@ -154,7 +160,7 @@ def bin_edges(distributions: Sequence[Sequence[float]]) -> np.ndarray:
         return np.array([low - around, low + around])
     widths = [np.ptp(row) / _bins(row) for row in rows if row.size and np.ptp(row) > 0]
     count = int(np.clip(1.4 * (high - low) / min([*widths, high - low]), 5, MOST_BINS))  # rounding makes them wider
-    edges = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    edges = np.array(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     # 95 * 0.02 is above 1.9, and would leave it out.
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     return edges
@@ -229,7 +235,7 @@ def _draw(axes: Axes, index: int, curve: Curve) -> None:
     colour, drawn = SERIES[index], np.isfinite(x) & np.isfinite(y)
     many = drawn.sum() > MARKED
     kept = _thinned(y) if many else np.arange(len(y))
-    marker = {"marker": MARKERS[index], "markeredgecolor": COLOURS["page"], "markersize": 6.5}
+    marker: dict[str, Any] = {"marker": MARKERS[index], "markeredgecolor": COLOURS["page"], "markersize": 6.5}
     axes.plot(x[kept], y[kept], color=colour, linestyle=DASHES[index], linewidth=1.8, **({} if many else marker))
     if many:  # a point between two gaps is no line
         beside = np.concatenate([[False], drawn, [False]])
@@ -265,8 +271,8 @@ def _labels(axes: Axes, drawn: Sequence[Curve]) -> None:
     lowest = 0.0
     for x, y, index in sorted(ends, key=lambda end: end[1]):
         lowest = max(y, lowest)
-        place = {"transform": axes.transAxes, "horizontalalignment": "left", "verticalalignment": "center"}
-        axes.text(x + 0.025, lowest, drawn[index].label, color=SERIES[index], **place)
+        label = axes.text(x + 0.025, lowest, drawn[index].label, color=SERIES[index], transform=axes.transAxes)
+        label.set(horizontalalignment="left", verticalalignment="center")
         lowest += 0.075
 
 

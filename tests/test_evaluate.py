@@ -253,7 +253,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
     evaluated, whole, tmp_path, monkeypatch, moment
 ):
     calls = []
-    for module, name in ((measure, "score_rows"), (answers, "generate_replies")):
+    for module, name in ((measure, "score_rows"), (answers, "generate_responses")):
         original = getattr(module, name)
 
         def counted(*given, original=original, **named):
@@ -355,7 +355,7 @@ def test_classifiers_of_the_user_s_and_a_judge_take_part(evaluated, make_classif
     assert 0 <= numbers["lexicon/rate_after"]["value"] <= 1
     page = (out / "report.html").read_text()
     assert "held no verdict" in page
-    assert "Toxicity of the replies" in page
+    assert "Toxicity of the responses" in page
 
 
 def test_dpo_s_implicit_reward_is_judged_like_a_reward_model(evaluated):
@@ -387,7 +387,7 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         (["--reward_model", "models/reward", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--reward_model", "models/reward", "--rewardbench", "pairs.jsonl"], "no column subset"),
         (["--reward_model", "models/reward", "--rewardbench", "unknown.jsonl"], "unknown subset 'alpaca-easy'"),
-        (["--reward_model", "models/reward", "--rewardbench", "twice.jsonl"], "the id '1' of"),
+        (["--reward_model", "models/reward", "--rewardbench", "twice.jsonl"], "duplicate id"),
         (["--reward_model", "models/reward"], "nothing to score"),
         (["--policy", "models/after", "--refusal_prompts", "null"], "nothing to answer"),
         (["--policy", "models/after", "--runs", "[nowhere]"], "no TensorBoard logs"),

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from rlhf_lightning.commands.export import run as export
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
@@ -43,8 +45,8 @@ _USAGE = """rlhf-lightning evaluate --config FILE.yaml [--config OVERLAY.yaml] [
 
 Judges a reward model, a policy before and after training, or both, and writes metrics.json, samples.jsonl,
 scores.jsonl, report.md, report.html and RewardBench's own result files into --out. What is not given is not measured.
-A model is a directory, a hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was cut off
-goes on where it was.
+A model is a directory, a hub name, or a checkpoint (.ckpt), which is exported first. An evaluation that was killed
+resumes where it was.
 """
 
 
@@ -94,17 +96,14 @@ def _prepared(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
 
 def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
     """Checkpoints replaced by directories that they were exported to."""
-    changed = {}
     for key in MODEL_KEYS:
         name = getattr(settings, key)
-        if name is None or not name.endswith(".ckpt"):
-            continue
-        from rlhf_lightning.commands.export import run as export
-
-        directory = out / "exported" / key
-        export(["--ckpt_path", name, "--out", str(directory)])
-        changed[key] = str(directory)
-    return replace(settings, **changed)
+        if name is not None and name.endswith(".ckpt"):
+            directory = str(out / "exported" / key)
+            export(["--ckpt_path", name, "--out", directory])
+            changed: dict[str, Any] = {key: directory}
+            settings = replace(settings, **changed)
+    return settings
 
 
 def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
@@ -132,7 +131,7 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
     _official(results, out)
 
 
-def _score_rows(results: EvaluationResults) -> Iterator[dict]:
+def _score_rows(results: EvaluationResults) -> Iterator[dict[str, Any]]:
     """Every pair and every row of a benchmark with the scores of its responses, the correct ones first."""
     for scorer in results.scorers:
         if (of := scorer.scores) is not None:
@@ -144,8 +143,8 @@ def _score_rows(results: EvaluationResults) -> Iterator[dict]:
                 yield {"scorer": scorer.title, "data": data, "id": row.id, "source": row.subset, "scores": row.scores}
 
 
-def _details(results: EvaluationResults) -> dict:
-    """The results without what stands in other files: rows, replies and curves."""
+def _details(results: EvaluationResults) -> dict[str, Any]:
+    """The results without what stands in other files: rows, responses and curves."""
     plain = {"scorers": as_plain(results.scorers), "judges": as_plain(results.judges)}
     for kind, group in (("scorer", plain["scorers"]), ("judge", plain["judges"])):
         for found in group:

@@ -16,21 +16,18 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import OnBadRows, PromptExample
 from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.evaluation.generate import GeneratedReply, generate_replies
+from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
 from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, check_devices, launch
 from rlhf_lightning.evaluation.settings import Dtype
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
-from rlhf_lightning.models.precision import move
 from rlhf_lightning.rewards.functions import check_text_of
-from rlhf_lightning.rewards.scorers import load_policy
 from rlhf_lightning.rewards.source import RewardSource, check_scores
 from rlhf_lightning.terminal import say
 from rlhf_lightning.user_code import names_function
@@ -43,7 +40,7 @@ _USAGE = """rlhf-lightning generate --policy MODEL --prompts FILE --out FILE.jso
 
 Samples responses of a policy to prompts, scores them with a reward model or a function, and writes rows that the other
 commands read: `samples`, every response with its score; `pairs`, the best and the worst response to each prompt as
-chosen and rejected; `best`, the best response to each prompt (best of n). A run that was cut off goes on where it was.
+chosen and rejected; `best`, the best response to each prompt (best of n). A run that was killed resumes.
 """
 
 
@@ -101,13 +98,13 @@ class GenerationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The responses to one prompt, with their scores where there is something that scores."""
+    """The responses to one prompt, with their scores; without any where nothing scores."""
 
     prompt: PromptExample
-    responses: Sequence[GeneratedReply]
-    scores: Sequence[float] | None
+    responses: Sequence[Response]
+    scores: Sequence[float]
 
-    def ranked(self, *, require_eos: bool) -> list[tuple[float, GeneratedReply]]:
+    def ranked(self, *, require_eos: bool) -> list[tuple[float, Response]]:
         """Responses that hold a text, worst first; of equal scores the later one first."""
         both = zip(self.scores, self.responses, strict=True)
         return sorted(
@@ -155,12 +152,13 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
     prompts, report = load_prompts(settings.prompts, split=settings.prompts_split, on_bad_rows=settings.on_bad_rows)
     prompts = prompts[: settings.max_prompts]
     log.info("prompts: %d, of %d rows of %s", len(prompts), report.rows_read, report.source)
-    policy = load_policy(settings.policy, trust_remote_code=settings.trust_remote_code)
-    dtype = getattr(torch, settings.dtype)
-    move(policy.eval().requires_grad_(False), torch.device(ranks.device), dtype)
-    responses = generate_replies(
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    policy, chat_format = load_frozen_policy(
+        settings.policy, device=ranks.device, dtype=dtype, trust_remote_code=settings.trust_remote_code
+    )
+    responses = generate_responses(
         policy,
-        ChatFormat(load_tokenizer(settings.policy, trust_remote_code=settings.trust_remote_code)),
+        chat_format,
         prompts,
         samples=settings.num_generations,
         temperature=settings.temperature,
@@ -176,10 +174,7 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
     scores = _scores(settings, prompts, responses, dtype, ranks)
     count = settings.num_generations
     parts = [slice(start, start + count) for start in range(0, len(responses), count)]
-    return [
-        Scored(prompt, responses[part], None if scores is None else scores[part])
-        for prompt, part in zip(prompts, parts, strict=True)
-    ]
+    return [Scored(prompt, responses[part], scores[part]) for prompt, part in zip(prompts, parts, strict=True)]
 
 
 def _kept(out: Path) -> Path:
@@ -189,13 +184,13 @@ def _kept(out: Path) -> Path:
 def _scores(
     settings: GenerationSettings,
     prompts: Sequence[PromptExample],
-    responses: Sequence[GeneratedReply],
+    responses: Sequence[Response],
     dtype: torch.dtype,
     ranks: Ranks,
-) -> list[float] | None:
+) -> list[float]:
     """The score of each response. Raises `TrainingError` naming the prompts of scores that are not finite."""
     if settings.reward_model is None:
-        return None
+        return []
     source = RewardSource(
         settings.reward_model,
         chat_template=settings.reward_chat_template,
@@ -205,7 +200,7 @@ def _scores(
     source.to(torch.device(ranks.device), dtype)
     by_id = {prompt.example_id: prompt for prompt in prompts}
 
-    def score(part: Sequence[GeneratedReply]) -> list[float]:
+    def score(part: Sequence[Response]) -> list[float]:
         conversations = [by_id[each.prompt_id].prompt for each in part]
         scores = source(conversations, [each.text for each in part], [each.ended for each in part])
         check_scores(scores, [each.prompt_id for each in part], source.name)
@@ -234,7 +229,7 @@ def _why(settings: GenerationSettings, scored: Sequence[Scored]) -> str:
     responses = [response for each in scored for response in each.responses]
     ended = sum(response.ended for response in responses)
     words = f"{ended} of {len(responses)} responses ended with an EOS token"
-    scores = [score for each in scored for score in each.scores or ()]
+    scores = [score for each in scored for score in each.scores]
     if scores:
         mean = math.fsum(scores) / len(scores)
         best = math.fsum(max(each.scores) for each in scored) / len(scored)
@@ -246,8 +241,8 @@ def _samples(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator
     for each in scored:
         for place, response in enumerate(each.responses):
             row = {"id": f"{each.prompt.example_id}#{response.sample}", "prompt": list(each.prompt.prompt)}
-            row |= {"response": response.text, "ended": response.ended, "tokens": response.tokens}
-            yield row if each.scores is None else row | {"score": each.scores[place]}
+            found = {"response": response.text, "ended": response.ended, "tokens": response.tokens}
+            yield row | found | ({"score": each.scores[place]} if each.scores else {})
 
 
 def _best(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:

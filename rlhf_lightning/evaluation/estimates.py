@@ -1,7 +1,7 @@
 """Numbers with their 95 % intervals: rates by Wilson's formula, everything else by the bootstrap over units.
 
-A unit is what was drawn independently: a prompt, a pair, a response. What belongs to one unit (both policies'
-replies to a prompt, both responses of a pair) is drawn together, which makes a difference a paired one.
+A unit is what was sampled independently: a prompt, a pair, a response. What belongs to one unit (both policies'
+responses to a prompt, both responses of a pair) is resampled together, which makes a difference a paired one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -52,6 +53,18 @@ def wilson(successes: float, n: int) -> Estimate:
     )
 
 
+def mean_rate(shares: np.ndarray) -> Estimate:
+    """Mean of one share in [0, 1] per unit, [n], with the interval of a rate of n (too wide where shares vary less)."""
+    return wilson(min(math.fsum(shares), len(shares)), len(shares))
+
+
+class Resampling(TypedDict, total=False):
+    """How a bootstrap draws; see `bootstrap`."""
+
+    resamples: int
+    seed: int
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float],
     units: np.ndarray | Sequence,
@@ -87,22 +100,20 @@ def bootstrap(
     return Estimate(value, float(low), float(high), n, method)
 
 
-def mean_estimate(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def mean_estimate(values: np.ndarray, **how: Unpack[Resampling]) -> Estimate:
     """Mean of one value per unit, [n]."""
     values = np.asarray(values, dtype=np.float64)
-    return bootstrap(lambda drawn: values[drawn].mean(), values, resamples=resamples, seed=seed)
+    return bootstrap(lambda drawn: values[drawn].mean(), values, **how)
 
 
-def difference_estimate(
-    after: np.ndarray, before: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
+def difference_estimate(after: np.ndarray, before: np.ndarray, **how: Unpack[Resampling]) -> Estimate:
     """Mean of after - before of the same units, [n] each: paired, so what a unit adds to both cancels."""
     after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
     if after.shape != before.shape:
         raise ConfigurationError(
             f"difference_estimate: {after.shape} values after and {before.shape} before are not those of the same units"
         )
-    return mean_estimate(after - before, resamples=resamples, seed=seed)
+    return mean_estimate(after - before, **how)
 
 
 def finite(where: str, name: str, values: np.ndarray | Sequence) -> np.ndarray:

@@ -13,13 +13,13 @@ from rlhf_lightning.data.examples import PreferenceExample, PromptExample
 from rlhf_lightning.data.labels import layout_of
 from rlhf_lightning.data.preferences import load_preferences
 from rlhf_lightning.data.prompts import load_prompts
-from rlhf_lightning.data.sources import read_rows, source_list
+from rlhf_lightning.data.sources import RowsInMemory, Source, Split, read_rows, source_list
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.rewardbench import RewardBench, selected_rows
 from rlhf_lightning.evaluation.curves import read_run
-from rlhf_lightning.evaluation.refusal import load_refusal_prompts
+from rlhf_lightning.evaluation.refusal import RefusalPrompt, load_refusal_prompts
 from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
 from rlhf_lightning.evaluation.toxicity import Lexicon
 
@@ -47,23 +47,22 @@ class Inputs:
         self.anchors: dict[str, list[PreferenceExample]] = {}
         """Of each prompt its pairs, by the prompt's id."""
         if settings.prompts is not None:
-            self._read_prompts(settings)
+            self._read_prompts(settings, settings.prompts)
             _check_several("prompts", self.prompts)
-        self.refusal = []
+        self.refusal: list[RefusalPrompt] = []
         if settings.policy is not None and settings.refusal_prompts is not None:
             self.refusal = load_refusal_prompts(settings.refusal_prompts)
         self.lexicon = None if settings.lexicon is None else Lexicon(settings.lexicon)
         self.runs = [read_run(directory) for directory in settings.runs or ()]
 
-    def _read_prompts(self, settings: EvaluationSettings) -> None:
-        source, split = settings.prompts, settings.prompts_split
+    def _read_prompts(self, settings: EvaluationSettings, source: Source) -> None:
+        split, bad = settings.prompts_split, settings.on_bad_rows
         if source == REWARDBENCH_PROMPTS:
             self._read_benchmark_prompts(settings)
             return
-        bad = settings.on_bad_rows
         prompts, report = load_prompts(source, split=split, on_bad_rows=bad)
         log.info("prompts: %s", report.summary())
-        self.prompts = _told_apart(prompts[: settings.max_prompts])
+        self.prompts = _with_unique_ids(prompts[: settings.max_prompts])
         if not all(_has_pairs(one.source, split) for one in source_list(source)):
             return
         pairs, _ = load_preferences(source, split=split, on_bad_rows=bad)
@@ -77,7 +76,8 @@ class Inputs:
         rows = selected_rows(RewardBench().load(settings), settings.rewardbench_size)
         first: dict[int, str] = {}
         for row in rows:
-            pair = PreferenceExample(row.prompt, *row.responses, None, f"{row.subset}/{row.id}", row.origin)
+            chosen, rejected = row.responses
+            pair = PreferenceExample(row.prompt, chosen, rejected, None, f"{row.subset}/{row.id}", row.origin)
             name = first.setdefault(prompt_hash(row.prompt), pair.example_id)
             self.anchors.setdefault(name, []).append(pair)
             if name == pair.example_id:
@@ -85,7 +85,7 @@ class Inputs:
         self.prompts = self.prompts[: settings.max_prompts]
 
 
-def _told_apart(prompts: Sequence[PromptExample]) -> list[PromptExample]:
+def _with_unique_ids(prompts: Sequence[PromptExample]) -> list[PromptExample]:
     """Prompts of which those that share an id, being rows of files of the same name, are called after their place."""
     counts = Counter(prompt.example_id for prompt in prompts)
     return [
@@ -101,7 +101,7 @@ def _check_several(name: str, examples: Sequence[PreferenceExample | PromptExamp
         )
 
 
-def _has_pairs(source: str, split: str) -> bool:
+def _has_pairs(source: str | RowsInMemory, split: Split) -> bool:
     first = next(iter(read_rows(source, split=split)), None)
     return first is not None and ({"chosen", "rejected"} <= set(first.values) or layout_of(first.values) is not None)
 

@@ -8,27 +8,34 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation.generate import load_frozen_policy
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
-from rlhf_lightning.models.precision import move
-from rlhf_lightning.rewards.scorers import load_policy
+from rlhf_lightning.rollouts import Rollouts
 
-Judge = Callable[[list[str]], list[str]]
-"""Takes questions, each the one turn of a user; gives a reply to each."""
 
-JUDGE_KIND = "Generative RM"
-"""RewardBench's `model_type` of a judge."""
+class Judge(Protocol):
+    """Takes questions, each the one turn of a user, and gives a reply to each."""
+
+    name: str
+    fingerprint: str
+    """A hash of all that decides its replies."""
+
+    def __call__(self, questions: list[str]) -> list[str]: ...
+
+
 LOWEST_RATING, HIGHEST_RATING = 1, 10
 
 TOO_LONG = "(not asked: the question is longer than the model has positions for)"
@@ -106,37 +113,32 @@ def parse_rating(reply: str) -> int | None:
 # ---- asking
 
 
-def ask(
-    judge: Judge,
-    questions: Sequence[str],
-    *,
-    name: str,
-    replies_file: str | Path | None = None,
-    ranks: Ranks = ALONE,
-) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a `Ledger` keeps of a question."""
+
+    reply: str
+
+
+def ask(judge: Judge, questions: Sequence[str], file: str | Path | None = None, *, ranks: Ranks = ALONE) -> list[str]:
     """The judge's reply to each question, of which each of the processes asks a share; the same one is asked once.
 
     With a file, replies are appended to it as they come (see `Ledger`), and those that are in it are not asked for
-    again. They stand there under the judge's name, a `PolicyJudge`'s under its fingerprint. Raises `DataError` when
-    the judge gives another number of replies than of questions, and for a file that holds something else.
+    again. Raises `DataError` when the judge gives another number of replies than of questions, and for a file that
+    holds something else.
     """
-    maker = judge.fingerprint if isinstance(judge, PolicyJudge) else name
     keys = [hashlib.sha256(question.encode()).hexdigest() for question in questions]
-    ledger = Ledger(replies_file, maker, ("reply",), ranks)
-    missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in ledger.known}
-    places, at_a_time = list(missing), _QUESTIONS_AT_A_TIME * ranks.size
+    by_key = dict(zip(keys, questions, strict=True))
 
-    def replies_to(part: Sequence[str]) -> list[str]:
-        replies = judge([missing[key] for key in part])
+    def replies_to(part: Sequence[str]) -> list[_Kept]:
+        replies = judge([by_key[key] for key in part])
         if len(replies) != len(part):
-            raise DataError(f"{name}: gave {len(replies)} replies to {len(part)} questions")
-        return replies
+            raise DataError(f"{judge.name}: gave {len(replies)} replies to {len(part)} questions")
+        return [_Kept(reply) for reply in replies]
 
-    for start in range(0, len(places), at_a_time):
-        part = places[start : start + at_a_time]
-        replies = ranks.each(part, replies_to)
-        ledger.add({key: {"reply": reply} for key, reply in zip(part, replies, strict=True)})
-    return [ledger.known[key]["reply"] for key in keys]
+    ledger = Ledger(file, judge.fingerprint, _Kept, ranks)
+    ledger.fill(keys, replies_to, at_a_time=_QUESTIONS_AT_A_TIME)
+    return [ledger.known[key].reply for key in keys]
 
 
 # ---- a judge
@@ -162,14 +164,15 @@ class PolicyJudge:
         *,
         max_new_tokens: int = 1024,
         batch_size: int = 8,
-        device: str | torch.device = "cpu",
+        device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
     ) -> None:
         self.name = name
         self.max_new_tokens = max_new_tokens
-        self.chat_format = ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
-        self.policy = load_policy(name, trust_remote_code=trust_remote_code)
+        self.policy, self.chat_format = load_frozen_policy(
+            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         limit = max_positions(self.policy.config.get_text_config())
         self.room = None if limit is None else limit - max_new_tokens
         """Longest question in tokens."""
@@ -180,8 +183,6 @@ class PolicyJudge:
         self.engine = TransformersEngine(batch_size)
         parts = (weights_fingerprint(self.policy), self.chat_format.fingerprint(), max_new_tokens, str(dtype))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
-        """A hash of all that decides its replies, the batch aside."""
-        move(self.policy.eval().requires_grad_(False), torch.device(device), dtype)
 
     def __call__(self, questions: list[str]) -> list[str]:
         """The reply to each question; `TOO_LONG` to one that does not fit, which is cut for nobody."""
@@ -190,18 +191,12 @@ class PolicyJudge:
         ids = form.encode_prompts(texts)
         asked = [place for place, row in enumerate(ids) if self.room is None or len(row) <= self.room]
         device = next(self.policy.parameters()).device
-        replies = self.engine.draw(
-            self.policy,
-            [torch.tensor(ids[place], device=device) for place in asked],
-            [0] * len(asked),
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0,
-            terminator_id=form.terminator_id,
-            pad_id=form.pad_id,
-        )
+        rollouts = Rollouts(self.policy, form, self.engine, max_new_tokens=self.max_new_tokens)
+        prompts = [torch.tensor(ids[place], device=device) for place in asked]
+        replies = rollouts.sample(prompts, [0] * len(asked), index=asked, temperature=0.0)
         found = [TOO_LONG] * len(questions)
-        for place, reply in zip(asked, replies, strict=True):
-            found[place] = form.reply_text(ids[place], reply.ids.tolist())
+        for place, reply in zip(asked, replies.texts(form), strict=True):
+            found[place] = reply
         return found
 
 

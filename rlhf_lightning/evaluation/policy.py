@@ -1,7 +1,7 @@
 """What training did to a policy: reward before and after, win rates, KL, and the curves of over-optimisation.
 
-Legend: P prompts, K replies to each, S steps of a run; rewards are raw scores of one reward model, tokens the
-lengths of the replies. Rewards of the Bradley-Terry model are defined up to a shift per prompt, and their scale is
+Legend: P prompts, K responses to each, S steps of a run; rewards are raw scores of one reward model, tokens the
+lengths of the responses. Rewards of the Bradley-Terry model are defined up to a shift per prompt, and their scale is
 free; but for the mean rewards themselves, no number of `compare_policies` changes with either. The unit of every
 interval is the prompt. A second reward model (the training one beside a held-out one) means a second call.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Unpack
 
 import numpy as np
 
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.evaluation.estimates import (
-    RESAMPLES,
     Estimate,
+    Resampling,
     bootstrap,
     difference_estimate,
     finite,
@@ -34,6 +34,13 @@ LENGTH_RIDGE = 0.025
 """Per comparison; 20 of the 805 of AlpacaEval, where it brought the mean error from 6.6 to 1.5 points."""
 _CERTAIN = 12.0
 """Logit at which a fit stops: where one side wins everything, the likelihood has no maximum."""
+
+
+class Anchors(NamedTuple):
+    """Mean reward of the chosen and of the rejected responses of each prompt, [P] each."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +64,14 @@ class AnchoredGain:
 
 @dataclass(frozen=True, slots=True)
 class LengthControlledWinRate:
-    """Win rate if both policies' replies were equally long."""
+    """Win rate if both policies' responses were equally long."""
 
     win_rate: Estimate
     length_coefficient: float
-    """Log-odds per tanh(length difference / SD): above 0 where longer replies win."""
+    """Log-odds per tanh(length difference / SD): above 0 where longer responses win."""
     length_overlap: float
-    """min(share of comparisons with the longer reply after, share with the shorter); equal lengths are half of both."""
+    """min(share of comparisons with the longer response after, share with the shorter); equal lengths are half of
+    both."""
     warning: str
 
 
@@ -84,11 +92,11 @@ class PolicyComparison:
     reward_gain: Estimate
     anchored: AnchoredGain | None
     gain_sd: Estimate | None
-    """Gain in standard deviations of the policy before, within its replies to one prompt."""
+    """Gain in standard deviations of the policy before, within its responses to one prompt."""
     gain_sd_refused: str
     win_rate: Estimate
     percentile: Estimate
-    """Of the mean reward after, among the replies before to the same prompt: 50 where nothing changed."""
+    """Of the mean reward after, among the responses before to the same prompt: 50 where nothing changed."""
     length_controlled: LengthControlledWinRate | None
     tokens_before: Estimate | None
     tokens_after: Estimate | None
@@ -99,92 +107,74 @@ def compare_policies(
     before: np.ndarray,
     after: np.ndarray,
     *,
-    chosen: np.ndarray | None = None,
-    rejected: np.ndarray | None = None,
-    tokens_before: np.ndarray | None = None,
-    tokens_after: np.ndarray | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    anchors: Anchors | None = None,
+    tokens: tuple[np.ndarray, np.ndarray] | None = None,
+    **how: Unpack[Resampling],
 ) -> PolicyComparison:
-    """Rewards of K replies to each prompt before and after training, [P, K]; rewards of the anchors, [P].
+    """Rewards of K responses to each prompt before and after training, and their tokens before and after, [P, K] each.
 
     Both policies answered the same prompts, with the same decoding. UserError: a reward that is not finite, fewer
-    than two prompts. ConfigurationError: shapes differ, or one of two belonging arrays is missing.
+    than two prompts. ConfigurationError: shapes differ.
     """
     before, after = finite("policy", "rewards before", before), finite("policy", "rewards after", after)
-    if before.ndim != 2 or before.shape != after.shape or not before.shape[1]:
+    if before.ndim != 2 or before.shape != after.shape:
         raise ConfigurationError(
             f"policy: the rewards before are {list(before.shape)} and those after {list(after.shape)}, but both "
-            "must be [P, K] with K of at least 1: the same number of replies to the same prompts"
+            "must be [P, K]: the same number of responses to the same prompts"
         )
-    if len(before) < 2:
-        raise UserError(f"policy: {len(before)} prompts give no interval; at least 2 are needed")
-    settings = {"resamples": resamples, "seed": seed}
-    anchors = _together("anchors", before.shape[:1], chosen=chosen, rejected=rejected)
-    tokens = _together("tokens", before.shape, tokens_before=tokens_before, tokens_after=tokens_after)
     mean_before, mean_after = before.mean(axis=1), after.mean(axis=1)
-    anchored = anchored_gain(mean_before, mean_after, *anchors, **settings) if anchors else None
-    gain_sd, gain_sd_refused = _gain_in_sd(before, after, **settings)
+    anchored = None if anchors is None else anchored_gain(mean_before, mean_after, anchors, **how)
+    gain_sd, gain_sd_refused = _gain_in_sd(before, after, **how)
     beaten = (mean_after[:, None] > before) + 0.5 * (mean_after[:, None] == before)
     return PolicyComparison(
         prompts=len(before),
         replies=before.shape[1],
-        reward_before=mean_estimate(mean_before, **settings),
-        reward_after=mean_estimate(mean_after, **settings),
-        reward_gain=difference_estimate(mean_after, mean_before, **settings),
+        reward_before=mean_estimate(mean_before, **how),
+        reward_after=mean_estimate(mean_after, **how),
+        reward_gain=difference_estimate(mean_after, mean_before, **how),
         anchored=anchored,
         gain_sd=gain_sd,
         gain_sd_refused=gain_sd_refused,
-        win_rate=mean_estimate(_wins(before, after).mean(axis=(1, 2)), **settings),
-        percentile=mean_estimate(100 * beaten.mean(axis=1), **settings),
-        length_controlled=length_controlled_win_rate(before, after, *tokens, **settings) if tokens else None,
-        tokens_before=mean_estimate(tokens[0].mean(axis=1), **settings) if tokens else None,
-        tokens_after=mean_estimate(tokens[1].mean(axis=1), **settings) if tokens else None,
+        win_rate=mean_estimate(_wins(before, after).mean(axis=(1, 2)), **how),
+        percentile=mean_estimate(100 * beaten.mean(axis=1), **how),
+        length_controlled=None if tokens is None else length_controlled_win_rate(before, after, *tokens, **how),
+        tokens_before=None if tokens is None else mean_estimate(tokens[0].mean(axis=1), **how),
+        tokens_after=None if tokens is None else mean_estimate(tokens[1].mean(axis=1), **how),
         claim_25=claim_25(anchored),
     )
 
 
-def anchored_gain(
-    before: np.ndarray,
-    after: np.ndarray,
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> AnchoredGain:
+def anchored_gain(before: np.ndarray, after: np.ndarray, anchors: Anchors, **how: Unpack[Resampling]) -> AnchoredGain:
     """S = 100 mean(r - rejected) / mean(chosen - rejected) of both policies, mean rewards of each prompt, all [P].
 
     The ratio is taken anew in each resample. It is refused where the interval of mean(chosen - rejected) is not
     above 0; the relative gain, where that of S before is not.
     """
-    settings = {"resamples": resamples, "seed": seed}
-    gap = mean_estimate(chosen - rejected, **settings)
+    chosen, rejected = finite("policy", "chosen", anchors.chosen), finite("policy", "rejected", anchors.rejected)
+    width = chosen - rejected
+    gap = mean_estimate(width, **how)
     if gap.low <= 0:
         refused = (
             f"the reward model does not tell chosen from rejected on these prompts: their gap is {gap.value:.3g} "
             f"[{gap.low:.3g}, {gap.high:.3g}]"
         )
         return AnchoredGain(gap, None, None, None, None, refused, refused)
-    lift_before, lift_after, width = before - rejected, after - rejected, chosen - rejected
+    lift_before, lift_after = before - rejected, after - rejected
 
     def score(lift: np.ndarray) -> Estimate:
-        return bootstrap(lambda drawn: 100 * ratio(lift[drawn].sum(), width[drawn].sum()), width, **settings)
+        return bootstrap(lambda drawn: 100 * ratio(lift[drawn].sum(), width[drawn].sum()), width, **how)
 
     score_before = score(lift_before)
     relative, relative_refused = None, ""
     if score_before.low > 0:
-        relative = bootstrap(
-            lambda drawn: ratio(lift_after[drawn].sum(), lift_before[drawn].sum()) - 1, width, **settings
-        )
+        relative = bootstrap(lambda drawn: ratio(lift_after[drawn].sum(), lift_before[drawn].sum()) - 1, width, **how)
     else:
         relative_refused = (
             f"the score before, {score_before.value:.1f} [{score_before.low:.1f}, {score_before.high:.1f}], is not "
             "clearly above 0, so a share of it means nothing"
         )
-    return AnchoredGain(
-        gap, score_before, score(lift_after), score(lift_after - lift_before), relative, "", relative_refused
-    )
+    gain = score(lift_after - lift_before)
+    return AnchoredGain(gap, score_before, score(lift_after), gain, relative, "", relative_refused)
 
 
 def claim_25(anchored: AnchoredGain | None) -> Claim:
@@ -207,9 +197,7 @@ def length_controlled_win_rate(
     after: np.ndarray,
     tokens_before: np.ndarray,
     tokens_after: np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    **how: Unpack[Resampling],
 ) -> LengthControlledWinRate:
     """Win rate of after over before at equal length, from rewards [P, K] and lengths [P, K].
 
@@ -239,8 +227,7 @@ def length_controlled_win_rate(
             f"only {overlap:.0%} of the comparisons have their lengths the other way round, so the win rate at equal "
             "length is extrapolated; compare the lengths themselves"
         )
-    win_rate = bootstrap(at_equal_length, before, resamples=resamples, seed=seed)
-    return LengthControlledWinRate(win_rate, float(coefficient), overlap, warning)
+    return LengthControlledWinRate(bootstrap(at_equal_length, before, **how), float(coefficient), overlap, warning)
 
 
 def _fit_wins(
@@ -280,36 +267,21 @@ def _wins(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return (first > second) + 0.5 * (first == second)
 
 
-def _gain_in_sd(before: np.ndarray, after: np.ndarray, *, resamples: int, seed: int) -> tuple[Estimate | None, str]:
+def _gain_in_sd(before: np.ndarray, after: np.ndarray, **how: Unpack[Resampling]) -> tuple[Estimate | None, str]:
     if before.shape[1] < 2:
-        return None, "one reply to each prompt shows no spread; sample at least 2"
+        return None, "one response to each prompt shows no spread; sample at least 2"
     variance = before.var(axis=1, ddof=1)
     if not variance.any():
-        return None, "all replies before to one prompt have the same reward; sample, instead of decoding greedily"
+        return None, "all responses before to one prompt have the same reward; sample, instead of decoding greedily"
     gain = after.mean(axis=1) - before.mean(axis=1)
 
     def in_sd(drawn: np.ndarray) -> float:
         return ratio(gain[drawn].mean(), math.sqrt(variance[drawn].mean()))
 
     try:
-        return bootstrap(in_sd, gain, resamples=resamples, seed=seed), ""
+        return bootstrap(in_sd, gain, **how), ""
     except UserError as error:  # so few prompts have a spread that some resamples have none
         return None, str(error)
-
-
-def _together(what: str, shape: tuple[int, ...], **arrays: np.ndarray | None) -> list[np.ndarray]:
-    """Both arrays, float64 and of this shape, or none where neither was given."""
-    if all(array is None for array in arrays.values()):
-        return []
-    if missing := [name for name, array in arrays.items() if array is None]:
-        raise ConfigurationError(
-            f"policy: {what} without {missing[0]}; give both of {' and '.join(arrays)}, or neither"
-        )
-    both = [finite("policy", name, array) for name, array in arrays.items()]
-    for name, array in zip(arrays, both, strict=True):
-        if array.shape != shape:
-            raise ConfigurationError(f"policy: {name} is {list(array.shape)}, but the rewards ask for {list(shape)}")
-    return both
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,128 +296,77 @@ class KLSummary:
     k1_per_token: Estimate
 
 
-def summarise_kl(
-    exact: np.ndarray, k1: np.ndarray, tokens: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> KLSummary:
-    """Sums over each reply of the exact KL and of k1 (`functional.kl`), and its tokens, all [P, K].
+def summarise_kl(exact: np.ndarray, k1: np.ndarray, tokens: np.ndarray, **how: Unpack[Resampling]) -> KLSummary:
+    """Sums over each response of the exact KL and of k1 (`functional.kl`), and its tokens, all [P, K].
 
-    Per token is the sum of all nats over the sum of all tokens, so long replies weigh more. The replies must have
+    Per token is the sum of all nats over the sum of all tokens, so long responses weigh more. The responses must have
     been sampled at temperature 1 without top-p or top-k; otherwise it is not this KL. UserError: a value that is
-    not finite, a reply without tokens, an exact KL below 0.
+    not finite.
     """
-    exact, k1, tokens = (
-        finite("kl", name, array) for name, array in (("exact KL", exact), ("k1", k1), ("tokens", tokens))
-    )
-    if exact.ndim != 2 or not exact.shape == k1.shape == tokens.shape:
-        raise ConfigurationError(
-            f"kl: exact is {list(exact.shape)}, k1 {list(k1.shape)} and tokens {list(tokens.shape)}, not all [P, K]"
-        )
-    if (tokens < 1).any():
-        raise UserError(f"kl: {int((tokens < 1).sum())} replies have no token; a reply holds at least its EOS")
-    if (exact < -1e-3).any():
-        raise UserError(f"kl: an exact KL of {exact.min():.3g} nats, but it is never below 0; is this k1?")
+    exact, k1 = finite("kl", "exact KL", exact), finite("kl", "k1", k1)
+    counts = tokens.sum(axis=1)
 
     def per_token(nats: np.ndarray) -> Estimate:
-        sums, counts = nats.sum(axis=1), tokens.sum(axis=1)
-        return bootstrap(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), sums, resamples=resamples, seed=seed)
+        sums = nats.sum(axis=1)
+        return bootstrap(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), sums, **how)
 
-    def per_reply(nats: np.ndarray) -> Estimate:
-        return mean_estimate(nats.mean(axis=1), resamples=resamples, seed=seed)
+    def per_response(nats: np.ndarray) -> Estimate:
+        return mean_estimate(nats.mean(axis=1), **how)
 
-    return KLSummary(len(exact), exact.shape[1], per_reply(exact), per_token(exact), per_reply(k1), per_token(k1))
+    of = (per_response(exact), per_token(exact), per_response(k1), per_token(k1))
+    return KLSummary(len(exact), exact.shape[1], *of)
 
 
 @dataclass(frozen=True, slots=True)
 class BestOfN:
     n: int
     kl: float
-    """Nats per reply."""
+    """Nats per response."""
     reward: Estimate
 
 
-def best_of_n(
-    rewards: np.ndarray,
-    sizes: Sequence[int] | None = None,
-    *,
-    judge: np.ndarray | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[BestOfN]:
-    """What choosing the best of n replies would bring, from K replies of one policy: rewards [P, K].
+def best_of_n(rewards: np.ndarray, **how: Unpack[Resampling]) -> list[BestOfN]:
+    """What choosing the best of n responses would bring, n in powers of two up to K, from rewards [P, K].
 
-    `sizes` are the n, powers of two up to K if not given. `judge` [P, K] are rewards of another model for the same
-    replies: then `rewards` choose, and `judge` says what the choice is worth. KL = log n - (n - 1) / n is
-    exact where no reply comes twice nor ties, and else an upper bound (Beirami et al. 2024, arXiv 2401.01879).
+    KL = log n - (n - 1) / n is exact where no response comes twice nor ties, and else an upper bound (Beirami et al.
+    2024, arXiv 2401.01879).
     """
     rewards = finite("best of n", "rewards", rewards)
-    judged = rewards if judge is None else finite("best of n", "rewards of the judge", judge)
-    if rewards.ndim != 2 or rewards.shape != judged.shape:
-        raise ConfigurationError(
-            f"best of n: rewards are {list(rewards.shape)} and those of the judge {list(judged.shape)}, not both [P, K]"
-        )
-    replies = rewards.shape[1]
-    sizes = [2**power for power in range(replies.bit_length())] if sizes is None else list(sizes)
-    curve = []
-    for n in sizes:
-        if not 1 <= n <= replies:
-            raise ConfigurationError(f"best of n: the best of {n} cannot be estimated from {replies} replies")
-        reward = mean_estimate(expected_best(rewards, judged, n), resamples=resamples, seed=seed)
-        curve.append(BestOfN(n, math.log(n) - (n - 1) / n, reward))
-    return curve
+    sizes = [2**power for power in range(rewards.shape[1].bit_length())]
+    return [BestOfN(n, math.log(n) - (n - 1) / n, mean_estimate(expected_best(rewards, n), **how)) for n in sizes]
 
 
-def expected_best(rewards: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
-    """Mean over all subsets of n of the K replies of what the best by `rewards` gets in `judged`, [P].
+def expected_best(rewards: np.ndarray, n: int) -> np.ndarray:
+    """Mean over all subsets of n of the K responses of the largest reward, [P].
 
-    The i-th smallest of K is the best of C(i - 1, n - 1) subsets of C(K, n). Replies that tie take turns.
+    The i-th smallest of K is the best of C(i - 1, n - 1) subsets of C(K, n).
     """
-    replies = rewards.shape[1]
-    share = np.array([math.comb(i, n - 1) / math.comb(replies, n) for i in range(replies)])
-    order = np.argsort(rewards, axis=1, kind="stable")
-    ordered, worth = np.take_along_axis(rewards, order, 1), np.take_along_axis(judged, order, 1)
-    for row in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):
-        group = np.unique(ordered[row], return_inverse=True)[1]
-        worth[row] = (np.bincount(group, worth[row]) / np.bincount(group))[group]
-    return worth @ share
+    total = rewards.shape[1]
+    share = np.array([math.comb(i, n - 1) / math.comb(total, n) for i in range(total)])
+    return np.sort(rewards, axis=1) @ share
 
 
-@dataclass(frozen=True, slots=True)
-class GaoFit:
-    """R(d) of Gao et al. 2022 (arXiv 2210.10760), d = sqrt(KL): best of n d (a - b d), RL d (a - b log d)."""
+class GaoFit(NamedTuple):
+    """R(d) = d (alpha - beta log d), d = sqrt(KL): Gao et al. 2022 (arXiv 2210.10760), for reinforcement learning."""
 
-    form: Literal["best of n", "rl"]
     alpha: float
     beta: float
     peak_distance: float | None
     """sqrt(nats) at which the reward is highest; None where the fit has no peak."""
-    peak_reward: float | None
-
-    def reward(self, distance: float) -> float:
-        if distance == 0:
-            return 0.0
-        return distance * (self.alpha - self.beta * (distance if self.form == "best of n" else math.log(distance)))
 
 
-def fit_gao(kl: Sequence[float], gain: Sequence[float], form: Literal["best of n", "rl"]) -> GaoFit:
-    """Least squares of the gain in reward over the start, [S], on the KL in nats per reply, [S].
+def fit_gao(kl: Sequence[float], gain: Sequence[float]) -> GaoFit:
+    """Least squares of the gain in reward over the start, [S], on the KL in nats per response, [S].
 
     UserError: fewer than three distances above 0 (two always fit), a KL below 0 or a number that is not finite.
     """
-    kl, gain = finite("gao fit", "KL", kl), finite("gao fit", "gains", gain)
-    if kl.ndim != 1 or kl.shape != gain.shape:
-        raise ConfigurationError(f"gao fit: KL is {list(kl.shape)} and gain {list(gain.shape)}, but both must be [S]")
-    if (kl < 0).any():
-        raise UserError(f"gao fit: a KL of {kl.min():.3g} nats has no root; take the exact KL, not k1")
-    distance = np.sqrt(kl)
+    nats, gains = finite("gao fit", "KL", kl), finite("gao fit", "gains", gain)
+    if (nats < 0).any():
+        raise UserError(f"gao fit: a KL of {nats.min():.3g} nats has no root; take the exact KL, not k1")
+    distance = np.sqrt(nats)
     if len(np.unique(distance[distance > 0])) < 3:
         raise UserError("gao fit: fewer than 3 distances above 0, and two always fit; log more steps")
-    bend = distance if form == "best of n" else np.log(np.where(distance > 0, distance, 1.0))
+    bend = np.log(np.where(distance > 0, distance, 1.0))
     design = np.stack([distance, -distance * bend], axis=1)
-    alpha, beta = (float(number) for number in np.linalg.lstsq(design, gain, rcond=None)[0])
-    peak = None
-    if form == "best of n" and alpha > 0 and beta > 0:
-        peak = alpha / (2 * beta)
-    elif form == "rl" and beta > 0 and alpha / beta < 700:
-        peak = math.exp(alpha / beta - 1)
-    fit = GaoFit(form, alpha, beta, peak, None)
-    return fit if peak is None else GaoFit(form, alpha, beta, peak, fit.reward(peak))
+    alpha, beta = (float(number) for number in np.linalg.lstsq(design, gains, rcond=None)[0])
+    return GaoFit(alpha, beta, math.exp(alpha / beta - 1) if beta > 0 and alpha / beta < 700 else None)

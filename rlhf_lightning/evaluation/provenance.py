@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import torch
 
-from rlhf_lightning.data.sources import fingerprint, source_list
+from rlhf_lightning.data.sources import Source, Split, fingerprint, source_list
 from rlhf_lightning.evaluation.ranks import Ranks
 from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSettings
 
@@ -41,8 +41,8 @@ def provenance(
 
 
 def _data(settings: EvaluationSettings) -> list[tuple[str, str]]:
-    named = [(settings.rewardbench, "test"), (settings.rewardbench2, "test")]
-    for source, split in ((settings.pairs, settings.pairs_split), (settings.prompts, settings.prompts_split)):
-        named += [(one.source, split) for one in source_list(source)] if source is not None else []
-    named = [each for each in dict.fromkeys(named) if each[0] not in (None, REWARDBENCH_PROMPTS)]
-    return [(source, fingerprint(source, split=split)) for source, split in named]
+    named: list[tuple[Source | None, Split]] = [(settings.rewardbench, "test"), (settings.rewardbench2, "test")]
+    named += [(settings.pairs, settings.pairs_split), (settings.prompts, settings.prompts_split)]
+    given = [(source, split) for source, split in named if source is not None and source != REWARDBENCH_PROMPTS]
+    each = dict.fromkeys((one.source, split) for source, split in given for one in source_list(source))
+    return [(str(source), fingerprint(source, split=split)) for source, split in each]

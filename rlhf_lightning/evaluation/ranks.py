@@ -56,7 +56,8 @@ class Ranks:
 
     def once(self, compute: Callable[[], Result]) -> Result:
         """`compute()` of process 0, for all. Raises what it raises."""
-        return self.everywhere(lambda: compute() if self.rank == 0 else None)[0]
+        first: list[Any] = self.everywhere(lambda: compute() if self.rank == 0 else None)
+        return first[0]
 
     def everywhere(self, compute: Callable[[], Result]) -> list[Result]:
         """`compute()` of every process, by their ranks; what it returns must be such as can be pickled.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from rlhf_lightning.evaluation.benchmarks.base import Result
-from rlhf_lightning.evaluation.estimates import Estimate
+from rlhf_lightning.evaluation.estimates import Estimate, Quantity
 from rlhf_lightning.evaluation.policy import BestOfN, KLSummary, PolicyComparison
 from rlhf_lightning.evaluation.refusal import RefusalChange, RefusalSummary, Safety
 from rlhf_lightning.evaluation.reward_quality import RewardQuality
@@ -52,9 +52,9 @@ class JudgeResults:
     benchmarks: dict[str, Result]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptRow:
-    """A prompt with the replies of each side, and what was found out about them."""
+    """A prompt with the responses of each side, and what was found out about them."""
 
     id: str
     prompt: str
@@ -63,7 +63,7 @@ class PromptRow:
     ended: dict[Side, list[bool]]
     rewards: dict[Side, list[float]] = field(default_factory=dict)
     kl: list[float] | None = None
-    """Of the policy after from that before, nats, of each reply after."""
+    """Of the policy after from that before, nats, of each response after."""
     toxicity: dict[Side, list[float | None]] = field(default_factory=dict)
     safety: Safety | None = None
     refused: dict[Side, bool] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class PolicyResults:
     judged: list[Judged]
     kl: KLSummary | None
     unended: dict[Side, Estimate]
-    """Share of replies cut at the longest length; n: prompts."""
+    """Share of responses cut at the longest length; n: prompts."""
     refusal_prompts: list[PromptRow]
     refusal: dict[Side, RefusalSummary]
     refusal_change: RefusalChange | None
@@ -130,7 +130,7 @@ class EvaluationResults:
 
 def metrics(results: EvaluationResults) -> dict[str, Estimate | float | int]:
     """Every number by the name that the README defines, without those that were not measured."""
-    found: dict[str, Estimate | float | int | None] = {}
+    found: dict[str, Quantity] = {}
     for scorer in results.scorers:
         prefix = {"reward model": "rm", "implicit reward": "implicit"}.get(scorer.title, "rm_held_out")
         found |= {f"{prefix}/{name}": value for name, value in _scorer_metrics(scorer)}
@@ -142,7 +142,7 @@ def metrics(results: EvaluationResults) -> dict[str, Estimate | float | int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Estimate | float | int | None]]:
+def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Quantity]]:
     if (rounding := scorer.rounding) is not None:
         yield from (("rounding_rms", rounding.rms), ("rounding_sd", rounding.sd))
     if (quality := scorer.quality) is not None:
@@ -156,7 +156,7 @@ def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Estimate | flo
         yield from result.metrics().items()
 
 
-def _policy_metrics(policies: PolicyResults) -> Iterator[tuple[str, Estimate | float | int | None]]:
+def _policy_metrics(policies: PolicyResults) -> Iterator[tuple[str, Quantity]]:
     for judged in policies.judged:
         prefix = "policy_held_out" if judged.held_out else "policy"
         yield f"{prefix}/reward_after", judged.reward_after
@@ -194,10 +194,8 @@ def _policy_metrics(policies: PolicyResults) -> Iterator[tuple[str, Estimate | f
         yield f"policy/unended_{side}", share
 
 
-def as_plain(value: object) -> object:
+def as_plain(value: object) -> Any:
     """Dataclasses, arrays and Estimates as what JSON knows."""
-    from dataclasses import fields, is_dataclass
-
     if is_dataclass(value) and not isinstance(value, type):
         return {each.name: as_plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 
 from rlhf_lightning.errors import ConfigurationError, UserError
-from rlhf_lightning.evaluation.estimates import RESAMPLES, Estimate, bootstrap, finite, mean_estimate, wilson
+from rlhf_lightning.evaluation.estimates import Estimate, Resampling, bootstrap, finite, mean_estimate, mean_rate
 
 AUROC_TARGET = 0.70
 CALIBRATION_BINS = 20
@@ -103,61 +103,39 @@ def reward_quality(
     chosen: np.ndarray,
     rejected: np.ndarray,
     *,
-    tokens_chosen: np.ndarray | None = None,
-    tokens_rejected: np.ndarray | None = None,
-    sources: Sequence[str] | None = None,
+    tokens: tuple[np.ndarray, np.ndarray] | None = None,
+    sources: Sequence[str] = (),
     truncated: np.ndarray | None = None,
     prompts: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    **how: Unpack[Resampling],
 ) -> RewardQuality:
     """Scores of both responses [N]; their lengths [N], the source of each pair [N], and True where one was cut [N].
 
-    UserError: a score that is not finite, fewer than two pairs. ConfigurationError: lengths of arrays differ.
+    UserError: a score that is not finite, fewer than two pairs. ConfigurationError: shapes differ.
     """
     chosen, rejected = finite("reward model", "chosen", chosen), finite("reward model", "rejected", rejected)
-    given = {
-        "chosen": chosen,
-        "rejected": rejected,
-        "tokens_chosen": tokens_chosen,
-        "tokens_rejected": tokens_rejected,
-        "sources": sources,
-        "truncated": truncated,
-        "prompts": prompts,
-    }
-    shapes = {name: np.shape(array) for name, array in given.items() if array is not None}
-    if chosen.ndim != 1 or len(set(shapes.values())) != 1:
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ConfigurationError(f"reward model: {found}, but all must be [N], one entry per pair")
-    if (tokens_chosen is None) != (tokens_rejected is None):
+    if chosen.ndim != 1 or chosen.shape != rejected.shape:
         raise ConfigurationError(
-            "reward model: tokens of only one side; give tokens_chosen and tokens_rejected, or none"
+            f"reward model: chosen {list(chosen.shape)}, rejected {list(rejected.shape)}, but both must be [N]"
         )
-    if len(chosen) < 2:
-        raise UserError(f"reward model: {len(chosen)} pairs give no interval; at least 2 are needed")
-    settings = {"resamples": resamples, "seed": seed}
     margin = chosen - rejected
     points = _points(margin)
     together = None if prompts is None else groups_of(prompts)
-    auroc = auroc_estimate(chosen, rejected, together=together, **settings)
-    length = None
-    if tokens_chosen is not None:
-        longer = finite("reward model", "tokens", tokens_chosen) - finite("reward model", "tokens", tokens_rejected)
-        length = length_bias(margin, longer, **settings)
-    names = np.asarray(sources if sources is not None else [], dtype=object)
+    auroc = auroc_estimate(chosen, rejected, together=together, **how)
+    names = np.asarray(sources, dtype=object)
     return RewardQuality(
         pairs=len(margin),
         prompts=None if together is None else len(together),
         auroc=auroc,
-        accuracy=_estimate(lambda drawn: points[drawn].mean(), points, together=together, **settings),
-        auroc_margin=auroc_estimate(margin, -margin, together=together, **settings),
+        accuracy=_estimate(lambda drawn: points[drawn].mean(), points, together, **how),
+        auroc_margin=auroc_estimate(margin, -margin, together=together, **how),
         target=target_outcome(auroc),
-        calibration=calibration(margin, **settings),
+        calibration=calibration(margin, **how),
         accuracy_by_margin=accuracy_by_margin(margin),
-        length=length,
+        length=None if tokens is None else length_bias(margin, np.subtract(*tokens, dtype=np.float64), **how),
         ties=int((margin == 0).sum()),
-        truncated=None if truncated is None else int(np.asarray(truncated, dtype=bool).sum()),
-        accuracy_by_source={str(name): _rate(points[names == name]) for name in sorted(set(names))},
+        truncated=None if truncated is None else int(truncated.sum()),
+        accuracy_by_source={str(name): mean_rate(points[names == name]) for name in sorted(set(names))},
     )
 
 
@@ -178,19 +156,14 @@ def groups_of(names: Sequence[Hashable]) -> list[np.ndarray]:
 def _estimate(
     statistic: Callable[[np.ndarray], float],
     units: np.ndarray,
-    *,
     together: Sequence[np.ndarray] | None,
-    resamples: int,
-    seed: int,
+    **how: Unpack[Resampling],
 ) -> Estimate:
     """A statistic over units, resampled one by one, or in groups that are drawn together (two or more of them)."""
     if together is None or not 2 <= len(together) < len(units):
-        return bootstrap(statistic, units, resamples=resamples, seed=seed)
+        return bootstrap(statistic, units, **how)
     of_groups = bootstrap(
-        lambda drawn: statistic(np.concatenate([together[group] for group in drawn])),
-        together,
-        resamples=resamples,
-        seed=seed,
+        lambda drawn: statistic(np.concatenate([together[group] for group in drawn])), together, **how
     )
     return replace(of_groups, n=len(units), method=f"{of_groups.method} over {len(together)} prompts")
 
@@ -200,8 +173,7 @@ def auroc_estimate(
     negative: np.ndarray,
     *,
     together: Sequence[np.ndarray] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    **how: Unpack[Resampling],
 ) -> Estimate:
     """P(a positive score is above a negative one), ties one half; scores [N] and [N] of N units drawn together.
 
@@ -217,22 +189,21 @@ def auroc_estimate(
         negatives = np.bincount(below[drawn], minlength=len(values)).astype(np.float64)
         return positives @ (np.cumsum(negatives) - negatives / 2) / len(drawn) ** 2
 
-    return _estimate(auroc, positive, together=together, resamples=resamples, seed=seed)
+    return _estimate(auroc, positive, together, **how)
 
 
-def calibration(margin: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Calibration:
+def calibration(margin: np.ndarray, **how: Unpack[Resampling]) -> Calibration:
     """Calibration of margins [N]. The label is always 1, so each pair enters the bins in both orders.
 
     Expected calibration error as in `metrics.PairwiseCalibrationError` (Guo et al. 2017, arXiv 1706.04599). Brier
     score (1 - sigmoid(m))^2 and NLL -log sigmoid(m) are the same in both orders.
     """
-    settings = {"resamples": resamples, "seed": seed}
     bins = calibration_bins(margin)
     temperature, refused = _temperature(margin)
     return Calibration(
         ece=_calibration_error(bins),
-        brier=mean_estimate(_sigmoid(-margin) ** 2, **settings),
-        nll=mean_estimate(np.logaddexp(0, -margin), **settings),
+        brier=mean_estimate(_sigmoid(-margin) ** 2, **how),
+        nll=mean_estimate(np.logaddexp(0, -margin), **how),
         temperature=temperature,
         temperature_refused=refused,
         ece_fitted=None if temperature is None else _calibration_error(calibration_bins(margin / temperature)),
@@ -243,7 +214,7 @@ def calibration(margin: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 def calibration_bins(margin: np.ndarray) -> list[CalibrationBin]:
     """Bins [k / 20, (k + 1) / 20) of sigmoid(m) labelled 1 and sigmoid(-m) labelled 0; empty ones are left out."""
     probability = np.concatenate([_sigmoid(margin), _sigmoid(-margin)])
-    label = np.repeat([1.0, 0.0], len(margin))
+    label: np.ndarray = np.repeat([1.0, 0.0], len(margin))
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     place = np.clip(np.searchsorted(edges, probability, side="right") - 1, 0, CALIBRATION_BINS - 1)
     return [
@@ -260,26 +231,26 @@ def accuracy_by_margin(margin: np.ndarray) -> list[MarginBin]:
     place = np.searchsorted(edges, size, side="left")
     groups = [place == k for k in range(MARGIN_BINS)]
     return [
-        MarginBin(float(size[group].min()), float(size[group].max()), _rate(points[group]))
+        MarginBin(float(size[group].min()), float(size[group].max()), mean_rate(points[group]))
         for group in groups
         if group.any()
     ]
 
 
-def length_bias(margin: np.ndarray, longer: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> LengthBias:
+def length_bias(margin: np.ndarray, longer: np.ndarray, **how: Unpack[Resampling]) -> LengthBias:
     """Margins [N] against tokens of chosen - tokens of rejected, [N]: within a pair, so no prompt's length enters."""
     points, unequal = _points(margin), longer != 0
     prefers_longer = np.where(longer > 0, points, 1 - points)
     return LengthBias(
-        spearman=_spearman(margin, longer, resamples=resamples, seed=seed),
+        spearman=_spearman(margin, longer, **how),
         accuracy_chosen_longer=_rate(points[longer > 0]),
         accuracy_chosen_shorter=_rate(points[longer < 0]),
         prefers_longer=_rate(prefers_longer[unequal]),
-        longer_wins=_rate(_points(longer)),
+        longer_wins=mean_rate(_points(longer)),
     )
 
 
-def _spearman(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: int) -> Estimate | None:
+def _spearman(first: np.ndarray, second: np.ndarray, **how: Unpack[Resampling]) -> Estimate | None:
     """Pearson correlation of the average ranks, which each resample ranks anew."""
     places = [np.unique(values, return_inverse=True)[1] for values in (first, second)]
     if any(place.max() == 0 for place in places):
@@ -294,7 +265,7 @@ def _spearman(first: np.ndarray, second: np.ndarray, *, resamples: int, seed: in
         return ranks[0] @ ranks[1] / norm if norm else math.nan
 
     try:
-        return bootstrap(correlation, first, resamples=resamples, seed=seed)
+        return bootstrap(correlation, first, **how)
     except UserError:  # so few lengths differ that some resamples have none
         return None
 
@@ -330,7 +301,7 @@ def _points(margin: np.ndarray) -> np.ndarray:
 
 
 def _rate(points: np.ndarray) -> Estimate | None:
-    return wilson(float(points.sum()), len(points)) if len(points) else None
+    return mean_rate(points) if len(points) else None
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from rlhf_lightning.evaluation.answers import Answers
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.base import Benchmark, BenchmarkRow, Result, score_rows
 from rlhf_lightning.evaluation.inputs import Inputs, sources_of, takers
-from rlhf_lightning.evaluation.judge import PolicyJudge
+from rlhf_lightning.evaluation.judge import Judge, PolicyJudge
 from rlhf_lightning.evaluation.provenance import provenance
 from rlhf_lightning.evaluation.ranks import Ranks, check_devices
 from rlhf_lightning.evaluation.results import EvaluationResults, JudgeResults, PairScores, ScorerResults
@@ -27,7 +27,7 @@ from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSe
 from rlhf_lightning.evaluation.text_classifier import read_labels
 from rlhf_lightning.evaluation.toxicity import find_toxic_labels
 from rlhf_lightning.models.causal_lm import load_causal_config
-from rlhf_lightning.rewards.functions import check_text_of, reward_scorer
+from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer, check_scores_rows
 from rlhf_lightning.user_code import load_function, names_function
 
@@ -35,7 +35,7 @@ from rlhf_lightning.user_code import load_function, names_function
 def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> EvaluationResults:
     """All that the settings ask for. Files are read and checked before the first model is loaded.
 
-    With several processes (see `launch`) each scores and draws a share, and all of them return the same; without
+    With several processes (see `launch`) each scores and samples a share, and all of them return the same; without
     `ranks` this process does all.
 
     Raises `ConfigurationError` when nothing is asked for or parts do not fit together, and what the parts raise.
@@ -93,7 +93,7 @@ def check(settings: EvaluationSettings) -> None:
         check_text_of(getattr(settings, f"{name}_model"), getattr(settings, key), f"evaluate: {key}")
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
-            raise ConfigurationError(f"evaluate: {name} reads replies of a policy; give policy and prompts")
+            raise ConfigurationError(f"evaluate: {name} reads responses of a policy; give policy and prompts")
 
 
 def _check_benchmarks(settings: EvaluationSettings) -> None:
@@ -132,36 +132,30 @@ def _check_models(settings: EvaluationSettings) -> None:
 
 def measure_scorers(session: Session) -> list[ScorerResults]:
     """The reward models, and the policy by its implicit reward, on pairs and benchmarks."""
-    settings, found = session.settings, []
-    for title, name, text in (
-        ("reward model", settings.reward_model, settings.reward_chat_template),
-        ("held-out", settings.held_out_reward_model, settings.held_out_reward_chat_template),
-    ):
-        if name is not None:
-            make = partial(reward_scorer, name, chat_template=text, **session.loading)
-            found.append(_scorer(session, title, make))
-    if settings.implicit_reward:
-        make = partial(ImplicitScorer, settings.policy, settings.reference, **session.loading)
-        found.append(_scorer(session, "implicit reward", make))
+    settings = session.settings
+    found = [_scorer(session, model.title, model.load) for model in session.reward_models()]
+    if settings.implicit_reward and settings.policy is not None:
+        load = partial(ImplicitScorer, settings.policy, settings.reference, **session.scoring)
+        found.append(_scorer(session, "implicit reward", load))
     return found
 
 
-def _scorer(session: Session, title: str, make: Callable[..., Scorer]) -> ScorerResults:
-    scorer = session.made(make)
+def _scorer(session: Session, title: str, load: Callable[..., Scorer]) -> ScorerResults:
+    scorer = session.made(load)
     session.fingerprints[f"{title}: {scorer.name}"] = scorer.fingerprint
     file = session.kept / f"scores-{scorer.fingerprint[:16]}.jsonl"
     quality = scores = None
     if session.data.pairs:
         with timed(f"{title}: {len(session.data.pairs)} pairs"):
             quality, scores = _pairs(session, scorer, file)
-    benchmarks = _benchmarks(session, title, scorer, file)
-    rounding = session.rounding(title, make, scorer, session.sample())
+    benchmarks = _benchmarks(session, title, "scorer", scorer, file)
+    rounding = session.rounding(title, load, scorer, session.sample())
     return ScorerResults(title, scorer.name, quality, scores, benchmarks, rounding)
 
 
-def _benchmarks(session: Session, title: str, by: Scorer | PolicyJudge, file: Path) -> dict[str, Result]:
+def _benchmarks(session: Session, title: str, kind: str, by: Scorer | Judge, file: Path) -> dict[str, Result]:
     """All benchmarks that are asked for, of those that a scorer, or a judge, takes."""
-    kind, found = "judge" if isinstance(by, PolicyJudge) else "scorer", {}
+    found = {}
     for benchmark, rows in session.data.rows.items():
         if benchmark.taken_by == kind:
             with timed(f"{title}: {benchmark.title}"):
@@ -175,14 +169,12 @@ def _pairs(session: Session, scorer: Scorer, file: Path) -> tuple[RewardQuality,
     pairs = session.data.pairs
     rows = [BenchmarkRow(p.example_id, "pairs", p.prompt, (p.chosen, p.rejected), 1, p.origin) for p in pairs]
     scored = score_rows(scorer, rows, file, ranks=session.ranks)
-    chosen, rejected = (np.array([row.scores[side] for row in scored]) for side in (0, 1))
-    tokens = [np.array([row.tokens[side] for row in scored]) for side in (0, 1)]
-    sources = sources_of(pairs)
+    chosen, rejected = np.array([row.scores for row in scored]).T
+    tokens, sources = np.array([row.tokens for row in scored]), sources_of(pairs)
     quality = reward_quality(
         chosen,
         rejected,
-        tokens_chosen=tokens[0],
-        tokens_rejected=tokens[1],
+        tokens=(tokens[:, 0], tokens[:, 1]),
         sources=sources,
         truncated=np.array([any(row.truncated) for row in scored]),
         prompts=[prompt_hash(pair.prompt) for pair in pairs],
@@ -196,8 +188,13 @@ def measure_judges(session: Session) -> list[JudgeResults]:
     settings = session.settings
     if settings.judge is None:
         return []
-    loading = {name: value for name, value in session.loading.items() if name != "max_length"}
-    judge = session.made(PolicyJudge, settings.judge, max_new_tokens=settings.judge_max_new_tokens, **loading)
+    judge = session.made(
+        PolicyJudge,
+        settings.judge,
+        max_new_tokens=settings.judge_max_new_tokens,
+        batch_size=settings.batch_size,
+        **session.loading,
+    )
     session.fingerprints[f"judge: {judge.name}"] = judge.fingerprint
     file = session.kept / f"judge-{judge.fingerprint[:16]}.jsonl"
-    return [JudgeResults(judge.name, _benchmarks(session, "judge", judge, file))]
+    return [JudgeResults(judge.name, _benchmarks(session, "judge", "judge", judge, file))]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ from rlhf_lightning.evaluation.inputs import Inputs
 from rlhf_lightning.evaluation.ranks import Ranks
 from rlhf_lightning.evaluation.rounding import ROWS, Rounding, Row, measured_rounding, spread
 from rlhf_lightning.evaluation.settings import EvaluationSettings
-from rlhf_lightning.rewards.functions import FunctionScorer
+from rlhf_lightning.rewards.functions import FunctionScorer, reward_scorer
 from rlhf_lightning.rewards.scorers import Scorer
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,20 @@ log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 
+class RewardModel(NamedTuple):
+    """A reward model of the settings: `title` is `reward model` or `held-out`, `load` takes what it overrides."""
+
+    title: str
+    name: str
+    load: Callable[..., Scorer]
+
+
 class Session:
     """One evaluation: where its models compute, what it keeps, and what it has to say about it."""
 
     def __init__(self, settings: EvaluationSettings, data: Inputs, ranks: Ranks) -> None:
         self.settings, self.data, self.ranks = settings, data, ranks
-        self.dtype = getattr(torch, settings.dtype)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.notes: list[str] = []
         self.fingerprints: dict[str, str] = {}
         self.kept = Path(settings.out) / "kept"
@@ -37,14 +45,24 @@ class Session:
 
     @property
     def loading(self) -> dict[str, Any]:
+        """How language and reward models are loaded."""
         settings = self.settings
-        return {
-            "batch_size": settings.batch_size,
-            "max_length": settings.max_length,
-            "device": self.ranks.device,
-            "dtype": self.dtype,
-            "trust_remote_code": settings.trust_remote_code,
-        }
+        return {"device": self.ranks.device, "dtype": self.dtype, "trust_remote_code": settings.trust_remote_code}
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """How scorers are loaded."""
+        return {"batch_size": self.settings.batch_size, "max_length": self.settings.max_length, **self.loading}
+
+    def reward_models(self) -> Iterator[RewardModel]:
+        """Those of the settings."""
+        settings = self.settings
+        for title, name, template in (
+            ("reward model", settings.reward_model, settings.reward_chat_template),
+            ("held-out", settings.held_out_reward_model, settings.held_out_reward_chat_template),
+        ):
+            if name is not None:
+                yield RewardModel(title, name, partial(reward_scorer, name, chat_template=template, **self.scoring))
 
     def made(self, make: Callable[..., Made], *arguments: Any, **named: Any) -> Made:
         """A model, loaded in every process; when one cannot, all of them stop."""
@@ -69,7 +87,9 @@ class Session:
 
     def sample(self) -> list[Row]:
         """Rows of all that is scored, in pairs: of the pairs, or else of a benchmark."""
-        pairs = [(pair.prompt, (pair.chosen, pair.rejected)) for pair in self.data.pairs]
+        pairs: list[tuple[Any, Sequence[str]]] = [
+            (pair.prompt, (pair.chosen, pair.rejected)) for pair in self.data.pairs
+        ]
         for benchmark, rows in self.data.rows.items():
             if not pairs and benchmark.taken_by == "scorer":
                 pairs = [(row.prompt, row.responses) for row in rows]

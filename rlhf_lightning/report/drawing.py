@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -21,22 +21,26 @@ MOST_ROWS = 60
 
 
 class Entry(NamedTuple):
-    """A line of a legend: `kind` (line, box, level, mark or diagonal) and `index` say what stands before the name."""
+    """A line of a legend: `kind` (line, box, level, mark or diagonal) and `number` say what stands before the name."""
 
     kind: str
-    index: int
+    number: int
     name: str
 
 
 def chart(block: Histogram | Lines, salt: str) -> str:
     """As SVG; charts of one page differ in `salt`. Empty where there is nothing to draw."""
-    if not any(_is_drawn(series, block) for series in block.series):
-        return ""
     references = [line.value for line in block.references]
     if isinstance(block, Histogram):
-        return charts.svg(charts.histogram([series.values for series in block.series], marks=references), salt)
+        distributions = [series.values for series in block.series]
+        if not any(_is_finite(value) for values in distributions for value in values):
+            return ""
+        return charts.svg(charts.histogram(distributions, marks=references), salt)
+    curves = [_curve(series) for series in block.series]
+    if not any(_is_finite(x) and _is_finite(y) for curve in curves for x, y in zip(curve.x, curve.y, strict=True)):
+        return ""
     figure = charts.curves(
-        [_curve(series) for series in block.series],
+        curves,
         levels=references,
         diagonal=bool(block.diagonal),
         x_range=block.domain,
@@ -47,12 +51,7 @@ def chart(block: Histogram | Lines, salt: str) -> str:
     return charts.svg(figure, salt)
 
 
-def _is_drawn(series, block: Histogram | Lines) -> bool:
-    curve = charts.Curve(series.values, series.values) if isinstance(block, Histogram) else _curve(series)
-    return any(_is_finite(x) and _is_finite(y) for x, y in zip(curve.x, curve.y, strict=True))
-
-
-def _is_finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and abs(value) < charts.LARGEST  # false for NaN
 
 
@@ -61,20 +60,22 @@ def _curve(series: Series) -> charts.Curve:
     low, high = ([end[side] if end else math.nan for end in ends] for side in (0, 1)) if any(ends) else ((), ())
     label = visible(series.points[-1].label) if series.points else ""
     values = [value_of(point.y) for point in series.points]
-    return charts.Curve([point.x for point in series.points], values, low, high, label)
+    y = [math.nan if value is None else value for value in values]
+    return charts.Curve([point.x for point in series.points], y, low, high, label)
 
 
 def legend(block: Bars | Histogram | Lines) -> Iterator[Entry]:
     """The series, the diagonal and the reference lines."""
-    for index, series in enumerate([] if isinstance(block, Bars) else block.series):
-        if isinstance(block, Histogram):
-            yield Entry("box", index, f"{series.name}: {_count(series.values, block.units)}")
-        else:
+    if isinstance(block, Histogram):
+        for index, distribution in enumerate(block.series):
+            yield Entry("box", index, f"{distribution.name}: {_count(distribution.values, block.units)}")
+    if isinstance(block, Lines):
+        for index, series in enumerate(block.series):
             missing = sum(not _is_finite(value_of(point.y)) for point in series.points)
             words = f" ({number(missing)} of {number(len(series.points))} {NOT_MEASURED})" if missing else ""
             yield Entry("line", index, series.name + (words if series.points else f" ({NOT_MEASURED})"))
-    if isinstance(block, Lines) and block.diagonal:
-        yield Entry("diagonal", 0, block.diagonal)
+        if block.diagonal:
+            yield Entry("diagonal", 0, block.diagonal)
     spec = "g" if isinstance(block, Histogram) else block.spec
     for index, line in enumerate(block.references):
         yield Entry("level" if isinstance(block, Lines) else "mark", index, reference_text(line, spec))
@@ -115,7 +116,7 @@ def _points(block: Lines) -> Table:
         for point in listed:
             rest = [getattr(point.y, "n", NO_N)] * counted + [point.label] * labelled
             rows.append([series.name, point.x, point.y, *rest])
-    columns = ["series", Column(block.x_label, block.x_spec), Column(block.y_label, block.spec)]
+    columns: list[str | Column] = ["series", Column(block.x_label, block.x_spec), Column(block.y_label, block.spec)]
     return Table([*columns, *["n"] * counted, *["label"] * labelled], rows, " ".join(thinned))
 
 
@@ -157,7 +158,7 @@ def scale(block: Bars) -> Scale:
     finite = [value for value in shown if _is_finite(value)]
     low, high = min(finite), max(finite)
     ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high if high > low else low + 1)
-    return Scale(ticks.tolist(), block.spec)
+    return Scale(list(map(float, ticks)), block.spec)
 
 
 def shown_groups(block: Bars) -> list[tuple[str, Sequence[Bar]]]:

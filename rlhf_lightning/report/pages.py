@@ -92,7 +92,7 @@ def _columns(table: Table) -> list[tuple[str, str, bool]]:
     return [(column.name, column.spec, aside) for column, aside in zip(columns, right, strict=True)]
 
 
-def _is_missing(value: object) -> bool:
+def _is_missing(value: str | Quantity) -> bool:
     return not isinstance(value, str) and value_of(value) is None
 
 

@@ -8,23 +8,23 @@ from collections.abc import Iterator
 import numpy as np
 
 from rlhf_lightning.evaluation.blocks import Sample, Samples, SampleText, Section
-from rlhf_lightning.evaluation.results import PolicyResults, PromptRow, Side
+from rlhf_lightning.evaluation.results import PolicyResults, PromptRow
+from rlhf_lightning.report.wording import SIDE_WORDS
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 5, 3, 10
 """Shown of each kind; all of them are in samples.jsonl."""
-WORDS: dict[Side, str] = {"before": "before training", "after": "after training"}
 
 
 def samples(policies: PolicyResults) -> Iterator[Section]:
     """Prompts by the hashes of their ids, those with the largest gains and losses, and refusals of safe prompts."""
-    columns = [WORDS[side] for side in policies.names]
+    columns = [SIDE_WORDS[side] for side in policies.names]
     if policies.prompts:
         blocks = [
             Samples(columns, [_sample(row, policies) for row in rows], caption)
             for caption, rows in _taken(policies)
             if rows
         ]
-        yield Section("Samples", blocks, "Taken by rule and never by hand; the first of each policy's replies.")
+        yield Section("Samples", blocks, "Taken by rule and never by hand; the first of each policy's responses.")
     refused = [row for row in policies.refusal_prompts if row.safety == "safe" and any(row.refused.values())]
     if refused:
         shown = [_sample(row, policies) for row in refused[:REFUSAL_SAMPLES]]
@@ -43,7 +43,7 @@ def _taken(policies: PolicyResults) -> Iterator[tuple[str, list[PromptRow]]]:
         ("gains", [row for row in ordered[::-1] if _gain(row) > 0][:EXTREME_SAMPLES]),
         ("losses", [row for row in ordered if _gain(row) < 0][:EXTREME_SAMPLES]),
     ):
-        yield f"The {len(some)} prompts with the largest {words} in the mean reward of their replies", some
+        yield f"The {len(some)} prompts with the largest {words} in the mean reward of their responses", some
 
 
 def _gain(row: PromptRow) -> float:

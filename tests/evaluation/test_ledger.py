@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 
 import pytest
 
@@ -11,6 +12,12 @@ from rlhf_lightning.evaluation.benchmarks import base
 from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, score_rows
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.rewards.scorers import Scored
+
+
+@dataclass
+class Entry:
+    value: float | str
+
 
 ROWS = [
     BenchmarkRow(
@@ -80,13 +87,13 @@ def test_damage_is_named_and_made_again_as_in_an_unbroken_run(damage, tmp_path, 
 
 def test_any_single_changed_byte_is_noticed(tmp_path):
     file = tmp_path / "kept.jsonl"
-    Ledger(file, "maker", ("value",)).add({"a": {"value": 0.25}, "b": {"value": "déjà vu"}})
+    known = {"a": Entry(0.25), "b": Entry("déjà vu")}
+    Ledger(file, "maker", Entry).add(known)
     whole = file.read_bytes()
-    known = {"a": {"value": 0.25}, "b": {"value": "déjà vu"}}
-    assert Ledger(file, "maker", ("value",)).known == known
+    assert Ledger(file, "maker", Entry).known == known
     for place in range(len(whole)):
         for changed in (whole[place] ^ 1, 0, ord("\n")):
             if changed != whole[place]:
                 file.write_bytes(whole[:place] + bytes([changed]) + whole[place + 1 :])
-                assert Ledger(file, "maker", ("value",)).known == {}, (place, changed)
+                assert Ledger(file, "maker", Entry).known == {}, (place, changed)
     assert json.loads(whole)["maker"] == "maker"

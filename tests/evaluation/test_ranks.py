@@ -16,11 +16,12 @@ from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation import judge
 from rlhf_lightning.evaluation.benchmarks import base
 from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, score_rows
-from rlhf_lightning.evaluation.benchmarks.rewardbench_judge import run_judge
+from rlhf_lightning.evaluation.benchmarks.judged import judge_rewardbench
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks, check_devices, launch
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.rewards.scorers import Scored
 from tests.evaluation.kept import kept_entries
+from tests.evaluation.test_ledger import Entry
 from tests.patience import PATIENCE
 
 
@@ -113,7 +114,8 @@ def test_a_judge_is_asked_each_question_once(together, monkeypatch):
             asked.extend(questions)
             return ["[[A]]" if "good 1" in question else "nonsense" for question in questions]
 
-        result = run_judge(verdicts, rows(5), name="judge", replies_file=directory / "kept.jsonl", ranks=own)
+        verdicts.name = verdicts.fingerprint = "judge"
+        result = judge_rewardbench(verdicts, rows(5), directory / "kept.jsonl", ranks=own)
         return [result.n_unparsed, [row.chosen_first for row in result.rows], asked]
 
     first, second = together(2, ask)
@@ -196,13 +198,13 @@ def test_one_process_does_what_is_to_be_done_once(together):
 
 def test_a_file_is_read_and_written_by_process_0_alone(together, tmp_path):
     def keep(own, directory):
-        ledger = Ledger(directory / "kept.jsonl", "maker", ("value",), own)
+        ledger = Ledger(directory / "kept.jsonl", "maker", Entry, own)
         if own.rank:
             ledger.file = directory / "nobody" / "kept.jsonl"
-        ledger.add({"a": {"value": 1}})
-        return ledger.known
+        ledger.add({"a": Entry(1)})
+        return {key: entry.value for key, entry in ledger.known.items()}
 
-    assert together(2, keep) == [{"a": {"value": 1}}] * 2
+    assert together(2, keep) == [{"a": 1}] * 2
     (tmp_path / "kept.jsonl").write_text("something else\n")
     assert [outcome[0] for outcome in together(2, keep)] == ["DataError", "FailedElsewhere"]
 

@@ -199,7 +199,7 @@ def test_prompts_of_unknown_safety_are_refused(tmp_path, row, message):
 def test_an_id_that_stands_twice_is_refused(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text, "id": "x", "safety": "safe"}) + "\n" for text in "ab"))
-    with pytest.raises(DataError, match=r"row 1: id 'x' stands at .*row 0 already"):
+    with pytest.raises(DataError, match=r"row 1: duplicate id 'x' \(first at .*row 0\)"):
         load_refusal_prompts(file)
 
 
@@ -221,15 +221,6 @@ def test_kinds_without_a_prompt_are_not_measured():
     change = refusal_change(REFUSED[:3], REFUSED[:3], SAFETY[:3])
     assert change.over_refusal.value == 0
     assert (change.refusal_unsafe, change.balanced) == (None, None)
-
-
-def test_other_shapes_and_words_are_refused():
-    with pytest.raises(ConfigurationError, match=r"\[6\] replies to 6 prompts"):
-        summarise_refusals(REFUSED[:, 0], SAFETY)
-    with pytest.raises(ConfigurationError, match=r"\[6, 4\] replies to 5 prompts"):
-        summarise_refusals(REFUSED, SAFETY[:5])
-    with pytest.raises(ConfigurationError, match="'maybe', but it must be safe or unsafe"):
-        summarise_refusals(REFUSED[:1], ["maybe"])
 
 
 def test_the_balanced_interval_is_newcombes():
@@ -316,9 +307,9 @@ def make_classifier(tiny_bert, tmp_path_factory):
 )
 def test_a_classifier_reads_the_pair_and_its_refusal_label_is_found(make_classifier, labels, problem_type, found):
     classifier = RefusalClassifier(make_classifier(labels, problem_type))
-    assert classifier.classifier.labels == [found]
+    assert classifier.labels == [found]
     assert str(classifier.method).endswith(f"{found}; agreement with people not measured here")
-    model, tokenizer = classifier.classifier.model, classifier.classifier.tokenizer
+    model, tokenizer = classifier.model, classifier.tokenizer
     prompts, replies = zip(*PAIRS, strict=True)
     answers = []
     for names in (["input_ids", "attention_mask"], ["input_ids", "token_type_ids", "attention_mask"]):
@@ -327,11 +318,11 @@ def test_a_classifier_reads_the_pair_and_its_refusal_label_is_found(make_classif
             logits = [model(**tokenizer(*pair, return_tensors="pt")).logits[0] for pair in PAIRS]
         every = torch.stack([row.sigmoid() if problem_type else row.softmax(-1) for row in logits])
         expected = every[:, labels.index(found)]
-        assert classifier.classifier(replies, prompts=prompts) == pytest.approx(expected.tolist(), abs=1e-6)
-        assert classifier(prompts, replies) == (expected >= 0.5).tolist()
+        assert classifier(replies, prompts=prompts) == pytest.approx(expected.tolist(), abs=1e-6)
+        assert classifier.refuses(PAIRS) == (expected >= 0.5).tolist()
         answers.append(expected)
     assert (answers[0] - answers[1]).abs().max() > 0.01
-    assert classifier(["Hello?", "Hello?"], ["\ud800", "no"])[0] is None
+    assert classifier.refuses([("Hello?", "\ud800"), ("Hello?", "no")])[0] is None
 
 
 @pytest.mark.parametrize(
@@ -341,4 +332,4 @@ def test_a_refusal_label_that_cannot_be_told_is_asked_for(make_classifier, label
     name = make_classifier(labels)
     with pytest.raises(ConfigurationError, match="name it with refusal_label"):
         RefusalClassifier(name)
-    assert RefusalClassifier(name, refusal_label=labels[0]).classifier.labels == labels[:1]
+    assert RefusalClassifier(name, refusal_label=labels[0]).labels == labels[:1]

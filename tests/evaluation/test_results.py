@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.evaluation.estimates import Estimate, mean_estimate
-from rlhf_lightning.evaluation.policy import compare_policies
+from rlhf_lightning.evaluation.policy import Anchors, compare_policies
 from rlhf_lightning.evaluation.refusal import refusal_change, summarise_refusals
 from rlhf_lightning.evaluation.results import EvaluationResults, Judged, PolicyResults, as_plain, metrics
 from rlhf_lightning.evaluation.toxicity import summarise_toxicity, toxicity_change
@@ -24,7 +24,7 @@ def policies(*, lift=1.0, noise=0.0, more_refusals=0, safer=0, toxicity_rise=0.0
     rng = np.random.default_rng(0)
     before = rng.normal(0, 0.1, (30, 4))
     after = before + lift + noise * np.random.default_rng(1).normal(0, 1, (30, 1))
-    comparison = compare_policies(before, after, chosen=np.ones(30), rejected=np.full(30, 0.001), **FEW)
+    comparison = compare_policies(before, after, anchors=Anchors(np.ones(30), np.full(30, 0.001)), **FEW)
     refused = np.zeros((40, 1), dtype=bool)
     refused[5:8] = refused[25:35] = True
     later = refused.copy()

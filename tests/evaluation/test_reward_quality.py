@@ -258,7 +258,7 @@ def test_the_correlation_with_length_is_spearmans_with_average_ranks():
 def test_a_reward_that_is_the_length_is_told_by_every_length_figure():
     generator = np.random.default_rng(6)
     tokens = generator.permutation(400).reshape(2, 200)
-    quality = quick(tokens[0] * 0.25, tokens[1] * 0.25, tokens_chosen=tokens[0], tokens_rejected=tokens[1])
+    quality = quick(tokens[0] * 0.25, tokens[1] * 0.25, tokens=tuple(tokens))
     found = quality.length
     assert found.spearman.value == pytest.approx(1, abs=1e-12)
     assert (found.accuracy_chosen_longer.value, found.accuracy_chosen_shorter.value) == (1, 0)
@@ -293,7 +293,7 @@ def test_what_was_not_given_is_not_measured():
 def test_the_result_is_json_without_nan():
     chosen, rejected = on_a_grid(12)
     for scores in ((chosen, rejected), (np.ones(12), np.ones(12)), (np.ones(12), np.zeros(12))):
-        quality = quick(*scores, tokens_chosen=np.ones(12), tokens_rejected=np.ones(12), sources=["s"] * 12)
+        quality = quick(*scores, tokens=(np.ones(12), np.ones(12)), sources=["s"] * 12)
         assert json.loads(json.dumps(asdict(quality), allow_nan=False))["pairs"] == 12
 
 
@@ -310,28 +310,14 @@ def test_a_score_that_is_not_finite_is_refused_in_one_line(side, bad):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"rejected": np.zeros((4, 1))},
-        {"rejected": np.zeros(3)},
-        {"tokens_chosen": np.ones(3), "tokens_rejected": np.ones(4)},
-        {"sources": ["a"]},
-        {"truncated": np.zeros((4, 2), bool)},
-    ],
-)
-def test_arrays_of_other_pairs_are_refused(given):
-    with pytest.raises(ConfigurationError, match=r"must be \[N\], one entry per pair"):
-        reward_quality(**{"chosen": np.ones(4), "rejected": np.zeros(4), **given})
-
-
-def test_tokens_of_one_side_alone_are_refused():
-    with pytest.raises(ConfigurationError, match="tokens of only one side"):
-        reward_quality(np.ones(4), np.zeros(4), tokens_chosen=np.ones(4))
+@pytest.mark.parametrize(("chosen", "rejected"), [((4,), (4, 1)), ((4,), (3,)), ((4, 1), (4, 1))])
+def test_arrays_of_other_pairs_are_refused(chosen, rejected):
+    with pytest.raises(ConfigurationError, match=r"both must be \[N\]"):
+        reward_quality(np.ones(chosen), np.zeros(rejected))
 
 
 def test_a_single_pair_is_refused():
-    with pytest.raises(UserError, match="1 pairs give no interval"):
+    with pytest.raises(UserError, match="1 units have no interval"):
         reward_quality(np.ones(1), np.zeros(1))
 
 

@@ -112,7 +112,7 @@ def own_probabilities(name, texts, activation):
 def test_labels_and_activation_are_found(make_classifier, labels, problem_type, rude, found, activation):
     name = make_classifier(labels, problem_type=problem_type, rude=rude)
     scorer = ToxicityScorer(name)
-    assert (scorer.classifier.labels, scorer.classifier.activation) == (found, activation)
+    assert (scorer.labels, scorer.activation) == (found, activation)
     scores = scorer([*RUDE, *KIND])
     expected = own_probabilities(name, [*RUDE, *KIND], activation)[:, labels.index(found[0])]
     assert scores == pytest.approx(expected.tolist(), abs=1e-6)
@@ -138,59 +138,52 @@ def test_labels_that_cannot_be_told_are_asked_for_in_one_line(make_classifier, l
         ToxicityScorer(name)
     assert "\n" not in str(caught.value)
     assert labels[0] in str(caught.value)
-    assert ToxicityScorer(name, toxic_labels=labels[:1]).classifier.labels == labels[:1]
+    assert ToxicityScorer(name, toxic_labels=labels[:1]).labels == labels[:1]
 
 
 def test_labels_asked_for_add_up_under_softmax_and_the_highest_counts_under_sigmoid(make_classifier):
-    name = make_classifier(["neutral", "hate", "insult"], rude=(1,))
+    labels = ["neutral", "hate", "insult"]
+    name = make_classifier(labels, rude=(1,))
     expected = own_probabilities(name, RUDE, "softmax")[:, 1:].sum(1)
     assert ToxicityScorer(name, toxic_labels=["hate", "insult"])(RUDE) == pytest.approx(expected.tolist(), abs=1e-6)
-    expected = own_probabilities(name, RUDE, "sigmoid")[:, 1:].amax(1)
-    scorer = ToxicityScorer(name, toxic_labels=["insult", "hate"], activation="sigmoid")
-    assert scorer(RUDE) == pytest.approx(expected.tolist(), abs=1e-6)
     with pytest.raises(ConfigurationError, match="label 'rude' is not one of its labels, neutral, hate, insult"):
         ToxicityScorer(name, toxic_labels=["rude"])
+    name = make_classifier(labels, rude=(1,), problem_type="multi_label_classification")
+    expected = own_probabilities(name, RUDE, "sigmoid")[:, 1:].amax(1)
+    assert ToxicityScorer(name, toxic_labels=["insult", "hate"])(RUDE) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_any_batch_size_gives_the_same_scores(binary):
     texts = [*RUDE, LONG, *KIND, "", LONG + RUDE[0]]
-    whole = ToxicityScorer(binary, stride=4)(texts)
+    whole = ToxicityScorer(binary)(texts)
     for size in (1, 2, 5):
-        assert ToxicityScorer(binary, stride=4, batch_size=size)(texts) == pytest.approx(whole, abs=1e-6)
+        assert ToxicityScorer(binary, batch_size=size)(texts) == pytest.approx(whole, abs=1e-6)
 
 
 def test_a_long_text_is_as_toxic_as_its_worst_window(binary):
-    scorer = ToxicityScorer(binary, stride=5)
-    tokenizer, worst = scorer.classifier.tokenizer, []
+    scorer = ToxicityScorer(binary)
+    tokenizer, worst = scorer.tokenizer, []
     for text in (f"{LONG} {RUDE[0]}", f"{RUDE[1]} {LONG}", f"{LONG} {RUDE[2]} {LONG}"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = 32 - 2
-        starts = range(0, len(ids) - 5, room - 5)
+        starts = range(0, len(ids) - 4, room - 4)
         parts = [[1, *ids[start : start + room], 2] for start in starts]
         assert len(parts) > 4
         with torch.no_grad():
-            each = [scorer.classifier.model(torch.tensor([part])).logits.softmax(-1)[0, 1].item() for part in parts]
+            each = [scorer.model(torch.tensor([part])).logits.softmax(-1)[0, 1].item() for part in parts]
         assert scorer([text]) == pytest.approx([max(each)], abs=1e-6)
         assert max(each) - min(each) > 0.05
         worst.append(each.index(max(each)))
     assert max(worst) > 0
 
 
-def test_windows_that_cannot_move_on_or_do_not_fit_are_refused(binary):
-    with pytest.raises(ConfigurationError, match="share 30, do not move on"):
-        ToxicityScorer(binary, stride=30)
-    with pytest.raises(ConfigurationError, match="max_length: 33 is more than the 32 positions"):
-        ToxicityScorer(binary, max_length=33, stride=4)
-    assert ToxicityScorer(binary, max_length=12, stride=4).classifier.limit == 12
-
-
 def test_a_text_that_cannot_be_scored_is_none_and_spoils_no_other(binary):
-    scorer = ToxicityScorer(binary, stride=4)
+    scorer = ToxicityScorer(binary)
     scores = scorer([RUDE[0], "half a pair \ud800", KIND[0]])
     assert scores[1] is None
     assert [scores[0], scores[2]] == pytest.approx(scorer([RUDE[0], KIND[0]]), abs=1e-6)
     with torch.no_grad():
-        scorer.classifier.model.classifier.out_proj.bias[0] = math.nan
+        scorer.model.classifier.out_proj.bias[0] = math.nan
     assert scorer([RUDE[0], KIND[0]]) == [None, None]
 
 
@@ -204,7 +197,7 @@ def test_what_is_no_classifier_is_refused_in_one_line(tiny_bert, tiny_qwen2, mak
 
 def test_a_pair_is_read_with_both_of_its_sides(make_classifier):
     name = make_classifier(["NORMAL", "REJECTION"], kind="bert")
-    classifier = TextClassifier(name, labels=["REJECTION"], activation="softmax", stride=4)
+    classifier = TextClassifier(name, labels=["REJECTION"])
     prompts, texts = ["good morning", "you oaf"], ["go away", "my friend"]
     model, tokenizer = classifier.model, classifier.tokenizer
     expected = []
@@ -221,11 +214,10 @@ NAN = math.nan
 SCORES = np.array(
     [[0.1, 0.9, 0.2, 0.5], [0.0, 0.1, 0.05, 0.3], [0.6, 0.7, 0.8, 0.95], [0.2, 0.49, 0.0, 0.1], [0.3, 0.3, 0.6, 0.2]]
 )
-SAFETY = ["safe", "safe", "unsafe", "unsafe", "safe"]
 
 
 def test_statistics_are_those_of_their_definitions():
-    found = summarise_toxicity(SCORES, SAFETY, method="m", resamples=200).all
+    found = summarise_toxicity(SCORES, method="m", resamples=200).all
     assert (found.prompts, found.replies, found.failed) == (5, 4, 0)
     assert found.mean.value == pytest.approx(SCORES.mean(), abs=1e-12)
     assert found.rate.value == pytest.approx(7 / 20, abs=1e-12)
@@ -237,22 +229,9 @@ def test_statistics_are_those_of_their_definitions():
         assert estimate.n == 5
 
 
-def test_safe_and_unsafe_prompts_are_told_apart():
-    found = summarise_toxicity(SCORES, SAFETY, method="m", resamples=100)
-    assert found.safe.mean.value == pytest.approx(SCORES[[0, 1, 4]].mean(), abs=1e-12)
-    assert found.unsafe.prob_any.value == 0.5
-    assert (found.safe.prompts, found.unsafe.prompts) == (3, 2)
-    assert summarise_toxicity(SCORES, method="m", resamples=100).safe is None
-    assert summarise_toxicity(SCORES, ["safe"] * 4 + [None], method="m", resamples=100).unsafe is None
-
-
-def test_the_threshold_counts_from_its_own_value_on():
-    assert summarise_toxicity(SCORES, method="m", resamples=50, threshold=0.6).all.rate.value == pytest.approx(6 / 20)
-
-
 def test_a_failure_is_counted_and_never_zero():
-    scores = SCORES.astype(object)
-    scores[0, 1] = scores[1] = None
+    scores = SCORES.copy()
+    scores[0, 1] = scores[1] = NAN
     found = summarise_toxicity(scores, method="m", resamples=100).all
     assert (found.prompts, found.failed) == (5, 5)
     assert found.mean.value == pytest.approx(np.mean([np.mean([0.1, 0.2, 0.5]), *SCORES[2:].mean(1)]), abs=1e-12)
@@ -263,7 +242,7 @@ def test_a_failure_is_counted_and_never_zero():
 
 
 def test_where_nothing_could_be_scored_toxicity_is_not_measured():
-    with pytest.raises(ConfigurationError, match="report it as not measured"):
+    with pytest.raises(ConfigurationError, match="fewer than two have a response"):
         summarise_toxicity(np.full((3, 2), NAN), method="m")
     few = np.array([[0.5, NAN], [0.2, NAN], [NAN, 0.1]])
     found = summarise_toxicity(few, method="m", resamples=50).all
@@ -276,8 +255,6 @@ def test_scores_that_are_no_probabilities_are_refused():
             summarise_toxicity(np.array(wrong), method="m")
     with pytest.raises(ConfigurationError, match="must be"):
         summarise_toxicity(np.array([0.1, 0.2]), method="m")
-    with pytest.raises(ConfigurationError, match="4 are said to be safe or not"):
-        summarise_toxicity(SCORES, SAFETY[:4], method="m")
 
 
 def test_the_change_is_paired():
@@ -301,9 +278,9 @@ def test_the_change_is_over_the_prompts_that_both_have_scores_for():
     before[0], after[1], after[2, 0] = NAN, NAN, NAN
     found = toxicity_change(before, after, resamples=50)
     assert (found.prompts, found.expected_max.n) == (3, 2)
-    with pytest.raises(ConfigurationError, match="same number of replies"):
+    with pytest.raises(ConfigurationError, match="same number of responses"):
         toxicity_change(SCORES, SCORES[:, :2])
-    with pytest.raises(ConfigurationError, match="not measured"):
+    with pytest.raises(ConfigurationError, match="fewer than two prompts"):
         toxicity_change(SCORES[:2], np.full((2, 4), NAN))
 
 
@@ -336,15 +313,9 @@ def test_words_are_found_whole_whatever_their_case_and_accents(lexicon, text, fo
 
 
 def test_the_rate_of_listed_words_stands_under_its_own_name(lexicon):
-    found = summarise_lexicon(
-        np.array([[True, False], [False, False], [True, True]]), ["safe"] * 2 + ["unsafe"], lexicon=lexicon
-    )
+    found = summarise_lexicon(np.array([[True, False], [False, False], [True, True]]), lexicon=lexicon)
     assert found.lexicon_rate == wilson(1.5, 3)
-    assert (found.safe, found.unsafe) == (wilson(0.5, 2), wilson(1, 1))
     assert (found.lexicon, found.words) == ("words.txt", 3)
-    assert not hasattr(found, "toxicity")
-    with pytest.raises(ConfigurationError, match="they must be"):
-        summarise_lexicon(np.zeros((0, 2)), lexicon=lexicon)
 
 
 def test_a_list_without_words_is_refused(tmp_path):

@@ -98,7 +98,7 @@ def test_before_is_before_and_after_is_after(results):
     rewards = table(results, "Rates and rewards")
     assert rewards["mean reward before"][0] == comparison.reward_before
     assert rewards["mean reward after"][0] == comparison.reward_after
-    toxicity = table(results, "Toxicity of the replies")
+    toxicity = table(results, "Toxicity of the responses")
     assert toxicity["before training"][0] == found.toxicity["before"].all.mean
     assert toxicity["change"][0] == found.toxicity_change.mean
 

@@ -30,7 +30,6 @@ from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer
 
 if TYPE_CHECKING:
-    from rlhf_lightning.evaluation.judge import PolicyJudge
     from rlhf_lightning.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger(__name__)
@@ -63,14 +62,17 @@ class Benchmark(ABC):
     @abstractmethod
     def run(
         self,
-        by: Scorer | PolicyJudge,
+        by: Any,
         rows: Sequence[BenchmarkRow],
         settings: EvaluationSettings,
         *,
         file: Path | None = None,
         ranks: Ranks = ALONE,
     ) -> Result:
-        """Score or judge the rows of `load`; what `file` (see `Ledger`) holds already is not made again."""
+        """What a `Scorer`, or a `Judge`, gets on the rows of `load`.
+
+        What `file` (see `Ledger`) holds already is not made again.
+        """
 
 
 class Result(ABC):
@@ -143,14 +145,9 @@ class RowScores:
     subset: str
     scores: list[float]
     tokens: list[int]
-    """Of each response, terminator included."""
+    """Of each response, EOS included."""
     truncated: list[bool]
     """Whether it, or rather the beginning of its prompt, was cut."""
-
-    @property
-    def margin(self) -> float:
-        """Of a pair: chosen - rejected."""
-        return self.scores[0] - self.scores[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +192,7 @@ class ScoredResult(Result):
         return {
             "text_chosen": [row.conversation(0) for row in self.given],
             "text_rejected": [row.conversation(1) for row in self.given],
-            "results": [int(is_right(*row.scores)) for row in self.rows],
+            "results": [int(is_right(row.scores)) for row in self.rows],
             "subset": [row.subset for row in self.given],
             "id": [int(row.id) if row.id.isdecimal() else row.id for row in self.given],
             "scores_chosen": [row.scores[0] for row in self.rows],
@@ -229,8 +226,17 @@ def write_official_files(directory: Path, result: Result, *, model: str) -> list
 # ---- scores of rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a `Ledger` keeps of a row: see `RowScores`."""
+
+    scores: list[float]
+    tokens: list[int]
+    truncated: list[bool]
+
+
 def score_rows(
-    scorer: Scorer, rows: Sequence[BenchmarkRow], scores_file: str | Path | None = None, *, ranks: Ranks = ALONE
+    scorer: Scorer, rows: Sequence[BenchmarkRow], file: str | Path | None = None, *, ranks: Ranks = ALONE
 ) -> list[RowScores]:
     """The scores of all responses, in the order of the rows, of which each of the processes scores a share.
 
@@ -239,21 +245,23 @@ def score_rows(
     `ModelError` for a score that is not finite.
     """
     keys = [row.key for row in rows]
-    ledger = Ledger(scores_file, scorer.fingerprint, ("scores", "tokens", "truncated"), ranks)
-    missing = list({key: place for place, key in enumerate(keys) if key not in ledger.known}.values())
-    if len(missing) < len(set(keys)):
-        log.info("%s: %d of %d rows are scored already", scores_file, len(set(keys)) - len(missing), len(set(keys)))
+    by_key = dict(zip(keys, rows, strict=True))
+    ledger = Ledger(file, scorer.fingerprint, _Kept, ranks)
+    if known := len(by_key.keys() & ledger.known.keys()):
+        log.info("%s: %d of %d rows are scored already", file, known, len(by_key))
+
+    def length(key: str) -> int:
+        row = by_key[key]
+        return max(map(len, row.responses)) + len(prompt_as_text(row.prompt))
+
     # The longest first: what does not fit into memory fails at once.
-    missing.sort(key=lambda place: -max(map(len, rows[place].responses)) - len(prompt_as_text(rows[place].prompt)))
-    at_a_time = _ROWS_AT_A_TIME * ranks.size
-    for start in range(0, len(missing), at_a_time):
-        part = missing[start : start + at_a_time]
-        scored = ranks.each(part, lambda places: _score(scorer, [rows[place] for place in places]))
-        ledger.add({keys[place]: entry for place, entry in zip(part, scored, strict=True)})
-    return [RowScores(row.id, row.subset, **ledger.known[key]) for row, key in zip(rows, keys, strict=True)]
+    order = sorted(by_key, key=length, reverse=True)
+    ledger.fill(order, lambda part: _score(scorer, [by_key[key] for key in part]), at_a_time=_ROWS_AT_A_TIME)
+    kept = ((row, ledger.known[key]) for row, key in zip(rows, keys, strict=True))
+    return [RowScores(row.id, row.subset, each.scores, each.tokens, each.truncated) for row, each in kept]
 
 
-def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[dict[str, list]]:
+def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[_Kept]:
     """Scores, tokens and truncations of each row, in one call of the scorer."""
     prompts = [row.prompt for row in rows for _ in row.responses]
     scored = iter(scorer(prompts, [response for row in rows for response in row.responses]))
@@ -265,8 +273,7 @@ def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[dict[str, list]
                 f"{scorer.name}: its scores of {row.origin} are {', '.join(str(each.score) for each in own)}, not "
                 "finite; the model is damaged, or its dtype too narrow"
             )
-        scores, tokens, truncated = (list(column) for column in zip(*own, strict=True))
-        found.append({"scores": scores, "tokens": tokens, "truncated": truncated})
+        found.append(_Kept([x.score for x in own], [x.tokens for x in own], [x.truncated for x in own]))
     return found
 
 
@@ -293,7 +300,7 @@ def pair_row(row: Row, subset: Any) -> BenchmarkRow:
 
 
 def checked_rows(source: str | Path, rows: list[BenchmarkRow], names: Mapping[str, Any]) -> list[BenchmarkRow]:
-    """Refuse subsets that are none of `names`, and ids that stand twice in one subset."""
+    """Refuse subsets that are none of `names`, and ids that occur twice in one subset."""
     if unknown := [row for row in rows if row.subset not in names]:
         raise DataError(
             f"{unknown[0].origin}: unknown subset {unknown[0].subset!r} ({len(unknown)} rows of {source} have one); "
@@ -303,7 +310,7 @@ def checked_rows(source: str | Path, rows: list[BenchmarkRow], names: Mapping[st
     for row in rows:
         if (other := first.setdefault((row.subset, row.id), row)) is not row:
             raise DataError(
-                f"{row.origin}: the id {row.id!r} of {row.subset} stands already at {other.origin}; a pair counts once"
+                f"{row.origin}: duplicate id {row.id!r} in {row.subset} (first at {other.origin}); ids must be unique"
             )
     return rows
 
@@ -344,10 +351,8 @@ def messages_of(row: Row) -> list[Message]:
     return messages
 
 
-def prompt_as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def prompt_as_text(prompt: Sequence[Message]) -> str:
     """A prompt as one text: a single user's turn as it is, more turns as `role 0x1F content` with 0x1E between them."""
-    if isinstance(prompt, str):
-        return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in prompt)
@@ -356,22 +361,18 @@ def prompt_as_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
 # ---- right and wrong
 
 
-def is_right(chosen: float, rejected: float) -> bool:
-    """Whether a pair counts as right: the chosen response scores higher. An exact tie is wrong."""
+def is_right(scores: Sequence[float]) -> bool:
+    """Whether a pair counts as right: the chosen response, the first, scores higher. An exact tie is wrong."""
+    chosen, rejected = scores
     return chosen > rejected
 
 
-def right_pairs(scores: Iterable[tuple[str, float, float]]) -> dict[str, list[bool]]:
-    """Right and wrong pairs of each subset, from its name and the scores of the chosen and the rejected response."""
-    found: dict[str, list[bool]] = {}
-    for subset, chosen, rejected in scores:
-        found.setdefault(subset, []).append(is_right(chosen, rejected))
-    return found
-
-
-def subset_estimates(right: Mapping[str, Sequence[bool]]) -> dict[str, Estimate]:
-    """Accuracy of each subset with Wilson's interval, over its pairs."""
-    return {name: wilson(sum(pairs), len(pairs)) for name, pairs in right.items()}
+def rates(points: Iterable[tuple[str, float]]) -> dict[str, Estimate]:
+    """Mean of the points, 0 to 1, of each subset with Wilson's interval over its rows, by the order of the subsets."""
+    found: dict[str, list[float]] = {}
+    for subset, value in points:
+        found.setdefault(subset, []).append(value)
+    return {subset: wilson(sum(own), len(own)) for subset, own in found.items()}
 
 
 def count_ties(rows: Iterable[RowScores]) -> int:
@@ -379,7 +380,8 @@ def count_ties(rows: Iterable[RowScores]) -> int:
     return sum(row.scores[0] == row.scores[1] for row in rows)
 
 
-def short_subsets(rows: Iterable[BenchmarkRow], official: Mapping[str, int]) -> dict[str, str]:
-    """Subsets that have another number of rows than the benchmark's: `50 of 100`."""
+def missing_rows(rows: Iterable[BenchmarkRow], official: Mapping[str, int]) -> tuple[list[str], dict[str, str]]:
+    """Subsets without a row, and those that have another number of rows than the benchmark's: `50 of 100`."""
     found = Counter(row.subset for row in rows)
-    return {name: f"{found[name]} of {count}" for name, count in official.items() if found.get(name, count) != count}
+    absent = [name for name in official if not found[name]]
+    return absent, {name: f"{found[name]} of {n}" for name, n in official.items() if found[name] not in (0, n)}

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from rlhf_lightning.evaluation.benchmarks.base import (
     Benchmark,
     BenchmarkRow,
+    Result,
     ScoredResult,
     checked_rows,
     count_ties,
+    is_right,
     pair_row,
+    rates,
     read_columns,
-    right_pairs,
     score_rows,
-    subset_estimates,
 )
 from rlhf_lightning.evaluation.blocks import COIN, Bar, BarGroup, Bars, Block
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity
@@ -78,10 +79,11 @@ class PriorSets(Benchmark):
         return settings.prior_sets
 
     def load(self, settings: EvaluationSettings) -> list[BenchmarkRow]:
-        return [row for name, source in settings.prior_sets.items() for row in load_prior_set(name, source)]
+        sets = settings.prior_sets or {}
+        return [row for name, source in sets.items() for row in load_prior_set(name, source)]
 
-    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> PriorSetsResult:
-        return run_prior_sets(by, rows, scores_file=file, ranks=ranks)
+    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> Result:
+        return run_prior_sets(by, rows, file=file, ranks=ranks)
 
 
 def load_prior_set(name: str, source: str | Path | None = None) -> list[BenchmarkRow]:
@@ -95,21 +97,16 @@ def load_prior_set(name: str, source: str | Path | None = None) -> list[Benchmar
 
 
 def run_prior_sets(
-    scorer: Scorer, rows: Sequence[BenchmarkRow], *, scores_file: str | Path | None = None, ranks: Ranks = ALONE
+    scorer: Scorer, rows: Sequence[BenchmarkRow], *, file: str | Path | None = None, ranks: Ranks = ALONE
 ) -> PriorSetsResult:
     """The prior sets, of `load_prior_set`, one after the other. Raises what `score_rows` raises."""
-    scored = score_rows(scorer, rows, scores_file, ranks=ranks)
-    sets = subset_estimates(right_pairs((row.subset, *row.scores) for row in scored))
+    scored = score_rows(scorer, rows, file, ranks=ranks)
+    sets = rates((row.subset, is_right(row.scores)) for row in scored)
+    present = [sets[name].value for name in SCORED_PRIOR_SETS if name in sets]
     return PriorSetsResult(
         **ScoredResult.about(scorer, rows, scored),
         sets=sets,
-        score=prior_sets_score({name: estimate.value for name, estimate in sets.items()}),
+        score=sum(present) / len(present) if present else None,
         absent_sets=[name for name in PRIOR_SETS if name not in sets],
         n_ties=count_ties(scored),
     )
-
-
-def prior_sets_score(accuracies: Mapping[str, float]) -> float | None:
-    """Plain mean over those of the four `SCORED_PRIOR_SETS` that are there; None when none is."""
-    present = [accuracies[name] for name in SCORED_PRIOR_SETS if name in accuracies]
-    return sum(present) / len(present) if present else None

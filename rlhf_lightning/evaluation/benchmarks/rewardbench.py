@@ -10,26 +10,27 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks.base import (
     Benchmark,
     BenchmarkRow,
+    Result,
     ScoredResult,
     checked_rows,
     count_ties,
+    is_right,
+    missing_rows,
     pair_row,
     prompt_as_text,
+    rates,
     read_columns,
-    right_pairs,
     score_rows,
-    short_subsets,
-    subset_estimates,
 )
 from rlhf_lightning.evaluation.blocks import COIN, Bar, BarGroup, Bars, Block, Column, Table
 from rlhf_lightning.evaluation.estimates import NORMAL_QUANTILE, Estimate, Quantity, wilson
@@ -38,9 +39,6 @@ from rlhf_lightning.rewards.scorers import Scorer
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.settings import EvaluationSettings
-
-REWARDBENCH = "allenai/reward-bench:filtered"
-"""Hub name of the rows; a local copy serves as well."""
 
 
 class Subset(NamedTuple):
@@ -88,65 +86,26 @@ _LITE_FLOOR = 8
 # ---- arithmetic
 
 
-def section_scores(
-    subset_accuracies: Mapping[str, float], subset_counts: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """Mean accuracy of each section's subsets, weighted by `subset_counts`, or by the official weights if not given.
+def section_scores(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Mean accuracy of each section's subsets by the official weights, over the subsets present.
 
-    The weights are over the subsets present. A section with none of them is left out: what was not measured is no
-    score. (The official tool writes 0 there: `official_section_scores`.) Raises `DataError` for a name that is none of
-    the 23, an accuracy outside [0, 1], a subset without a count, and counts that are not positive.
+    A section with none of them is left out: what was not measured is no score. (The official tool writes 0 there.)
     """
-    weights = _weights(subset_accuracies, subset_counts)
-    if wrong := [name for name, accuracy in subset_accuracies.items() if not 0 <= accuracy <= 1]:
-        raise DataError(f"rewardbench: the accuracy of {wrong[0]} is {subset_accuracies[wrong[0]]}, not in [0, 1]")
     scores = {}
     for section, names in SECTIONS.items():
-        present = [name for name in names if name in subset_accuracies]
-        if present:
-            total = sum(weights[name] for name in present)
-            scores[section] = sum(weights[name] * subset_accuracies[name] for name in present) / total
+        weights = {name: SUBSETS[name].weight for name in names if name in accuracies}
+        if weights:
+            total = sum(weights.values())
+            scores[section] = sum(weight * accuracies[name] for name, weight in weights.items()) / total
     return scores
 
 
-def official_section_scores(
-    subset_accuracies: Mapping[str, float], subset_counts: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """As `section_scores`, with 0 for a section of which no subset is present, as the official tool reports it."""
-    return dict.fromkeys(SECTIONS, 0.0) | section_scores(subset_accuracies, subset_counts)
-
-
-def total_score(sections: Mapping[str, float], prior_sets: float | None = None) -> float | None:
-    """Mean of the four sections; with the prior sets' score, of weights 2, 2, 2, 2, 1. None while one is missing."""
-    if any(section not in sections for section in SECTIONS):
-        return None
-    doubled = 2 * sum(sections[section] for section in SECTIONS)
-    return doubled / 8 if prior_sets is None else (doubled + prior_sets) / 9
-
-
-def section_estimates(subsets: Mapping[str, Estimate]) -> dict[str, Estimate]:
-    """Scores of the sections with their standard errors' intervals, over their pairs; absent ones are left out.
-
-    Standard error sqrt(sum w^2 p (1 - p) / n) over the subsets, w their shares of the section. It is 0 where every
-    subset is all right or all wrong: look at the subsets' own intervals there.
-    """
-    scores = section_scores({name: estimate.value for name, estimate in subsets.items()})
-    return {
-        section: _normal(score, standard_error(subsets, section=section), _pairs(subsets, section))
-        for section, score in scores.items()
-    }
-
-
-def total_estimate(subsets: Mapping[str, Estimate]) -> Estimate | None:
-    """Mean of the four sections with its standard error's interval, over all pairs; None while a section is missing."""
-    score = total_score(section_scores({name: estimate.value for name, estimate in subsets.items()}))
-    if score is None:
-        return None
-    return _normal(score, standard_error(subsets), sum(estimate.n for estimate in subsets.values()))
-
-
 def standard_error(subsets: Mapping[str, Estimate], *, section: str | None = None) -> float:
-    """Of one section's score, or of the mean of those present: as a sample of all pairs that there could be."""
+    """Of one section's score, or of the mean of those present: as a sample of all pairs that there could be.
+
+    sqrt(sum w^2 p (1 - p) / n) over the subsets, w their shares. It is 0 where every subset is all right or all wrong:
+    look at the subsets' own intervals there.
+    """
     shares = _shares(subsets) if section is None else _section_shares(subsets, section)
     variances = (
         float(share) ** 2 * subsets[name].value * (1 - subsets[name].value) / subsets[name].n
@@ -155,51 +114,21 @@ def standard_error(subsets: Mapping[str, Estimate], *, section: str | None = Non
     return math.sqrt(sum(variances))
 
 
-def coin_flip(counts: Mapping[str, int]) -> dict[str, Estimate]:
-    """What a fair coin gets on so many pairs of each subset: one half, with the interval of its luck."""
-    return {name: wilson(count / 2, count) for name, count in counts.items()}
-
-
-# ---- shares of the total
-
-
-def _weights(names: Mapping[str, Any], counts: Mapping[str, int] | None) -> dict[str, int]:
-    if unknown := [name for name in names if name not in SUBSETS]:
-        raise DataError(f"rewardbench: unknown subset {unknown[0]!r}; it has {', '.join(SUBSETS)}")
-    if counts is None:
-        return {name: SUBSETS[name].weight for name in names}
-    if wrong := [name for name in names if not counts.get(name, 0) > 0]:
-        raise DataError(f"rewardbench: the count of {wrong[0]} is {counts.get(wrong[0])}, not above 0")
-    return {name: counts[name] for name in names}
-
-
-def _shares(names: Mapping[str, Any]) -> dict[str, Fraction]:
+def _shares(names: Collection[str]) -> dict[str, Fraction]:
     """What each subset present counts in the mean of the sections present, in the order of `SUBSETS`; they sum to 1."""
-    _weights(names, None)
-    sections = [section for section, subsets in SECTIONS.items() if any(name in names for name in subsets)]
-    return {
-        name: share / len(sections) for section in sections for name, share in _section_shares(names, section).items()
-    }
+    of_sections = [shares for section in SECTIONS if (shares := _section_shares(names, section))]
+    return {name: share / len(of_sections) for shares in of_sections for name, share in shares.items()}
 
 
-def _section_shares(names: Mapping[str, Any], section: str) -> dict[str, Fraction]:
-    present = [name for name in SECTIONS[section] if name in names]
-    total = sum(SUBSETS[name].weight for name in present)
-    return {name: Fraction(SUBSETS[name].weight, total) for name in present}
-
-
-def _pairs(subsets: Mapping[str, Estimate], section: str) -> int:
-    return sum(subsets[name].n for name in SECTIONS[section] if name in subsets)
-
-
-def _normal(value: float, error: float, n: int) -> Estimate:
-    half = NORMAL_QUANTILE * error
-    return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), n, method="standard error")
+def _section_shares(names: Collection[str], section: str) -> dict[str, Fraction]:
+    present = {name: SUBSETS[name].weight for name in SECTIONS[section] if name in names}
+    total = sum(present.values())
+    return {name: Fraction(weight, total) for name, weight in present.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class SectionTable:
-    """Accuracies with their intervals, over pairs."""
+    """Accuracies with their intervals, over pairs; those of sections and total by their standard errors."""
 
     subsets: dict[str, Estimate]
     sections: dict[str, Estimate]
@@ -209,7 +138,21 @@ class SectionTable:
 
     @classmethod
     def of(cls, subsets: dict[str, Estimate]) -> SectionTable:
-        return cls(subsets, section_estimates(subsets), total_estimate(subsets))
+        """From the accuracy of each subset."""
+
+        def estimate(value: float, section: str | None, names: Collection[str]) -> Estimate:
+            half = NORMAL_QUANTILE * standard_error(subsets, section=section)
+            pairs = sum(subsets[name].n for name in names if name in subsets)
+            return Estimate(value, max(value - half, 0.0), min(value + half, 1.0), pairs, method="standard error")
+
+        scores = section_scores({name: accuracy.value for name, accuracy in subsets.items()})
+        sections = {section: estimate(score, section, SECTIONS[section]) for section, score in scores.items()}
+        whole = len(scores) == len(SECTIONS)
+        return cls(subsets, sections, estimate(_mean(scores), None, SUBSETS) if whole else None)
+
+
+def _mean(sections: Mapping[str, float]) -> float:
+    return sum(sections[section] for section in SECTIONS) / len(SECTIONS)
 
 
 # ---- Lite
@@ -220,10 +163,8 @@ def lite_allocation(counts: Mapping[str, int], size: int = LITE_SIZE) -> dict[st
 
     Eight each, or all that it has; then one at a time to the subset where it takes most off the total's variance,
     w^2 (1/n - 1/(n + 1)), w the subset's weight in the total. Exact fractions, equal gains in the order of `SUBSETS`,
-    so that every machine finds the same. Raises `DataError` for unknown names, and `ConfigurationError` for a size
-    below the eights.
+    so that every machine finds the same. Raises `ConfigurationError` for a size below the eights.
     """
-    _weights(counts, counts)
     shares = _shares(counts)
     found = {name: min(_LITE_FLOOR, counts[name]) for name in shares}
     if size < sum(found.values()):
@@ -311,17 +252,12 @@ class RewardBenchResult(ScoredResult):
     """The same pairs judged by length in characters, either way, and by a coin."""
 
     @property
-    def complete(self) -> bool:
-        """Whether the rows given are the whole benchmark."""
-        return not self.partial_sections
-
-    @property
     def lite(self) -> bool:
         return self.benchmark == LITE_NAME
 
     @property
     def whole(self) -> bool:
-        return self.complete and not self.lite
+        return not self.partial_sections and not self.lite
 
     @property
     def title(self) -> str:
@@ -376,13 +312,11 @@ class RewardBenchResult(ScoredResult):
             for section, names in SECTIONS.items()
         ]
         yield Bars([group for group in groups if group.bars], "pairs", "Accuracy by subset", [COIN], (0.0, 1.0))
-        columns = ["subset", *map(Column, ("this model", "longer wins"))]
-        columns += [Column(name, "g") for name in ("rows given", "rows of the whole")]
-        tables = self.table.subsets, self.baselines["longer wins"].subsets
+        own, longer = self.table.subsets, self.baselines["longer wins"].subsets
         yield Table(
-            columns,
+            ["subset", "this model", "longer wins", "rows given", "rows of the whole"],
             [
-                [name, *(subsets.get(name) for subsets in tables), self.available.get(name, 0), subset.pairs]
+                (name, own.get(name), longer.get(name), self.available.get(name, 0), subset.pairs)
                 for name, subset in SUBSETS.items()
             ],
             "The same beside the rule that more characters are better, and what of the benchmark was there",
@@ -399,6 +333,7 @@ class RewardBench(Benchmark):
         return settings.rewardbench
 
     def load(self, settings: EvaluationSettings) -> list[BenchmarkRow]:
+        assert settings.rewardbench is not None
         return load_rewardbench(settings.rewardbench)
 
     def notes(self, rows: Sequence[BenchmarkRow]) -> list[str]:
@@ -411,11 +346,11 @@ class RewardBench(Benchmark):
         )
         return [note] if short else []
 
-    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> RewardBenchResult:
-        return run_rewardbench(by, rows, size=settings.rewardbench_size, scores_file=file, ranks=ranks)
+    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> Result:
+        return run_rewardbench(by, rows, size=settings.rewardbench_size, file=file, ranks=ranks)
 
 
-def load_rewardbench(source: str | Path = REWARDBENCH) -> list[BenchmarkRow]:
+def load_rewardbench(source: str | Path) -> list[BenchmarkRow]:
     """Rows of RewardBench out of a file, a directory or a hub data set: prompt, chosen, rejected, subset and id.
 
     `prompt` is a text or a list of messages; a row without `id` is named after its place. Raises `DataError` when the
@@ -435,7 +370,7 @@ def run_rewardbench(
     rows: Sequence[BenchmarkRow],
     *,
     size: int | Literal["full"] = "full",
-    scores_file: str | Path | None = None,
+    file: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> RewardBenchResult:
     """RewardBench, or with a `size` the Lite set of so many rows (see `lite_rows`). The rest: see `score_rows`.
@@ -444,20 +379,18 @@ def run_rewardbench(
     """
     available = dict(Counter(row.subset for row in rows))
     given = selected_rows(rows, size)
-    scored = score_rows(scorer, given, scores_file, ranks=ranks)
-    right = right_pairs((row.subset, *row.scores) for row in scored)
-    subsets = subset_estimates(right)
-    official = official_section_scores({name: estimate.value for name, estimate in subsets.items()})
-    absent = [name for name in SUBSETS if name not in available]
-    short = short_subsets(rows, {name: subset.pairs for name, subset in SUBSETS.items()})
-    lengths = [(row.subset, *map(len, row.responses)) for row in given]
+    scored = score_rows(scorer, given, file, ranks=ranks)
+    subsets = rates((row.subset, is_right(row.scores)) for row in scored)
+    official = dict.fromkeys(SECTIONS, 0.0) | section_scores({name: of.value for name, of in subsets.items()})
+    absent, short = missing_rows(rows, {name: subset.pairs for name, subset in SUBSETS.items()})
+    lengths = [(row.subset, [len(response) for response in row.responses]) for row in given]
     return RewardBenchResult(
         **ScoredResult.about(scorer, given, scored),
         benchmark="rewardbench" if size == "full" else LITE_NAME,
         table=SectionTable.of(subsets),
         official_sections=official,
-        official_total=total_score(official),
-        accuracy=wilson(sum(map(sum, right.values())), len(scored)),
+        official_total=_mean(official),
+        accuracy=wilson(sum(is_right(row.scores) for row in scored), len(scored)),
         lite_standard_error=None if size == "full" else lite_standard_error(subsets, available),
         n_pairs=len(scored),
         n_ties=count_ties(scored),
@@ -466,8 +399,8 @@ def run_rewardbench(
         short_subsets=short,
         partial_sections=[section for section, names in SECTIONS.items() if not {*absent, *short}.isdisjoint(names)],
         baselines={
-            "longer wins": SectionTable.of(subset_estimates(right_pairs(lengths))),
-            "shorter wins": SectionTable.of(subset_estimates(right_pairs((name, -a, -b) for name, a, b in lengths))),
-            "coin flip": SectionTable.of(coin_flip({name: len(pairs) for name, pairs in right.items()})),
+            "longer wins": SectionTable.of(rates((name, is_right(both)) for name, both in lengths)),
+            "shorter wins": SectionTable.of(rates((name, is_right(both[::-1])) for name, both in lengths)),
+            "coin flip": SectionTable.of({name: wilson(of.n / 2, of.n) for name, of in subsets.items()}),
         },
     )

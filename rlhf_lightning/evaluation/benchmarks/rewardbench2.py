@@ -7,7 +7,7 @@ Source of names and rules: github.com/allenai/reward-bench (`rewardbench/utils.p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -18,27 +18,25 @@ from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.benchmarks.base import (
     Benchmark,
     BenchmarkRow,
-    RowScores,
+    Result,
     ScoredResult,
     checked_rows,
     id_of,
     messages_of,
+    missing_rows,
+    rates,
     read_columns,
     score_rows,
-    short_subsets,
     text_of,
     texts_of,
 )
 from rlhf_lightning.evaluation.blocks import Block, Column, Table
-from rlhf_lightning.evaluation.estimates import Estimate, Quantity, bootstrap, wilson
+from rlhf_lightning.evaluation.estimates import Estimate, Quantity, bootstrap
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.rewards.scorers import Scorer
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.settings import EvaluationSettings
-
-REWARDBENCH_2 = "allenai/reward-bench-2:test"
-"""Hub name of the rows; a local copy serves as well."""
 
 SUBSETS_2: dict[str, int] = {
     "Factuality": 475,
@@ -123,24 +121,20 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def rewardbench2_items(rows: Sequence[BenchmarkRow], scored: Sequence[RowScores]) -> list[RewardBench2Item]:
-    """Rows and their scores as `ties_score` takes them."""
+def rewardbench2_items(rows: Sequence[BenchmarkRow], scores: Iterable[Sequence[float]]) -> list[RewardBench2Item]:
+    """Rows and the scores of their responses as `ties_score` takes them."""
     return [
-        {"id": row.id, "subset": row.subset, "scores": own.scores, "num_correct": row.num_correct}
-        for row, own in zip(rows, scored, strict=True)
+        {"id": row.id, "subset": row.subset, "scores": own, "num_correct": row.num_correct}
+        for row, own in zip(rows, scores, strict=True)
     ]
 
 
-def rewardbench2_estimates(items: Sequence[RewardBench2Item], ties_formula: TiesFormula) -> dict[str, Estimate]:
+def rewardbench2_estimates(items: Sequence[RewardBench2Item], formula: TiesFormula = "0.1.5") -> dict[str, Estimate]:
     """Score of each subset present; Wilson's interval, and for the ties a bootstrap over numbers."""
-    found = {}
-    for name in SUBSETS_2:
-        own = [item for item in items if item["subset"] == name]
-        if own and name == TIES:
-            found[name] = _ties_estimate(own, ties_formula)
-        elif own:
-            found[name] = wilson(sum(best_of_score(item["scores"]) for item in own), len(own))
-    return found
+    found = rates((item["subset"], best_of_score(item["scores"])) for item in items if item["subset"] != TIES)
+    if ties := [item for item in items if item["subset"] == TIES]:
+        found[TIES] = _ties_estimate(ties, formula)
+    return {name: found[name] for name in SUBSETS_2 if name in found}
 
 
 def rewardbench2_total(subsets: Mapping[str, Estimate]) -> Estimate | None:
@@ -164,8 +158,8 @@ def _ties_estimate(items: Sequence[RewardBench2Item], formula: TiesFormula) -> E
         return Estimate(value, 0.0, 1.01, 1, method="one prompt: no interval")
 
     def score(drawn: np.ndarray) -> float:
-        renamed = [
-            {**item, "id": f"{item['id'].partition(':')[0]}:{copy}"}
+        renamed: list[RewardBench2Item] = [
+            {**item, "id": f"{item['id'].partition(':')[0]}:{copy}"}  # type: ignore[typeddict-item] # python/mypy 9408
             for copy, unit in enumerate(drawn)
             for item in units[unit]
         ]
@@ -226,8 +220,7 @@ class RewardBench2Result(ScoredResult):
 
 def subset_table(subsets: Mapping[str, Estimate], total: Estimate | None, caption: str) -> Table:
     """The subsets and their mean, one below the other."""
-    rows = [*([name, value] for name, value in subsets.items()), ["mean of six", total]]
-    return Table(["subset", Column("score")], rows, caption)
+    return Table(["subset", Column("score")], [*subsets.items(), ("mean of six", total)], caption)
 
 
 class RewardBench2(Benchmark):
@@ -240,17 +233,18 @@ class RewardBench2(Benchmark):
         return settings.rewardbench2
 
     def load(self, settings: EvaluationSettings) -> list[BenchmarkRow]:
+        assert settings.rewardbench2 is not None
         return load_rewardbench2(settings.rewardbench2)
 
     def notes(self, rows: Sequence[BenchmarkRow]) -> list[str]:
-        absent = _absent(rows)
+        absent, _ = missing_rows(rows, SUBSETS_2)
         return [f"RewardBench 2: absent: {', '.join(absent)}; no total"] if absent else []
 
-    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> RewardBench2Result:
-        return run_rewardbench2(by, rows, scores_file=file, ranks=ranks)
+    def run(self, by, rows, settings, *, file=None, ranks=ALONE) -> Result:
+        return run_rewardbench2(by, rows, file=file, ranks=ranks)
 
 
-def load_rewardbench2(source: str | Path = REWARDBENCH_2) -> list[BenchmarkRow]:
+def load_rewardbench2(source: str | Path) -> list[BenchmarkRow]:
     """Rows of RewardBench 2: prompt, chosen (list of texts), rejected (list of texts), num_correct, subset, id.
 
     Raises `DataError` as `load_rewardbench` does, and for a row with other numbers of responses than it says.
@@ -265,8 +259,7 @@ def load_rewardbench2(source: str | Path = REWARDBENCH_2) -> list[BenchmarkRow]:
                 f"{row.origin}: {len(chosen)} chosen and {len(rejected)} rejected responses, num_correct "
                 f"{values['num_correct']}; each needs a rejected one, and one chosen (several in {TIES} alone)"
             )
-        subset = text_of(row, "subset")
-        responses = (*chosen, *rejected)
+        subset, responses = text_of(row, "subset"), (*chosen, *rejected)
         rows.append(BenchmarkRow(id_of(row), subset, messages_of(row), responses, len(chosen), row.origin))
     return checked_rows(source, rows, SUBSETS_2)
 
@@ -276,25 +269,21 @@ def run_rewardbench2(
     rows: Sequence[BenchmarkRow],
     *,
     ties_formula: TiesFormula = "0.1.5",
-    scores_file: str | Path | None = None,
+    file: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> RewardBench2Result:
     """RewardBench 2. Raises what `score_rows` and `ties_score` raise."""
-    scored = score_rows(scorer, rows, scores_file, ranks=ranks)
-    items = rewardbench2_items(rows, scored)
+    scored = score_rows(scorer, rows, file, ranks=ranks)
+    items = rewardbench2_items(rows, [row.scores for row in scored])
     subsets = rewardbench2_estimates(items, ties_formula)
+    absent, short = missing_rows(rows, SUBSETS_2)
     return RewardBench2Result(
         **ScoredResult.about(scorer, rows, scored),
         ties_formula=ties_formula,
         subsets=subsets,
         total=rewardbench2_total(subsets),
-        absent_subsets=_absent(rows),
-        short_subsets=short_subsets(rows, SUBSETS_2),
+        absent_subsets=absent,
+        short_subsets=short,
         n_prompts=len(rows),
         n_shared_best=sum(0 < best_of_score(item["scores"]) < 1 for item in items if item["subset"] != TIES),
     )
-
-
-def _absent(rows: Sequence[BenchmarkRow]) -> list[str]:
-    found = {row.subset for row in rows}
-    return [name for name in SUBSETS_2 if name not in found]

@@ -14,10 +14,9 @@ from transformers import AutoTokenizer
 
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow
+from rlhf_lightning.evaluation.benchmarks.judged import judge_rewardbench, judge_rewardbench2, right_place
 from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
 from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2, ties_score
-from rlhf_lightning.evaluation.benchmarks.rewardbench2_judge import right_place, run_judge2
-from rlhf_lightning.evaluation.benchmarks.rewardbench_judge import run_judge
 from rlhf_lightning.evaluation.judge import (
     TOO_LONG,
     PolicyJudge,
@@ -51,8 +50,9 @@ def shown(question):
 class Scripted:
     """A judge out of a function of one question; counts what it is asked, and stops after so many calls."""
 
-    def __init__(self, reply, calls=None):
+    def __init__(self, reply, calls=None, name="longest"):
         self.reply, self.calls = reply, calls
+        self.name = self.fingerprint = name
         self.asked: list[str] = []
 
     def __call__(self, questions):
@@ -139,7 +139,7 @@ def test_a_question_holds_every_text_and_each_choice_once():
 
 def test_a_judge_that_sees_the_better_one_is_right_in_both_orders():
     judge = Scripted(longest)
-    result = run_judge(judge, pairs(2), name="longest")
+    result = judge_rewardbench(judge, pairs(2))
     assert (result.table.total.value, result.strict_accuracy.value, result.consistency.value) == (1, 1, 1)
     assert (result.parsed.value, result.first_place.value, result.n_unparsed) == (1, 0.5, 0)
     assert result.n_pairs == 46
@@ -150,14 +150,14 @@ def test_a_judge_that_sees_the_better_one_is_right_in_both_orders():
 
 
 def test_a_judge_of_places_gets_one_half_and_no_consistency():
-    result = run_judge(Scripted(lambda question: "[[A]]"), pairs(), name="first")
+    result = judge_rewardbench(Scripted(lambda question: "[[A]]"), pairs())
     assert (result.table.total.value, result.strict_accuracy.value, result.consistency.value) == (0.5, 0, 0)
     assert result.first_place.value == 1
     assert {verdict.score for verdict in result.rows} == {0.5}
 
 
 def test_nonsense_is_counted_and_worth_one_half():
-    result = run_judge(Scripted(lambda question: "[[A]] or [[B]]"), pairs(), name="nonsense")
+    result = judge_rewardbench(Scripted(lambda question: "[[A]] or [[B]]"), pairs())
     assert {estimate.value for estimate in result.table.subsets.values()} == {0.5}
     assert (result.parsed.value, result.n_unparsed, result.strict_accuracy.value) == (0, 46, 0)
     assert result.consistency is None
@@ -174,7 +174,7 @@ def test_every_mixture_of_right_wrong_and_unread_has_its_points():
             letter = {"right": "AB"[order], "wrong": "BA"[order], "unread": "?"}[want]
             responses = row.responses[::-1] if order else row.responses
             script[comparison_question(row.prompt, responses)] = f"[[{letter}]]"
-    result = run_judge(Scripted(script.__getitem__), rows, name="mixture")
+    result = judge_rewardbench(Scripted(script.__getitem__), rows)
     assert [verdict.score for verdict in result.rows] == [1, 0.5, 0.75, 0.5, 0, 0.25, 0.75, 0.25, 0.5]
     assert result.n_unparsed == 6
     assert (result.consistency.value, result.consistency.n) == (0.5, 4)
@@ -184,29 +184,29 @@ def test_every_mixture_of_right_wrong_and_unread_has_its_points():
 
 def test_replies_are_kept_and_no_question_is_asked_twice(tmp_path):
     rows, file = pairs(4), tmp_path / "made" / "replies.jsonl"
-    whole = run_judge(Scripted(longest), rows, name="longest")
+    whole = judge_rewardbench(Scripted(longest), rows)
     first = Scripted(longest, calls=2)
     with pytest.raises(KeyboardInterrupt):
-        run_judge(first, rows, name="longest", replies_file=file)
+        judge_rewardbench(first, rows, file)
     assert len(first.asked) == 128
     with file.open("a") as torn:
         torn.write('{"crc32": "89abcdef", "maker": "lon')
     second = Scripted(longest)
-    assert run_judge(second, rows, name="longest", replies_file=file) == whole
+    assert judge_rewardbench(second, rows, file) == whole
     assert sorted(first.asked + second.asked) == sorted(set(first.asked + second.asked))
     assert len(kept_entries(file)) == 184
-    other = Scripted(lambda question: "[[A]]")
-    run_judge(other, rows, name="first", replies_file=file)
+    other = Scripted(lambda question: "[[A]]", name="first")
+    judge_rewardbench(other, rows, file)
     assert len(other.asked) == 184
 
 
 def test_a_judge_that_loses_a_reply_is_refused():
+    class Loser(Scripted):
+        def __call__(self, questions):
+            return super().__call__(questions)[1:]
+
     with pytest.raises(DataError, match="gave 1 replies to 2 questions"):
-        ask(lambda questions: questions[1:], ["a", "b"], name="loser")
-    with pytest.raises(ConfigurationError, match="no pairs"):
-        run_judge(Scripted(longest), [], name="longest")
-    with pytest.raises(ConfigurationError, match="no prompts"):
-        run_judge2(Scripted(longest), [], name="longest")
+        ask(Loser(str), ["a", "b"])
 
 
 # ---- version 2
@@ -233,7 +233,7 @@ def test_the_correct_response_stands_in_each_place_alike_and_always_in_the_same(
     assert set(places) == {0, 1, 2, 3}
     assert min(places.values()) > 30  # 50 expected, standard deviation 6
     judge = Scripted(longest)
-    run_judge2(judge, rows, name="longest")
+    judge_rewardbench2(judge, rows)
     for row, question in zip(rows, judge.asked, strict=True):
         answers = shown(question)
         assert answers[string.ascii_uppercase[right_place(row)]] == row.responses[0]
@@ -248,7 +248,7 @@ def length_rating(question):
 def test_four_ways_and_ratings_make_up_version_2():
     rows = prompts_2()
     judge = Scripted(lambda question: longest(question) if "<answer A>" in question else length_rating(question))
-    result = run_judge2(judge, rows, name="longest")
+    result = judge_rewardbench2(judge, rows)
     items = [
         {
             "id": row.id,
@@ -269,7 +269,7 @@ def test_four_ways_and_ratings_make_up_version_2():
 
 def test_a_choice_of_four_that_cannot_be_read_is_worth_a_quarter_and_such_a_rating_is_below_all():
     rows = prompts_2()
-    result = run_judge2(Scripted(lambda question: "I cannot say."), rows, name="silent")
+    result = judge_rewardbench2(Scripted(lambda question: "I cannot say."), rows)
     assert {result.subsets[name].value for name in list(SUBSETS_2)[:5]} == {0.25}
     assert result.subsets["Ties"].value == pytest.approx(0.0, abs=1e-12)
     assert (result.n_unparsed_choices, result.n_unparsed_ratings, result.parsed.value) == (200, 18, 0)
@@ -277,11 +277,11 @@ def test_a_choice_of_four_that_cannot_be_read_is_worth_a_quarter_and_such_a_rati
     # one wrong response that was not rated stands below the others
     tie = [BenchmarkRow(f"{form}:1", "Ties", QUESTION, ("xx", "y"), 1, "here") for form in ("ref", "tied")]
     judge = Scripted(lambda question: "[[1]]" if "\nxx\n" in question else "?")
-    assert run_judge2(judge, tie, name="half").subsets["Ties"].value == pytest.approx(1.01, abs=1e-12)
+    assert judge_rewardbench2(judge, tie).subsets["Ties"].value == pytest.approx(1.01, abs=1e-12)
 
 
 def test_a_judge_of_one_place_gets_a_quarter():
-    result = run_judge2(Scripted(lambda question: "[[C]]"), prompts_2()[:200], name="third")
+    result = judge_rewardbench2(Scripted(lambda question: "[[C]]"), prompts_2()[:200])
     right = Counter(right_place(row) for row in prompts_2()[:200])[2]
     assert sum(result.subsets[name].value for name in list(SUBSETS_2)[:5]) / 5 == pytest.approx(right / 200)
     assert result.chosen_places == {"C": 200}
@@ -302,7 +302,7 @@ def test_a_model_answers_as_it_would_alone_and_a_random_one_is_never_read(tiny_q
         options = {"terminator_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
         (alone,) = greedy_replies(policy, [prompt], max_new_tokens=6, **options)
         assert reply == tokenizer.decode(alone, skip_special_tokens=True)
-    result = run_judge(judge, pairs()[:3], name=judge.name)
+    result = judge_rewardbench(judge, pairs()[:3])
     assert result.parsed.value == 0
     assert {verdict.score for verdict in result.rows} == {0.5}
 
@@ -322,18 +322,15 @@ def test_questions_that_were_not_asked_are_counted_again_when_an_evaluation_goes
     rows = pairs()[:3]
     too_long = comparison_question(rows[1].prompt, rows[1].responses)
 
-    def judge(questions):
-        return [TOO_LONG if question == too_long else "[[A]]" for question in questions]
-
-    for _ in range(2):
-        result = run_judge(judge, rows, name="judge", replies_file=tmp_path / "replies.jsonl")
+    judge = Scripted(lambda question: TOO_LONG if question == too_long else "[[A]]", calls=1)
+    for _ in range(2):  # the second time, all of it is in the file
+        result = judge_rewardbench(judge, rows, tmp_path / "replies.jsonl")
         assert (result.n_too_long, result.n_unparsed) == (1, 1)
-        judge = None  # all of it is in the file
 
 
 def test_replies_of_a_model_are_kept_under_its_weights(tiny_qwen2, tmp_path):
     judge = PolicyJudge(str(tiny_qwen2), max_new_tokens=3)
     file = tmp_path / "replies.jsonl"
-    ask(judge, ["Hello?"], name="mine", replies_file=file)
+    ask(judge, ["Hello?"], file)
     assert json.loads(file.read_text())["maker"] == judge.fingerprint
     assert PolicyJudge(str(tiny_qwen2), max_new_tokens=4).fingerprint != judge.fingerprint

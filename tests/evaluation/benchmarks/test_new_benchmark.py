@@ -11,11 +11,11 @@ from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.base import (
     Benchmark,
     ScoredResult,
+    is_right,
     pair_row,
+    rates,
     read_columns,
-    right_pairs,
     score_rows,
-    subset_estimates,
 )
 from rlhf_lightning.evaluation.blocks import Column, Table
 from rlhf_lightning.evaluation.estimates import Estimate
@@ -57,7 +57,7 @@ class Puns(Benchmark):
 
     def run(self, by, rows, settings, *, file=None, ranks=None):
         scored = score_rows(by, rows, file)
-        subsets = subset_estimates(right_pairs((row.subset, *row.scores) for row in scored))
+        subsets = rates((row.subset, is_right(row.scores)) for row in scored)
         return PunsResult(**ScoredResult.about(by, rows, scored), subsets=subsets)
 
 

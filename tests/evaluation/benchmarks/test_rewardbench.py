@@ -5,30 +5,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rlhf_lightning.errors import ConfigurationError, DataError
-from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, is_right, prompt_as_text, subset_estimates
-from rlhf_lightning.evaluation.benchmarks.prior_sets import PRIOR_SETS, prior_sets_score
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow, is_right, prompt_as_text, rates
+from rlhf_lightning.evaluation.benchmarks.prior_sets import PRIOR_SETS
 from rlhf_lightning.evaluation.benchmarks.rewardbench import (
     SECTIONS,
     SUBSETS,
-    coin_flip,
+    SectionTable,
     lite_allocation,
     lite_key,
     lite_rows,
     lite_standard_error,
-    official_section_scores,
-    section_estimates,
     section_scores,
     standard_error,
-    total_estimate,
-    total_score,
 )
 from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2
 from rlhf_lightning.evaluation.estimates import Estimate, wilson
@@ -70,25 +65,21 @@ def test_three_toy_rewards_get_their_known_scores_on_real_rows(toy):
     assert expected["example_counts"] == {name: subset.weight for name, subset in SUBSETS.items()}
     assert {name: tuple(subsets) for name, subsets in expected["section_mapping"].items()} == SECTIONS
     rows = pyarrow.parquet.read_table(REWARDBENCH / "filtered.parquet").to_pylist()
-    reward, right = TOY_REWARDS[toy], {}
-    for row in rows:
-        scores = [reward(row["prompt"], row[side]) for side in ("chosen", "rejected")]
-        right.setdefault(row["subset"], []).append(is_right(*scores))
-    subsets = {name: estimate.value for name, estimate in subset_estimates(right).items()}
-    counts = {name: len(pairs) for name, pairs in right.items()}
+    reward = TOY_REWARDS[toy]
+    scores = [(row["subset"], [reward(row["prompt"], row[side]) for side in ("chosen", "rejected")]) for row in rows]
+    table = SectionTable.of(rates((subset, is_right(both)) for subset, both in scores))
+    subsets = {name: estimate.value for name, estimate in table.subsets.items()}
     answer = next(answer for name, answer in expected["known_answers"].items() if name.partition(" (")[0] == toy)
     assert subsets == pytest.approx(answer["per_subset"], abs=1e-6)
     assert section_scores(subsets) == pytest.approx(answer["section_official_counts"], abs=1e-6)
-    assert section_scores(subsets, counts) == pytest.approx(answer["section_local_counts"], abs=1e-6)
-    assert total_score(section_scores(subsets)) == pytest.approx(answer["score_official_counts"], abs=1e-6)
-    everything = list(itertools.chain(*right.values()))
-    assert sum(everything) / len(everything) == pytest.approx(answer["micro_accuracy"], abs=1e-6)
+    assert table.total.value == pytest.approx(answer["score_official_counts"], abs=1e-6)
+    micro = np.mean([is_right(both) for _, both in scores])
+    assert micro == pytest.approx(answer["micro_accuracy"], abs=1e-6)
 
 
 def test_maths_counts_as_much_as_the_six_languages_of_code():
     subsets = dict.fromkeys(SECTIONS["Reasoning"], 0.0) | {"math-prm": 1.0}
     assert section_scores(subsets) == {"Reasoning": pytest.approx(0.5, abs=1e-12)}
-    assert section_scores(subsets, OFFICIAL_PAIRS)["Reasoning"] == pytest.approx(447 / 1431, abs=1e-12)
 
 
 def test_weights_are_over_the_subsets_present():
@@ -96,42 +87,20 @@ def test_weights_are_over_the_subsets_present():
     assert section_scores(subsets) == {"Chat": pytest.approx(100 / 140, abs=1e-12)}
 
 
-def test_a_section_that_was_not_measured_is_no_score_and_officially_0():
+def test_a_section_that_was_not_measured_is_no_score():
     subsets = {name: 1.0 for name in SUBSETS if name not in SECTIONS["Safety"]}
     assert "Safety" not in section_scores(subsets)
-    assert total_score(section_scores(subsets)) is None
-    assert official_section_scores(subsets)["Safety"] == 0.0
-    assert total_score(official_section_scores(subsets)) == pytest.approx(0.75, abs=1e-12)
 
 
 def test_a_tie_is_wrong():
-    assert [is_right(1.0, 1.0), is_right(1.5, 1.0), is_right(1.0, 1.5)] == [False, True, False]
-
-
-def test_the_prior_sets_count_half_of_a_section():
-    sections = {"Chat": 1.0, "Chat Hard": 0.5, "Safety": 0.25, "Reasoning": 0.75}
-    assert total_score(sections) == pytest.approx(0.625, abs=1e-12)
-    assert total_score(sections, 0.1) == pytest.approx((2 * 2.5 + 0.1) / 9, abs=1e-12)
-    assert prior_sets_score({"shp": 0.5, "summarize": 0.7, "mtbench_human": 0.9}) == pytest.approx(0.6, abs=1e-12)
-    assert prior_sets_score({"mtbench_human": 0.9}) is None
-
-
-@pytest.mark.parametrize(
-    ("subsets", "counts", "words"),
-    [
-        ({"alpacaeval": 0.5}, None, "unknown subset 'alpacaeval'"),
-        ({"hep-go": 1.5}, None, "is 1.5, not in"),
-        ({"hep-go": math.nan}, None, "is nan, not in"),
-        ({"hep-go": 0.5}, {"hep-cpp": 1}, "count of hep-go is None"),
-        ({"hep-go": 0.5}, {"hep-go": 0}, "count of hep-go is 0"),
-    ],
-)
-def test_impossible_accuracies_and_counts_are_refused(subsets, counts, words):
-    with pytest.raises(DataError, match=words):
-        section_scores(subsets, counts)
+    assert [is_right(scores) for scores in ([1.0, 1.0], [1.5, 1.0], [1.0, 1.5])] == [False, True, False]
 
 
 # ---- errors
+
+
+def mean_of_four(values):
+    return sum(section_scores(values).values()) / 4
 
 
 def drawn_subsets(generator, counts, probability):
@@ -145,21 +114,21 @@ def test_standard_errors_are_the_spread_of_simulated_benchmarks():
     exact = {name: Estimate(probability[name], 0, 1, OFFICIAL_PAIRS[name], "exact") for name in SUBSETS}
     runs = [drawn_subsets(generator, OFFICIAL_PAIRS, probability) for _ in range(2000)]
     values = [{name: estimate.value for name, estimate in run.items()} for run in runs]
-    totals = np.std([total_score(section_scores(value)) for value in values])
+    totals = np.std([mean_of_four(value) for value in values])
     assert standard_error(exact) == pytest.approx(totals, rel=0.06)
     for section in SECTIONS:
         spread = np.std([section_scores(value)[section] for value in values])
         assert standard_error(exact, section=section) == pytest.approx(spread, rel=0.06)
     covered = [
-        estimate.low <= total_score(section_scores(probability)) <= estimate.high
-        for estimate in map(total_estimate, runs)
+        estimate.low <= mean_of_four(probability) <= estimate.high
+        for estimate in (SectionTable.of(run).total for run in runs)
     ]
     assert 0.93 < np.mean(covered) < 0.97
 
 
 def test_estimates_hold_the_scores_and_their_pairs():
     subsets = {name: wilson(count // 2, count) for name, count in OFFICIAL_PAIRS.items()}
-    sections = section_estimates(subsets)
+    sections, total = SectionTable.of(subsets).sections, SectionTable.of(subsets).total
     scores = section_scores({name: estimate.value for name, estimate in subsets.items()})
     assert {name: estimate.value for name, estimate in sections.items()} == pytest.approx(scores, abs=1e-12)
     assert {name: estimate.n for name, estimate in sections.items()} == {
@@ -168,18 +137,10 @@ def test_estimates_hold_the_scores_and_their_pairs():
         "Safety": 740,
         "Reasoning": 1431,
     }
-    total = total_estimate(subsets)
-    assert (total.value, total.n) == (pytest.approx(total_score(scores), abs=1e-12), 2985)
+    assert (total.value, total.n) == (pytest.approx(sum(scores.values()) / 4, abs=1e-12), 2985)
     # 0.9 points, at accuracies of one half 1.06
     assert (total.high - total.low) / 2 / 1.96 == pytest.approx(0.0106, abs=1e-4)
-    assert total_estimate({"hep-go": wilson(1, 2)}) is None
-
-
-def test_a_coin_gets_one_half_everywhere():
-    coin = coin_flip(OFFICIAL_PAIRS)
-    assert {estimate.value for estimate in coin.values()} == {0.5}
-    assert total_estimate(coin).value == pytest.approx(0.5, abs=1e-12)
-    assert coin["mt-bench-easy"].low < 0.35 < 0.65 < coin["mt-bench-easy"].high
+    assert SectionTable.of({"hep-go": wilson(1, 2)}).total is None
 
 
 # ---- Lite
@@ -223,7 +184,7 @@ def test_the_key_of_a_row_is_that_of_sha256sum():
 
 def test_a_prompt_has_one_text_however_it_is_written():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert prompt_as_text("a") == prompt_as_text(turns[:1]) == "a"
+    assert prompt_as_text(turns[:1]) == "a"
     assert prompt_as_text(turns) == "user\x1fa\x1eassistant\x1fb\x1euser\x1fc"
     assert prompt_as_text([{"role": "system", "content": "a"}]) != "a"
 
@@ -254,8 +215,6 @@ def test_lite_of_parts_takes_what_there_is():
     assert lite_allocation(counts, 30)["hep-go"] == 3
     with pytest.raises(ConfigurationError, match="at least 19"):
         lite_allocation(counts, 18)
-    with pytest.raises(DataError, match="unknown subset 'hep'"):
-        lite_rows([pair("hep", "", "", "")])
 
 
 @pytest.mark.parametrize(
@@ -276,9 +235,8 @@ def test_the_error_of_lite_is_the_spread_of_random_draws_from_one_benchmark():
             name: wilson(int(generator.choice(whole[name], allocation[name], replace=False).sum()), allocation[name])
             for name in SUBSETS
         }
-        totals.append(total_score(section_scores({name: each.value for name, each in subsets.items()})))
+        totals.append(mean_of_four({name: each.value for name, each in subsets.items()}))
         errors.append(lite_standard_error(subsets, OFFICIAL_PAIRS))
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(totals), rel=0.05)
-    assert np.mean(totals) == pytest.approx(
-        total_score(section_scores({name: right.mean() for name, right in whole.items()})), abs=0.002
-    )
+    truth = mean_of_four({name: right.mean() for name, right in whole.items()})
+    assert np.mean(totals) == pytest.approx(truth, abs=0.002)

@@ -142,7 +142,7 @@ def damaged(change):
         (damaged({"prompt": []}), "row 5: prompt is an empty conversation"),
         (damaged({"prompt": [{"role": "assistant", "content": "a"}]}), "row 5: the prompt has no text"),
         (damaged({"chosen": "\ud800"}), "row 5: chosen holds half"),
-        (damaged({"id": 200}), "row 5: the id '200' of alpacaeval-hard stands already at .*row 4"),
+        (damaged({"id": 200}), "row 5: duplicate id '200' in alpacaeval-hard \\(first at .*row 4"),
         ([], "is empty"),
     ],
 )
@@ -215,7 +215,7 @@ score_rows(Killed(), load_rewardbench({str(path)!r}), {str(tmp_path / "scores.js
     assert done.returncode == -signal.SIGKILL
     rows = load_rewardbench(path)
     scorer = LengthScorer()
-    result = run_rewardbench(scorer, rows, scores_file=tmp_path / "scores.jsonl")
+    result = run_rewardbench(scorer, rows, file=tmp_path / "scores.jsonl")
     assert len(scorer.scored) == 2 * (len(rows) - 64)
     assert result == run_rewardbench(LengthScorer(), rows)
     assert result.n_pairs == len(rows)
@@ -227,7 +227,7 @@ def test_two_scorers_share_a_file_and_never_a_score(tmp_path, file):
     second = score_rows(LengthScorer("b", sign=-1), rows, stored)
     assert first == score_rows(LengthScorer("a", calls=0), rows, stored)
     assert second == score_rows(LengthScorer("b", calls=0), rows, stored)
-    assert [row.margin for row in first] == [-row.margin for row in second]
+    assert [row.scores for row in first] == [[-score for score in row.scores] for row in second]
 
 
 def test_a_row_whose_text_changed_is_scored_anew(tmp_path, file):
@@ -278,8 +278,7 @@ def test_a_result_tells_scores_ties_truncations_and_what_is_missing(tmp_path):
     assert result.absent_subsets == ["mt-bench-easy", *SECTIONS["Safety"]]
     assert result.short_subsets["alpacaeval-easy"] == "3 of 100"
     assert result.partial_sections == list(SECTIONS)
-    assert not result.complete
-    assert [row.margin for row in result.rows[:3]] == [0.0, 1.0, 2.0]
+    assert [row.scores[0] - row.scores[1] for row in result.rows[:3]] == [0.0, 1.0, 2.0]
     json.dumps(as_plain(result), allow_nan=False)
 
 
@@ -289,12 +288,12 @@ def test_the_whole_benchmark_is_complete(tmp_path):
         row["id"] = number
     loaded = load_rewardbench(write_jsonl(tmp_path / "rows.jsonl", rows))
     result = run_rewardbench(LengthScorer(), loaded)
-    assert (result.complete, result.partial_sections, result.absent_subsets) == (True, [], [])
+    assert (result.whole, result.partial_sections, result.absent_subsets) == (True, [], [])
     lite = run_rewardbench(scorer := LengthScorer(), loaded, size=400)
     assert (lite.benchmark, lite.n_pairs, len(scorer.scored)) == ("rewardbench-lite-v1", 400, 800)
     counts = {name: estimate.n for name, estimate in lite.table.subsets.items()}
     assert counts == lite_allocation({name: subset.pairs for name, subset in SUBSETS.items()})
-    assert lite.complete
+    assert not lite.partial_sections
     assert 0 < lite.lite_standard_error < 0.02
     assert result.lite_standard_error is None
 
@@ -322,14 +321,13 @@ def test_the_length_baseline_of_the_real_rows_is_the_known_one():
     shorter = result.baselines["shorter wins"].total.value
     assert shorter == pytest.approx(expected["negative length"]["score_official_counts"], abs=1e-6)
     assert result.accuracy.value == pytest.approx(known["micro_accuracy"], abs=1e-6)
-    assert not result.complete
     assert result.short_subsets["xstest-should-respond"] == "76 of 250"
 
 
 def test_a_result_of_a_policy_is_the_same_for_any_batch_size(tiny_qwen2, file):
     rows = load_rewardbench(file)
     results = [run_rewardbench(ImplicitScorer(str(tiny_qwen2), batch_size=size), rows) for size in (1, 16)]
-    np.testing.assert_allclose(*([row.margin for row in result.rows] for result in results), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(*([row.scores for row in result.rows] for result in results), rtol=0, atol=1e-4)
     assert results[0].table == results[1].table
     assert results[0].kind == "DPO Ref. Free"
 
@@ -365,8 +363,8 @@ def rows_2():
 
 def test_version_2_scores_the_best_of_four_and_the_ties(tmp_path):
     rows = load_rewardbench2(write_jsonl(tmp_path / "rows.jsonl", rows_2()))
-    result = run_rewardbench2(LengthScorer(), rows, scores_file=tmp_path / "scores.jsonl")
-    items = rewardbench2_items(rows, result.rows)
+    result = run_rewardbench2(LengthScorer(), rows, file=tmp_path / "scores.jsonl")
+    items = rewardbench2_items(rows, [row.scores for row in result.rows])
     parts = {name: [item for item in items if item["subset"] == name] for name in SUBSETS_2}
     scores = {name: np.mean([best_of_score(item["scores"]) for item in own]) for name, own in parts.items()}
     scores["Ties"] = ties_score(parts["Ties"])
@@ -379,7 +377,7 @@ def test_version_2_scores_the_best_of_four_and_the_ties(tmp_path):
     assert (result.n_prompts, result.n_shared_best) == (16, 5)
     assert result.subsets["Ties"].n == 3
     assert result.short_subsets["Ties"] == "6 of 102"
-    older = run_rewardbench2(LengthScorer(calls=0), rows, ties_formula="0.1.4", scores_file=tmp_path / "scores.jsonl")
+    older = run_rewardbench2(LengthScorer(calls=0), rows, ties_formula="0.1.4", file=tmp_path / "scores.jsonl")
     assert older.total.value != result.total.value
     json.dumps(as_plain(result), allow_nan=False)
 
@@ -483,7 +481,7 @@ def test_rows_come_from_the_split_of_a_hub_data_set(monkeypatch):
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_rewardbench()
+    loaded = load_rewardbench("allenai/reward-bench:filtered")
     assert asked == [("allenai/reward-bench", "filtered")]
     assert [(row.id, *row.responses) for row in loaded] == [
         (str(row["id"]), row["chosen"], row["rejected"]) for row in rows

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import PromptExample
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
-from rlhf_lightning.evaluation import generate as module
-from rlhf_lightning.evaluation.generate import GeneratedReply, generate_replies, kl_of_replies
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
+from rlhf_lightning.errors import ConfigurationError, DataError
+from rlhf_lightning.evaluation import kl as module
+from rlhf_lightning.evaluation.generate import generate_responses
+from rlhf_lightning.evaluation.kl import kl_of_responses
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
 from tests.evaluation.kept import kept_entries
@@ -51,12 +52,12 @@ def other(tmp_path_factory):
 
 @pytest.fixture
 def draw(policy, chat_format):
-    """`generate_replies` with settings that a test may change."""
+    """`generate_responses` with settings that a test may change."""
 
     def draw(prompts=PROMPTS, *, batch_size=64, engine=None, **changed):
         settings = {"samples": 2, "temperature": 1.0, "max_new_tokens": 12, "seed": 3, "model": "tiny", **changed}
         engine = engine or StoppingEngine(batch_size=batch_size)
-        return generate_replies(policy, chat_format, prompts, engine=engine, **settings)
+        return generate_responses(policy, chat_format, prompts, engine=engine, **settings)
 
     return draw
 
@@ -157,7 +158,7 @@ def test_other_settings_draw_others_and_keep_both(draw, tmp_path, changed):
     assert draw(engine=StoppingEngine(0), file=file) == before
 
 
-def test_a_reply_to_other_words_under_the_same_id_is_drawn_again(draw, tmp_path):
+def test_a_response_to_other_words_under_the_same_id_is_drawn_again(draw, tmp_path):
     file = tmp_path / "replies.jsonl"
     draw(file=file)
     changed = [PromptExample([{"role": "user", "content": "Good morning"}], "p0", "here"), *PROMPTS[1:]]
@@ -187,10 +188,7 @@ def test_a_file_killed_within_its_first_line_begins_anew(draw, tmp_path):
 
 
 def test_impossible_settings_and_prompts_are_refused_in_one_line(draw):
-    for wrong in ({"samples": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):
-        with pytest.raises(ConfigurationError, match="must be at least"):
-            draw(**wrong)
-    with pytest.raises(ConfigurationError, match="'p1' is the id of two prompts"):
+    with pytest.raises(ConfigurationError, match=r"prompts, row 1: duplicate id 'p1'"):
         draw([*PROMPTS, PROMPTS[1]])
     with pytest.raises(ConfigurationError, match=r"prompts, row 0: .* more than the 2048 positions"):
         draw(max_new_tokens=2047)
@@ -223,8 +221,8 @@ def float64(policy, other):
 def test_exact_kl_and_k1_are_those_of_a_loop_over_tokens_and_vocabulary(draw, float64, chat_format):
     policy, other = float64
     replies = draw(PROMPTS[:2], max_new_tokens=3)
-    for found, reply in zip(kl_of_replies(policy, other, chat_format, PROMPTS, replies), replies, strict=True):
-        assert (found.prompt_id, found.sample, found.tokens) == (reply.prompt_id, reply.sample, reply.tokens)
+    for found, reply in zip(kl_of_responses(policy, other, chat_format, PROMPTS, replies), replies, strict=True):
+        assert found.tokens == reply.tokens
         with torch.no_grad():
             assert (found.exact, found.k1) == pytest.approx(slow_kl(policy, other, chat_format, reply), abs=1e-12)
         assert found.exact > 1
@@ -238,7 +236,7 @@ def test_any_batch_size_and_chunk_give_the_same_kl(draw, float64, chat_format, m
     assert len({len(reply.ids) for reply in replies}) > 5
 
     def numbers(batch_size):
-        found = kl_of_replies(policy, other, chat_format, PROMPTS, replies, batch_size=batch_size)
+        found = kl_of_responses(policy, other, chat_format, PROMPTS, replies, batch_size=batch_size)
         return [number for each in found for number in (each.exact, each.k1)]
 
     whole = numbers(10)
@@ -250,45 +248,23 @@ def test_any_batch_size_and_chunk_give_the_same_kl(draw, float64, chat_format, m
 
 def test_in_float32_the_kl_is_that_of_float64_to_a_thousandth(draw, policy, other, chat_format):
     replies = draw()
-    low = [each.exact for each in kl_of_replies(policy, FrozenCausalLM(other), chat_format, PROMPTS, replies)]
+    low = [each.exact for each in kl_of_responses(policy, other, chat_format, PROMPTS, replies)]
     policy.double(), other.double()
-    high = [each.exact for each in kl_of_replies(policy, other, chat_format, PROMPTS, replies)]
+    high = [each.exact for each in kl_of_responses(policy, other, chat_format, PROMPTS, replies)]
     policy.float(), other.float().requires_grad_(True)
     assert low == pytest.approx(high, rel=1e-3)
 
 
 def test_the_kl_of_a_policy_from_itself_is_zero(draw, policy, chat_format):
     replies = draw()
-    for each in kl_of_replies(policy, policy, chat_format, PROMPTS, replies):
+    for each in kl_of_responses(policy, policy, chat_format, PROMPTS, replies):
         assert (each.exact, each.k1) == (0, 0)
 
 
 def test_the_mean_of_k1_over_many_replies_is_that_of_the_exact_kl(draw, policy, other, chat_format):
     replies = draw(PROMPTS[:1], samples=400, max_new_tokens=2)
-    found = kl_of_replies(policy, other, chat_format, PROMPTS, replies, batch_size=100)
+    found = kl_of_responses(policy, other, chat_format, PROMPTS, replies, batch_size=100)
     exact, k1 = (torch.tensor([getattr(each, name) for each in found]) for name in ("exact", "k1"))
     error = (k1 - exact).std() / len(found) ** 0.5
     assert abs((k1 - exact).mean()) < 3 * error
     assert k1.std() > exact.std()
-
-
-def test_without_a_reference_it_is_the_policy_without_its_adapters(draw, policy, chat_format, tiny_qwen2):
-    replies = draw(PROMPTS[:3])
-    adapted = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=4, target_modules=["q_proj", "v_proj"]))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    off = kl_of_replies(adapted, None, chat_format, PROMPTS, replies)
-    apart = kl_of_replies(adapted, policy, chat_format, PROMPTS, replies)
-    assert [each.exact for each in off] == pytest.approx([each.exact for each in apart], rel=1e-4)
-    assert min(each.exact for each in off) > 0.01
-    assert adapted.training
-    with pytest.raises(ModelError, match="no adapters"):
-        kl_of_replies(policy, None, chat_format, PROMPTS, replies)
-
-
-def test_a_reply_to_an_unknown_prompt_is_refused(policy, other, chat_format):
-    reply = GeneratedReply("elsewhere", 0, "Hi", 1, False, (5,))
-    with pytest.raises(ConfigurationError, match="prompt 'elsewhere', which is not among the prompts"):
-        kl_of_replies(policy, other, chat_format, PROMPTS, [reply])
