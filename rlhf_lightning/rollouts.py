@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlhf_lightning.batches import ModelInputs, collate_rows
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ModelError, TrainingError
+from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs
 from rlhf_lightning.models.generation import RolloutEngine
@@ -25,8 +26,13 @@ from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.rewards.source import RewardSource, check_scores, first_few
 
-Reference = Callable[[Tensor, Tensor, Tensor], ResponseLogprobs]
-"""Log-probs of response tokens by a model that is not trained; takes what `CausalLM.forward` takes."""
+
+class Reference(Protocol):
+    """A model that a policy is compared with."""
+
+    def __call__(self, policy: CausalLM, *rows: Tensor) -> ResponseLogprobs:
+        """Its log-probs of response tokens; `rows` are what `CausalLM.forward` takes."""
+        ...
 
 
 class Responses(NamedTuple):
@@ -37,8 +43,6 @@ class Responses(NamedTuple):
     prompt_lengths: list[int]
     ended: Tensor
     """[B] bool, True where the response ended with its EOS token, False where it reached `max_new_tokens`."""
-    index: list[int]
-    """Position of each response's prompt in its data set."""
     engine_logprobs: list[Tensor] | None = None
     """Of each response's tokens, as an engine gave them that is not the policy itself; float32."""
 
@@ -53,7 +57,6 @@ class Responses(NamedTuple):
             [self.rows[i] for i in which],
             [self.prompt_lengths[i] for i in which],
             self.ended[torch.as_tensor(which)],
-            [self.index[i] for i in which],
         )
 
     def texts(self, chat_format: ChatFormat) -> list[str]:
@@ -74,6 +77,10 @@ class TokenNumbers(NamedTuple):
     values: Tensor
     """float32, of the states before each token; 0 without a value model."""
 
+    def kl(self, estimator: Literal["k1", "k3"]) -> Tensor:
+        """The KL from the reference at each token, in nats, [B, S]; 0 outside of the mask."""
+        return torch.where(self.mask, kl_estimate(self.logprobs, self.reference, estimator=estimator), 0)
+
 
 class Experience(NamedTuple):
     """A rollout: B responses with their scores and the numbers of their tokens."""
@@ -82,6 +89,25 @@ class Experience(NamedTuple):
     scores: Tensor
     """[B] float32, as the reward source gave them."""
     tokens: TokenNumbers
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What is logged of each response, [B]; each is defined in the README under its name."""
+        mask, device = self.tokens.mask, self.scores.device
+        return {
+            "reward": self.scores,
+            "kl": self.tokens.kl("k1").sum(dim=1),
+            "kl_k3": self.tokens.kl("k3").sum(dim=1),
+            "response_length": self.responses.lengths.float().to(device),
+            "missing_eos": (~self.responses.ended).float().to(device),
+            "entropy": torch.where(mask, -self.tokens.logprobs, 0).sum(dim=1) / mask.sum(dim=1),
+        }
+
+    def engine_mismatch(self) -> Tensor | None:
+        """How far an engine's own log-probs of the N tokens are from the policy's, in nats, [N]; None without any."""
+        given, mask = self.responses.engine_logprobs, self.tokens.mask
+        if given is None:
+            return None
+        return (torch.cat(given).to(mask.device) - self.tokens.logprobs[mask]).abs()
 
 
 @dataclass(frozen=True)
@@ -111,12 +137,10 @@ class Rollouts:
     arithmetic: Callable[[], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[Tensor], seeds: Sequence[int], *, index: Sequence[int], temperature: float
-    ) -> Responses:
+    def sample(self, prompts: Sequence[Tensor], seeds: Sequence[int], *, temperature: float) -> Responses:
         """One response to each of B prompts (1-D int64), which may be repeated.
 
-        A response depends on its prompt and its seed, not on its batch. `index` is kept beside the responses.
+        A response depends on its prompt and its seed, not on its batch.
         """
         with self.arithmetic():
             sampled = self.engine.draw(
@@ -128,13 +152,12 @@ class Rollouts:
                 terminator_id=self.chat_format.terminator_id,
                 pad_id=self.chat_format.pad_id,
             )
-        logprobs = [response.logprobs for response in sampled]
+        logprobs = [response.logprobs for response in sampled if response.logprobs is not None]
         return Responses(
             [torch.cat([prompt, response.ids]) for prompt, response in zip(prompts, sampled, strict=True)],
             [len(prompt) for prompt in prompts],
             torch.tensor([bool(response.ids[-1] == self.chat_format.terminator_id) for response in sampled]),
-            list(index),
-            None if any(each is None for each in logprobs) else logprobs,
+            logprobs if len(logprobs) == len(sampled) else None,
         )
 
     @torch.no_grad()
@@ -144,6 +167,7 @@ class Rollouts:
         `prompts` are the conversations that the responses answer, `example_ids` their names. Raises `TrainingError`
         naming the prompts for a score that is not finite, and when a function raises or gives too few.
         """
+        assert self.scorer is not None
         try:
             with self.arithmetic():
                 scores = self.scorer(prompts, responses.texts(self.chat_format), responses.ended.tolist())
@@ -164,8 +188,8 @@ class Rollouts:
             with self.arithmetic():
                 rows = self.padded(responses.select(part))
                 own, estimates = self.forward(rows, values=values)
-                others = None if self.reference is None else self.reference(*rows.text)
-            others = None if others is None else others.tokens[others.mask]
+                reference = None if self.reference is None else self.reference(self.policy, *rows.text)
+            others = None if reference is None else reference.tokens[reference.mask]
             for target, flat in zip(numbers[1:], (own, others, estimates), strict=True):
                 if flat is not None:
                     target[part] = scatter_to_mask(flat.float(), mask[part])
@@ -183,13 +207,3 @@ class Rollouts:
         if self.value is None or not values:
             return flat, None
         return flat, self.value(*rows.text) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
-
-
-def without_adapters(policy: CausalLM) -> Reference:
-    """The reference that is the policy with its adapters switched off."""
-
-    def logprobs(*rows: Tensor) -> ResponseLogprobs:
-        with policy.adapters_off():
-            return policy(*rows)
-
-    return logprobs

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
@@ -37,6 +38,20 @@ def load_function(given: str, otherwise: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigurationError(f"{given}: names an object of type {type(found).__name__}, not a function")
     return found
+
+
+def named_entry(given: str, table: Mapping[str, Any], key: str) -> Any:
+    """The entry of a table by its name, or a user's own function by `module:function`.
+
+    Raises `ConfigurationError`, with the nearest names, for what is neither; `key` names the setting.
+    """
+    if given in table:
+        return table[given]
+    if names_function(given):
+        return load_function(given, f"one of {', '.join(table)}")
+    near = difflib.get_close_matches(given, table)
+    meant = f"did you mean {' or '.join(near)}? It is" if near else "use"
+    raise ConfigurationError(f"{key}: {given!r} is unknown; {meant} one of {', '.join(table)}, or module:function")
 
 
 def name_of(given: str | Callable[..., Any]) -> str:

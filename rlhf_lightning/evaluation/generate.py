@@ -98,7 +98,7 @@ def generate_responses(
         part = [wanted[key] for key in keys]
         ids = [encoded[name] for name, _ in part]
         seeds = [seed_of(seed, *each) for each in part]
-        sampled = rollouts.sample(ids, seeds, index=range(len(part)), temperature=temperature)
+        sampled = rollouts.sample(ids, seeds, temperature=temperature)
         ends = zip(sampled.texts(chat_format), sampled.lengths.tolist(), sampled.ended.tolist(), strict=True)
         return [
             Response(*each, text, length, ended, row[-length:].tolist())

@@ -30,7 +30,6 @@ from rlhf_lightning.models.backbones import (
     write_published_settings,
 )
 from rlhf_lightning.models.fingerprint import weights_fingerprint
-from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.models.storage import replaced_model
 
@@ -254,25 +253,6 @@ class CausalLM(nn.Module):
                     delta = layers[owner].get_delta_weight(layers[owner].active_adapters[0]).cpu().to(weight.dtype)
                 merged[name.replace(".base_layer.", ".")] = weight + delta
         return merged
-
-
-class FrozenCausalLM:
-    """A reference model outside of every module tree: no optimizer, no checkpoint and no `train()` reaches it."""
-
-    def __init__(self, network: CausalLM) -> None:
-        self.network = network.eval().requires_grad_(False)
-        self.fingerprint = weights_fingerprint(network.model)
-        """A hash of its weights, as loaded."""
-
-    def match(self, policy: CausalLM) -> None:
-        """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs."""
-        like = next(policy.parameters())
-        move(self.network, like.device, like.dtype)
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> ResponseLogprobs:
-        """As `CausalLM.forward`."""
-        return self.network(input_ids, attention_mask, response_mask)
 
 
 def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
-from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, pooling_of
+from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
 
 
 class ValueNetwork(nn.Module):
@@ -63,6 +64,29 @@ class ValueNetwork(nn.Module):
     def save_pretrained(self, directory: str | Path) -> Path:
         """As `RewardNetwork.save_pretrained`, from which a later run can begin."""
         return self.network.save_pretrained(directory)
+
+
+def value_source(
+    given: str | None, *, reward_model: str | None, backbone: str, policy: PretrainedConfig, trust_remote_code: bool
+) -> str:
+    """What a value model begins as: the given model, else a reward network like the policy, else the policy's backbone.
+
+    `reward_model` is one of the policy's tokenizer. Raises `ModelError` for a given model of other token ids.
+    """
+    if given is None:
+        if reward_model is None:
+            return backbone
+        config = load_config(reward_model, trust_remote_code=trust_remote_code)
+        alike = is_reward_network(config) and config.model_type == policy.model_type
+        return reward_model if alike else backbone
+    config = load_config(given, trust_remote_code=trust_remote_code)
+    its, own = (each.get_text_config().vocab_size for each in (config, policy))
+    if its != own:
+        raise ModelError(
+            f"model.value_model: {given} knows {its} token ids, and the policy {own}; give a model of the policy's "
+            "tokenizer"
+        )
+    return given
 
 
 def has_head_for_tokens(config: PretrainedConfig) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
-from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer
+from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer, ScorerKind
 from rlhf_lightning.rewards.texts import check_reward_template
 from rlhf_lightning.user_code import load_function, name_of, names_function
 
@@ -36,7 +36,7 @@ def reward_scorer(
     nothing of the kind.
     """
     check_text_of(given, chat_template)
-    if is_function(given):
+    if not isinstance(given, str) or is_function(given):
         return FunctionScorer(given)
     return RewardScorer(given, chat_template=chat_template, trust_remote_code=trust_remote_code, **loading)
 
@@ -59,12 +59,11 @@ class FunctionScorer:
     Raises `ConfigurationError` when there is no such function.
     """
 
-    kind = "Custom Classifier"
+    kind: ScorerKind = "Custom Classifier"
 
     def __init__(self, given: str | RewardFunction) -> None:
-        self.name, self.function = name_of(given), given
-        if isinstance(given, str):
-            self.function = load_function(given, "the directory of a reward model")
+        self.name = name_of(given)
+        self.function = load_function(given, "the directory of a reward model") if isinstance(given, str) else given
         file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
         code = Path(file).read_bytes() if file else b""
         self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + code).hexdigest()

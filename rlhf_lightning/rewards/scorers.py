@@ -24,7 +24,7 @@ from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
 from rlhf_lightning.data.truncation import truncate_left
-from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -63,8 +63,7 @@ class Scorer(Protocol):
 
     name: str
     """As the user gave it."""
-    kind: str
-    """One of `ScorerKind`."""
+    kind: ScorerKind
     fingerprint: str
     """A hash of all that decides the scores: weights, format, longest row, dtype. Not the batch size or the device."""
 
@@ -303,7 +302,10 @@ def encode_rows(
     heads = chat_format.encode_turns([(messages, chat_format.generation_text(messages)) for messages in prompts])
     encoded = chat_format.encode_responses(heads, [[each] for each in responses], ended=ended, refuse=False)
     rows = []
-    for prompt, (head, (tail,)) in zip(heads, encoded, strict=True):
+    for prompt, found in zip(heads, encoded, strict=True):
+        if isinstance(found, DataError):
+            raise found
+        head, (tail,) = found
         if limit is None or len(head) + len(tail) <= limit:
             rows.append(EncodedRow(head, tail, False))
             continue

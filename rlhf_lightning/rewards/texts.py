@@ -100,7 +100,8 @@ class WrittenText:
             count += self._after if count or self.kind == PLAIN else 0  # an empty second text makes no pair
         specials = set(self.tokenizer.all_special_ids)
         lead = next((place for place, token in enumerate(ids) if token not in specials), 0)
-        cut = 0 if limit is None else max(len(ids) - limit, 0)
+        limit = len(ids) if limit is None else limit
+        cut = max(len(ids) - limit, 0)
         if cut:
             lead = min(lead, max(limit - 1, 0))
             ids = [*ids[:lead], *ids[lead + cut :]]

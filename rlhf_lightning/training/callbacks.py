@@ -24,6 +24,7 @@ from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
 from rlhf_lightning.training.module import Exportable
+from rlhf_lightning.training.processes import gathered
 from rlhf_lightning.training.results import Results, table_rows
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 class PairScores(NamedTuple):
     """Scores of B pairs, as `predict` returns them."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
     """[B] int64, position of the pair in the evaluated data."""
     chosen: Tensor
     """[B] float32."""
@@ -183,10 +184,7 @@ class PredictionWriter(BasePredictionWriter):
         own = torch.stack(
             [torch.cat([column.double() for column in columns]).cpu() for columns in zip(*predictions, strict=True)]
         )
-        parts = [own]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, own)
+        parts = gathered(trainer, own)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every process: it is a broadcast
         if not trainer.is_global_zero:
             return

@@ -238,7 +238,7 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
             "lr": float(group.get("initial_lr", group["lr"])),
         }
     if isinstance(data, PreferenceDataModule) and "train" in data.pairs:
-        sources = [str(source.source) for source in data.sources["train"]]
+        sources = [str(source.source) for source in data.sources["train"] or ()]
         training |= {"data": sources, "pairs": len(data.pairs["train"]), "batch_size": int(data.batch_size)}
     checkpoint[ORIGIN] = {
         "class": type(module).__name__,

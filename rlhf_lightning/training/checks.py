@@ -9,12 +9,14 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule, chat_format_of
+from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.functional.advantages import AdvantageEstimator
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.best import best_checkpoint
@@ -35,22 +37,32 @@ _FALLEN = -1.0
 """Nats by which the chosen responses must have fallen on average before there is an alarm."""
 
 
-def check_tokens_fit(data: LightningDataModule | None, config: PretrainedConfig, name: str) -> None:
-    """Check that the data is pairs whose rows and token ids fit a model. Raises `ConfigurationError`."""
-    if isinstance(data, PromptDataModule):
+def check_tokens_fit(
+    data: LightningDataModule | None, config: PretrainedConfig, name: str, *, new_tokens: int | None = None
+) -> None:
+    """Check that the data is pairs, or with `new_tokens` prompts, and that its rows and token ids fit a model.
+
+    `new_tokens` are those that the model adds to a prompt. Raises `ConfigurationError`.
+    """
+    wanted = PreferenceDataModule if new_tokens is None else PromptDataModule
+    if data is not None and isinstance(data, PromptDataModule) != (new_tokens is not None):
         raise ConfigurationError(
-            "data: PromptDataModule has prompts alone, and this model learns from pairs; use PreferenceDataModule"
+            f"data: this model learns from {wanted.noun}s; use {wanted.__name__}, not {type(data).__name__}"
         )
-    limit = max_positions(config)
-    if isinstance(data, PreferenceDataModule) and limit is not None and data.max_length > limit:
+    if not isinstance(data, DataModule):
+        return
+    limit, key = max_positions(config), data.limit_key
+    room = None if limit is None else limit - (new_tokens or 0)
+    longest = data.max_prompt_length if isinstance(data, PromptDataModule) else data.max_length
+    if room is not None and longest > room:
+        beside = "" if new_tokens is None else f" beside the {new_tokens} of model.max_new_tokens"
         raise ConfigurationError(
-            f"data.max_length is {data.max_length}, but {name} has positions for {limit} tokens; "
-            f"set max_length to {limit} or less"
+            f"data.{key} is {longest}, but {name} has positions for {limit} tokens{beside}; set {key} to "
+            f"{max(room, 1)} or less"
         )
-    chat_format = chat_format_of(data)
-    if chat_format is not None and len(chat_format.tokenizer) > config.vocab_size:
+    if data.chat_format is not None and len(data.chat_format.tokenizer) > config.vocab_size:
         raise ConfigurationError(
-            f"the tokenizer {data.tokenizer_source} has {len(chat_format.tokenizer)} tokens, but "
+            f"the tokenizer {data.tokenizer_source} has {len(data.chat_format.tokenizer)} tokens, but "
             f"{name} knows {config.vocab_size}; give the tokenizer of this model"
         )
 
@@ -90,6 +102,45 @@ def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> No
             f"step 0: a loss is {losses[worst].item():.4f}, but {expected[worst].item():.4f} is due while policy and "
             "reference are the same model: something random (dropout) or other weights are in one of them; give the "
             "policy's own start as reference, or set model.reference to the model that is meant"
+        )
+
+
+def check_finite_step(trainer: Trainer, loss: Tensor) -> None:
+    """Stop before a loss, [], that is not finite reaches the weights. Raises `TrainingError`."""
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"step {trainer.global_step}: the loss of a minibatch is {loss.item()}; the weights were not changed by "
+            "it. Lower the learning rate or raise model.kl_coef"
+        )
+
+
+def check_first_step(trainer: Trainer, numbers: dict[str, float]) -> None:
+    """Before the first step of all, the policy is the one that sampled the rollout. Raises `TrainingError`."""
+    tolerance = start_tolerance(str(trainer.precision))
+    if any(numbers[name] > tolerance for name in ("moved", "clip_fraction", "approx_kl")):
+        raise TrainingError(
+            f"step {trainer.global_step}: before the first update the policy gives its own responses other "
+            f"probabilities than when they were sampled (mean ratio {numbers['ratio']:.5f}, mean change "
+            f"{numbers['moved']:.2g} nats a token, clipped {numbers['clip_fraction']:.1%}): something random "
+            "(dropout) is in it, or its attention sees padding; try another model.attn_implementation"
+        )
+
+
+def check_ppo_settings(settings: Any, estimator: AdvantageEstimator) -> None:
+    """Refuse settings of PPO that contradict each other. Raises `ConfigurationError`."""
+    if settings.adaptive_kl_target is not None and settings.kl_coef == 0:
+        raise ConfigurationError(
+            "model.adaptive_kl_target: the coefficient that it steers is model.kl_coef, which is 0 and stays so; give "
+            "a start above 0"
+        )
+    if estimator.uses_groups and settings.num_generations < 2:
+        raise ConfigurationError(
+            f"model.advantage_estimator: {settings.advantage_estimator} compares responses to one prompt; set "
+            "model.num_generations to 2 or more"
+        )
+    if settings.value_model is not None and not estimator.uses_values:
+        raise ConfigurationError(
+            f"model.value_model: {settings.advantage_estimator} has no value model; leave the key out"
         )
 
 

@@ -11,24 +11,17 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
-from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, ResponseLogprobs, load_causal_config
-from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
@@ -37,18 +30,10 @@ from rlhf_lightning.training.checks import (
     schedule_lead,
     warn_of_falling_chosen,
 )
-from rlhf_lightning.training.module import Measured, PolicyModule
+from rlhf_lightning.training.module import Measured, PolicyModule, means, named
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
-from rlhf_lightning.training.references import (
-    ADAPTER,
-    ReferenceKind,
-    check_reference_config,
-    check_same_reference,
-    choose_reference,
-    named_like_a_kind,
-    precomputed_logprobs,
-)
+from rlhf_lightning.training.references import Reference
 
 log = logging.getLogger(__name__)
 
@@ -111,78 +96,51 @@ class DPO(PolicyModule):
             alpha=alpha,
             dpop_lambda=dpop_lambda,
         )
-        self.precomputed = precompute_reference
-        self.reference_source = None
         if self.loss.uses_reference:
-            self.reference_source = choose_reference(
-                reference, backbone, adapters=self.lora is not None, load_in_4bit=self.hparams.load_in_4bit
-            )
+            self.reference = Reference(reference, self, precomputed=precompute_reference)
         elif reference is not None or precompute_reference:
             raise ConfigurationError(
                 f"model.reference: the loss {loss_type} has no reference; leave the key out (null), and "
                 "model.precompute_reference"
             )
-        if self.reference_source not in (None, ADAPTER, backbone):
-            try:
-                config = load_causal_config(self.reference_source, trust_remote_code=self.hparams.trust_remote_code)
-            except ModelError as error:
-                if not named_like_a_kind(self.reference_source):
-                    raise
-                raise ConfigurationError(
-                    f"model.reference: {self.reference_source} is neither frozen nor adapter nor a model ({error})"
-                ) from error
-            check_reference_config(self.reference_source, config, backbone, self.backbone_config)
-        self._frozen: FrozenCausalLM | None = None
-        self._reference_fingerprint: str | None = None
-        self._precomputed: dict[str, Tensor] = {}
         self.train_metrics = self._metrics()
+        self.val_metrics, self.test_metrics = self._metrics(PairCount()), self._metrics(PairCount())
         self.throughput = TokensPerSecond()
-        self.log_ratios = nn.ModuleDict(
-            {"chosen": MeanMetric(nan_strategy="disable"), "rejected": MeanMetric(nan_strategy="disable")}
-        )
-        self.log_ratio_pairs = PairCount()
-        self.val_metrics = self._metrics(pairs=PairCount())
-        self.test_metrics = self._metrics(pairs=PairCount())
+        self.log_ratios = nn.ModuleDict(means("chosen", "rejected") | {"pairs": PairCount()})
         self._learning_rate = 0.0
         self._steps_without_move = 0
         self._schedule_lead = 0
         self._start_checked = self._moved = self._warned = False
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.reference_source not in (None, ADAPTER) and self._frozen is None:
-            self._frozen = FrozenCausalLM(CausalLM.from_pretrained(self.reference_source, **self.loading))
-            self._reference_fingerprint = self._frozen.fingerprint
+    def _metrics(self, pairs: PairCount | None = None) -> nn.ModuleDict:
+        names = [f"{what}/{side}" for what in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")]
+        names += ["rewards/margins"] + (["kl"] if self.reference is not None else [])
+        metrics = means("loss", *names) | {"rewards/accuracies": PairwiseAccuracy()}
+        return nn.ModuleDict(metrics | ({} if pairs is None else {"pairs": pairs}))
 
-    def check_data(self, data: LightningDataModule | None) -> None:
-        """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
-        super().check_data(data)
-        chat_format = chat_format_of(data)
-        if chat_format is not None and self.reference_source not in (None, ADAPTER, self.hparams.backbone):
-            check_reference_tokenizer(self.reference_source, chat_format.tokenizer, key="model.reference")
-
-    @property
-    def reference_kind(self) -> ReferenceKind:
-        if self.reference_source is None:
-            return "none"
-        if self.reference_source == ADAPTER:  # its own weights, at hand at any time
-            return "none" if self.precomputed else "adapter"
-        return "precomputed" if self.precomputed else "copy"
+    def _precompute(self, *roles: Role) -> None:
+        if self.reference is not None:
+            self.reference.precompute(self, *roles, cache_dir=self.hparams.reference_cache)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._precompute("train", "val")
         settings = self.loss.settings | ({"sft_weight": self.hparams.sft_weight} if self.hparams.sft_weight else {})
         numbers = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-        source = self.reference_source
-        how = "none" if source is None else "the policy without its adapters" if source == ADAPTER else source
-        how += ", precomputed" if self.precomputed and source is not None else ""
-        log.info("loss: %s, %s; reference: %s", self.hparams.loss_type, numbers, how)
+        log.info("loss: %s, %s; reference: %s", self.hparams.loss_type, numbers, self.reference or "none")
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._precompute("val")
+
+    def on_test_start(self) -> None:
+        self._precompute("test")
+
+    on_predict_start = on_test_start
 
     def forward(self, batch: PreferenceBatch) -> PairLogprobs:
         """Log-probabilities of both responses of each pair under the policy, in one pass over 2B rows."""
-        responses = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
-        return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
+        return PairLogprobs.of(self.policy(batch.input_ids, batch.attention_mask, batch.response_mask))
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PreferenceBatch, role: Role = "train") -> PairLogprobs | None:
@@ -190,47 +148,13 @@ class DPO(PolicyModule):
 
         `role` is that of the data which the batch's positions count in.
         """
-        if self.reference_source is None:
+        if self.reference is None:
             return None
-        if self.precomputed:
-            sums = self._precomputed[role][batch.index.cpu()].to(self.device)
+        if self.reference.precomputed:
+            sums = self.reference.sums(role, batch.index)
             return PairLogprobs(*sums.unbind(dim=1), *batch.response_mask.sum(dim=1).chunk(2))
-        responses = self._reference(batch.input_ids, batch.attention_mask, batch.response_mask)
-        return PairLogprobs(*responses.sums.chunk(2), *responses.lengths.chunk(2))
-
-    def _reference(self, *rows: Tensor) -> ResponseLogprobs:
-        if self.reference_source != ADAPTER:
-            self._frozen.match(self.policy)
-            return self._frozen(*rows)
-        with self.policy.adapters_off():
-            return self.policy(*rows)
-
-    def _precompute(self, *roles: Role) -> None:
-        """Get the reference's log-probs of all pairs, then let go of it."""
-        if not self.precomputed or self.reference_source is None:
-            return
-        if self._frozen is not None:
-            self._frozen.match(self.policy)
-        network = self.policy if self.reference_source == ADAPTER else self._frozen.network
-        config = network.config.to_dict() | {"_name_or_path": None}  # a copy elsewhere is the same model
-        weights = weights_fingerprint(network, ignore=("lora_", "modules_to_save"))
-        for role in roles:
-            # In training as the policy is computed, so that the rounding of the two cancels where they are equal.
-            training, precision = role == "train", str(self.trainer.precision)
-            if not training and precision in ("16-mixed", "bf16-mixed"):
-                precision = "32-true"
-            self._precomputed[role] = precomputed_logprobs(
-                self,
-                self._reference,
-                role,
-                (weights, sorted(config.items()), precision, self.device.type),
-                precision=precision,
-                arithmetic=self.trainer.precision_plugin.forward_context if training else self._float32,
-                cache_dir=self.hparams.reference_cache,
-            )
-        self._frozen = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        rows = (batch.input_ids, batch.attention_mask, batch.response_mask)
+        return PairLogprobs.of(self.reference(self.policy, *rows))
 
     def losses(self, policy: PairLogprobs, reference: PairLogprobs | None) -> Tensor:
         """Loss of each pair, [B] float32."""
@@ -245,23 +169,38 @@ class DPO(PolicyModule):
 
         For losses without a reference beta times the policy's average log-probs.
         """
-        sides = self.loss.taken(policy)
+        chosen, rejected = self.loss.taken(policy)
         if reference is not None:
-            sides = [own - its for own, its in zip(sides, self.loss.taken(reference), strict=True)]
-        return tuple(self.hparams.beta * side for side in sides)
+            reference_chosen, reference_rejected = self.loss.taken(reference)
+            chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+        return self.hparams.beta * chosen, self.hparams.beta * rejected
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         policy = self(batch)
         reference = self.reference_logprobs(batch, "train")
         losses = self.losses(policy, reference)
         check_finite(self, batch, losses)
-        self._check_start(losses, policy, reference)
+        if self.reference is not None and reference is not None:
+            if not self._start_checked and self.reference.is_start and self.trainer.global_step == 0:
+                check_start(self, losses, self.losses(reference, reference))
+            self._start_checked = True
+            own = PairLogprobs(*(each.detach() for each in policy))
+            ratios = {"chosen": own.chosen - reference.chosen, "rejected": own.rejected - reference.rejected}
+            Measured(ratios, own[:2]).feed(self.log_ratios)
         self._measured(losses.detach(), policy, reference).feed(self.train_metrics)
-        if reference is not None:
-            self.log_ratios["chosen"].update(policy.chosen.detach() - reference.chosen)
-            self.log_ratios["rejected"].update(policy.rejected.detach() - reference.rejected)
-            self.log_ratio_pairs.update(policy.chosen, policy.rejected)
         return batch.weight * losses.mean()
+
+    def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
+        with self._float32():
+            policy, reference = self(batch), self.reference_logprobs(batch, stage)
+        return self._measured(self.losses(policy, reference), policy, reference)
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
+        with self._float32():
+            return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
+
+    def _float32(self) -> AbstractContextManager[None]:
+        return float32_arithmetic(self.policy) if self.reference is None else self.reference.float32(self.policy)
 
     def trial_loss(self, batch: PreferenceBatch) -> Tensor:
         """The mean loss of a batch of training pairs, of which nothing is logged."""
@@ -279,65 +218,21 @@ class DPO(PolicyModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def log_numbers(self) -> dict[str, float] | None:
-        logged = super().log_numbers()
-        if logged is None or self.reference_source is None:
-            return logged
-        if self.log_ratio_pairs.compute() >= _PAIRS_BEFORE_ALARM:  # of all processes: they must agree
-            means = {side: metric.compute().item() for side, metric in self.log_ratios.items()}
+        logged, ratios = super().log_numbers(), named(self.log_ratios)
+        # Of all processes: they must agree.
+        if logged is not None and self.reference is not None and ratios["pairs"].compute() >= _PAIRS_BEFORE_ALARM:
+            fallen = {side: ratios[side].compute().item() for side in ("chosen", "rejected")}
             has_sft = self.hparams.sft_weight > 0
-            self._warned = self._warned or warn_of_falling_chosen(**means, sft_weight=has_sft)
-            for metric in (*self.log_ratios.values(), self.log_ratio_pairs):
+            self._warned = self._warned or warn_of_falling_chosen(**fallen, sft_weight=has_sft)
+            for metric in ratios.values():
                 metric.reset()
         return logged
-
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
-        with self._float32():
-            return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[ORIGIN]["reference"] = self._reference_fingerprint
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        check_same_reference(checkpoint[ORIGIN].get("reference"), self._reference_fingerprint, self.reference_source)
-        super().on_load_checkpoint(checkpoint)
-
-    def on_validation_start(self) -> None:
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._precompute("val")
-
-    def on_test_start(self) -> None:
-        self._precompute("test")
-
-    on_predict_start = on_test_start
-
-    def _float32(self) -> AbstractContextManager:
-        """For what is judged by: a log-ratio near the start is smaller than the rounding of mixed precision."""
-        if self._frozen is None:
-            return float32_arithmetic(self.policy)
-        self._frozen.match(self.policy)
-        return float32_arithmetic(self.policy, self._frozen.network)
-
-    def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
-        with self._float32():
-            policy, reference = self(batch), self.reference_logprobs(batch, stage)
-        return self._measured(self.losses(policy, reference), policy, reference)
-
-    def _metrics(self, **others: Metric) -> nn.ModuleDict:
-        """Metrics of many pairs; each is defined in the README under its logged name."""
-        means = [
-            "loss",
-            *(f"{what}/{side}" for what in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")),
-        ]
-        means += ["rewards/margins"] + (["kl"] if self.reference_source is not None else [])
-        metrics: dict[str, Metric] = {name: MeanMetric(nan_strategy="disable") for name in means}
-        return nn.ModuleDict(metrics | {"rewards/accuracies": PairwiseAccuracy()} | others)
 
     @torch.no_grad()
     def _measured(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> Measured:
         """What B pairs give to the metrics."""
         chosen, rejected = self.rewards(policy, reference)
-        values = {
+        values: dict[str, Tensor] = {
             "loss": losses,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -350,13 +245,6 @@ class DPO(PolicyModule):
         if reference is not None:
             values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
         return Measured(values, (chosen, rejected))
-
-    def _check_start(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> None:
-        """At the first batch of all: a policy that begins as its reference must have the loss of two equal models."""
-        begins_as_reference = self.reference_source in (ADAPTER, self.hparams.backbone)
-        if not self._start_checked and begins_as_reference and self.trainer.global_step == 0:
-            check_start(self, losses, self.losses(reference, reference))
-        self._start_checked = True
 
     def _check_adapters(self) -> None:
         """After the first optimizer step with a learning rate above 0 the adapters must have moved."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.functional.advantages import ADVANTAGES, AdvantageEstimator
-from rlhf_lightning.user_code import load_function, names_function
+from rlhf_lightning.user_code import named_entry
 
-AdvantageName = Literal[tuple(ADVANTAGES)] | str
+if TYPE_CHECKING:
+    AdvantageName = str
+else:
+    AdvantageName = Literal[tuple(ADVANTAGES)] | str
 """A name of the table, or `module:function`; `find_estimator` refuses other texts, with the nearest names."""
 
 _GROUP = 2
@@ -24,18 +26,10 @@ def find_estimator(name: str) -> AdvantageEstimator:
     What is named is a function as the table has them, or an `AdvantageEstimator`, which says what the function needs.
     Raises `ConfigurationError` for an unknown name, and for a function that does not give advantages and returns.
     """
-    if name in ADVANTAGES:
-        return ADVANTAGES[name]
-    if not names_function(name):
-        near = difflib.get_close_matches(name, ADVANTAGES)
-        meant = f"did you mean {' or '.join(near)}? It is" if near else "use"
-        raise ConfigurationError(
-            f"model.advantage_estimator: {name!r} is no estimator; {meant} one of {', '.join(ADVANTAGES)}, or "
-            "module:function"
-        )
-    found = load_function(name, f"one of {', '.join(ADVANTAGES)}")
+    found = named_entry(name, ADVANTAGES, "model.advantage_estimator")
     estimator = found if isinstance(found, AdvantageEstimator) else AdvantageEstimator(found)
-    _try(name, estimator)
+    if name not in ADVANTAGES:
+        _try(name, estimator)
     return estimator
 
 

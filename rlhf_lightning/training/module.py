@@ -6,8 +6,11 @@ from one of them.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
@@ -15,10 +18,13 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self,
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import TokensPerSecond
@@ -32,13 +38,6 @@ from rlhf_lightning.training.checkpoints import (
     warn_of_other_settings,
 )
 from rlhf_lightning.training.checks import check_tokens_fit
-from rlhf_lightning.training.logs import (
-    begin_log,
-    let_monitor_means,
-    log_parameters,
-    log_split,
-    log_training_means,
-)
 from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
@@ -46,30 +45,45 @@ from rlhf_lightning.training.optimization import (
     check_optimizer,
     optimizer_and_schedule,
 )
-from rlhf_lightning.training.references import ReferenceKind
+from rlhf_lightning.training.references import Reference, ReferenceKind
+from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
     """What a batch gives to metrics."""
 
-    values: dict[str, Tensor | tuple[Tensor, ...]]
+    values: Mapping[str, Tensor | tuple[Tensor, ...]]
     """What a metric is updated with, by the metric's name."""
     others: tuple[Tensor, ...] = ()
     """What each metric that has no value of its own is updated with, such as the scores of both responses, [B] each."""
 
     def feed(self, metrics: nn.ModuleDict) -> None:
         """Update each metric."""
-        for name, metric in metrics.items():
+        for name, metric in named(metrics).items():
             given = self.values.get(name, self.others)
             metric.update(*given) if isinstance(given, tuple) else metric.update(given)
+
+
+def means(*names: str) -> dict[str, Metric]:
+    """Metrics that are means, by their names; each is defined in the README."""
+    return {name: MeanMetric(nan_strategy="disable") for name in names}
+
+
+def named(metrics: nn.ModuleDict) -> dict[str, Metric]:
+    """The metrics of a module by their names."""
+    return dict(metrics.items())
 
 
 @runtime_checkable
 class Exportable(Protocol):
     """What `ExportBest` asks of a module: any LightningModule that can write its network has it."""
+
+    hparams: Any
 
     def export(self, directory: str | Path, *, merge: bool = True) -> None: ...
 
@@ -77,7 +91,7 @@ class Exportable(Protocol):
 class TrainedModule(LightningModule):
     """A module with one optimizer, a learning-rate schedule, metrics, and a network that can be exported.
 
-    A class derived from it gives `configure_model`, `training_step`, `trial_loss`, `measure` and `export`, and puts its
+    A class derived from it gives `build_network`, `training_step`, `trial_loss`, `measure` and `export`, and puts its
     metrics, by the names under which they are logged, into `train_metrics`, `val_metrics` and `test_metrics`.
 
     Args:
@@ -101,9 +115,11 @@ class TrainedModule(LightningModule):
     """Metrics of a validation in the progress bar."""
     log_line: ClassVar[dict[str, str]] = {"loss": "loss"}
     """Training metrics of a line in a log file, and their names in words."""
+    objects: ClassVar[tuple[str, ...]] = ("optimizer",)
+    """Arguments that may be objects, which no checkpoint holds."""
     lora: Lora | None = None
     """The adapters that are trained in the place of all weights."""
-    read_config = staticmethod(load_config)
+    read_config: Callable[..., PretrainedConfig] = staticmethod(load_config)
     """Reads the configuration of the backbone, and refuses models of another kind."""
 
     def __init__(
@@ -117,7 +133,8 @@ class TrainedModule(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=[*self.objects])
+        self.backbone = backbone
         self._check_complete()
         check_optimizer(optimizer)
         self.optimizer_factory = optimizer
@@ -127,6 +144,7 @@ class TrainedModule(LightningModule):
         """Counts the tokens of the training, where the module feeds it."""
         self.logged_step = 0
         """The optimizer step of the last line of the training log."""
+        self._built = False
         self.lr: float | None = None
         """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
 
@@ -152,6 +170,9 @@ class TrainedModule(LightningModule):
     def reference_kind(self) -> ReferenceKind:
         """How a reference is held in memory; `none` when not overridden."""
         return "none"
+
+    def build_network(self) -> None:
+        """Load what is trained; called once."""
 
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
@@ -181,6 +202,12 @@ class TrainedModule(LightningModule):
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)
 
+    def configure_model(self) -> None:
+        """Build the network, once."""
+        if not self._built:
+            self._built = True
+            self.build_network()
+
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments with which any model of the module is loaded."""
@@ -196,19 +223,60 @@ class TrainedModule(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        begin_log(self, self.train_metrics)
+        self.logged_step = 0
+        for metric in named(self.train_metrics).values():  # an earlier fit, or a search for a batch size, has fed them
+            metric.reset()
         begin_with_found_rate(self)
-        log_parameters(self.trained_network, self.backbone_config, self.hparams.backbone)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.trained_network.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+        kind = self.backbone_config.model_type
+        log.info("model: %s (%s), %s parameters, %s trained", self.hparams.backbone, kind, f"{total:,}", f"{trained:,}")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.log_numbers()
 
     def log_numbers(self) -> dict[str, float] | None:
-        """Log the training metrics if it is time to, and return what was logged."""
-        return log_training_means(self, self.train_metrics, shown=self.log_line, throughput=self.throughput)
+        """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time.
+
+        Logs `train/NAME` of the metrics, tokens per second where they were counted, peak memory on CUDA, and the
+        learning rate, then begins anew. Returns what was logged; None when it is not the time, or there is nothing.
+        """
+        trainer, metrics = self.trainer, named(self.train_metrics)
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if not metrics or every == 0 or step == self.logged_step or step % every:
+            return None
+        self.logged_step = step
+        values = {f"train/{name}": metric.compute().item() for name, metric in metrics.items()}
+        if self.throughput is not None and self.throughput.update_called:
+            values["train/tokens_per_second"] = self.throughput.compute().item()
+            self.throughput.reset()
+        self.log_values(values)
+        if "loss" in metrics:
+            trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
+        if not sys.stderr.isatty():  # a log file shows no progress bar
+            numbers = ", ".join(f"{words} {values[f'train/{name}']:.4f}" for name, words in self.log_line.items())
+            log.info("step %d/%d: %s", step, int(trainer.estimated_stepping_batches), numbers)
+        for metric in metrics.values():
+            metric.reset()
+        return values
+
+    def log_values(self, values: dict[str, float]) -> None:
+        """Log numbers of the training at this step, beside learning rate and peak memory on CUDA (GiB)."""
+        if self.device.type == "cuda":
+            values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._let_monitor(values)
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+
+    def _let_monitor(self, values: dict[str, float]) -> None:
+        """Give numbers to the callbacks that monitor one, such as `EarlyStopping`, under their logged names."""
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def on_validation_epoch_start(self) -> None:
-        let_monitor_means(self, self.train_metrics)
+        """When callbacks look at the training metrics: means since the last log, or those of the last log."""
+        fed = {name: metric for name, metric in named(self.train_metrics).items() if metric.update_called}
+        self._let_monitor({f"train/{name}": metric.compute().item() for name, metric in fed.items()})
 
     on_train_epoch_end = on_validation_epoch_start
 
@@ -220,7 +288,12 @@ class TrainedModule(LightningModule):
 
     def _measure(self, batch: Any, stage: Role, metrics: nn.ModuleDict) -> None:
         self.measure(batch, stage).feed(metrics)
-        log_split(self, stage, metrics, shown=self.shown)
+        trainer = self.trainer
+        # Lightning's own step of a validation is one behind, or more; `Results` gives the loggers the right one.
+        ours = trainer.state.fn == TrainerFn.FITTING and any(isinstance(each, Results) for each in trainer.callbacks)
+        for name, metric in metrics.items():
+            options = {"prog_bar": name in self.shown, "logger": False if ours else None}
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         store_origin(self, checkpoint)
@@ -241,23 +314,40 @@ class PolicyModule(TrainedModule):
 
     read_config = staticmethod(load_causal_config)
 
+    policy: CausalLM
+    """There once `configure_model` has run."""
+    reference: Reference | None = None
+    """What the policy is compared with, where its class has it so."""
+
     def __init__(self, backbone: str, lora: Lora | None = None, load_in_4bit: bool = False, **shared: Any) -> None:
         super().__init__(backbone, **shared)
         if isinstance(lora, Lora):  # a checkpoint holds plain values
-            self.save_hyperparameters({"lora": (lora := asdict(lora))})
-        self.lora = None if lora is None else Lora(**lora)
+            self.save_hyperparameters({"lora": asdict(lora)})
+        self.lora = None if lora is None else Lora(**self.hparams.lora)
         check_attention(self.hparams.attn_implementation)
-        self.policy: CausalLM | None = None
         self._batch_began = 0.0
 
     @property
     def trained_network(self) -> CausalLM:
         return self.policy
 
-    def configure_model(self) -> None:
-        """Load the policy, once."""
-        if self.policy is not None:
-            return
+    @property
+    def reference_kind(self) -> ReferenceKind:
+        return "none" if self.reference is None else self.reference.kind
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check the data's tokens against policy and reference. Raises `ConfigurationError` when they do not fit."""
+        super().check_data(data)
+        chat_format = chat_format_of(data)
+        if chat_format is not None and self.reference is not None:
+            self.reference.check_tokenizer(chat_format.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.reference is not None:
+            self.reference.load(self.loading)
+
+    def build_network(self) -> None:
         settings = self.hparams
         self.policy = CausalLM.from_pretrained(
             settings.backbone,
@@ -279,8 +369,12 @@ class PolicyModule(TrainedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         store_adapters_alone(self, checkpoint)
+        if self.reference is not None:
+            self.reference.store(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.reference is not None:
+            self.reference.check_same(checkpoint)
         super().on_load_checkpoint(checkpoint)
         complete_adapters(self, checkpoint)
 

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
-Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
+if TYPE_CHECKING:
+    Fraction = float
+    Smoothing = float
+else:
+    Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)])
+    Smoothing = restricted_number_type("Smoothing", float, [(">=", 0), ("<", 0.5)])
 Schedule = Literal["constant", "linear", "cosine"]
 """Learning rate after the warm-up: held, or down to 0 in a line or along half a cosine."""
 

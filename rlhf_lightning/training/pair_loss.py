@@ -5,18 +5,21 @@ B pairs.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.functional.losses import PREFERENCE_LOSSES, PreferenceLoss
-from rlhf_lightning.user_code import load_function, names_function
+from rlhf_lightning.models.causal_lm import ResponseLogprobs
+from rlhf_lightning.user_code import named_entry
 
-LossType = Literal[tuple(PREFERENCE_LOSSES)] | str
+if TYPE_CHECKING:
+    LossType = str
+else:
+    LossType = Literal[tuple(PREFERENCE_LOSSES)] | str
 """A name of the table, or `module:function`; `PairLoss` refuses other texts, with the nearest names."""
 
 
@@ -32,6 +35,11 @@ class PairLogprobs(NamedTuple):
     rejected_lengths: Tensor
     """[B] int64"""
 
+    @classmethod
+    def of(cls, responses: ResponseLogprobs) -> PairLogprobs:
+        """Of 2B responses, the B chosen ones first."""
+        return cls(*responses.sums.chunk(2), *responses.lengths.chunk(2))
+
     def averages(self) -> tuple[Tensor, Tensor]:
         """The log-probabilities per token, [B] each."""
         return self.chosen / self.chosen_lengths, self.rejected / self.rejected_lengths
@@ -46,7 +54,8 @@ class PairLoss:
 
     def __init__(self, name: str, *, beta: float, **given: float | None) -> None:
         self.name = name
-        self.loss = _find(name)
+        found = named_entry(name, PREFERENCE_LOSSES, "model.loss_type")
+        self.loss: PreferenceLoss = found if isinstance(found, PreferenceLoss) else PreferenceLoss(found)
         self.settings = {"beta": beta} | _settings(name, self.loss, given)
         self._try()
 
@@ -78,18 +87,6 @@ class PairLoss:
         if not isinstance(made, Tensor) or made.shape != (2,):
             what = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ConfigurationError(f"model.loss_type: {self.name} gives {what}, not the loss of each pair, [B]")
-
-
-def _find(name: str) -> PreferenceLoss:
-    if name in PREFERENCE_LOSSES:
-        return PREFERENCE_LOSSES[name]
-    if names_function(name):
-        return PreferenceLoss(load_function(name, f"one of {', '.join(PREFERENCE_LOSSES)}"))
-    near = difflib.get_close_matches(name, PREFERENCE_LOSSES)
-    meant = f"did you mean {' or '.join(near)}? It is" if near else "use"
-    raise ConfigurationError(
-        f"model.loss_type: {name!r} is no loss; {meant} one of {', '.join(PREFERENCE_LOSSES)}, or module:function"
-    )
 
 
 def _settings(name: str, loss: PreferenceLoss, given: dict[str, float | None]) -> dict[str, float]:

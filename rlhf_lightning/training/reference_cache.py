@@ -96,7 +96,7 @@ class ReferenceCache:
 
     def add(self, pairs: Sequence[bytes], values: Tensor) -> None:
         """Keep the log-probs [P, 2] of pairs; they are on the disk, as one part, when this returns."""
-        records = np.empty(len(pairs), dtype=_RECORD)
+        records: np.ndarray = np.empty(len(pairs), dtype=_RECORD)
         records["pair"] = np.frombuffer(b"".join(pairs), dtype="V16")
         records["chosen"], records["rejected"] = values.detach().float().cpu().numpy().T
         content = records.tobytes()

@@ -27,6 +27,7 @@ from rlhf_lightning.training.checkpoints import fault_of, has_states, read_check
 from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.optimization import warn_of_another_schedule
+from rlhf_lightning.training.processes import gathered
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +112,7 @@ class ProcessStates(Callback):
         if self._saves_as_remembered and (before := self._before_validation) is not None:
             checkpoint["loops"], states_now = copy.deepcopy(before.loops), before.states
         own = self._step_began if open_batches else states_now
-        states = [own]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, own)
-        checkpoint[_KEY] = states
+        checkpoint[_KEY] = gathered(trainer, own)
         checkpoint[_JOB] = os.environ.get("SLURM_JOB_ID")
         if open_batches:
             _rewind(trainer, checkpoint, open_batches)
@@ -180,18 +177,22 @@ class ProcessStates(Callback):
 
     def _replace_older(self, trainer: Trainer) -> None:
         """A checkpoint of the newest alone names, in its own record, the one before it."""
-        self._gone_on_from = Path(trainer.ckpt_path) if trainer.ckpt_path is not None and self.replace else None
-        if trainer.ckpt_path is not None and not self.replace:
-            self._named = [*self._named, str(Path(trainer.ckpt_path).resolve())]
-        writer = None if self._gone_on_from is None else _writer(trainer, self._gone_on_from)
+        self._gone_on_from = None
+        if trainer.ckpt_path is None:
+            return
+        path = Path(trainer.ckpt_path)
+        if not self.replace:
+            self._named = [*self._named, str(path.resolve())]
+            return
+        self._gone_on_from, writer = path, _writer(trainer, path)
         if writer is not None and writer.monitor is None:
-            writer.best_model_path = str(self._gone_on_from)
-        if self._gone_on_from is not None and trainer.is_global_zero:
-            self._remove_stale(trainer)
+            writer.best_model_path = str(path)
+        if trainer.is_global_zero:
+            self._remove_stale(trainer, path)
 
-    def _remove_stale(self, trainer: Trainer) -> None:
+    def _remove_stale(self, trainer: Trainer, gone_on_from: Path) -> None:
         """Remove what attempts at this run that were broken off have left, and say so."""
-        step, spared = trainer.global_step, {self._gone_on_from.resolve(), *map(Path, self._named)}
+        step, spared = trainer.global_step, {gone_on_from.resolve(), *map(Path, self._named)}
         stale = [path for writer in _writers(trainer) for path in _stale(writer, step, spared)]
         for path in (stale := sorted({*stale})):
             remove(path)
@@ -328,7 +329,9 @@ def _stale(writer: ModelCheckpoint, step: int, spared: set[Path]) -> Iterator[Pa
 
 
 def _random_states() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)
+    name, keys, *rest = state
     version, numbers, gauss = random.getstate()
     return {
         "python": [version, list(numbers), gauss],

@@ -14,7 +14,6 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
@@ -31,7 +30,7 @@ from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checks import check_finite
-from rlhf_lightning.training.module import Measured, TrainedModule
+from rlhf_lightning.training.module import Measured, TrainedModule, means
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ class RewardModel(TrainedModule):
 
     shown = ("loss", "auroc")
     log_line = {"loss": "loss", "accuracy": "accuracy"}  # noqa: RUF012
+    network: RewardNetwork
+    """There once `configure_model` has run."""
 
     def __init__(
         self,
@@ -80,22 +81,10 @@ class RewardModel(TrainedModule):
         self.hparams.pooling = pooling_of(self.backbone_config) or pooling
         if pooling not in ("last", self.hparams.pooling):
             log.warning("model.pooling: %s keeps its own, %s, not %s", backbone, self.hparams.pooling, pooling)
-        self.network: RewardNetwork | None = None
-        self.train_metrics = nn.ModuleDict(
-            {
-                "loss": MeanMetric(nan_strategy="disable"),
-                "accuracy": PairwiseAccuracy(),
-                "margin": MeanMetric(nan_strategy="disable"),
-                "reward": MeanMetric(nan_strategy="disable"),
-            }
-        )
-        self.val_metrics = _evaluation_metrics()
-        self.test_metrics = _evaluation_metrics()
+        self.train_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy()} | means("loss", "margin", "reward"))
+        self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
 
-    def configure_model(self) -> None:
-        """Load the network, once."""
-        if self.network is not None:
-            return
+    def build_network(self) -> None:
         settings = self.hparams
         if is_reward_network(self.backbone_config):
             self.network = RewardNetwork.from_pretrained(settings.backbone, **self.loading).train()
@@ -175,18 +164,9 @@ class RewardModel(TrainedModule):
 
 
 def _evaluation_metrics() -> nn.ModuleDict:
-    """Metrics of a whole split; each is defined in the README under its logged name."""
-    metrics: dict[str, Metric] = {
-        "loss": MeanMetric(nan_strategy="disable"),
-        "accuracy": PairwiseAccuracy(),
-        "auroc": PooledAUROC(),
-        "margin_auroc": MarginAUROC(),
-        "calibration_error": PairwiseCalibrationError(),
-        "margin": MeanMetric(nan_strategy="disable"),
-        "reward": MeanMetric(nan_strategy="disable"),
-        "pairs": PairCount(),
-    }
-    return nn.ModuleDict(metrics)
+    ours = {"accuracy": PairwiseAccuracy(), "auroc": PooledAUROC(), "margin_auroc": MarginAUROC()}
+    ours |= {"calibration_error": PairwiseCalibrationError(), "pairs": PairCount()}
+    return nn.ModuleDict(means("loss", "margin", "reward") | ours)
 
 
 def _measured(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Measured:

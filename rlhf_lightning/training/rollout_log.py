@@ -6,18 +6,16 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rlhf_lightning.charts import RolloutPoint, reward_against_kl
 from rlhf_lightning.rollouts import Responses
-from rlhf_lightning.training.logs import let_monitor
 from rlhf_lightning.training.samples import cell
 
 if TYPE_CHECKING:
-    from rlhf_lightning.training.ppo import PPO
+    from rlhf_lightning.training.online import OnlineModule
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ _SAMPLES = 4
 class RolloutLog:
     """Shows and logs the rollouts of a module; it keeps the path of the run over KL and reward, for its picture."""
 
-    def __init__(self, module: PPO) -> None:
+    def __init__(self, module: OnlineModule) -> None:
         self.module = module
         self.path: list[RolloutPoint] = []
 
@@ -36,7 +34,7 @@ class RolloutLog:
         return [list(point) for point in self.path]
 
     def restore(self, state: list[list[float]]) -> None:
-        self.path = [RolloutPoint(*point) for point in state]
+        self.path = [RolloutPoint(int(step), sqrt_kl, reward) for step, sqrt_kl, reward in state]
 
     def show(self, **numbers: Any) -> None:
         """In the progress bar, at once."""
@@ -59,13 +57,7 @@ class RolloutLog:
                 chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
             )
         self.path.append(RolloutPoint(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
-        values = {f"train/{name}": value for name, value in numbers.items() if name != "moved"}
-        values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if module.device.type == "cuda":
-            values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
-        let_monitor(module, values)
-        for logger in module.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        module.log_values({f"train/{name}": value for name, value in numbers.items() if name != "moved"})
         for board in self._boards():
             picture = reward_against_kl(self.path)
             board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
@@ -19,7 +18,7 @@ from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checks import check_finite
-from rlhf_lightning.training.module import Measured, PolicyModule
+from rlhf_lightning.training.module import Measured, PolicyModule, means
 from rlhf_lightning.training.optimization import Schedule
 
 
@@ -48,12 +47,9 @@ class SFT(PolicyModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, optimizer=optimizer, lr_scheduler_type=lr_scheduler_type, **shared)
-        self.train_metrics = nn.ModuleDict(
-            {"loss": MeanMetric(nan_strategy="disable"), "lengths/chosen": MeanMetric(nan_strategy="disable")}
-        )
+        self.train_metrics = nn.ModuleDict(means("loss", "lengths/chosen"))
+        self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
         self.throughput = TokensPerSecond()
-        self.val_metrics = _evaluation_metrics()
-        self.test_metrics = _evaluation_metrics()
 
     def forward(self, batch: PreferenceBatch) -> ResponseLogprobs:
         """Log-probabilities of the B chosen responses."""
@@ -82,7 +78,7 @@ class SFT(PolicyModule):
             states = self.policy.states(*_chosen_rows(batch))
             responses = self.policy.logprobs(states)
             most_likely = self.policy.most_likely(states)
-        values = {
+        values: dict[str, Tensor | tuple[Tensor, ...]] = {
             "loss": -responses.averages,
             "token_accuracy": (most_likely == states.targets).float(),
             "lengths/chosen": responses.lengths.float(),
@@ -93,16 +89,10 @@ class SFT(PolicyModule):
 
 def _chosen_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention mask and response mask of the chosen rows, [B, T] each."""
-    return tuple(rows[: batch.pairs] for rows in (batch.input_ids, batch.attention_mask, batch.response_mask))
+    pairs = batch.pairs
+    return batch.input_ids[:pairs], batch.attention_mask[:pairs], batch.response_mask[:pairs]
 
 
 def _evaluation_metrics() -> nn.ModuleDict:
-    """Metrics of a whole split; each is defined in the README under its logged name."""
-    metrics: dict[str, Metric] = {
-        "loss": MeanMetric(nan_strategy="disable"),
-        "perplexity": Perplexity(),
-        "token_accuracy": MeanMetric(nan_strategy="disable"),
-        "lengths/chosen": MeanMetric(nan_strategy="disable"),
-        "pairs": PairCount(),
-    }
-    return nn.ModuleDict(metrics)
+    ours = {"perplexity": Perplexity(), "pairs": PairCount()}
+    return nn.ModuleDict(means("loss", "token_accuracy", "lengths/chosen") | ours)

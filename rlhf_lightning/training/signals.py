@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rlhf_lightning.training.processes import over_processes
 from rlhf_lightning.training.resume import INTERRUPTED, ProcessStates
 
 log = logging.getLogger(__name__)
@@ -195,15 +196,15 @@ class SaveAtSignal(Callback):
         if number := self._asked(trainer):
             self._save_and_end(trainer, number)
         loop = trainer.fit_loop
-        if self._saves() and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if self._saving is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             self._states.remember(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saves():
+        if self._saving is not None:
             counts = trainer.num_val_batches
             own = counts[0] if isinstance(counts, list) else counts
-            own = torch.tensor(-int(min(own, 2**31)), device=trainer.strategy.root_device)
-            self._common_batches = -_largest(trainer, own)
+            own = torch.tensor(int(min(own, 2**31)), device=trainer.strategy.root_device)
+            self._common_batches = int(over_processes(trainer, own, "min"))
 
     def on_validation_batch_end(
         self,
@@ -237,16 +238,20 @@ class SaveAtSignal(Callback):
             self._watch.close()
             self._watch = None
 
-    def _saves(self) -> bool:
-        return self._watch is not None and self._watch.batches
+    @property
+    def _saving(self) -> Watch | None:
+        """The watch, while there is something to save."""
+        return self._watch if self._watch is not None and self._watch.batches else None
 
     def _asked(self, trainer: Trainer) -> int:
         """The signal that any process has received, or 0."""
-        if not self._saves():
+        if (watch := self._saving) is None:
             return 0
-        return _largest(trainer, torch.tensor(self._watch.received, device=trainer.strategy.root_device))
+        received = torch.tensor(watch.received, device=trainer.strategy.root_device)
+        return int(over_processes(trainer, received, "max"))
 
     def _save_and_end(self, trainer: Trainer, number: int) -> None:
+        assert self._watch is not None
         self._watch.note_saving()
         saved = _save(trainer)
         self._watch.note_saved()
@@ -269,13 +274,6 @@ def _requeues(trainer: Trainer, number: int) -> bool:
     return (
         isinstance(environment, SLURMEnvironment) and environment.auto_requeue and number == environment.requeue_signal
     )
-
-
-def _largest(trainer: Trainer, number: torch.Tensor) -> int:
-    """The largest of an integer, [] int64, over all processes."""
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-    return int(number)
 
 
 def _signals(trainer: Trainer) -> set[signal.Signals]:

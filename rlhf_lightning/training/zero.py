@@ -85,7 +85,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: DeepSpeedPrecision | None) -> None:
-        if type(plugin) is DeepSpeedPrecision:
+        if plugin is not None and type(plugin) is DeepSpeedPrecision:
             plugin = ZeroPrecision(plugin.precision)
         DeepSpeedStrategy.precision_plugin.fset(self, plugin)
 
@@ -146,7 +146,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(True)
-        _check_finite(self.lightning_module, self.precision_plugin.precision)
+        _check_finite(self.lightning_module, str(self.lightning_module.trainer.precision))
 
     # ---- checkpoints: a directory that is there whole, or not at all
 

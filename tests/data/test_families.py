@@ -172,7 +172,7 @@ def test_the_reward_model_reads_the_indent_of_a_reply():
     prompt = ids_of(form, form.generation_text([USER]))
     ids = encoded(form, [USER], "x\n  def f():\n    pass").responses[0][3:-1]  # without `▁x` and the line break
     row = torch.tensor([*prompt, *ids, form.terminator_id])
-    responses = Responses([row], [len(prompt)], torch.tensor([True]), [0])
+    responses = Responses([row], [len(prompt)], torch.tensor([True]))
     assert responses.texts(form) == [" def f():\n    pass"]  # one blank is the template's
 
 

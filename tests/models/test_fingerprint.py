@@ -7,7 +7,7 @@ import torch
 
 from rlhf_lightning.evaluation.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM, Lora
+from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
@@ -29,7 +29,7 @@ def changed(tiny_qwen2, tmp_path_factory):
 @pytest.mark.parametrize(
     "of",
     [
-        lambda name: FrozenCausalLM(CausalLM.from_pretrained(name)).fingerprint,
+        lambda name: weights_fingerprint(CausalLM.from_pretrained(name).model),
         lambda name: CausalLM.from_pretrained(name, lora=Lora(r=2)).base_fingerprint,
         lambda name: ImplicitScorer(name).fingerprint,
         lambda name: PolicyJudge(name, max_new_tokens=4).fingerprint,

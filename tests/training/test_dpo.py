@@ -111,7 +111,7 @@ def test_a_reference_of_its_own_starts_from_another_loss(build_dpo, trainer, tmp
     module, _ = trained(
         build_dpo, trainer, model={"reference": str(other)}, callbacks=[log], max_steps=1, limit_val_batches=0
     )
-    assert module._frozen is not None
+    assert module.reference.network is not None
     assert abs(log.losses[0] - math.log(2)) > 0.01
 
 
@@ -266,7 +266,7 @@ def test_packed_rows_change_no_weight(build_dpo, trainer):
 def test_a_frozen_reference_is_out_of_reach_of_training(build_dpo, trainer, tmp_path):
     save = ModelCheckpoint(tmp_path, filename="last", save_last=False)
     module, _ = trained(build_dpo, trainer, max_epochs=3, callbacks=[save], enable_checkpointing=True)
-    reference = module._frozen.network
+    reference = module.reference.network
     start, _ = build_dpo()
     start.configure_model()
     assert torch.equal(weights(reference), weights(start))
@@ -286,7 +286,7 @@ def test_with_adapters_the_base_is_the_reference_and_does_not_change(build_dpo, 
     module, datamodule = trained(build_dpo, trainer, model=LORA, max_epochs=3)
     base, _ = build_dpo()
     base.configure_model()
-    assert module._frozen is None, "no second model is loaded"
+    assert module.reference.network is None, "no second model is loaded"
     optimized = [p for group in module.trainer.optimizers[0].param_groups for p in group["params"]]
     assert sum(p.numel() for p in optimized) == sum(p.numel() for p in module.parameters() if p.requires_grad)
     with torch.no_grad():
@@ -298,7 +298,7 @@ def test_with_adapters_the_base_is_the_reference_and_does_not_change(build_dpo, 
 @pytest.mark.parametrize("loss_type", FREE)
 def test_losses_without_a_reference_load_none(build_dpo, trainer, loss_type):
     module, _ = trained(build_dpo, trainer, model={"loss_type": loss_type, **FREE[loss_type]})
-    assert module._frozen is None
+    assert module.reference is None
     assert module.reference_logprobs(None) is None
     assert "val/kl" not in module.trainer.callback_metrics
 
@@ -577,7 +577,7 @@ def test_a_reference_of_another_tokenizer_is_refused_before_anything_is_loaded(
         ConfigurationError, match=r"gives other ids than that of the policy \(2 tokens differ, the first .he"
     ):
         trainer().fit(module, datamodule)
-    assert module.policy is module._frozen is None
+    assert module.reference.network is None
 
 
 def test_a_schedule_that_does_not_step_with_the_optimizer_stops_the_run(build_dpo, trainer):

@@ -148,7 +148,7 @@ def test_a_loss_of_a_users_own_trains_as_the_same_formula_of_the_table(myloss, b
 
 def test_a_loss_of_a_users_own_is_asked_what_it_takes_by_the_names_of_its_parameters(myloss, build_dpo):
     module, _ = build_dpo(model={"loss_type": "myloss:free", "gamma": 0.5})
-    assert module.reference_source is None
+    assert module.reference is None
     policy = PairLogprobs(torch.tensor([-8.0]), torch.tensor([-12.0]), torch.tensor([2]), torch.tensor([4]))
     assert module.losses(policy, None).tolist() == [pytest.approx(-0.1 * (-4 + 3) + 0.5)]
 

@@ -76,7 +76,9 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
     assert 0 < sum(ended) < len(ended)
     mask, logprobs, _, values = experience.tokens
     rows = module.rollouts.padded(replies)
-    reference = scatter_to_mask(module._frozen(*rows.text).tokens[rows.response_mask].float(), mask).double()
+    reference = scatter_to_mask(
+        module.reference(module.policy, *rows.text).tokens[rows.response_mask].float(), mask
+    ).double()
     for i, length in enumerate(replies.lengths.tolist()):
         its_logprobs, its_values = logprobs[i, :length].double(), values[i, :length].double()
         rewards = (-settings.kl_coef * (its_logprobs - reference[i, :length])).tolist()

@@ -58,7 +58,7 @@ def test_training_is_that_with_the_reference_in_memory(run, model, reference, lo
 
 def test_the_reference_is_not_kept_in_memory(run):
     module, _ = run()
-    assert module._frozen is None
+    assert module.reference.network is None
 
 
 def test_another_model_can_be_precomputed(run, tmp_path):
@@ -74,7 +74,7 @@ def test_what_is_known_is_not_computed_again_whatever_the_order_or_the_learning_
     first, _ = run()
     again, computed = run(data={"batch_size": 4, "seed": 11, "eval_batch_size": 5}, model={"beta": 0.3})
     assert computed == 0
-    assert again._precomputed["train"].equal(first._precomputed["train"])
+    assert again.reference._sums["train"].equal(first.reference._sums["train"])
     assert run(data={"max_train_pairs": 3})[1] == 0
     assert run(max_epochs=1, accumulate_grad_batches=2, model={"loss_type": "ipo", "warmup_ratio": 0.5})[1] == 0
 
@@ -112,11 +112,11 @@ def test_whatever_could_change_a_log_prob_is_computed_again(run, change, tmp_pat
     elif change == "precision":
         settings = {"precision": "bf16-mixed"}
     module, computed = run(data=data, model=model, **settings)
-    used = sum(map(len, module._precomputed.values()))
+    used = sum(map(len, module.reference._sums.values()))
     if everything is None:
         assert computed == 0 < used
     elif change == "precision":
-        assert computed == len(module._precomputed["train"]) < used, "validation is float32 in any"
+        assert computed == len(module.reference._sums["train"]) < used, "validation is float32 in any"
     elif everything:
         assert computed == used > 0
     else:
@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, monkeypatch, tmp_path):
     assert computed == TRAIN_PAIRS + VAL_PAIRS - 6
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "cache")
-    torch.testing.assert_close(run()[0]._precomputed["train"], module._precomputed["train"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(run()[0].reference._sums["train"], module.reference._sums["train"], rtol=0, atol=1e-4)
 
 
 def test_a_damaged_part_is_computed_again(run, tmp_path, caplog):

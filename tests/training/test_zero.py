@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
-from rlhf_lightning.models.causal_lm import CausalLM, FrozenCausalLM
+from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, restored_module, shard_files
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
@@ -106,7 +106,7 @@ def test_policy_and_frozen_reference_are_equal_bit_for_bit_in_half_precision(bui
     policy, reference = seen[0]
     assert torch.equal(policy.chosen, reference.chosen)
     assert torch.equal(policy.rejected, reference.rejected)
-    buffers = dict(module._frozen.network.named_buffers())
+    buffers = dict(module.reference.network.named_buffers())
     assert {b.dtype for name, b in buffers.items() if "inv_freq" in name} == {torch.float32}
     assert {b.dtype for name, b in module.named_buffers() if "inv_freq" in name} == {torch.float32}
 
@@ -125,7 +125,7 @@ def test_validation_is_float32_arithmetic_on_the_weights_as_held(build_dpo, trai
         if strategy == "auto":
             for parameter in (*module.policy.parameters(), *reference.parameters()):
                 parameter.data = parameter.data.to(dtype).float()
-        module._frozen = FrozenCausalLM(reference)
+        module.reference.network = reference.eval().requires_grad_(False)
         run = trainer(strategy=strategy, precision=bits)
         found += run.validate(module, datamodule=datamodule, verbose=False)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}

@@ -1,0 +1,224 @@
+"""Modules that learn from responses of their own policy, sampled and scored anew for each batch of prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.datamodules import chat_format_of
+from rlhf_lightning.data.roles import Role
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.metrics import ResponseCount
+from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
+from rlhf_lightning.models.reward_network import RewardHead
+from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.models.vllm_engine import VLLMEngine
+from rlhf_lightning.rewards.functions import check_text_of
+from rlhf_lightning.rewards.source import RewardSource
+from rlhf_lightning.rollouts import Experience, Rollouts
+from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.last_validation import validate
+from rlhf_lightning.training.module import Measured, PolicyModule, means
+from rlhf_lightning.training.references import Reference
+from rlhf_lightning.training.rollout_log import RolloutLog
+from rlhf_lightning.user_code import name_of
+
+log = logging.getLogger(__name__)
+
+TRANSFORMERS = "transformers"
+"""The `engine` that is the policy itself."""
+
+
+class OnlineModule(PolicyModule):
+    """A `PolicyModule` that learns from prompts: it samples responses, scores them, and compares them to a reference.
+
+    A class derived from it gives `training_step`, which calls `rollout`, and makes its optimizer steps itself.
+
+    Args:
+        reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
+            label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
+            floats; in Python the function itself.
+        reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
+            `pair`, prompt and response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`;
+            or a Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
+        num_generations: Responses sampled to each prompt.
+        max_new_tokens: Longest response.
+        temperature: Sampling temperature; applied to all log-probs.
+        generation_micro_batch_size: Responses sampled or scored at a time; changes no result.
+        engine: What samples: `transformers`, the policy itself; or the URL of a vLLM server, which is given the weights
+            before each rollout. Its log-probs are not learned from: the policy scores each response again.
+        engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
+        kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
+            that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss beside
+            advantages that are in standard deviations of a group's scores.
+        missing_eos_penalty: Taken off the score of a response that did not end in `max_new_tokens` tokens.
+        validate_at_start: Validate before the first step, in place of Lightning's sanity check: the "before" of a run,
+            whose weights may be the best checkpoint. It costs one response to each held-out prompt, as every validation
+            does; a run that goes on from a checkpoint does not repeat it.
+        reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
+            of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
+            given.
+    """
+
+    objects = (*PolicyModule.objects, "reward_model")
+    learns_from_pairs = False
+    shown = ("reward", "reward_with_kl", "kl")
+    reference: Reference
+
+    def __init__(
+        self,
+        backbone: str,
+        reward_model: str | Callable[..., Any],
+        reward_chat_template: str | None = None,
+        num_generations: PositiveInt = 1,
+        max_new_tokens: PositiveInt = 128,
+        temperature: PositiveFloat = 1.0,
+        generation_micro_batch_size: PositiveInt = 64,
+        engine: str = TRANSFORMERS,
+        engine_directory: str = "runs/vllm_weights",
+        kl_coef: NonNegativeFloat = 0.05,
+        missing_eos_penalty: NonNegativeFloat = 1.0,
+        validate_at_start: bool = True,
+        reference: str | None = None,
+        **shared: Any,
+    ) -> None:
+        super().__init__(backbone, **shared)
+        self.save_hyperparameters({"reward_model": name_of(reward_model)})  # which is what a checkpoint holds
+        self.automatic_optimization = False
+        check_text_of(self.hparams.reward_model, reward_chat_template, "model.reward_chat_template")
+        if engine != TRANSFORMERS and not engine.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"model.engine: {engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM server"
+            )
+        if self.lora is not None and self.lora.lora_dropout > 0:
+            raise ConfigurationError(
+                "model.lora.lora_dropout: above 0 the log-probs of a response are random numbers, and ratios of them "
+                "mean nothing; set it to 0"
+            )
+        self.reference = Reference(reference, self, temperature=temperature)
+        self.reward_source = reward_model
+        self.rewards: RewardSource
+        self.engine: RolloutEngine = TransformersEngine(generation_micro_batch_size)
+        if engine != TRANSFORMERS:
+            self.engine = VLLMEngine(engine, engine_directory)
+        self.value: ValueNetwork | RewardHead | None = None
+        self.rollouts_done = 0
+        self.rollout_log = RolloutLog(self)
+        self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        """Check that the data is prompts that fit the policy. Raises `ConfigurationError` when they do not."""
+        settings, config = self.hparams, self.backbone_config.get_text_config()
+        check_tokens_fit(data, config, settings.backbone, new_tokens=settings.max_new_tokens)
+        if (chat_format := chat_format_of(data)) is not None:
+            self.reference.check_tokenizer(chat_format.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        settings = self.hparams
+        if settings.validate_at_start:
+            self.trainer.num_sanity_val_steps = 0
+        if "rewards" not in vars(self):
+            self.rewards = RewardSource(
+                self.reward_source,
+                chat_template=settings.reward_chat_template,
+                batch_size=settings.generation_micro_batch_size,
+                trust_remote_code=settings.trust_remote_code,
+            )
+
+    def build_network(self) -> None:
+        super().build_network()
+        self.policy.temperature *= self.hparams.temperature
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._move_frozen()
+        log.info("reward: %s; reference: %s", self.rewards.name, self.reference.source)
+
+    def on_train_start(self) -> None:
+        trainer = self.trainer
+        anew = trainer.ckpt_path is None and trainer.global_step == 0 and not trainer.fast_dev_run
+        if self.hparams.validate_at_start and trainer.enable_validation and anew:
+            validate(trainer)
+
+    def on_validation_start(self) -> None:
+        self._move_frozen()
+        self.synchronize()
+
+    on_test_start = on_validation_start
+
+    def _move_frozen(self) -> None:
+        half = None
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # whose mixed precision holds the policy so, too
+            half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+        self.rewards.to(self.device, half)
+        self.reference.match(self.policy)
+
+    def synchronize(self) -> None:
+        """Let the engine have the weights as they are now; call before a rollout."""
+        if self.trainer.is_global_zero:
+            self.engine.synchronize(self.policy)
+        self.trainer.strategy.barrier()
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """What samples, scores and computes log-probs, by this module's models."""
+        return Rollouts(
+            self.policy,
+            self.trainer.datamodule.chat_format,
+            self.engine,
+            max_new_tokens=self.hparams.max_new_tokens,
+            micro_batch_size=self.hparams.generation_micro_batch_size,
+            scorer=self.rewards,
+            reference=self.reference,
+            value=self.value,
+            arithmetic=self._arithmetic,
+        )
+
+    def _arithmetic(self) -> AbstractContextManager:
+        """Of passes without gradients: in a rollout as in its updates, so that ratios begin at 1; else float32."""
+        if self.trainer.training:
+            return self.trainer.precision_plugin.forward_context()
+        return self.reference.float32(self.policy, self.rewards.model)
+
+    def rollout(self, batch: PromptBatch, role: Role, *seed: object, samples: int, values: bool) -> Experience:
+        """`samples` scored responses to each prompt, those to one prompt side by side.
+
+        The seed of a response comes from the parts of `seed`, the position of its prompt and its number.
+        """
+        rollouts, data = self.rollouts, self.trainer.datamodule
+        positions = [position for position in batch.index.tolist() for _ in range(samples)]
+        prompts = [ids for ids in batch.input_ids for _ in range(samples)]
+        seeds = [seed_of(data.seed, *seed, position, i % samples) for i, position in enumerate(positions)]
+        responses = rollouts.sample(prompts, seeds, temperature=self.hparams.temperature)
+        known = data.example_ids(role)
+        conversations = [data.messages(role, position) for position in positions]
+        scores = rollouts.score(responses, conversations, [known[position] for position in positions])
+        return Experience(responses, scores, rollouts.logprobs(responses, values=values))
+
+    def measure(self, batch: PromptBatch, stage: Role) -> Measured:
+        """Of one response to each prompt, sampled as in training, always with the same seeds."""
+        experience = self.rollout(batch, stage, "evaluation", samples=1, values=False)
+        values = experience.numbers()
+        # The same yardstick at every validation: without moving moments, and with the coefficient of the settings.
+        penalties = self.hparams.missing_eos_penalty * values["missing_eos"]
+        penalties += self.hparams.kl_coef * self.penalized_kl(experience)
+        return Measured(values | {"reward_with_kl": values["reward"] - penalties}, (experience.scores,))
+
+    def penalized_kl(self, experience: Experience) -> Tensor:
+        """The KL of each response that `kl_coef` weighs, [B]; the sum over its tokens when not overridden."""
+        return experience.tokens.kl("k1").sum(dim=1)
+
+
+def _evaluation_metrics() -> nn.ModuleDict:
+    names = ("reward", "reward_with_kl", "kl", "response_length", "missing_eos")
+    return nn.ModuleDict(means(*names) | {"replies": ResponseCount()})
