@@ -270,6 +270,7 @@ def begin(command: Command, directory: Path, arguments: Sequence[str], blow: Blo
 
 
 def prepared(command: str, prepare: Callable[[], None] | None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a run rightly leaves it so
     if command == "export":
         prove_in_a_fork()
     if prepare is not None:
@@ -355,7 +356,7 @@ def later(name: str, part: float, number: int = signal.SIGKILL, whom: Whom = eve
             with contextlib.suppress(ProcessLookupError):  # it has come to its end
                 os.kill(each, number)
 
-    sooner = functools.partial(later, name, part / 2, number, whom)
+    sooner = functools.partial(later, name, part / 2, number, whom) if part > 0.01 else None
     return Blow(meanwhile=strike, codes=frozenset({-number, 128 + number}), sooner=sooner)
 
 
