@@ -50,14 +50,14 @@ class PreferenceBatch(NamedTuple):
     """B preference pairs as 2B padded rows, chosen first: row i and row B + i are the two sides of pair i."""
 
     input_ids: Tensor
-    """[2B, T] int64: prompt, response, terminator, padding."""
+    """[2B, T] int64: prompt, response, EOS, padding."""
     attention_mask: Tensor
-    """[2B, T] bool, True on every token of the row, the terminator included."""
+    """[2B, T] bool, True on every token of the row, EOS included."""
     response_mask: Tensor
-    """[2B, T] bool, True on the response and its terminator."""
+    """[2B, T] bool, True on the response and its EOS."""
     margin: Tensor
     """[B] float32, how much better the chosen response is said to be; 0 where the data does not say."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
     """[B] int64, position of the pair in its data set."""
     weight: Tensor
     """[] float32: the batch's pairs over the average number of pairs in the batches of its optimizer step, so that
@@ -73,9 +73,9 @@ class PromptBatch(NamedTuple):
     """B prompts, each as long as it is: nothing is padded."""
 
     input_ids: list[Tensor]
-    """B tensors [T_i] int64: the prompt, up to where the assistant's reply begins. A list, because torch makes one of a
-    nested tuple when it pins memory."""
-    index: Tensor
+    """B tensors [T_i] int64: the prompt, up to where the assistant's response begins. A list, as torch makes one of
+    a nested tuple when it pins memory."""
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
     """[B] int64, position of the prompt in its data set."""
     weight: Tensor
     """[] float32: the batch's prompts over the average number of prompts in the batches of its step, over all

@@ -67,6 +67,8 @@ class _PairMetric(Metric):
 class PairCount(_PairMetric):
     """Number of pairs N, int64: the number beside which every other metric is reported."""
 
+    pairs: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
@@ -83,6 +85,7 @@ class ResponseCount(Metric):
     """Number of responses, int64, beside which their means are reported."""
 
     full_state_update = False
+    responses: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -103,6 +106,9 @@ class PairwiseAccuracy(_PairMetric):
     """
 
     higher_is_better = True
+    half_points: Tensor
+    pairs: Tensor
+    not_finite: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -219,6 +225,8 @@ class Perplexity(_PairMetric):
     """
 
     higher_is_better = False
+    nll: Tensor
+    tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -238,6 +246,8 @@ class TokensPerSecond(_PairMetric):
     """Tokens of all processes over the seconds that one of them took, float64. Takes `update(tokens [], seconds)`."""
 
     higher_is_better = True
+    tokens: Tensor
+    seconds: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -130,6 +130,7 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
 
     Returns the id that it pads with; None when the training had no tokenizer.
     """
+    from rlhf_lightning.data.chat_export import save_tokenizer
     from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
     from rlhf_lightning.data.chat_text import TRANSCRIPT
 
@@ -142,7 +143,7 @@ def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remo
         chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
         chat_template_kwargs=origin.get("chat_template_kwargs"),  # checkpoints of before have none
     )
-    chat_format.save_pretrained(directory)
+    save_tokenizer(chat_format, directory)
     end_at(directory, chat_format.terminator_id)
     return chat_format.pad_id
 

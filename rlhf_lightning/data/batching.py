@@ -6,25 +6,17 @@ mathematics, is that of the plain loop: fewer padding tokens for free.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, collate_rows
-from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts
 from rlhf_lightning.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-Stage = Literal["val", "test", "predict"]
-"""What evaluation data is for, as the trainer's limits name it."""
 
 
 class MicroBatch(NamedTuple):
@@ -61,15 +53,14 @@ class TrainingPlan:
         source: np.ndarray | None = None,
         weights: Sequence[float] = (1.0,),
         repeat: bool = False,
-        noun: str = "pairs",
     ) -> None:
         self.lengths = lengths
         source = np.zeros(len(lengths), dtype=np.int32) if source is None else source
         self.mixture = [(np.flatnonzero(source == number), weight) for number, weight in enumerate(weights)]
-        self.epoch_pairs = sum(round(len(indices) * weight) for indices, weight in self.mixture)
-        if self.epoch_pairs < world_size:
-            raise ConfigurationError(f"{self.epoch_pairs} training {noun} cannot be shared by {world_size} processes")
-        self.step_pairs = batch_size * accumulate * world_size
+        self.epoch_rows = sum(round(len(indices) * weight) for indices, weight in self.mixture)
+        if self.epoch_rows < world_size:
+            raise ConfigurationError(f"{self.epoch_rows} training rows cannot be shared by {world_size} processes")
+        self.step_rows = batch_size * accumulate * world_size
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.shuffle = shuffle
@@ -78,6 +69,17 @@ class TrainingPlan:
         self.repeat = repeat
         self.rank = rank
         self.world_size = world_size
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What a position in the plan counts in, under the names that the user gives it."""
+        layout = {
+            "processes": self.world_size,
+            "data.batch_size": self.batch_size,
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "rows in an epoch": self.epoch_rows,
+        }
+        return {name: int(number) for name, number in layout.items()}  # the parser's own ints are not plain data
 
     def __len__(self) -> int:
         """Number of batches that each process gets in an epoch."""
@@ -101,9 +103,9 @@ class TrainingPlan:
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Where the pairs of each optimizer step begin and end in the epoch's order."""
-        pairs = self.epoch_pairs
-        for start in range(0, pairs, self.step_pairs):
-            stop = start + self.step_pairs
+        pairs = self.epoch_rows
+        for start in range(0, pairs, self.step_rows):
+            stop = start + self.step_rows
             if pairs - stop < self.world_size:
                 yield start, pairs
                 return
@@ -129,6 +131,9 @@ class EvaluationPlan:
     to there hold pairs drawn at random, always the same for as many pairs, longest first; the rest comes after them.
     """
 
+    layout: ClassVar[dict[str, int]] = {}
+    """No position in it is restored."""
+
     def __init__(
         self,
         lengths: np.ndarray,
@@ -137,10 +142,9 @@ class EvaluationPlan:
         limit: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
-        noun: str = "pairs",
     ) -> None:
         if len(lengths) < world_size:
-            raise ConfigurationError(f"{len(lengths)} evaluation {noun} cannot be shared by {world_size} processes")
+            raise ConfigurationError(f"{len(lengths)} evaluation rows cannot be shared by {world_size} processes")
         self.lengths = lengths
         self.rank = rank
         self.world_size = world_size
@@ -170,16 +174,6 @@ class EvaluationPlan:
 def _batches_per_process(pairs: int, batch_size: int, world_size: int) -> int:
     """As many as needed for `batch_size` pairs in each, but never so many that one would be empty."""
     return min(-(-pairs // (batch_size * world_size)), pairs // world_size)
-
-
-class _Collated(Dataset):
-    """Maps a `MicroBatch` to its tensors, so that workers collate whole batches."""
-
-    def __init__(self, collate: Callable[[MicroBatch], NamedTuple]) -> None:
-        self.collate = collate
-
-    def __getitem__(self, micro_batch: MicroBatch) -> NamedTuple:
-        return self.collate(micro_batch)
 
 
 class BatchLoader:
@@ -235,13 +229,18 @@ class BatchLoader:
         """The position given to `load_state_dict`, while no pass has begun there."""
         return self.state_dict() if self._restored else None
 
-    def go_on_at(self, position: dict[str, int]) -> None:
+    def resume_at(self, position: dict[str, int]) -> None:
         """The same for a position that says what it counts in. Raises `ConfigurationError` when that is another.
 
         The beginning of a run is that of any other: Lightning's search for a batch size goes back to it.
         """
-        if position["epoch"] > 0 or position["batches"] > 0:
-            _check_layout(position, self.plan)
+        for name, now in self.plan.layout.items():
+            before = position.get(name, now)
+            if before != now and (position["epoch"] > 0 or position["batches"] > 0):
+                raise ConfigurationError(
+                    f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot go on where it "
+                    "was; give the same, or export the checkpoint and begin a new run with that as model.backbone"
+                )
         self.load_state_dict(position)
 
     def __len__(self) -> int:
@@ -252,10 +251,10 @@ class BatchLoader:
         begun = self._position["batches"] % len(self) if goes_on else 0
         self._restored = False
         self._position = {"epoch": self.current_epoch, "batches": begun}
-        loader = DataLoader(
-            _Collated(self.collate),
+        loader: DataLoader[NamedTuple] = DataLoader(
+            list(self.plan.epoch(self.current_epoch))[begun:],  # type: ignore[arg-type]  # a list will do
             batch_size=None,
-            sampler=list(self.plan.epoch(self.current_epoch))[begun:],
+            collate_fn=self.collate,  # type: ignore[arg-type]  # without a batch size, of one item
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_the_run,
@@ -270,97 +269,6 @@ def _leave_signals_to_the_run(_: int) -> None:
     """A signal to the whole group would end the processes that make batches before the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def run_seed(seed: int | None) -> int:
-    """The seed given, else that of the run (`seed_everything`), else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-
-
-def training_loader(
-    trainer: Trainer | None,
-    rows: TokenizedRows,
-    collate: Callable[[MicroBatch], NamedTuple],
-    *,
-    position: dict[str, int] | None,
-    num_workers: int,
-    **plan: object,
-) -> BatchLoader:
-    """Batches of a training plan for one process of a trainer, from a position of an earlier run where there is one.
-
-    `plan` goes to `TrainingPlan`; with the trainer's `overfit_batches` every epoch has the same batches. Raises
-    `ConfigurationError` when the trainer would change its accumulation.
-    """
-    if trainer and any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        raise ConfigurationError(
-            "GradientAccumulationScheduler: the batches of an optimizer step are planned for one accumulation "
-            "count; use trainer.accumulate_grad_batches"
-        )
-    accumulate = trainer.accumulate_grad_batches if trainer else 1
-    repeat = trainer is not None and trainer.overfit_batches > 0
-    training_plan = TrainingPlan(
-        rows.lengths, accumulate=accumulate, source=rows.source, repeat=repeat, **_process(trainer), **plan
-    )
-    loader = _loader(trainer, collate, training_plan, num_workers)
-    if position is not None:
-        loader.go_on_at(position)
-    return loader
-
-
-def evaluation_loader(
-    trainer: Trainer | None,
-    rows: TokenizedRows,
-    collate: Callable[[MicroBatch], NamedTuple],
-    *,
-    stage: Stage,
-    num_workers: int,
-    **plan: object,
-) -> BatchLoader:
-    """Batches of an evaluation plan for one process of a trainer, up to its limit for the stage a fair sample.
-
-    `plan` goes to `EvaluationPlan`.
-    """
-    limit = 1.0 if trainer is None else getattr(trainer, f"limit_{stage}_batches")
-    evaluation_plan = EvaluationPlan(rows.lengths, limit=limit, **_process(trainer), **plan)
-    return _loader(trainer, collate, evaluation_plan, num_workers)
-
-
-def layout_of(plan: TrainingPlan) -> dict[str, int]:
-    """What a position in a training plan counts in, under the names that the user gives it."""
-    layout = {
-        "processes": plan.world_size,
-        "data.batch_size": plan.batch_size,
-        "trainer.accumulate_grad_batches": plan.accumulate,
-        "rows in an epoch": plan.epoch_pairs,
-    }
-    return {name: int(number) for name, number in layout.items()}  # the parser's own kinds of int are not plain data
-
-
-def _check_layout(position: dict[str, int], plan: TrainingPlan) -> None:
-    """Raise `ConfigurationError` when a position was counted in batches of another size, number or make."""
-    for name, now in layout_of(plan).items():
-        if (before := position.get(name, now)) != now:
-            raise ConfigurationError(
-                f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot go on where it was; "
-                "give the same, or export the checkpoint and begin a new run with that as model.backbone"
-            )
-
-
-def _process(trainer: Trainer | None) -> dict[str, int]:
-    """Without a trainer, all is for one process."""
-    if trainer is None:
-        return {"rank": 0, "world_size": 1}
-    return {"rank": trainer.global_rank, "world_size": trainer.world_size}
-
-
-def _loader(
-    trainer: Trainer | None,
-    collate: Callable[[MicroBatch], NamedTuple],
-    plan: TrainingPlan | EvaluationPlan,
-    num_workers: int,
-) -> BatchLoader:
-    on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
-    return BatchLoader(collate, plan, num_workers=num_workers, pin_memory=on_gpu)
 
 
 def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int) -> PreferenceBatch:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import bisect
-import copy
 import functools
 import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, TRANSCRIPT_TEMPLATE, USER_PROBE, ChatText, no_end
+from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.files.leftovers import held_directory, temporary_directory
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-    TokenizerSource = str | PreTrainedTokenizerBase
+    TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
 else:
     TokenizerSource = str  # what a configuration can name
 
@@ -114,7 +112,7 @@ class EncodedResponses(NamedTuple):
 
     prompt: list[int]
     responses: list[list[int]]
-    """Each with the terminator."""
+    """Each with its EOS."""
 
 
 class _Border(NamedTuple):
@@ -132,20 +130,21 @@ class _Border(NamedTuple):
 class _Waiting(NamedTuple):
     """A response that is to be encoded."""
 
-    place: int
+    row: EncodedResponses
+    """Where its ids belong."""
     text: str
     """Of its prompt."""
     border: _Border
     turn: str
     """What follows, the end of the turn included."""
-    terminator: list[int]
-    """What no text holds."""
+    whole: bool
+    """Whether it has ended."""
 
 
 class ChatFormat(ChatText):
-    """How a tokenizer writes a conversation, as ids: a prompt, then a response, then one `terminator`.
+    """How a tokenizer writes a conversation, as ids: a prompt, then a response, then one EOS token.
 
-    The ids of a row are those of its whole text (see `ChatText`), up to the terminator, with exactly one start token
+    The ids of a row are those of its whole text (see `ChatText`), up to that EOS, with exactly one start token
     where the tokenizer has one. They are split where the generation prompt ends, so that those of the prompt are the
     same for each response, and are those that a policy is asked with. There are two exceptions. Where a token would
     reach over the end of the prompt, as `\\n\\n` does when a response begins with a line break, the prompt keeps its
@@ -153,10 +152,10 @@ class ChatFormat(ChatText):
     prompt could sample no others. And where the generation prompt writes a thought, opened or empty, with which one of
     the responses to a prompt does not begin, the prompt ends before it.
 
-    The terminator is the token that the template puts after an assistant's reply (Qwen: `<|im_end|>`, Llama 3:
-    `<|eot_id|>`), so that the last token of a training row is the one at which a sampled answer ends. Where it writes
-    none, and without a template, it is the tokenizer's EOS, or SEP for an encoder. Raises `ModelError` when there is
-    none, and what `ChatText` raises.
+    The EOS token (`terminator_id`) is the one that the template puts after an assistant's response (Qwen:
+    `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training row is the one at which a sampled
+    response ends. Where the template writes none, and without a template, it is the tokenizer's EOS, or SEP for an
+    encoder. Raises `ModelError` when there is none, and what `ChatText` raises.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class ChatFormat(ChatText):
         before, _, after = self.generation_text(PROBE).partition(USER_PROBE)
         self.head_ids = self.encode_prompts([before])[0]
         """The ids before the first message of a prompt. A cut from the left must not lose them."""
-        self.tail_length = len(self._ids([after])[0])
+        self.tail_length = len(self.token_ids([after])[0])
         """The number of ids after the last message of a prompt, which no cut must lose either."""
         self._prompt_border = self._border(self.prompt_text)
         self._generation_border = self._border(self.generation_text) if self.opening else self._prompt_border
@@ -182,20 +181,9 @@ class ChatFormat(ChatText):
         """Id to fill padding with. Nothing reads it: masks come from lengths."""
         return self.terminator_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
-    # ---- texts -> ids
-
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text from its beginning, with exactly one start token where the tokenizer has one."""
-        return [self._started(ids) for ids in self._ids(texts)]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text as they are after a prompt: of each `response_text`, without the terminator."""
-        border = self._prompt_border
-        encoded = self._ids([border.text + text for text in texts])
-        return [
-            ids[len(border.ids) :] if border.ids and _begins(ids, border.ids) else self._in_the_midst(text)
-            for ids, text in zip(encoded, texts, strict=True)
-        ]
+        return [self._started(ids) for ids in self.token_ids(texts)]
 
     def encode_turns(self, prompts: Sequence[tuple[Sequence[Message], str]]) -> list[EncodedPrompt]:
         """Ids of each prompt (its messages and its `generation_text`), and where in them each user's words begin.
@@ -204,25 +192,15 @@ class ChatFormat(ChatText):
         a later place, or within the last turn, so that no words come under the header of another role. Where a template
         writes the turns so that they cannot be told apart, there is one place, after the template's head.
         """
-        core = self._core()
-        several = [len(messages) > 1 and core is not None for messages, _ in prompts]
-        whole = iter(self.encode_prompts([text for (_, text), more in zip(prompts, several, strict=True) if not more]))
-        texts = [text for (_, text), more in zip(prompts, several, strict=True) if more]
-        encodings = iter(core.encode_batch(texts, add_special_tokens=False) if texts else ())
-        return [
-            self._divided(messages, text, next(encodings)) if more else self._undivided(messages, text, next(whole))
-            for (messages, text), more in zip(prompts, several, strict=True)
-        ]
-
-    def _divided(self, messages: Sequence[Message], text: str, encoding: Encoding) -> EncodedPrompt:
-        ids, places = self._started(encoding.ids), self._text_places(messages, text)
-        tokens = None if places is None else _tokens_at(places, [begin for begin, _ in encoding.offsets])
-        if tokens is None:
-            return self._undivided(messages, text, ids)
-        return EncodedPrompt(messages, text, ids, [token + len(ids) - len(encoding.ids) for token in tokens])
-
-    def _undivided(self, messages: Sequence[Message], text: str, ids: list[int]) -> EncodedPrompt:
-        return EncodedPrompt(messages, text, ids, [self._shared_head(ids)])
+        core, found = self._core(), []
+        several = [text for messages, text in prompts if core is not None and len(messages) > 1]
+        encodings = iter(core.encode_batch(several, add_special_tokens=False) if core is not None and several else ())
+        others = iter(self.token_ids([text for messages, text in prompts if core is None or len(messages) == 1]))
+        for messages, text in prompts:
+            encoding = next(encodings) if core is not None and len(messages) > 1 else None
+            ids = self._started(next(others) if encoding is None else encoding.ids)
+            found.append(EncodedPrompt(messages, text, ids, self._turns(messages, text, ids, encoding)))
+        return found
 
     def encode_responses(
         self,
@@ -234,7 +212,7 @@ class ChatFormat(ChatText):
     ) -> list[EncodedResponses | DataError]:
         """Ids of the responses to each prompt, or why the template does not take them (see `turn_text`).
 
-        Those to a prompt have no terminator where they have not `ended` (all have when not given). Without `refuse` a
+        Those to a prompt have no EOS where they have not `ended` (all have when not given). Without `refuse` a
         response that the template would change is written as it stands: what a policy wrote has to be scored.
         """
         found: list[EncodedResponses | DataError] = []
@@ -254,17 +232,15 @@ class ChatFormat(ChatText):
                 turns, text = [turn[len(opening) :] for turn in turns], prompt.text
             else:
                 (ids,), border = self.encode_prompts([text]), self._prompt_border
-            end = self.end or "" if whole else ""
-            terminator = [self.terminator_id] if whole and not self.end else []
-            waiting += [_Waiting(len(found), text, border, turn + end, terminator) for turn in turns]
-            found.append(EncodedResponses(ids, []))
+            row = EncodedResponses(ids, [])
+            found.append(row)
+            waiting += [_Waiting(row, text, border, turn + (self.end or "" if whole else ""), whole) for turn in turns]
         # From the last added token of a prompt on, ids do not depend on what is before it.
-        encoded = self._ids([one.border.text + one.turn for one in waiting])
-        for (place, text, border, turn, terminator), ids in zip(waiting, encoded, strict=True):
-            prompt = found[place].prompt
-            known = text.endswith(border.text) and border.ends(prompt) and _begins(ids, border.ids)
-            response = ids[len(border.ids) :] if known else self._after_prompt(text, prompt, turn)
-            found[place].responses.append([*response, *terminator])
+        encoded = self.token_ids([one.border.text + one.turn for one in waiting])
+        for (row, text, border, turn, whole), ids in zip(waiting, encoded, strict=True):
+            known = text.endswith(border.text) and border.ends(row.prompt) and _begins(ids, border.ids)
+            response = ids[len(border.ids) :] if known else self._after_prompt(text, row.prompt, turn)
+            row.responses.append([*response, self.terminator_id] if whole and not self.end else response)
         return found
 
     def _turn(self, messages: Sequence[Message], text: str, response: str, *, refuse: bool) -> str:
@@ -277,13 +253,13 @@ class ChatFormat(ChatText):
 
     def says_nothing(self, response: str, ids: Sequence[int]) -> bool:
         """Whether the tokenizer knows no part of a response, which has these ids."""
-        return len(ids) <= self._frame_length and not self._ids([response])[0]
+        return len(ids) <= self._frame_length and not self.token_ids([response])[0]
 
     @functools.cached_property
     def _frame_length(self) -> int:
         """Ids at most of a response without words."""
         frame = self.opening + self.response_lead + self.response_trail
-        return len(self._ids([frame])[0]) + 2
+        return len(self.token_ids([frame])[0]) + 2
 
     def _after_prompt(self, text: str, prompt: Sequence[int], turn: str) -> list[int]:
         """Ids of a turn after the text of a prompt, which has these ids."""
@@ -296,12 +272,12 @@ class ChatFormat(ChatText):
         A tokenizer of the SentencePiece kind puts a blank before a text that stands alone.
         """
         for neighbour in _NEIGHBOURS:
-            own, both = self._ids([neighbour, neighbour + text])
+            own, both = self.token_ids([neighbour, neighbour + text])
             if _begins(both, own):
                 return both[len(own) :]
-        return self._ids([text])[0]
+        return self.token_ids([text])[0]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text that stands alone, without any token that is not in the text."""
         core = self._core()
         if core is None:
@@ -324,14 +300,21 @@ class ChatFormat(ChatText):
     def _border(self, text_of: Callable[[Sequence[Message]], str]) -> _Border:
         text = text_of(PROBE).rpartition(USER_PROBE)[2]
         last = max((match.start() for match in self._added_pattern.finditer(text)), default=0)
-        return _Border(text[last:], self._ids([text[last:]])[0])
+        return _Border(text[last:], self.token_ids([text[last:]])[0])
 
-    def _shared_head(self, ids: Sequence[int]) -> int:
-        """Number of ids at a prompt's beginning that belong to the template, up to the words of the first message."""
+    def _turns(
+        self, messages: Sequence[Message], text: str, ids: Sequence[int], encoding: Encoding | None
+    ) -> list[int]:
+        """Where in the ids of a prompt each user's words begin; without that, where its first message does."""
+        if encoding is not None and (places := self._word_places(messages, text)) is not None:
+            begins = [begin for begin, _ in encoding.offsets]
+            added = len(ids) - len(begins)
+            if (tokens := _tokens_at(places, begins)) is not None:
+                return [token + added for token in tokens]
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.head_ids, ids, strict=False))
-        return sum(1 for _ in shared)
+        return [sum(1 for _ in shared)]
 
-    def _text_places(self, prompt: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+    def _word_places(self, prompt: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
         """Where in a prompt's text the words of each user's turn begin, with and without the blank before them."""
         place, before, places = 0, "", []
         for message in prompt:
@@ -352,19 +335,17 @@ class ChatFormat(ChatText):
     def unseen(self) -> list[str]:
         """Differences between texts that vanish in the token ids: of `line breaks` and blanks, of `capitals`."""
         probes = {"line breaks": ("a\nb", "a b"), "capitals": ("A", "a")}
-        encoded = {name: self._ids(both) for name, both in probes.items()}
+        encoded = {name: self.token_ids(both) for name, both in probes.items()}
         return [name for name, (first, second) in encoded.items() if first == second]
-
-    # ---- ids -> texts
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text of ids that follow others, with its leading blanks and with control tokens."""
         before = [int(index) for index in before[-_CONTEXT:]]
         ids = [int(index) for index in ids]
-        context = self.tokenizer.decode(before, clean_up_tokenization_spaces=False)
-        text = self.tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False)
+        context = self._decoded(before)
+        text = self._decoded([*before, *ids])
         if not text.startswith(context):
-            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            return self._decoded(ids)
         text = text[len(context) :]
         if self._blank_behind_tokens:
             tokens = self._splitting_tokens
@@ -372,6 +353,9 @@ class ChatFormat(ChatText):
             places = "|".join([*start, *map(re.escape, tokens)])
             text = re.sub(f"({places}){self._blank_behind_tokens}", r"\1", text)
         return text
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     @functools.cached_property
     def _splitting_tokens(self) -> dict[str, int]:
@@ -383,7 +367,7 @@ class ChatFormat(ChatText):
         """Pattern of what some tokenizers put behind every added token, and so before each text that follows one."""
         token = next(iter(self._splitting_tokens), "")
         texts = [f"{token}x", f"{token} x"]
-        first, second = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in self._ids(texts))
+        first, second = (self._decoded(ids) for ids in self.token_ids(texts))
         if not token or first != f"{token} x":
             return ""
         return " " if second == f"{token}  x" else " (?! )"  # before a text that begins with one too, or not there
@@ -417,8 +401,6 @@ class ChatFormat(ChatText):
         except DataError:
             return False
 
-    # ---- what is kept
-
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a conversation becomes."""
         core = self._core()
@@ -436,42 +418,9 @@ class ChatFormat(ChatText):
         digest.update(repr((*rules, *spelling, *frame, self.tokenizer.special_tokens_map)).encode())
         return digest.hexdigest()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer with the template that was used, so that the model is asked as it was trained.
-
-        `apply_chat_template` of what is written gives the ids of a prompt as they were trained on. Those of a whole
-        conversation end with what the template writes after the terminator.
-        """
-        tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.chat_template = self._exported_template()
-        tokenizer.save_pretrained(directory)
-        if getattr(tokenizer, "legacy", False):  # transformers 5.24 loses it, and with it blanks behind special tokens
-            file = Path(directory) / "tokenizer_config.json"
-            settings = json.loads(file.read_text(encoding="utf-8")) | {"legacy": True}
-            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _exported_template(self) -> str:
-        """The template, with what training added to its text written into it: arguments, start tokens, prompt tail."""
-        end, *start = self.tokenizer.convert_ids_to_tokens([self.terminator_id, *self.start_ids])
-        template = self.template or TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
-        # Each line ends with a block, after which Jinja, as transformers sets it up, leaves out the line end.
-        for name, value in self.chat_template_kwargs.items():
-            if name.isidentifier() and name in template:
-                template = f"{{% set {name} = {name} if {name} is defined else {value!r} %}}\n{template}"
-        prompt = self.generation_text(PROBE)
-        if self._ids([prompt])[0][: len(start)] != self.start_ids:
-            # After a token that is written out, some tokenizers leave out the blank that a text begins with.
-            starts = ["".join(start), "".join(start) + " "]
-            same = (text for text in starts if self._ids([text + prompt]) == self.encode_prompts([prompt]))
-            template = f"{{% if true %}}{{{{ {next(same, starts[0])!r} }}}}{{% endif %}}\n{template}"
-        if self.prompt_tail:
-            tail = f"{{{{ {self.prompt_tail!r} if add_generation_prompt else '' }}}}"
-            template = template.removesuffix("\n") + tail  # Jinja leaves the last line end out as well
-        return template
-
     def _find_start_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text: [BOS], [CLS] or nothing."""
-        plain = self._ids(["x"])[0]
+        plain = self.token_ids(["x"])[0]
         whole = self.tokenizer("x")["input_ids"]
         return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
@@ -479,7 +428,7 @@ class ChatFormat(ChatText):
         tokenizer = self.tokenizer
         if self.end is not None:
             terminator = self._added_tokens[self.end]
-            if self._ids([self._probe_text + self.response_text(REPLY_PROBE) + self.end])[0][-1] != terminator:
+            if self.token_ids([self._probe_text + self.response_text(REPLY_PROBE) + self.end])[0][-1] != terminator:
                 raise no_end(self.end)  # a token that is looked for in normalized text alone, with a blank before it
             return terminator
         terminator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id

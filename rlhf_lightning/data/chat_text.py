@@ -88,7 +88,13 @@ class ChatText:
         self._closing = ""
         self._keeps_thoughts = self._reads_thoughts = True
         if self.template is not None:
+            self._refuse_dates(self.template)
             self._measure()
+
+    @property
+    def knows_thoughts(self) -> bool:
+        """Whether thoughts in `<think>...</think>` have a place in the template."""
+        return self.template is not None and _END_THINK in self.template
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The conversation up to where the assistant's turn begins. Raises `DataError` as the template does."""
@@ -212,7 +218,6 @@ class ChatText:
     def _measure(self) -> None:
         """Find out what stands between prompt and response, and after it."""
         reply = {"role": "assistant", "content": REPLY_PROBE}
-        self._refuse_dates(PROBE)
         between = ""
         with contextlib.suppress(DataError):  # a template for single turns alone
             earlier = {"role": "assistant", "content": _EARLIER_PROBE}
@@ -256,15 +261,13 @@ class ChatText:
             )
         return alone, whole, begin
 
-    def _refuse_dates(self, messages: Sequence[Message]) -> None:
-        """Render under two clocks."""
-        first, second = (
-            self._render(messages, add_generation_prompt=True, template=_with_clock(self.template, clock))
-            for clock in _CLOCKS
-        )
+    def _refuse_dates(self, template: str) -> None:
+        """Raise `ModelError` where a prompt is another one under another clock."""
+        clocks = (_with_clock(template, clock) for clock in _CLOCKS)
+        first, second = (self._render(PROBE, add_generation_prompt=True, template=one) for one in clocks)
         if first != second:
             advice = "give a copy with a fixed date: chat_template: FILE.jinja"
-            if "date_string" in self.template:
+            if "date_string" in template:
                 advice = 'fix it with chat_template_kwargs: {date_string: "26 Jul 2024"}'
             raise ModelError(f"the chat template writes the current date, so a run differs from day to day; {advice}")
 

@@ -74,15 +74,27 @@ def is_conversation(value: Any) -> bool:
 
 def unused_keys(value: Any) -> Iterator[str]:
     """Keys of the turns of a conversation, beside role and content, that say something."""
-    for turn in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        if isinstance(turn, Mapping) and not turn.keys() <= _KNOWN_KEYS:
+    for turn in _mappings(value):
+        if not turn.keys() <= _KNOWN_KEYS:
             yield from (str(key) for key, said in turn.items() if key not in _KNOWN_KEYS and says_something(said))
 
 
 def has_reasoning(value: Any) -> bool:
     """Whether a turn of a conversation has its reasoning in a key of its own."""
-    turns = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    return any(isinstance(turn, Mapping) and says_something(_said(turn, *_REASONING)) for turn in turns)
+    return any(says_something(_said(turn, *_REASONING)) for turn in _mappings(value))
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings among the items of a list, or a mapping alone."""
+    return [turn for turn in (value if isinstance(value, list) else [value]) if isinstance(turn, Mapping)]
+
+
+def parsed_json(text: str) -> Any:
+    """What a text holds as JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -106,12 +118,8 @@ def _is_quoted_conversation(value: Any) -> bool:
         return False
     if _QUOTED_TURN.match(value.strip()):
         return any(all(key.search(value) for key in keys) for keys in _QUOTED_KEYS)
-    try:
-        turns = json.loads(value) if '"role"' in value else None
-    except (ValueError, RecursionError):
-        return False
-    listed = turns if isinstance(turns, list) else []
-    return any(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in listed)
+    turns = parsed_json(value) if '"role"' in value else None
+    return isinstance(turns, list) and any({"role", "content"} <= turn.keys() for turn in _mappings(turns))
 
 
 def check_prompt(prompt: Sequence[Message]) -> None:
@@ -139,7 +147,7 @@ def prompt_messages(prompt: Any) -> list[Message]:
         return messages_of("prompt", prompt)
     if not HH_TURN.match(prompt):
         return [{"role": "user", "content": prompt}]
-    messages = transcript("prompt", prompt)
+    messages = transcript(prompt)
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages.pop()  # the open turn that the responses fill
     return messages
@@ -161,12 +169,18 @@ def reply(name: str, response: Any, prompt: Sequence[Message], *, own_prompt: Se
     """
     if isinstance(response, str) and not response.startswith("\n\nHuman:"):
         return response
-    messages = transcript(name, response) if isinstance(response, str) else messages_of(name, response, replies=True)
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+    messages = _answered(name, response)
     if messages[:-1] and not (_same_turns(messages[:-1], prompt) or _same_turns(messages[:-1], own_prompt)):
         raise BadRow("prompts_differ", f"{name} repeats another prompt than the row's")
     return messages[-1]["content"]
+
+
+def _answered(name: str, value: Any) -> list[Message]:
+    """The turns of a transcript or of messages that end with a response."""
+    messages = transcript(value) if isinstance(value, str) else messages_of(name, value, replies=True)
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
+    return messages
 
 
 def _same_turns(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
@@ -178,37 +192,30 @@ def _same_turns(turns: Sequence[Message], prompt: Sequence[Message]) -> bool:
 def implicit_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], str, str]:
     """The prompt that two responses share, and what each says after it; what they say is not judged."""
     check_values({"chosen": chosen, "rejected": rejected})
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
-            return _common_beginning(chosen, rejected)
-        conversations = transcript("chosen", chosen), transcript("rejected", rejected)
-    elif isinstance(chosen, str) or isinstance(rejected, str):
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type", "chosen and rejected are not of one kind: a string and a conversation")
-    else:
-        conversations = messages_of("chosen", chosen, replies=True), messages_of("rejected", rejected, replies=True)
-    for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
-        if messages[-1]["role"] != "assistant":
-            raise BadRow("bad_messages", f"{name} does not end with an assistant's reply")
-    prompt, other = (messages[:-1] for messages in conversations)
+    if isinstance(chosen, str) and not (HH_TURN.match(chosen) and HH_TURN.match(rejected)):
+        return _common_beginning(chosen, rejected)
+    *prompt, response = _answered("chosen", chosen)
+    *other, other_response = _answered("rejected", rejected)
     if prompt != other:
         raise BadRow("prompts_differ", "chosen and rejected differ before the last assistant's reply")
-    return prompt, conversations[0][-1]["content"], conversations[1][-1]["content"]
+    return prompt, response["content"], other_response["content"]
 
 
 def _common_beginning(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
     """Split two strings after the whole words that they share at their beginning."""
     if chosen == rejected:
         raise BadRow("identical_pair", BAD_ROW_REASONS["identical_pair"])
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
+    differ = (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    shared = next(differ, min(len(chosen), len(rejected)))
     while shared and not chosen[shared - 1].isspace():
         shared -= 1
     prompt = chosen[:shared].strip()
     return [{"role": "user", "content": prompt}], chosen[shared:].strip(), rejected[shared:].strip()
 
 
-def transcript(name: str, text: str) -> list[Message]:
+def transcript(text: str) -> list[Message]:
     """Turns of an hh-rlhf transcript, each stripped of outer blanks."""
     parts = HH_TURN.split(text)
     assert not parts[0], "callers check that the text begins with a turn"
@@ -291,12 +298,9 @@ def with_context(prompt: Sequence[Message], *, system: Any, history: Any) -> lis
 
 def _earlier_turns(history: Any) -> list[Message]:
     if isinstance(history, str) and HH_TURN.match(history):
-        return transcript("history", history)
+        return transcript(history)
     if isinstance(history, str):
-        try:
-            history = json.loads(history)
-        except (ValueError, RecursionError):
-            history = None
+        history = parsed_json(history)
     if not isinstance(history, list):
         raise BadRow(
             "bad_messages",
@@ -305,9 +309,14 @@ def _earlier_turns(history: Any) -> list[Message]:
         )
     if is_conversation(history):
         return messages_of("history", history)
-    turns = []
+    turns: list[Message] = []
     for pair in history:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow("bad_messages", f"history holds {reprlib.repr(pair)}, which is no [user, assistant] of texts")
-        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+        turns += exchange(*pair)
     return turns
+
+
+def exchange(question: str, answer: str) -> list[dict[str, str]]:
+    """The turns of a question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

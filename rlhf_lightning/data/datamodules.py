@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.batching import (
     BatchLoader,
+    EvaluationPlan,
     MicroBatch,
-    Stage,
+    TrainingPlan,
     collate_pairs,
     collate_prompts,
-    evaluation_loader,
-    layout_of,
-    run_seed,
-    training_loader,
 )
 from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_chat_format
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
-from rlhf_lightning.data.roles import Part, Role, part_masks, role_sources, roles_of, sources_by_role
-from rlhf_lightning.data.selection import (
-    PromptTruncation,
-    TokenizedPairs,
-    TokenizedPrompts,
-    TokenizedRows,
-    Truncation,
-    select_pairs,
-    select_prompts,
-)
-from rlhf_lightning.data.sources import Source, Split, WeightedSource
+from rlhf_lightning.data.roles import Role, RoleSources, part_masks, role_sources, roles_of, sources_by_role
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows, Truncation
+from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.statistics import (
     contradictions,
     counts_in_words,
@@ -44,29 +35,36 @@ from rlhf_lightning.data.statistics import (
     longer_chosen,
     shared_prompts,
 )
-from rlhf_lightning.data.tokenized import TokenStore, tokenize_source
+from rlhf_lightning.data.tokenized import tokenize_source
+from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
+Rows = TypeVar("Rows", bound=TokenizedRows)
 
 
-class DataModule(LightningDataModule):
+class DataModule(LightningDataModule, Generic[Rows]):
     """What the data modules of pairs and of prompts share: sources by role, a chat format, tokenized rows, loaders.
 
-    A child gives `noun`, `limit_key`, `_select` and `_collate`.
+    In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`
+    a tokenizer; without one, it is that of the model which the Trainer runs. A child gives `rows_class`, `_select`,
+    `_collate` and `_statistics`.
 
     Args:
-        train: Where the training rows come from.
-        val: Where the validation rows come from.
-        test: Where the rows of `test` and `predict` come from.
+        train: File (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), directory, hub data set (`owner/name` or
+            `owner/name:split`), or `builtin:courtesy`; or a list of them, where `{source: FILE, weight: 0.5}` takes
+            half of a source's rows in each epoch, and `weight: 2` each twice.
+        val: Held-out rows, a source like `train`. Without it: the directory's own val file, or a part of `train`
+            held out by a hash of the prompt, the same part for pairs and for prompts.
+        test: Rows for `test` and `predict`. Without it: the directory's own test file, or the validation rows.
         tokenizer: Hub name or directory. The command line fills in the model's backbone.
-        batch_size: Rows of one batch on one device.
+        batch_size: Rows in one batch on one device; a pair is one row, and two in the forward pass.
         eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
         columns: Our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
             when not given (`transcript` where it has none).
         chat_template_kwargs: Handed to the template: `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.
-        val_fraction: Share of prompts held out when no validation data is given.
+        val_fraction: Share of the prompts held out when no validation data is given.
         shuffle: A new order each epoch, from the seed and the epoch; false keeps the file's order.
         seed: Of the order and of a random selection of rows; the run's `seed_everything` when not given, else 0.
         num_workers: Processes that make batches; 0 makes them in the training process.
@@ -74,10 +72,7 @@ class DataModule(LightningDataModule):
         trust_remote_code: Run code that comes with the tokenizer.
     """
 
-    noun: ClassVar[str]
-    """What a row is: `pair` or `prompt`."""
-    limit_key: ClassVar[str]
-    """The setting that prompts are truncated to."""
+    rows_class: type[Rows]
 
     def __init__(
         self,
@@ -99,7 +94,7 @@ class DataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self.sources = sources_by_role(train, val, test, noun=self.noun)
+        self.sources = sources_by_role(train, val, test)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -110,11 +105,11 @@ class DataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.shuffle = shuffle
         self.group_by_length = False
-        self.seed = run_seed(seed)
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.num_workers = num_workers
         self.cache_dir = cache_dir
         self.trust_remote_code = trust_remote_code
-        self.rows: dict[Role, TokenizedRows] = {}
+        self.rows: dict[Role, Rows] = {}
         """Tokenized rows by role, once `setup` has run."""
         self.reports: dict[Role, LoadReport] = {}
         """What became of the rows of each role's sources."""
@@ -143,50 +138,58 @@ class DataModule(LightningDataModule):
 
     def read(self, roles: Sequence[Role]) -> list[Role]:
         """Read and tokenize some roles, whatever the stage, and say which of them were not there yet."""
-        if self.chat_format is None:
-            self.chat_format = load_chat_format(
-                self.tokenizer,
-                chat_template=self.chat_template,
-                chat_template_kwargs=self.chat_template_kwargs,
-                trust_remote_code=self.trust_remote_code,
-            )
+        self._format()
         new = [role for role in roles if role not in self.rows]
         for role in new:
             rows, report = self.rows[role], self.reports[role] = self._select(role)
-            weights = [source.weight for source in self.sources["train"]] if role == "train" else None
-            words = {"noun": f"{self.noun}s", "limit": self.limit_key}
-            log.info(counts_in_words(role, rows, report, weights=weights, **words))
+            weights = self._weights() if role == "train" else None
+            log.info(counts_in_words(role, rows, report, weights=weights))
         return new
 
-    def role_sources(self, role: Role) -> tuple[Sequence[WeightedSource], Split, Part | None]:
+    def role_sources(self, role: Role) -> RoleSources:
         """Sources of a role, the split to read of them, and the part of it where they are divided by prompt."""
         return role_sources(self.sources, role)
 
     def train_dataloader(self) -> BatchLoader:
-        """Batches of the training rows, weighted so that each row of an optimizer step counts the same."""
-        self._train_loader = training_loader(
-            self.trainer,
-            self.rows["train"],
-            self._collate("train"),
-            position=self._resume_position if self._train_loader is None else self._train_loader.restored_position,
-            num_workers=self.num_workers,
+        """Batches of the training rows, weighted so that each row of an optimizer step counts the same.
+
+        With the trainer's `overfit_batches` every epoch has the same ones. Raises `ConfigurationError` when the trainer
+        would change its accumulation.
+        """
+        trainer, rows = self.trainer, self.rows["train"]
+        if trainer and any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise ConfigurationError(
+                "GradientAccumulationScheduler: the batches of an optimizer step are planned for one accumulation "
+                "count; use trainer.accumulate_grad_batches"
+            )
+        rank, world_size = self._process()
+        plan = TrainingPlan(
+            rows.lengths,
             batch_size=self.batch_size,
+            accumulate=trainer.accumulate_grad_batches if trainer else 1,
             shuffle=self.shuffle,
             group_by_length=self.group_by_length,
             seed=self.seed,
-            weights=[source.weight for source in self.sources["train"]],
-            noun=f"{self.noun}s",
+            source=rows.source,
+            weights=self._weights(),
+            repeat=trainer is not None and trainer.overfit_batches > 0,
+            rank=rank,
+            world_size=world_size,
         )
+        earlier, self._train_loader = self._train_loader, self._loader("train", plan)
+        position = self._resume_position if earlier is None else earlier.restored_position
+        if position is not None:
+            self._train_loader.resume_at(position)
         return self._train_loader
 
     def val_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("val", "val")
+        return self._evaluation_loader("val", "limit_val_batches")
 
     def test_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test", "test")
+        return self._evaluation_loader("test", "limit_test_batches")
 
     def predict_dataloader(self) -> BatchLoader:
-        return self._evaluation_loader("test", "predict")
+        return self._evaluation_loader("test", "limit_predict_batches")
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """The position in the training data, for the checkpoint.
@@ -194,35 +197,63 @@ class DataModule(LightningDataModule):
         Lightning would restore the loader's state by itself, but not once a schedule has asked for the number of steps.
         """
         loader = self._train_loader
-        return {} if loader is None else {"train_loader": loader.state_dict() | layout_of(loader.plan)}
+        return {} if loader is None else {"train_loader": loader.state_dict() | loader.plan.layout}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
         self._resume_position = state_dict.get("train_loader")
         if self._train_loader is not None and self._resume_position is not None:
-            self._train_loader.go_on_at(self._resume_position)  # some strategies load checkpoints after the data
+            self._train_loader.resume_at(self._resume_position)  # some strategies load checkpoints after the data
 
-    def _evaluation_loader(self, role: Role, stage: Stage) -> BatchLoader:
-        return evaluation_loader(
-            self.trainer,
-            self.rows[role],
-            self._collate(role),
-            stage=stage,
-            num_workers=self.num_workers,
-            batch_size=self.eval_batch_size,
-            noun=f"{self.noun}s",
-        )
+    def _format(self) -> ChatFormat:
+        """How conversations become token ids; read from the tokenizer when it is first asked for."""
+        if self.chat_format is None:
+            self.chat_format = load_chat_format(
+                self.tokenizer,
+                chat_template=self.chat_template,
+                chat_template_kwargs=self.chat_template_kwargs,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return self.chat_format
 
-    def _stores(self, role: Role) -> tuple[list[TokenStore], list[np.ndarray], Part | None]:
-        """The tokenized sources of a role, which of their rows belong to it, and the part that these are."""
+    def _weights(self) -> list[float]:
+        return [source.weight for source in self.sources["train"]]
+
+    def _process(self) -> tuple[int, int]:
+        """Which process of how many this is; without a trainer, all is for one."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _evaluation_loader(self, role: Role, limit: str) -> BatchLoader:
+        """All rows of a role once; those up to the trainer's `limit` are a fair sample."""
+        share = getattr(self.trainer, limit) if self.trainer else 1.0
+        (rank, world_size), lengths = self._process(), self.rows[role].lengths
+        plan = EvaluationPlan(lengths, batch_size=self.eval_batch_size, limit=share, rank=rank, world_size=world_size)
+        return self._loader(role, plan)
+
+    def _loader(self, role: Role, plan: TrainingPlan | EvaluationPlan) -> BatchLoader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return BatchLoader(self._collate(role), plan, num_workers=self.num_workers, pin_memory=on_gpu)
+
+    def _fitting(self, role: Role, *, max_length: int, truncation: Truncation) -> tuple[Rows, LoadReport]:
+        """The rows of a role that fit: from its own sources, or divided off the training sources by prompt."""
         sources, split, part = self.role_sources(role)
-        options = {"columns": self.columns, "split": split, "cache_dir": self.cache_dir, "kind": f"{self.noun}s"}
-        stores = [tokenize_source(source, self.chat_format, **options) for source in sources]
+        stores = [
+            tokenize_source(
+                source,
+                self._format(),
+                kind=self.rows_class.kind,
+                columns=self.columns,
+                split=split,
+                cache_dir=self.cache_dir,
+            )
+            for source in sources
+        ]
         for store in stores:
             store.report.enforce(self.on_bad_rows)
-        return stores, part_masks(stores, part, val_fraction=self.val_fraction, noun=self.noun), part
+        masks = part_masks(stores, part, val_fraction=self.val_fraction, kind=self.rows_class.kind)
+        return self.rows_class.fitting(stores, masks, max_length=max_length, truncation=truncation, part=part)
 
-    def _select(self, role: Role) -> tuple[TokenizedRows, LoadReport]:
-        """The rows of a role: from its own sources, or divided off the training sources by prompt."""
+    def _select(self, role: Role) -> tuple[Rows, LoadReport]:
+        """The rows that a role takes, and what became of the others."""
         raise NotImplementedError
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:
@@ -232,7 +263,7 @@ class DataModule(LightningDataModule):
     def _log_statistics(self) -> None:
         """What may spoil the numbers of a run, in one line."""
         shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
-        leak = leak_in_words(shared, self.rows["val"], noun=f"{self.noun}s")
+        leak = leak_in_words(shared, self.rows["val"])
         log.log(logging.WARNING if shared else logging.INFO, "%s", self._statistics(leak))
 
     def _statistics(self, leak: str) -> str:
@@ -246,44 +277,29 @@ def _backbone_of(data: DataModule) -> str | None:
     return backbone if isinstance(backbone, str) else None
 
 
-class PreferenceDataModule(DataModule):
+class PreferenceDataModule(DataModule[TokenizedPairs]):
     """Preference pairs as right-padded `PreferenceBatch`es, chosen and rejected in one forward.
 
-    In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`
-    a tokenizer; without one, it is that of the model which the Trainer runs.
-
     Args:
-        train: File (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), directory, hub data set (`owner/name` or
-            `owner/name:split`), or `builtin:courtesy`; or a list of them, where `{source: FILE, weight: 0.5}` takes
-            half of a source's pairs in each epoch, and `weight: 2` each twice.
-        val: Held-out pairs, a source like `train`. Without it: the directory's own val file, or a part of `train`
-            divided off by prompt.
-        test: Pairs for `test` and `predict`. Without it: the directory's own test file, or the validation pairs.
-        tokenizer: Hub name or directory. The command line fills in the model's backbone.
-        max_length: Longest row in tokens: prompt, response and terminator.
-        batch_size: Pairs in one forward pass on one device; two rows each.
+        max_length: Longest row in tokens: prompt, response and EOS.
         truncation: For pairs over max_length. `left` truncates the prompt from the left and drops what still does
             not fit; `drop` drops the pair; `error` refuses the source.
         max_train_pairs: Train on so many pairs, chosen at random by the seed; all when not given.
         group_by_length: Put pairs of like length into one forward pass, within an optimizer step. Changes no result.
     """
 
-    noun, limit_key = "pair", "max_length"
+    rows_class = TokenizedPairs
 
     def __init__(
         self,
         train: Source,
-        val: Source | None = None,
-        test: Source | None = None,
-        tokenizer: TokenizerSource | None = None,
         max_length: PositiveInt = 1024,
-        batch_size: PositiveInt = 8,
         truncation: Truncation = "left",
         max_train_pairs: PositiveInt | None = None,
         group_by_length: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(train, val, test, tokenizer, batch_size=batch_size, **kwargs)
+        super().__init__(train, **kwargs)
         self.max_length = max_length
         self.truncation = truncation
         self.max_train_pairs = max_train_pairs
@@ -307,12 +323,11 @@ class PreferenceDataModule(DataModule):
         return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
 
     def _select(self, role: Role) -> tuple[TokenizedPairs, LoadReport]:
-        stores, masks, part = self._stores(role)
-        pairs, report = select_pairs(stores, masks, max_length=self.max_length, truncation=self.truncation, part=part)
+        pairs, report = self._fitting(role, max_length=self.max_length, truncation=self.truncation)
         return pairs.sample(self.max_train_pairs if role == "train" else None, seed=self.seed), report
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], PreferenceBatch]:
-        return functools.partial(collate_pairs, pairs=self.rows[role], pad_id=self.chat_format.pad_id)
+        return functools.partial(collate_pairs, pairs=self.rows[role], pad_id=self._format().pad_id)
 
     def _statistics(self, leak: str) -> str:
         train, val = self.rows["train"], self.rows["val"]
@@ -323,21 +338,11 @@ class PreferenceDataModule(DataModule):
         )
 
 
-class PromptDataModule(DataModule):
+class PromptDataModule(DataModule[TokenizedPrompts]):
     """Prompts as `PromptBatch`es of ragged ids; preference data serves as well, by its prompts.
 
-    In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`
-    a tokenizer; without one, it is that of the model which the Trainer runs.
-
     Args:
-        train: File (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), directory, hub data set (`owner/name` or
-            `owner/name:split`), or `builtin:courtesy`; or a list of them, where `{source: FILE, weight: 0.5}` takes
-            half of a source's prompts in each epoch, and `weight: 2` each twice.
-        val: Held-out prompts, a source like `train`. Without it: the directory's own val file, or a part of `train`
-            divided off by prompt, the same part that is held out for a reward model.
-        test: Prompts for `test` and `predict`. Without it: the directory's own test file, or the validation prompts.
-        tokenizer: Hub name or directory. The command line fills in the model's backbone.
-        max_prompt_length: Longest prompt in tokens, up to where the assistant's reply begins.
+        max_prompt_length: Longest prompt in tokens, up to where the assistant's response begins.
         truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `left` truncates them
             from the left, after the template's head, for policy and reward model alike; `error` refuses the source.
         unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
@@ -345,23 +350,20 @@ class PromptDataModule(DataModule):
         max_train_prompts: Train on so many prompts, chosen at random by the seed; all when not given.
     """
 
-    noun, limit_key = "prompt", "max_prompt_length"
+    rows_class = TokenizedPrompts
 
     def __init__(
         self,
         train: Source,
-        val: Source | None = None,
-        test: Source | None = None,
-        tokenizer: TokenizerSource | None = None,
         max_prompt_length: PositiveInt = 512,
-        truncation: PromptTruncation = "drop",
+        truncation: Truncation = "drop",
         unique: bool = True,
         max_train_prompts: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
         # Nothing is grouped by length: nothing is padded, and a process with all the long prompts would see other
         # rewards than the rest.
-        super().__init__(train, val, test, tokenizer, **kwargs)
+        super().__init__(train, **kwargs)
         self.max_prompt_length = max_prompt_length
         self.truncation = truncation
         self.unique = unique
@@ -378,16 +380,16 @@ class PromptDataModule(DataModule):
         A reward model with another tokenizer renders it, and the response after it, in its own way: it reads what the
         policy read.
         """
-        return self.rows[role].messages_as_cut(index, self.chat_format)
+        return self.rows[role].messages_as_cut(index, self._format())
 
     def example_ids(self, role: Role) -> list[str]:
         """The id of each prompt of a role: the row's own, or `file:row`."""
         return self.rows[role].example_ids
 
     def _select(self, role: Role) -> tuple[TokenizedPrompts, LoadReport]:
-        stores, masks, part = self._stores(role)
-        options = {"max_length": self.max_prompt_length, "truncation": self.truncation, "unique": self.unique}
-        prompts, report = select_prompts(stores, masks, **options, part=part)
+        prompts, report = self._fitting(role, max_length=self.max_prompt_length, truncation=self.truncation)
+        if self.unique:
+            prompts, report.rows_repeated = prompts.once()
         return prompts.sample(self.max_train_prompts if role == "train" else None, seed=self.seed), report
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:

@@ -18,7 +18,7 @@ from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.selection import TokenizedPairs, fit_pairs
+from rlhf_lightning.data.selection import TokenizedPairs, fit_rows
 from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
 
@@ -141,6 +141,7 @@ class Words:
     """Stands in for a `ChatFormat` where no tokenizer is named: a token is a word, and there is no template."""
 
     terminator_id = pad_id = tail_length = 0
+    knows_thoughts = True
 
     def generation_text(self, messages: Sequence[Message]) -> str:
         return "\n\n".join(message["content"] for message in messages)
@@ -259,7 +260,7 @@ def _fitted(pairs: TokenizedPairs, max_length: int, truncation: str) -> tuple[To
     kept, cut = np.empty(len(pairs), dtype=bool), np.empty(len(pairs), dtype=bool)
     for number, store in enumerate(pairs.stores):
         own = pairs.source == number
-        fit = fit_pairs(store, max_length=max_length, truncation=truncation)
+        fit = fit_rows(store, max_length=max_length, truncation=truncation)
         kept[own], cut[own] = fit.kept[pairs.rows[own]], fit.cut[pairs.rows[own]]
     rows = [pairs.rows[kept & (pairs.source == number)] for number in range(len(pairs.stores))]
     return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)

@@ -29,7 +29,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "no_place": "the row holds tools, calls, template arguments or reasoning that a pair or template has no place for",
     "special_tokens": "a text contains a control token, such as the end-of-sequence token or a mark of the template",
     "template_refused": "the chat template does not take the conversation, or changes the words of a response",
-    "too_long": "prompt head, response and terminator do not fit into max_length, or a prompt into max_prompt_length",
+    "too_long": "prompt head, response and EOS do not fit into max_length, or a prompt into max_prompt_length",
 }
 """Every reason for which a row is refused, with the sentence that explains it."""
 
@@ -48,11 +48,11 @@ class PreferenceExample:
     example_id: str
     """The row's own `id`, or `file:row`."""
     origin: str
-    """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
+    """Where the row is, for messages: `file, row 17` (rows counted from 0)."""
     source: str | None = None
     """What the data calls the place that the pair was taken from; accuracy is told apart by it."""
     has_reasoning: bool = False
-    """Whether a response begins with `<think>...</think>` that stood in `reasoning_content`."""
+    """Whether a response begins with `<think>...</think>` taken from `reasoning_content`."""
 
     @property
     def texts(self) -> list[str]:
@@ -69,7 +69,7 @@ class PromptExample:
     example_id: str
     """The row's own `id`, or `file:row`."""
     origin: str
-    """Where the row stands, for messages: `file, row 17` (rows counted from 0)."""
+    """Where the row is, for messages: `file, row 17` (rows counted from 0)."""
 
     @property
     def texts(self) -> list[str]:
@@ -100,7 +100,7 @@ class LoadReport:
     rows_cut: list[str] = field(default_factory=list)
     """Origin of each row whose prompt was cut from the left to fit max_length or max_prompt_length."""
     rows_repeated: list[str] = field(default_factory=list)
-    """Origin of each row that was left out because its prompt stood before, where prompts are taken once."""
+    """Origin of each row that was left out as a duplicate, where each prompt is taken once."""
     label: str | None = None
     """Column that says which of two responses is better, where the rows are laid out so."""
     columns_unused: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ class LoadReport:
             counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(self.bad_rows.items()))
             text += f", {self.rows_dropped} dropped ({counts})"
         if self.rows_repeated:
-            text += f", {len(self.rows_repeated)} left out whose prompt stood before"
+            text += f", {len(self.rows_repeated)} duplicate prompts left out"
         if self.columns_unused:
             text += f"; not used: {', '.join(self.columns_unused)}"
         return " ".join(text.split())
@@ -147,7 +147,7 @@ class LoadReport:
         raise DataError(
             f"{self.source}: {refused} of {self.rows_read} rows cannot be used: {first}"
             + (f"; and {more} more" if more > 0 else "")
-            + ". Mend them, or leave them out with on_bad_rows: drop"
+            + ". Correct them, or leave them out with on_bad_rows: drop"
         )
 
     @classmethod

@@ -23,8 +23,8 @@ _PARQUET_ROWS = 1024
 """Rows of a parquet file that are Python objects at a time."""
 _JSON_CHARACTERS = 1 << 20
 """Characters of a .json file that are read at a time."""
-_JSON_BLANKS = re.compile(r"[ \t\n\r]*")
-_LIST_BEGIN, _ITEM_END = re.compile(r"[ \t\n\r]*\["), re.compile(r"[ \t\n\r]*([,\]])")
+_BLANKS = " \t\n\r"
+_LIST_BEGIN, _ITEM_END = re.compile(rf"[{_BLANKS}]*\["), re.compile(rf"[{_BLANKS}]*([,\]])[{_BLANKS}]*")
 _SIGNATURES = {
     b"PAR1": ("a parquet file", (".parquet",)),
     b"\x1f\x8b": ("gzip data", (".jsonl.gz",)),
@@ -61,20 +61,10 @@ def file_row_count(file: Path) -> int | None:
 
 def file_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The values of each row of a file, in order. Raises `DataError` for a file that cannot be parsed."""
-    suffix = suffix_of(path)
-    readers = {
-        ".jsonl": _jsonl_values,
-        ".jsonl.gz": _jsonl_values,
-        ".json": _json_values,
-        ".csv": _csv_values,
-        ".tsv": _csv_values,
-        ".parquet": _parquet_values,
-    }
+    suffix = suffix_of(path) or ""
     try:
         _check_kind(path, suffix)
-        yield from readers[suffix](path)
-    except DataError:
-        raise
+        yield from _READERS[suffix](path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {_not_utf8(error)}") from error
     except gzip.BadGzipFile as error:
@@ -131,9 +121,9 @@ def _list_items(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(_JSON_CHARACTERS)
         begin = _LIST_BEGIN.match(text)
-        place = begin.end() if begin else 0
+        text = text[begin.end() :].lstrip(_BLANKS) if begin else text
+        place = 0
         while begin:
-            place = _JSON_BLANKS.match(text, place).end()
             try:
                 item, end = _DECODER.raw_decode(text, place)
                 delimiter = _ITEM_END.match(text, end)
@@ -143,11 +133,11 @@ def _list_items(path: Path) -> Iterator[Any]:
                 yield item
                 count, place = count + 1, delimiter.end()
                 if delimiter[1] == "]":
-                    if (text[place:] + file.read()).strip(" \t\n\r"):
+                    if text[place:] + file.read().strip(_BLANKS):
                         break
                     return
             elif more := file.read(max(_JSON_CHARACTERS, len(text) - place)):  # the item may go on there
-                text, place = text[place:] + more, 0
+                text, place = (text[place:] + more).lstrip(_BLANKS), 0
             else:
                 break
     rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
@@ -217,14 +207,14 @@ def _json_decoder(field: pyarrow.Field, origin: str) -> Callable[[Any], Any] | N
     if name == "arrow.json":
         return lambda value: None if value is None else _parse_json(value, f"{origin}, column {field.name}")
     if pyarrow.types.is_struct(kind):
-        inner = {part.name: d for part in kind if (d := _json_decoder(part, origin)) is not None}
-        decoded = lambda value: value | {name: decode(value[name]) for name, decode in inner.items()}  # noqa: E731
+        inner = {part.name: decode for part in kind if (decode := _json_decoder(part, origin)) is not None}
+        if inner:
+            return lambda value: value and value | {name: decode(value[name]) for name, decode in inner.items()}
     elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
-        inner = _json_decoder(kind.value_field, origin)
-        decoded = lambda value: [inner(one) for one in value]  # noqa: E731
-    else:
-        return None
-    return (lambda value: None if value is None else decoded(value)) if inner else None
+        item = _json_decoder(kind.value_field, origin)
+        if item is not None:
+            return lambda value: value and [item(one) for one in value]
+    return None
 
 
 class _TwiceError(ValueError):
@@ -261,6 +251,16 @@ def _as_object(value: Any, origin: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".jsonl": _jsonl_values,
+    ".jsonl.gz": _jsonl_values,
+    ".json": _json_values,
+    ".csv": _csv_values,
+    ".tsv": _csv_values,
+    ".parquet": _parquet_values,
+}
 
 
 def unreadable(path: Path, error: Exception) -> str:

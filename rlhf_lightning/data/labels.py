@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from rlhf_lightning.data.conversations import BadRow, is_conversation
+from rlhf_lightning.data.conversations import BadRow, exchange, is_conversation, parsed_json
 
 _WINNERS = {"model_a": 1.0, "model_b": -1.0} | dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad"), 0.0)
 _LABEL_NAME = re.compile(
@@ -128,12 +127,12 @@ def responses_of(layout: Layout, values: Mapping[str, Any]) -> tuple[Any, Any, A
         turns = values.get("turn")
         return None, _judged_turns(_decoded(first), turns), _judged_turns(_decoded(second), turns)
     if layout.name == "LMArena":
-        lists = [_text_list(value) for value in (prompt, first, second)]
-        if all(texts is not None for texts in lists):
+        lists = [texts for value in (prompt, first, second) if (texts := _text_list(value)) is not None]
+        if len(lists) == 3:
             questions, *sides = lists
             if any(len(side) != len(questions) for side in sides):
                 raise BadRow("bad_messages", "prompt, response_a and response_b are lists of different lengths")
-            return None, *(_interleaved(questions, side) for side in sides)
+            return None, _interleaved(questions, sides[0]), _interleaved(questions, sides[1])
         if layout.preference is _flags:
             raise BadRow("bad_messages", "prompt, response_a and response_b are not JSON lists of texts")
     return prompt, first, second
@@ -141,12 +140,7 @@ def responses_of(layout: Layout, values: Mapping[str, Any]) -> tuple[Any, Any, A
 
 def _decoded(value: Any) -> Any:
     """A conversation that a file holds as JSON inside a string."""
-    if not isinstance(value, str):
-        return value
-    try:
-        turns = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    turns = parsed_json(value) if isinstance(value, str) else None
     return turns if is_conversation(turns) else value
 
 
@@ -162,22 +156,16 @@ def _judged_turns(conversation: Any, turns: Any) -> Any:
 def _text_list(value: Any) -> list[str] | None:
     """A list of texts, or the JSON of one; a null in it, which is an answer that never came, is empty."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+        value = parsed_json(value)
     if not isinstance(value, list) or not value or not all(text is None or isinstance(text, str) for text in value):
         return None
     return [text or "" for text in value]
 
 
 def _interleaved(questions: list[str], answers: list[str]) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    return [
-        {"role": role, "content": text}
-        for exchange in zip(questions, answers, strict=True)
-        for role, text in zip(roles, exchange, strict=True)
-    ]
+    """The turns of a conversation in which each question has its answer."""
+    exchanges = zip(questions, answers, strict=True)
+    return [turn for question, answer in exchanges for turn in exchange(question, answer)]
 
 
 def label_columns(found: Mapping[str, Any]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.columns import PROMPT_COLUMNS, SIDES, SourceColumns
 from rlhf_lightning.data.conversations import (
     check_prompt,
     check_values,
@@ -14,21 +14,8 @@ from rlhf_lightning.data.conversations import (
     without_reply,
 )
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows, PromptExample, Refusal
-from rlhf_lightning.data.preferences import (
-    PROMPT_COLUMNS,
-    SourceColumns,
-    check_columns,
-    has_own_prompt,
-    id_of,
-    in_context,
-    is_guess,
-    known_columns,
-    labelled_parts,
-    load_examples,
-    prompt_value,
-    validated_rows,
-)
-from rlhf_lightning.data.sources import Row, Source, Split
+from rlhf_lightning.data.preferences import id_of, in_context, load_examples, prompt_value, row_parts, validated_rows
+from rlhf_lightning.data.sources import OneSource, Row, Source, Split
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.errors import DataError
 
@@ -73,21 +60,20 @@ def load_prompts(
 
 
 def iterate_prompts(
-    source: str | Path, report: LoadReport, *, columns: Mapping[str, str] | None = None, split: Split = "train"
+    source: OneSource, report: LoadReport, *, columns: Mapping[str, str] | None = None, split: Split = "train"
 ) -> Iterator[PromptExample | Refusal]:
     """Each row of one source as a prompt or a refusal, in order, a few at a time, counted in `report`.
 
     Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
     """
-    known = known_columns(columns, fallback="messages")
+    known = SourceColumns(columns, fallback="messages")
     yield from validated_rows(source, report, _example, columns=known, split=split)
-    check_columns(source, known, needed=())
-    responses = {known.name(name) for name in ("chosen", "rejected")}
+    known.check(source, needed=())
     has_prompts = known.have_prompts or known.layout is not None
-    if not has_prompts and known.found.keys().isdisjoint({"messages", *responses}):
+    if not has_prompts and known.found.keys().isdisjoint({"messages", *map(known.name, SIDES)}):
         raise DataError(
             f"{source}: no column prompt, messages, conversations or instruction, nor chosen and rejected; the columns "
-            f"found are {', '.join(map(str, known.found))}. Map one with columns: {{prompt: COLUMN}}"
+            f"found are {known.listed}. Map one with columns: {{prompt: COLUMN}}"
         )
 
 
@@ -100,15 +86,15 @@ def _example(row: Row, columns: SourceColumns) -> PromptExample:
 def _prompt(row: Row, columns: SourceColumns) -> list[Message]:
     """The prompt that a row has itself, without what its other columns put before it."""
     if columns.layout:
-        parts = labelled_parts(row, columns)
+        parts = row_parts(row, columns)
         return _own_prompt(parts.prompt) if parts.has_prompt else implicit_prompt(parts.chosen, parts.rejected)[0]
-    sides = [columns.name(name) for name in ("chosen", "rejected")]
-    chosen, rejected = (row.values.get(side) for side in sides)
+    sides = [columns.name(side) for side in SIDES]
+    present = [row.values.get(side) is not None for side in sides]
     own_column = "prompt" in columns.mapped or any(name in row.values for name in PROMPT_COLUMNS)
-    conversations = chosen is not None and rejected is not None and not is_guess(row, columns)
+    conversations = all(present) and not columns.has_guessed_prompt(row)
     if "messages" in row.values and not own_column and not conversations:
         return _own_prompt(columns.take(row, "messages"))
-    if has_own_prompt(row, columns) or (chosen is None and rejected is None):
+    if columns.has_own_prompt(row) or not any(present):
         return _own_prompt(prompt_value(row, columns))
     return implicit_prompt(*(columns.take(row, side) for side in sides))[0]
 

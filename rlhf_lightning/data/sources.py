@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required, TypeAlias, TypedDict
 
 from jsonargparse.typing import PositiveFloat
 
 from rlhf_lightning.data.file_rows import FILE_SUFFIXES, file_row_count, file_rows, suffix_of, unreadable
-from rlhf_lightning.data.in_memory import RowsInMemory, are_rows
 from rlhf_lightning.errors import DataError, reason_of
 from rlhf_lightning.hub import use_cache_without_network
 
@@ -30,19 +31,53 @@ BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
 """The sets that come with the package, and how their files' names begin."""
 
 
+class RowsInMemory:
+    """Rows that a script gives as Python objects, where else a file is named: mappings, or a `datasets.Dataset`."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return f"{len(self)} rows in memory"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Each row. Raises `DataError` for one that is no mapping, and where there is none."""
+        if not len(self):
+            raise DataError(f"{self}: give at least one row")
+        for number, row in enumerate(self.rows):
+            if not isinstance(row, Mapping):
+                raise DataError(
+                    f"{self}, row {number}: holds a {type(row).__name__}, not a mapping with columns such as prompt, "
+                    "chosen, rejected"
+                )
+            yield dict(row)
+
+    def fingerprint(self) -> str:
+        """A hash of the rows."""
+        if known := getattr(self.rows, "_fingerprint", None):  # what datasets itself names its caches by
+            return known
+        digest = hashlib.sha256()
+        for row in self:
+            digest.update(json.dumps(row, default=repr).encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+
+OneSource = str | Path | RowsInMemory
+"""A file, a directory, a hub data set, a set of `BUILTIN`, or rows in memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedSource:
-    """One source of a mixture.
-
-    Args:
-        source: File, directory, hub data set or rows in memory.
-        weight: How often each of its rows comes in an epoch: 1 once, 2 twice, 0.5 every other one (others each epoch).
-        columns: Our names to this source's columns, where they differ from the other sources'.
-    """
+    """One source of a mixture."""
 
     source: str | RowsInMemory
-    weight: PositiveFloat = 1.0
+    weight: float = 1.0
+    """How often each of its rows comes in an epoch: 1 once, 2 twice, 0.5 every other one (others each epoch)."""
     columns: dict[str, str] | None = None
+    """Our names to this source's columns, where they differ from the other sources'."""
 
     def __post_init__(self) -> None:
         """Raises `DataError` for a weight that is no positive number."""
@@ -59,7 +94,9 @@ class SourceKeys(TypedDict, total=False):  # of a dataclass the parser would loo
 
 
 if TYPE_CHECKING:
-    Source = str | Path | datasets.Dataset | Sequence[str | Path | SourceKeys | WeightedSource | Mapping[str, Any]]
+    Source: TypeAlias = (
+        str | Path | datasets.Dataset | Sequence[str | Path | SourceKeys | WeightedSource | Mapping[str, Any]]
+    )
 else:
     Source = str | list[str | SourceKeys]  # what a configuration can name
 """A file, a directory, a hub data set or a set of `BUILTIN`; or a list of them, some with a weight. In a script also
@@ -68,16 +105,16 @@ the rows themselves: a list of mappings, or a `datasets.Dataset`."""
 
 def source_list(source: Source) -> list[WeightedSource]:
     """The sources of a mixture; a single one is a mixture of one. Raises `DataError` for what is no source."""
-    sources = source if isinstance(source, list | tuple) and not are_rows(source) else [source]
+    sources = source if isinstance(source, list | tuple) and not _are_rows(source) else [source]
     if not sources:
         raise DataError("data: the list of sources is empty; name at least one file")
     return [_weighted(one) for one in sources]
 
 
-def _weighted(source: Source | SourceKeys | WeightedSource) -> WeightedSource:
+def _weighted(source: Any) -> WeightedSource:
     if isinstance(source, WeightedSource):
         return source
-    if are_rows(source):
+    if _are_rows(source):
         return WeightedSource(RowsInMemory(source))
     if isinstance(source, str | Path):
         return WeightedSource(str(source))
@@ -85,10 +122,25 @@ def _weighted(source: Source | SourceKeys | WeightedSource) -> WeightedSource:
     if not {"source"} <= keys.keys() <= {"source", "weight", "columns"}:
         found = f" with the keys {', '.join(map(str, keys))}" if keys else ""
         raise DataError(
-            f"data: a {type(source).__name__}{found} is no source; give a file, a directory, a hub name, a list of "
-            "rows or a datasets.Dataset, or {source: ONE OF THEM, weight: 1, columns: {}}"
+            f"data: a {type(source).__name__}{found} is not a valid source; give a file, a directory, a hub name, a "
+            "list of rows or a datasets.Dataset, or {source: ONE OF THEM, weight: 1, columns: {}}"
         )
     return WeightedSource(**keys | {"source": _weighted(keys["source"]).source})
+
+
+def _are_rows(value: object) -> bool:
+    """Whether a value is rows of data, and not one or several names of files.
+
+    Of a list, an item is a row where it holds a text or a list; `{source: FILE, weight: 2}` names a file.
+    """
+    datasets = sys.modules.get("datasets")  # whoever has a data set of it has imported it
+    if datasets is not None and isinstance(value, datasets.Dataset):
+        return True
+    return isinstance(value, list | tuple) and any(
+        isinstance(item, Mapping)
+        and any(isinstance(item[key], str | list) for key in item.keys() - {"source", "weight", "columns"})
+        for item in value
+    )
 
 
 class Row(NamedTuple):
@@ -99,7 +151,7 @@ class Row(NamedTuple):
     example_id: str
 
 
-def read_rows(source: str | Path | RowsInMemory, *, split: Split = "train") -> Iterator[Row]:
+def read_rows(source: OneSource, *, split: Split = "train") -> Iterator[Row]:
     """Yield the rows of a source, in order.
 
     A source is a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.tsv`, `.parquet`), a directory of such files, the
@@ -124,7 +176,7 @@ def read_rows(source: str | Path | RowsInMemory, *, split: Split = "train") -> I
             raise DataError(f"{file}: the file is empty: it holds no rows; give one with at least one preference pair")
 
 
-def local_files(source: str | Path | RowsInMemory, *, split: Split = "train") -> list[Path] | None:
+def local_files(source: OneSource, *, split: Split = "train") -> list[Path] | None:
     """The files a source stands for; None for a hub name or rows in memory. Raises `DataError` where it is neither."""
     if isinstance(source, RowsInMemory):
         return None
@@ -152,14 +204,14 @@ def local_files(source: str | Path | RowsInMemory, *, split: Split = "train") ->
     return None
 
 
-def described(source: str | RowsInMemory, *, split: Split = "train") -> str:
+def described(source: OneSource, *, split: Split = "train") -> str:
     """A source in words: a directory with the files that are read of it."""
     if isinstance(source, RowsInMemory) or not _local_path(source).is_dir():
         return str(source)
-    return f"{source} ({', '.join(file.name for file in local_files(source, split=split))})"
+    return f"{source} ({', '.join(file.name for file in local_files(source, split=split) or ())})"
 
 
-def has_split(source: str | Path | RowsInMemory, split: Split) -> bool:
+def has_split(source: OneSource, split: Split) -> bool:
     """Whether a directory, or a built-in set, brings files of its own for this split."""
     if str(source) in BUILTIN:
         return split in ("train", "val")
@@ -169,23 +221,23 @@ def has_split(source: str | Path | RowsInMemory, split: Split) -> bool:
     return path.is_dir() and any(_split_of(file) == split for file in _data_files(path))
 
 
-def row_count(source: str | RowsInMemory, *, split: Split = "train") -> int | None:
+def row_count(source: OneSource, *, split: Split = "train") -> int | None:
     """About how many rows a source has, where that can be said without reading them; for a progress bar."""
     if isinstance(source, RowsInMemory):
         return len(source)
-    files = local_files(source, split=split)
-    counts = [file_row_count(file) for file in files] if files is not None else [None]
-    return None if None in counts else sum(counts)
+    counts = [file_row_count(file) for file in local_files(source, split=split) or ()]
+    known = [count for count in counts if count is not None]
+    return sum(known) if counts and len(known) == len(counts) else None
 
 
-def fingerprint(source: str | RowsInMemory, *, split: Split = "train") -> str:
+def fingerprint(source: OneSource, *, split: Split = "train") -> str:
     """A hash of the rows of a source and of the names that stand in their ids. Raises `DataError`."""
     if isinstance(source, RowsInMemory):
         return source.fingerprint()
     digest = hashlib.sha256(f"{source}:{split}".encode())
     files = local_files(source, split=split)
     if files is None:
-        digest.update(_hub_split(source, split)[0]._fingerprint.encode())
+        digest.update(_hub_split(str(source), split)[0]._fingerprint.encode())
     for file in files or ():
         digest.update(file.name.encode())
         try:
@@ -244,17 +296,19 @@ def _looks_local(source: str) -> bool:
 
 
 def _hub_rows(source: str, split: Split) -> Iterator[Row]:
-    rows, named_split = _hub_split(source, split)
-    repository = source.partition(":")[0]
-    name = f"{repository}:{named_split}"
+    rows, name = _hub_split(source, split)
     if len(rows) == 0:
+        repository = source.partition(":")[0]
         raise DataError(f"{name}: the split is empty: it holds no rows; name another one: {repository}:SPLIT")
     for number, values in enumerate(rows):
         yield Row(dict(values), f"{name}, row {number}", f"{name}:{number}")
 
 
 def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
-    """The split of a hub data set that is named, or that serves as `split`, and its name. Raises `DataError`."""
+    """The split of a hub data set that is named, or that serves as `split`, and `owner/name:split`.
+
+    Sets of two splits call the held-out one `test`, so `val` accepts it. Raises `DataError`.
+    """
     import datasets
 
     use_cache_without_network()
@@ -262,11 +316,12 @@ def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
     try:
         if not named_split:
             available = datasets.get_dataset_split_names(name)
-            wanted = next((s for stem in _split_order(split) for s in available if s == stem), None)
+            stems = SPLIT_STEMS[split] + (("test",) if split == "val" else ())
+            wanted = next((stem for stem in stems if stem in available), None)
             if wanted is None:
                 raise DataError(f"{name}: has no {split} split, only {', '.join(available)}; name one: {name}:SPLIT")
             named_split = wanted
-        return datasets.load_dataset(name, split=named_split), named_split
+        return datasets.load_dataset(name, split=named_split), f"{name}:{named_split}"
     except DataError:
         raise
     except Exception as error:  # the hub client raises dozens of types; each means the same to the user
@@ -274,8 +329,3 @@ def _hub_split(source: str, split: Split) -> tuple[datasets.Dataset, str]:
             f"{name}: no file or directory here, and no hub data set that could be loaded "
             f"({type(error).__name__}: {reason_of(error)})"
         ) from error
-
-
-def _split_order(split: Split) -> tuple[str, ...]:
-    """Names to look for on the hub. Sets of two splits call the held-out one `test`, so `val` accepts it."""
-    return SPLIT_STEMS[split] + (("test",) if split == "val" else ())

@@ -35,34 +35,25 @@ def shared_prompts(train: TokenizedRows, val: TokenizedRows) -> np.ndarray:
     return np.flatnonzero(np.isin(val.numbers("prompt_hash"), train.numbers("prompt_hash")))
 
 
-def leak_in_words(shared: int, val: TokenizedRows, *, noun: str) -> str:
+def leak_in_words(shared: int, val: TokenizedRows) -> str:
     """What to say of the number of validation rows whose prompt is also trained on."""
     if not shared:
         return "no prompt of val is trained on"
-    return f"{shared} of {len(val)} {noun} of val have a prompt that is also trained on, so they are not held out"
+    return f"{shared} of {len(val)} {val.kind} of val have a prompt that is also trained on, so they are not held out"
 
 
 def counts_in_words(
-    role: str,
-    rows: TokenizedRows,
-    report: LoadReport,
-    *,
-    noun: str,
-    limit: str,
-    weights: Sequence[float] | None = None,
+    role: str, rows: TokenizedRows, report: LoadReport, *, weights: Sequence[float] | None = None
 ) -> str:
-    """One line on what a role takes of its sources; `limit` names the setting that prompts are cut to.
-
-    `weights` of the sources, where they are not all 1, say how many rows make an epoch.
-    """
-    epoch = ""
+    """One line on what a role takes of its sources, and, by their `weights` where not all are 1, of its epoch."""
+    epoch = cut = ""
     if weights is not None and set(weights) != {1}:
         sizes = np.bincount(rows.source, minlength=len(weights))
-        epoch = (
-            f", {sum(round(n * weight) for n, weight in zip(sizes, weights, strict=True))} an epoch by their weights"
-        )
-    cut = f"; {len(report.rows_cut)} prompts cut to fit {limit} {rows.max_length}" if report.rows_cut else ""
-    return f"{role}: {len(rows)} {noun}{epoch} ({report.summary()}{cut})"
+        count = sum(round(n * weight) for n, weight in zip(sizes, weights, strict=True))
+        epoch = f", {count} an epoch by their weights"
+    if report.rows_cut:
+        cut = f"; {len(report.rows_cut)} prompts cut to fit {rows.limit_key} {rows.max_length}"
+    return f"{role}: {len(rows)} {rows.kind}{epoch} ({report.summary()}{cut})"
 
 
 def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:

@@ -11,29 +11,25 @@ import functools
 import gc
 import hashlib
 import json
-import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt
+from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.chat_text import TURN_MARKERS
-from rlhf_lightning.data.conversations import plain_form
-from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, PromptExample, Refusal
+from rlhf_lightning.data.conversations import BadRow, plain_form
+from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.prompts import iterate_prompts
-from rlhf_lightning.data.reading import reading
+from rlhf_lightning.data.reading import watched
 from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint, row_count
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.data.token_cache import cached_directory, content_key
 from rlhf_lightning.errors import DataError
-
-log = logging.getLogger(__name__)
 
 Kind = Literal["pairs", "prompts"]
 Example = PreferenceExample | PromptExample
@@ -91,14 +87,12 @@ def tokenize_source(
     key = content_key(kind, rows_hash, sorted((columns or {}).items()), chat_format.fingerprint())
 
     def make(directory: Path) -> None:
-        began = time.monotonic()
         report = LoadReport(source=described(source.source, split=split))
         iterate = iterate_preferences if kind == "pairs" else iterate_prompts
         rows = iterate(source.source, report, columns=columns, split=split)
-        with reading(report.source, lambda: row_count(source.source, split=split)) as watched, _collecting_little():
-            write_store(directory, watched(rows), report, chat_format, kind=kind)
-        if (seconds := time.monotonic() - began) > 5:
-            log.info("%s: %d rows tokenized in %.0f s, kept for later runs", source.source, report.rows_read, seconds)
+        shown = watched(rows, report.source, lambda: row_count(source.source, split=split))
+        with _collecting_little():
+            write_store(directory, shown, report, chat_format, kind=kind)
 
     return TokenStore(cached_directory(key, make, cache_dir=cache_dir))
 
@@ -124,15 +118,18 @@ def write_store(
 ) -> None:
     """Tokenize rows, a chunk at a time, into the files of a `TokenStore`; refusals are counted in their order.
 
-    Of `report` the number of rows read, the label and the unused columns are kept.
+    Refused are rows that hold a control token, that the chat template does not take, or whose responses are empty or
+    the same to the tokenizer. Of `report` the number of rows read, the label and the unused columns are kept.
     """
-    tokenize, schema = (tokenize_pairs, PAIR_SCHEMA) if kind == "pairs" else (tokenize_prompts, PROMPT_SCHEMA)
+    schema = PAIR_SCHEMA if kind == "pairs" else PROMPT_SCHEMA
     ordered = LoadReport(source=report.source)
     with pa.OSFile(str(directory / _FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for chunk in _chunks(rows):
-            tokenized = tokenize(chunk, chat_format)
-            writer.write_batch(tokenized.table)
-            for refusal in tokenized.refused:
+            refused = {place: row for place, row in enumerate(chunk) if isinstance(row, Refusal)}
+            examples = {place: row for place, row in enumerate(chunk) if not isinstance(row, Refusal)}
+            values = _tokenize(examples, refused, chat_format)
+            writer.write_batch(pa.RecordBatch.from_pylist(values, schema=schema))
+            for _, refusal in sorted(refused.items()):
                 ordered.refuse(refusal)
     ordered.rows_read, ordered.label, ordered.columns_unused = report.rows_read, report.label, report.columns_unused
     details = {"report": asdict(ordered), "tail_length": chat_format.tail_length}
@@ -153,60 +150,65 @@ def _chunks(rows: Iterable[Example | Refusal]) -> Iterator[list[Example | Refusa
         yield chunk
 
 
-class Tokenized(NamedTuple):
-    """Rows as token ids, and those of them that were refused, each in the order of the rows."""
+def _tokenize(examples: dict[int, Example], refused: dict[int, Refusal], chat_format: ChatFormat) -> list[dict]:
+    """The values of the store's columns of each example that is usable; the others' places are put into `refused`.
 
-    table: pa.RecordBatch
-    """Of `PAIR_SCHEMA` or `PROMPT_SCHEMA`."""
-    refused: list[Refusal]
-
-
-def tokenize_pairs(rows: Sequence[PreferenceExample | Refusal], chat_format: ChatFormat) -> Tokenized:
-    """Token ids of pairs. Both sides get the same prompt and the same EOS token at their end (see `ChatFormat`).
-
-    Refused are pairs that hold a control token, that the chat template does not take, or whose sides are empty or the
-    same to the tokenizer. Refusals among the rows stay what they are.
+    Both responses of a pair get the same prompt and the same EOS token at their end (see `ChatFormat`).
     """
-    encoded = _with_prompt_ids([_with_place(row, chat_format) for row in rows], chat_format)
-    readable = [row for row in encoded if not isinstance(row, Refusal)]
-    responses = iter(
-        chat_format.encode_responses(
-            [prompt for _, prompt in readable], [(pair.chosen, pair.rejected) for pair, _ in readable]
+    texts = {}
+    for place, example in examples.items():
+        try:
+            texts[place] = _prompt_text(example, chat_format)
+        except (BadRow, DataError) as error:
+            refused[place] = _refusal(error, example.origin)
+    unique = {text: examples[place].prompt for place, text in texts.items()}  # neighbours often share a prompt
+    encoded = chat_format.encode_turns([(prompt, text) for text, prompt in unique.items()])
+    by_text = dict(zip(unique, encoded, strict=True))
+    prompts = {place: by_text[text] for place, text in texts.items()}
+    pairs = {place: pair for place in prompts if isinstance(pair := examples[place], PreferenceExample)}
+    sides = [(pair.chosen, pair.rejected) for pair in pairs.values()]
+    responses = dict(zip(pairs, chat_format.encode_responses([prompts[place] for place in pairs], sides), strict=True))
+    rows = []
+    for place, prompt in prompts.items():
+        example = examples[place]
+        try:
+            if isinstance(example, PreferenceExample):
+                rows.append(_pair_values(example, prompt, responses[place], chat_format))
+            else:
+                rows.append(_prompt_values(example, prompt, head=len(chat_format.head_ids)))
+        except (BadRow, DataError) as error:
+            refused[place] = _refusal(error, example.origin)
+    return rows
+
+
+def _refusal(error: BadRow | DataError, origin: str) -> Refusal:
+    reason = error.reason if isinstance(error, BadRow) else "template_refused"
+    return Refusal(reason, f"{origin}: {error}", origin)
+
+
+def _prompt_text(example: Example, chat_format: ChatFormat) -> str:
+    """The text of a prompt. Raises `BadRow`, or `DataError` as the template does."""
+    if isinstance(example, PreferenceExample) and example.has_reasoning and not chat_format.knows_thoughts:
+        raise BadRow(
+            "no_place",
+            "reasoning_content has no place in the chat template; write it into the content, or remove it",
         )
-    )
-    made = [row if isinstance(row, Refusal) else _pair(*row, next(responses), chat_format) for row in encoded]
-    return _tokenized(made, PAIR_SCHEMA)
+    if (token := chat_format.control_token_in(example.texts)) is not None:
+        raise BadRow("special_tokens", f"a text contains the control token {token!r}")
+    return chat_format.generation_text(example.prompt)
 
 
-def tokenize_prompts(rows: Sequence[PromptExample | Refusal], chat_format: ChatFormat) -> Tokenized:
-    """Token ids of prompts, with their messages beside them.
-
-    Refused are prompts that hold a control token, or that the chat template does not take. Refusals among the rows stay
-    what they are.
-    """
-    head = len(chat_format.head_ids)
-    encoded = _with_prompt_ids(rows, chat_format)
-    made = [row if isinstance(row, Refusal) else _prompt(*row, head=head) for row in encoded]
-    return _tokenized(made, PROMPT_SCHEMA)
-
-
-def _tokenized(rows: Sequence[dict | Refusal], schema: pa.Schema) -> Tokenized:
-    values = [row for row in rows if not isinstance(row, Refusal)]
-    table = pa.RecordBatch.from_pylist(values, schema=schema)
-    return Tokenized(table, [row for row in rows if isinstance(row, Refusal)])
-
-
-def _pair(pair: PreferenceExample, prompt: EncodedPrompt, ids: object, chat_format: ChatFormat) -> dict | Refusal:
-    """The values of one pair by `PAIR_SCHEMA`, or why it is refused; `ids` is what `encode_responses` gives for it."""
+def _pair_values(
+    pair: PreferenceExample, prompt: EncodedPrompt, ids: EncodedResponses | DataError, chat_format: ChatFormat
+) -> dict[str, object]:
+    """The values of one pair by `PAIR_SCHEMA`. Raises `BadRow`, and `ids` where the template did not take it."""
     if isinstance(ids, DataError):
-        return _template_refusal(pair, ids)
+        raise ids
     chosen, rejected = ids.responses
     if chat_format.says_nothing(pair.chosen, chosen) or chat_format.says_nothing(pair.rejected, rejected):
-        message = f"{pair.origin}: a response has no text that the tokenizer knows"
-        return Refusal("empty_response", message, pair.origin)
+        raise BadRow("empty_response", "a response has no text that the tokenizer knows")
     if chosen == rejected:
-        message = f"{pair.origin}: chosen and rejected are the same text to the tokenizer"
-        return Refusal("identical_pair", message, pair.origin)
+        raise BadRow("identical_pair", "chosen and rejected are the same text to the tokenizer")
     words = "\x1e".join(f"{message['role']}\x1f{plain_form(message['content'])}" for message in pair.prompt)
     return {
         "prompt": ids.prompt,
@@ -226,68 +228,24 @@ def _pair(pair: PreferenceExample, prompt: EncodedPrompt, ids: object, chat_form
     }
 
 
-def _prompt(example: PromptExample, prompt: EncodedPrompt, *, head: int) -> dict:
-    """The values of one prompt by `PROMPT_SCHEMA`."""
+def _prompt_values(example: PromptExample, prompt: EncodedPrompt, *, head: int) -> dict[str, object]:
+    """The values of one prompt by `PROMPT_SCHEMA`.
+
+    It is `divided` where `turns` says where each user's turn begins, so that a truncated prompt is a conversation
+    again. Where a template writes the turns so that they cannot be told apart, there is one place, after the
+    template's `head` ids (see `ChatFormat.encode_turns`).
+    """
+    users = sum(message["role"] == "user" for message in example.prompt)
+    told_apart = len(prompt.turns) == users and (users > 1 or prompt.turns[0] > head)
     return {
         "prompt": prompt.ids,
         "turns": prompt.turns,
-        "divided": _is_divided(example.prompt, prompt.turns, head=head),
+        "divided": len(example.prompt) == 1 or told_apart,
         "prompt_hash": prompt_hash(example.prompt),
         "messages": json.dumps(list(example.prompt), ensure_ascii=False),
         "example_id": example.example_id,
         "origin": example.origin,
     }
-
-
-def _is_divided(prompt: Sequence[Message], turns: Sequence[int], *, head: int) -> bool:
-    """Whether `turns` says where each user's turn begins, so that a truncated prompt is a conversation again.
-
-    Where a template writes the turns so that they cannot be told apart, it has one place, after the template's `head`
-    ids (see `ChatFormat.encode_turns`).
-    """
-    users = sum(message["role"] == "user" for message in prompt)
-    return len(prompt) == 1 or (len(turns) == users and (users > 1 or turns[0] > head))
-
-
-def _with_prompt_ids(
-    rows: Sequence[Example | Refusal], chat_format: ChatFormat
-) -> list[tuple[Example, EncodedPrompt] | Refusal]:
-    """Each row with the ids of its prompt (see `ChatFormat.encode_turns`), in order.
-
-    Refused are rows that hold a control token, or that the chat template does not take.
-    """
-    rows = [row if isinstance(row, Refusal) else _with_prompt_text(row, chat_format) for row in rows]
-    # Neighbours often share a prompt.
-    texts = {text: example.prompt for example, text in (row for row in rows if not isinstance(row, Refusal))}
-    encoded = chat_format.encode_turns([(prompt, text) for text, prompt in texts.items()])
-    prompts = dict(zip(texts, encoded, strict=True))
-    return [row if isinstance(row, Refusal) else (row[0], prompts[row[1]]) for row in rows]
-
-
-def _with_prompt_text(example: Example, chat_format: ChatFormat) -> tuple[Example, str] | Refusal:
-    if (token := chat_format.control_token_in(example.texts)) is not None:
-        message = f"{example.origin}: a text contains the control token {token!r}"
-        return Refusal("special_tokens", message, example.origin)
-    try:
-        return example, chat_format.generation_text(example.prompt)
-    except DataError as error:
-        return _template_refusal(example, error)
-
-
-def _template_refusal(example: Example, error: DataError) -> Refusal:
-    return Refusal("template_refused", f"{example.origin}: {error}", example.origin)
-
-
-def _with_place(row: PreferenceExample | Refusal, chat_format: ChatFormat) -> PreferenceExample | Refusal:
-    """A row, or why it is refused: its reasoning has no place in a template that does not know `<think>`."""
-    if isinstance(row, Refusal) or not row.has_reasoning or not isinstance(chat_format, ChatFormat):
-        return row
-    if chat_format.template is not None and "</think>" in chat_format.template:
-        return row
-    message = (
-        f"{row.origin}: reasoning_content has no place in the chat template; write it into the content, or remove it"
-    )
-    return Refusal("no_place", message, row.origin)
 
 
 def _text_hash(text: str) -> int:
@@ -328,9 +286,12 @@ class TokenStore:
         """A column of texts, such as `example_id` or `origin`, of some rows."""
         return self._table.column(name).take(pa.array(rows)).to_pylist()
 
-    def text(self, name: str, row: int) -> str:
-        """A column of texts of one row."""
-        return self._table.column(name)[row].as_py()
+    @property
+    def divided(self) -> np.ndarray:
+        """[R] bool: whether a prompt may be truncated (see `_prompt_values`); that of a pair may."""
+        if "divided" in self._table.column_names:
+            return self.numbers("divided")
+        return np.ones(len(self), dtype=bool)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

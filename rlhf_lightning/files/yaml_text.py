@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import zlib
@@ -43,30 +44,31 @@ def check_yaml(text: str, *, largest: int = LARGEST, deepest: int = DEEPEST) -> 
     The text is read token by token, and nothing of it is built. Raises `ConfigurationError`, and `yaml.YAMLError` for
     what is no YAML.
     """
-    sizes: dict[str, int | None] = {}
+    sizes: dict[str | None, int | None] = {}
     """Of what has an anchor; None while it is still open."""
-    open_sizes, anchors = [0], [None]
+    open_sizes: list[int] = [0]
+    anchors: list[str | None] = [None]
     limit = max(largest, len(text))
     for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         anchor = getattr(event, "anchor", None)
-        if isinstance(event, yaml.AliasEvent):
-            size = sizes.get(anchor, 0)
-            if size is None:
-                raise ConfigurationError(f"line {event.start_mark.line + 1}: *{anchor} holds itself; write it out")
-        elif isinstance(event, yaml.ScalarEvent):
-            size = max(1, len(event.value))
-            sizes[anchor] = size
-        elif isinstance(event, yaml.CollectionStartEvent):
+        if isinstance(event, yaml.CollectionStartEvent):
             sizes[anchor] = None
             open_sizes.append(1)
             anchors.append(anchor)
             if len(anchors) > deepest:
                 raise ConfigurationError(f"line {event.start_mark.line + 1}: nested more than {deepest} deep")
             continue
+        size: int | None
+        if isinstance(event, yaml.AliasEvent):
+            size = sizes.get(anchor, 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = sizes[anchor] = max(1, len(event.value))
         elif isinstance(event, yaml.CollectionEndEvent):
             size = sizes[anchors.pop()] = open_sizes.pop()
         else:
             continue
+        if size is None:
+            raise ConfigurationError(f"line {event.start_mark.line + 1}: *{anchor} holds itself; write it out")
         open_sizes[-1] += size
         if open_sizes[-1] > limit:
             raise ConfigurationError(
@@ -75,17 +77,15 @@ def check_yaml(text: str, *, largest: int = LARGEST, deepest: int = DEEPEST) -> 
             )
 
 
+@functools.cache
 def bound_parsers() -> None:
     """Let every parser of the program check what it is given, files and values, before it is read."""
     load = jsonargparse.get_loader("yaml")
-    if getattr(load, "bounded", False):
-        return
 
-    def bounded(text: str):
+    def bounded(text: str) -> object:
         check_yaml(text)
         return load(text)
 
-    bounded.bounded = True
     jsonargparse.set_loader("yaml", bounded, exceptions=(yaml.YAMLError,))
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import check_room, write_whole
@@ -154,7 +155,7 @@ class ExportBest(Callback):
                 module.export(made, merge=self.merge)
                 chat_format = chat_format_of(trainer.datamodule)
                 if chat_format is not None:
-                    chat_format.save_pretrained(made)
+                    save_tokenizer(chat_format, made)
                     end_at(made, chat_format.terminator_id)
         except ConfigurationError as error:  # a full disk; the checkpoint is there
             return f"{error}. Then export {_relative(best)}"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.chat_format import ChatFormat, _tokens_at, load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, GEMMA, LLAMA2, byte_tokenizer
@@ -107,7 +108,7 @@ class Exported:
 
     def __init__(self, chat_format, directory):
         self.format = chat_format
-        chat_format.save_pretrained(directory)
+        save_tokenizer(chat_format, directory)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def prompt(self, messages, **options):
@@ -119,7 +120,7 @@ class Exported:
     def row(self, messages, reply):
         """Ids of a whole row in training, and those that the exported tokenizer makes."""
         trained = self.prompt(messages)[0]
-        trained += [*self.format.encode([self.format.response_text(reply)])[0], self.format.terminator_id]
+        trained += [*self.format.token_ids([self.format.response_text(reply)])[0], self.format.terminator_id]
         whole = [*messages, {"role": "assistant", "content": reply}]
         return trained, self.tokenizer.apply_chat_template(whole, return_dict=False)
 
@@ -208,7 +209,7 @@ def test_no_part_of_a_date_or_time_goes_unseen(letter):
 
 def test_exporting_leaves_the_tokenizer_in_use_as_it_is(tmp_path):
     chat_format = FORMATS["transcript in place of a template"].chat_format
-    chat_format.save_pretrained(tmp_path)
+    save_tokenizer(chat_format, tmp_path)
     assert chat_format.tokenizer.chat_template == CHATML
 
 
@@ -222,7 +223,7 @@ def test_the_ids_of_a_row_need_not_be_those_of_its_joined_text(tiny_qwen2):
     glued = ChatFormat(tokenizer)
     prompt = glued.prompt_text([USER])
     assert prompt == FORMATS["qwen"].prompt + first
-    apart, joined = glued.encode([prompt])[0] + glued.encode([second])[0], glued.encode([prompt + second])[0]
+    apart, joined = glued.token_ids([prompt])[0] + glued.token_ids([second])[0], glued.token_ids([prompt + second])[0]
     assert tokenizer.decode(apart) == tokenizer.decode(joined) == prompt + second
     assert apart != joined
 
@@ -230,21 +231,21 @@ def test_the_ids_of_a_row_need_not_be_those_of_its_joined_text(tiny_qwen2):
 def test_a_tokenizer_that_brings_truncation_and_padding_of_its_own_is_neither_cut_nor_padded(tmp_path):
     tokenizer = byte_tokenizer(CHATML_TOKENS, CHATML, eos_token="<|im_end|>", pad_token="<|im_end|>")
     plain = ChatFormat(tokenizer)
-    expected = plain.encode([string.ascii_letters, "x"])
+    expected = plain.token_ids([string.ascii_letters, "x"])
     fingerprint = plain.fingerprint()
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=9)
     tokenizer.save_pretrained(tmp_path)
     chat_format = ChatFormat(load_tokenizer(str(tmp_path)))
-    assert chat_format.encode([string.ascii_letters, "x"]) == expected
+    assert chat_format.token_ids([string.ascii_letters, "x"]) == expected
     chat_format.tokenizer("a b c", truncation=True, max_length=2, padding="max_length")  # a call may leave some
-    assert chat_format.encode([string.ascii_letters, "x"]) == expected
+    assert chat_format.token_ids([string.ascii_letters, "x"]) == expected
     chat_format.tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
     assert chat_format.fingerprint() == fingerprint
 
 
 def test_nothing_to_encode_is_no_ids():
-    assert FORMATS["qwen"].chat_format.encode([]) == []
+    assert FORMATS["qwen"].chat_format.token_ids([]) == []
     assert FORMATS["qwen"].chat_format.encode_prompts([]) == []
 
 
@@ -297,7 +298,7 @@ def test_the_fingerprint_changes_with_nothing_else(tmp_path):
     first = makers["as it was"]()
     before = first.fingerprint()
     assert before == makers["as it was"]().fingerprint()
-    first.encode(["some", "text"])
+    first.token_ids(["some", "text"])
     assert first.fingerprint() == before
     first.tokenizer.save_pretrained(tmp_path)
     assert ChatFormat(load_tokenizer(str(tmp_path))).fingerprint() == before
@@ -317,7 +318,7 @@ def test_a_control_token_is_found_wherever_it_stands_and_nowhere_else(text):
     assert (chat_format.control_token_in([text]) is None) == (not found)
     for token in tokens:
         assert chat_format.control_token_in(["", text + token]) in {*tokens}
-    ids = chat_format.encode([text])[0]
+    ids = chat_format.token_ids([text])[0]
     assert bool(found) == bool(set(ids) & set(chat_format.tokenizer.all_special_ids))
 
 
@@ -325,13 +326,13 @@ QWEN = FORMATS["qwen"].chat_format
 
 
 def test_the_head_that_a_cut_keeps_is_all_before_the_words_of_the_first_user():
-    head = len(QWEN.encode(["<|im_start|>user\n"])[0])
-    system = len(QWEN.encode(["<|im_start|>system\nBe kind.<|im_end|>\n"])[0])
+    head = len(QWEN.token_ids(["<|im_start|>user\n"])[0])
+    system = len(QWEN.token_ids(["<|im_start|>system\nBe kind.<|im_end|>\n"])[0])
     turns = [turns_of(QWEN, messages) for messages in ([USER], TALK, [SYSTEM, USER])]
     assert [places[0] for _, places in turns] == [head, head, system + head]
     assert [len(places) for _, places in turns] == [1, 2, 1]
     assert QWEN.encode_turns([]) == []
-    assert QWEN.tail_length == len(QWEN.encode(["<|im_end|>\n<|im_start|>assistant\n"])[0])
+    assert QWEN.tail_length == len(QWEN.token_ids(["<|im_end|>\n<|im_start|>assistant\n"])[0])
     gemma = FORMATS["gemma"].chat_format
     assert gemma.encode(["<bos><start_of_turn>user\n"])[0] == list(gemma.head_ids)
     assert gemma.template == GEMMA
@@ -374,7 +375,7 @@ def test_a_prompt_without_its_oldest_turns_is_the_prompt_of_the_rest_of_the_conv
 
 def test_turns_that_cannot_be_told_apart_have_one_place():
     two = [USER, {"role": "user", "content": "And?"}]  # no probe shows what stands between two turns of a user
-    assert turns_of(QWEN, two)[1] == [len(QWEN.encode(["<|im_start|>user\n"])[0])]
+    assert turns_of(QWEN, two)[1] == [len(QWEN.token_ids(["<|im_start|>user\n"])[0])]
     shouting = chatml(CHATML.replace("m.content", "m.content | replace('t', 'T')"))
     assert len(turns_of(shouting, TALK)[1]) == 1
 

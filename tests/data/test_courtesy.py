@@ -60,8 +60,3 @@ def test_the_ceiling_of_a_reward_model_is_known_and_is_that_of_bradley_terry(spl
 def test_ties_count_one_half_for_who_knows_the_utilities():
     differences = [(1, 0), (0, 1), (2, 2), (3, 2)]
     assert make.oracle_accuracy([{"chosen_utility": c, "rejected_utility": r} for c, r in differences]) == 0.625
-
-
-def test_the_utility_is_the_sum_of_its_parts():
-    assert make.utility({"opening": "kind", "closing": "rude", "steps": 2, "on_topic": True}) == 2 - 3 + 2
-    assert make.utility({"opening": "plain", "closing": "plain", "steps": 3, "on_topic": False}) == 3 - 3

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data import DataError
+from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.doctor import LIMITS, diagnose
@@ -180,9 +181,9 @@ def test_what_the_tokenizer_does_not_see_is_said_and_the_readme_gives_it_line_br
     monkeypatch.chdir(tmp_path)
     exec(example("minilm_with_lines").replace("sentence-transformers/all-MiniLM-L6-v2", uncased))
     assert examine(ROWS, tokenizer="minilm_with_lines").unseen == ["capitals"]
-    ChatFormat(load_tokenizer("minilm_with_lines")).save_pretrained("exported")
+    save_tokenizer(ChatFormat(load_tokenizer("minilm_with_lines")), "exported")
     kept = load_tokenizer("exported")
-    assert kept.convert_ids_to_tokens(ChatFormat(kept).encode(["yes\n\nno"])[0]) == [
+    assert kept.convert_ids_to_tokens(ChatFormat(kept).token_ids(["yes\n\nno"])[0]) == [
         *("yes", "[unused1]", "[unused1]", "no"),
     ]
 

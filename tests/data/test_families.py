@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.errors import DataError, ModelError
 from rlhf_lightning.rewards.scorers import encode_rows
@@ -119,7 +120,7 @@ def test_a_reply_is_the_text_whose_ids_it_has(kind, template):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_tokenizer_has_the_ids_of_the_training(kind, template, tmp_path):
     form = chat_format(kind, template)
-    form.save_pretrained(tmp_path)
+    save_tokenizer(form, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     again = ChatFormat(tokenizer)
     for messages in ([USER], TALK):
@@ -331,7 +332,7 @@ def test_a_response_whose_words_the_template_changes_is_refused():
 @pytest.mark.parametrize("value", [True, False])
 def test_an_exported_template_writes_an_empty_thought_once(value, tmp_path):
     form = chat_format("byte-level", "qwen 3", enable_thinking=value)
-    form.save_pretrained(tmp_path)
+    save_tokenizer(form, tmp_path)
     text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [USER], tokenize=False, add_generation_prompt=True
     )

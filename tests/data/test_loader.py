@@ -231,8 +231,8 @@ def test_a_plan_that_repeats_has_the_first_epoch_in_every_epoch():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (TrainingPlan, "2 training pairs cannot be shared by 3 processes"),
-        (EvaluationPlan, "2 evaluation pairs cannot be shared by 3 processes"),
+        (TrainingPlan, "2 training rows cannot be shared by 3 processes"),
+        (EvaluationPlan, "2 evaluation rows cannot be shared by 3 processes"),
     ],
 )
 def test_fewer_pairs_than_processes_are_refused(plan, message):

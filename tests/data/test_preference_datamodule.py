@@ -287,7 +287,7 @@ def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path, caplog):
         assert len(seen[-1]) == len([i for i in ids if i.startswith("c")]) == 4
     assert seen[0] != seen[1]
     assert "train: 15 pairs, 14 an epoch by their weights (" in caplog.text
-    with pytest.raises(ConfigurationError, match=r"data.val: a weight would count pairs more than once"):
+    with pytest.raises(ConfigurationError, match=r"data.val: a weight would count rows more than once"):
         make(a, val=[WeightedSource(b, weight=2)])
 
 
@@ -393,9 +393,9 @@ def test_a_single_pair_without_validation_data_is_refused_with_advice(make, tmp_
 def test_more_processes_than_pairs_are_refused(make, tmp_path):
     data = make(write(tmp_path / "a.jsonl", "x"), val=write(tmp_path / "b.jsonl", "v"), world_size=2)
     data.setup("fit")
-    with pytest.raises(ConfigurationError, match="1 training pairs cannot be shared by 2 processes"):
+    with pytest.raises(ConfigurationError, match="1 training rows cannot be shared by 2 processes"):
         data.train_dataloader()
-    with pytest.raises(ConfigurationError, match="1 evaluation pairs cannot be shared by 2 processes"):
+    with pytest.raises(ConfigurationError, match="1 evaluation rows cannot be shared by 2 processes"):
         data.val_dataloader()
 
 

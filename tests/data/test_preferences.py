@@ -487,7 +487,7 @@ def test_every_reason_of_this_stage_is_tested():
 
 
 def test_the_first_ten_bad_rows_are_named_and_the_rest_counted(load):
-    with pytest.raises(DataError, match=r"13 of 14 rows .*row 1: .*row 10: .*; and 3 more\. Mend them") as caught:
+    with pytest.raises(DataError, match=r"13 of 14 rows .*row 1: .*row 10: .*; and 3 more\. Correct them") as caught:
         load(GOOD, *[GOOD | {"chosen": ""}] * 13)
     assert "row 11" not in str(caught.value)
 
@@ -496,11 +496,6 @@ def test_the_first_ten_bad_rows_are_named_and_the_rest_counted(load):
 def test_a_file_without_a_usable_row_is_refused_under_any_policy(load, policy):
     with pytest.raises(DataError, match=r"pairs.jsonl: none of its 2 rows can be used: .*row 0: chosen has no text"):
         load(GOOD | {"chosen": ""}, GOOD | {"chosen": ""}, on_bad_rows=policy)
-
-
-def test_an_unknown_policy_is_refused(load):
-    with pytest.raises(DataError, match="on_bad_rows: 'skip' is no policy; use one of error, drop"):
-        load(GOOD, on_bad_rows="skip")
 
 
 def test_a_missing_column_is_named_with_the_columns_found_and_the_remedy(load):

@@ -278,7 +278,7 @@ def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path):
     ids = [data.example_ids("train")[index] for batch in batches(data.train_dataloader()) for index in batch]
     assert Counter(i[0] for i in ids) == {"a": 4, "b": 6, "c": 4}
     assert set(Counter(i for i in ids if i[0] == "b").values()) == {2}
-    with pytest.raises(ConfigurationError, match=r"data.val: a weight would count prompts more than once"):
+    with pytest.raises(ConfigurationError, match=r"data.val: a weight would count rows more than once"):
         make(a, val=[WeightedSource(b, weight=2)])
 
 
@@ -341,7 +341,7 @@ def test_a_fit_begins_with_three_lines(make, tmp_path, caplog):
     train_line, val_line, statistics = caplog.messages
     assert train_line.startswith("train: 3 prompts (")
     assert train_line.endswith(
-        "a.jsonl: 4 rows read, 1 left out whose prompt stood before; 1 prompts cut to fit max_prompt_length 64)"
+        "a.jsonl: 4 rows read, 1 duplicate prompts left out; 1 prompts cut to fit max_prompt_length 64)"
     )
     assert val_line.endswith("b.jsonl: 1 rows read; 1 prompts cut to fit max_prompt_length 64)")
     shortest, median, longest = sorted(data.prompts["train"].lengths.tolist())
@@ -362,13 +362,13 @@ def test_what_cannot_be_is_refused_with_advice(make, tmp_path):
     train, val = write(tmp_path / "a.jsonl", "x"), write(tmp_path / "b.jsonl", "v")
     with pytest.raises(ConfigurationError, match=r"data.tokenizer: give the hub name or directory of a tokenizer"):
         make(train, tokenizer=None).setup("fit")
-    with pytest.raises(DataError, match=r"splitting 1 prompts by prompt .* no validation prompt; give a validation"):
+    with pytest.raises(DataError, match=r"splitting 1 prompts by prompt .* no validation prompts; give a validation"):
         make(train).setup("fit")
     data = make(train, val=val, world_size=2)
     data.setup("fit")
-    with pytest.raises(ConfigurationError, match="1 training prompts cannot be shared by 2 processes"):
+    with pytest.raises(ConfigurationError, match="1 training rows cannot be shared by 2 processes"):
         data.train_dataloader()
-    with pytest.raises(ConfigurationError, match="1 evaluation prompts cannot be shared by 2 processes"):
+    with pytest.raises(ConfigurationError, match="1 evaluation rows cannot be shared by 2 processes"):
         data.val_dataloader()
     data = make(train, val=val, callbacks=[GradientAccumulationScheduler({0: 2})])
     data.setup("fit")

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
-from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.data.tokenized import tokenize_source
@@ -84,7 +84,7 @@ def test_every_damaged_file_behaves_as_its_manifest_says(entry):
 def tokenized(file, chat_format, *, on_bad_rows="error", **options):
     store = tokenize_source(WeightedSource(str(file)), chat_format)
     store.report.enforce(on_bad_rows)
-    return select_pairs([store], [np.ones(len(store), dtype=bool)], **options)
+    return TokenizedPairs.fitting([store], [np.ones(len(store), dtype=bool)], **options)
 
 
 GIANT_TEXTS = ["28_identical_after_truncation", "29_prompt_longer_than_max_length", "27_one_megabyte_response"]

@@ -26,7 +26,7 @@ from rlhf_lightning.data.batching import MicroBatch, collate_pairs
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.tokenized import TokenStore, write_store
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
@@ -52,7 +52,7 @@ def stored(chat_format, examples):
 
 def selected(chat_format, examples, *, max_length=1000, **options):
     store = stored(chat_format, examples)
-    return select_pairs([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
+    return TokenizedPairs.fitting([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
 
 
 def batch_of(pairs, pad_id):

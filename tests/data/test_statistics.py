@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
-from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
 from rlhf_lightning.data.tokenized import tokenize_source
@@ -32,7 +32,7 @@ def pairs_of(chat_format, tmp_path_factory):
         names = ("prompt", "chosen", "rejected")
         file.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
         store = tokenize_source(WeightedSource(str(file)), chat_format, cache_dir=directory / "cache")
-        return select_pairs([store], [np.ones(len(store), dtype=bool)], max_length=1000)[0]
+        return TokenizedPairs.fitting([store], [np.ones(len(store), dtype=bool)], max_length=1000)[0]
 
     return make
 

@@ -324,7 +324,7 @@ def test_a_store_may_be_empty(tmp_path, rows):
     pairs = TokenizedPairs(
         [store, stored(tmp_path / "other", [pair()])], [np.array([], int), np.array([0])], max_length=9
     )
-    assert pairs.segments(0)[1].tolist() == QWEN.encode(["Well."])[0] + [QWEN.terminator_id]
+    assert pairs.segments(0)[1].tolist() == QWEN.token_ids(["Well."])[0] + [QWEN.terminator_id]
 
 
 def test_a_store_travels_to_a_worker_process_as_the_name_of_its_directory(tmp_path):

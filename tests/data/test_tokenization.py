@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
-from rlhf_lightning.data.selection import select_pairs
+from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.tokenized import TokenStore, write_store
 from rlhf_lightning.errors import DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, LLAMA2, UNSTABLE, byte_tokenizer
@@ -30,7 +30,7 @@ def tokenize(examples, chat_format=QWEN, *, max_length=1000, on_bad_rows="error"
         write_store(Path(directory), examples, LoadReport("pairs.jsonl", rows_read=len(examples)), chat_format)
         store = TokenStore(directory)
     store.report.enforce(on_bad_rows)
-    return select_pairs([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
+    return TokenizedPairs.fitting([store], [np.ones(len(store), dtype=bool)], max_length=max_length, **options)
 
 
 def text_of(chat_format, ids):
@@ -70,7 +70,7 @@ def test_prompt_ids_are_a_prefix_of_the_ids_of_the_whole_row(known):
     chat_format = known.chat_format
     pairs, _ = tokenize([example()], chat_format)
     prompt, chosen, _ = pairs.segments(0)
-    whole = chat_format.encode([known.prompt + known.response])[0]
+    whole = chat_format.token_ids([known.prompt + known.response])[0]
     assert [*prompt, *chosen] == whole
 
 
@@ -135,7 +135,7 @@ def test_pairs_carry_ids_margins_and_the_length_of_their_longer_row():
     assert pairs.margin.tolist() == [0.25, 0.0]
     assert pairs.margin.dtype == np.float32
     assert len(pairs) == 2
-    frame = len(QWEN.encode([FORMATS["qwen"].prompt.replace("Hi there", "")])[0])
+    frame = len(QWEN.token_ids([FORMATS["qwen"].prompt.replace("Hi there", "")])[0])
     assert pairs.lengths.tolist() == [frame + 8 + 5 + 1, frame + 1 + 4 + 1]
 
 
@@ -194,7 +194,7 @@ def test_a_conversation_loses_whole_turns_before_its_last_question_is_cut():
         fitting = next((p for p in rest.values() if p.lengths[0] <= whole - less), None)
         expected = QWEN.prompt_text([{"role": "user", "content": "E" * (9 - less + whole - int(rest[4].lengths[0]))}])
         assert text == (expected if fitting is None else texts_of(fitting, QWEN)[0])
-        assert pairs.lengths[0] == len(QWEN.encode([text])[0]) + 6
+        assert pairs.lengths[0] == len(QWEN.token_ids([text])[0]) + 6
         assert report.rows_cut == ["pairs.jsonl, row 0"]
 
 
@@ -208,7 +208,7 @@ def test_truncation_drop_leaves_a_long_pair_out_and_says_how_long_it_is():
     assert pairs.example_ids == ["id-1"]
     assert report.bad_rows == {"too_long": ["pairs.jsonl, row 0"]}
     assert report.first_messages == [
-        "pairs.jsonl, row 0: the longer row has 61 tokens (prompt 55, response and terminator 6), max_length is 60"
+        "pairs.jsonl, row 0: the longer row has 61 tokens (prompt 55, response and EOS 6), max_length is 60"
     ]
 
 

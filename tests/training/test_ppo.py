@@ -465,7 +465,7 @@ def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(reque
     form = ChatFormat(AutoTokenizer.from_pretrained(directory))
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
         head = form.encode_prompts([form.prompt_text(prompt)])[0]
-        row = torch.tensor([[*head, *form.encode([form.response_text(response)])[0], form.terminator_id]])
+        row = torch.tensor([[*head, *form.token_ids([form.response_text(response)])[0], form.terminator_id]])
         expected = network(row, torch.ones_like(row, dtype=torch.bool))
         torch.testing.assert_close(score[None], expected, rtol=0, atol=1e-5)
 

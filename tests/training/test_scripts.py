@@ -89,8 +89,8 @@ def test_rows_in_memory_are_weighted_beside_files_and_have_columns(rows, pairs, 
         ([{"question": "x", "good": "a", "bad": "b"}], "1 rows in memory: no column 'chosen'"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 1}])}), "DatasetDict with the keys train"),
         ([{"source": "a.jsonl", "wieght": 2}], "dict with the keys source, wieght"),
-        (7, "a int is no source"),
-        (iter([]), "is no source"),
+        (7, "a int is not a valid source"),
+        (iter([]), "is not a valid source"),
     ],
 )
 def test_what_is_no_data_is_refused_in_a_line(given, words):

@@ -72,19 +72,13 @@ TASKS = {
 VALIDATION_TASKS = 6
 
 
-def utility(features: dict) -> float:
-    """How good an answer is, in logits of the Bradley-Terry model."""
-    value = UTILITY[features["opening"]] + UTILITY[features["closing"]] + UTILITY["step"] * features["steps"]
-    return value + (0.0 if features["on_topic"] else UTILITY["off_topic"])
-
-
 def make_rows(split: str) -> list[dict]:
     """The rows of a split, one of `PAIRS`, with the utilities of both answers."""
     random_source = random.Random(f"{SEED} {split}")
     names = list(TASKS)
     tasks = {"train": names[:-VALIDATION_TASKS], "val": names[-VALIDATION_TASKS:]}.get(split, names)
     frames = {"answers_train": FRAMES[:-1], "answers_val": FRAMES[-1:]}.get(split, FRAMES)
-    rows = []
+    rows: list[dict] = []
     while len(rows) < PAIRS[split]:
         task = random_source.choice(tasks)
         answers = [_answer(task, tasks, random_source) for _ in range(2)]
@@ -108,17 +102,14 @@ def make_rows(split: str) -> list[dict]:
 
 
 def _answer(task: str, tasks: list[str], random_source: random.Random) -> tuple[str, float]:
-    features = {
-        "opening": random_source.choice(list(OPENINGS)),
-        "closing": random_source.choice(list(CLOSINGS)),
-        "steps": random_source.randint(1, 3),
-        "on_topic": random_source.random() < 0.75,
-    }
-    source = task if features["on_topic"] else random_source.choice([name for name in tasks if name != task])
-    steps = TASKS[source].split(" | ")[: features["steps"]]
-    opening = random_source.choice(OPENINGS[features["opening"]])
-    closing = random_source.choice(CLOSINGS[features["closing"]])
-    return " ".join(filter(None, [opening, *steps, closing])), utility(features)
+    """An answer, and how good it is, in logits of the Bradley-Terry model."""
+    opening, closing = random_source.choice(list(OPENINGS)), random_source.choice(list(CLOSINGS))
+    steps, on_topic = random_source.randint(1, 3), random_source.random() < 0.75
+    source = task if on_topic else random_source.choice([name for name in tasks if name != task])
+    sentences = TASKS[source].split(" | ")[:steps]
+    phrases = random_source.choice(OPENINGS[opening]), random_source.choice(CLOSINGS[closing])
+    value = UTILITY[opening] + UTILITY[closing] + UTILITY["step"] * steps + (0 if on_topic else UTILITY["off_topic"])
+    return " ".join(filter(None, [phrases[0], *sentences, phrases[1]])), value
 
 
 def oracle_accuracy(rows: list[dict]) -> float:
