@@ -134,7 +134,9 @@ class DataModule(LightningDataModule, Generic[Rows]):
         if self.tokenizer is None and self.chat_format is None:
             self.tokenizer = _backbone_of(self)
         if self.read(roles_of(stage)) and stage == "fit":
-            self._log_statistics()
+            shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
+            leak = leak_in_words(shared, self.rows["val"])
+            log.log(logging.WARNING if shared else logging.INFO, "%s", self._statistics(leak))
 
     def read(self, roles: Sequence[Role]) -> list[Role]:
         """Read and tokenize some roles, whatever the stage, and say which of them were not there yet."""
@@ -236,20 +238,11 @@ class DataModule(LightningDataModule, Generic[Rows]):
     def _fitting(self, role: Role, *, max_length: int, truncation: Truncation) -> tuple[Rows, LoadReport]:
         """The rows of a role that fit: from its own sources, or divided off the training sources by prompt."""
         sources, split, part = self.role_sources(role)
-        stores = [
-            tokenize_source(
-                source,
-                self._format(),
-                kind=self.rows_class.kind,
-                columns=self.columns,
-                split=split,
-                cache_dir=self.cache_dir,
-            )
-            for source in sources
-        ]
+        form, kind, columns, cache = self._format(), self.rows_class.kind, self.columns, self.cache_dir
+        stores = [tokenize_source(s, form, kind=kind, columns=columns, split=split, cache_dir=cache) for s in sources]
         for store in stores:
             store.report.enforce(self.on_bad_rows)
-        masks = part_masks(stores, part, val_fraction=self.val_fraction, kind=self.rows_class.kind)
+        masks = part_masks(stores, part, val_fraction=self.val_fraction, kind=kind)
         return self.rows_class.fitting(stores, masks, max_length=max_length, truncation=truncation, part=part)
 
     def _select(self, role: Role) -> tuple[Rows, LoadReport]:
@@ -260,14 +253,8 @@ class DataModule(LightningDataModule, Generic[Rows]):
         """What makes the tensors of a batch of a role."""
         raise NotImplementedError
 
-    def _log_statistics(self) -> None:
-        """What may spoil the numbers of a run, in one line."""
-        shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
-        leak = leak_in_words(shared, self.rows["val"])
-        log.log(logging.WARNING if shared else logging.INFO, "%s", self._statistics(leak))
-
     def _statistics(self, leak: str) -> str:
-        """The line of `_log_statistics`, with what is said of prompts on both sides in it."""
+        """What may spoil the numbers of a run, in one line; `leak` is what is said of prompts on both sides."""
         raise NotImplementedError
 
 

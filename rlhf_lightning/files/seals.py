@@ -15,8 +15,6 @@ from rlhf_lightning.files.locks import current_umask
 MARK = "rlhf_lightning.json"
 """Stands in a directory that this package wrote, and so may replace; with the hashes."""
 _HASHES = "files_xxh3_128"
-_OF_BEFORE = "weights_xxh3_128"
-"""Of versions that hashed the weights alone."""
 _WEIGHTS = ".safetensors"
 _MEND = f"export its checkpoint again, or, if you changed the files on purpose, remove {MARK} from the directory"
 
@@ -48,7 +46,7 @@ def check_seal(directory: str | Path, *, weights: bool = True) -> None:
         return
     try:
         stored = json.loads(mark.read_text(encoding="utf-8"))
-        hashes = {**stored.get(_OF_BEFORE, {}), **stored.get(_HASHES, {})}
+        hashes = dict(stored.get(_HASHES, {}))
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{mark}: cannot be read, so nobody knows whether the model is whole; {_MEND}") from error
     for name, written in hashes.items():

@@ -334,7 +334,7 @@ def test_the_head_that_a_cut_keeps_is_all_before_the_words_of_the_first_user():
     assert QWEN.encode_turns([]) == []
     assert QWEN.tail_length == len(QWEN.token_ids(["<|im_end|>\n<|im_start|>assistant\n"])[0])
     gemma = FORMATS["gemma"].chat_format
-    assert gemma.encode(["<bos><start_of_turn>user\n"])[0] == list(gemma.head_ids)
+    assert gemma.token_ids(["<bos><start_of_turn>user\n"])[0] == list(gemma.head_ids)
     assert gemma.template == GEMMA
     assert np.ndim(gemma.pad_id) == 0
 

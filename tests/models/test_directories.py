@@ -153,17 +153,6 @@ def test_a_flipped_bit_in_settings_or_tokenizer_is_refused_and_the_model_card_ma
             load(str(tmp_path / "model"))
 
 
-def test_the_seal_of_a_version_that_hashed_weights_alone_holds(tmp_path):
-    write(tmp_path / "model", 1)
-    mark = tmp_path / "model" / "rlhf_lightning.json"
-    hashes = {name: h for name, h in json.loads(mark.read_text())["files_xxh3_128"].items() if "safetensors" in name}
-    mark.write_text(json.dumps({"written_by": "rlhf_lightning", "weights_xxh3_128": hashes}))
-    check_seal(tmp_path / "model")
-    flip(tmp_path / "model" / "model-2.safetensors")
-    with pytest.raises(ModelError, match=r"model-2\.safetensors: damaged"):
-        check_seal(tmp_path / "model")
-
-
 def test_a_damaged_builtin_model_in_the_cache_is_made_anew(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     directory = Path(resolve_model("builtin:tiny"))
