@@ -47,11 +47,11 @@ def check_tokens_fit(
     wanted = PreferenceDataModule if new_tokens is None else PromptDataModule
     if data is not None and isinstance(data, PromptDataModule) != (new_tokens is not None):
         raise ConfigurationError(
-            f"data: this model learns from {wanted.noun}s; use {wanted.__name__}, not {type(data).__name__}"
+            f"data: this model learns from {wanted.rows_class.kind}; use {wanted.__name__}, not {type(data).__name__}"
         )
     if not isinstance(data, DataModule):
         return
-    limit, key = max_positions(config), data.limit_key
+    limit, key = max_positions(config), data.rows_class.limit_key
     room = None if limit is None else limit - (new_tokens or 0)
     longest = data.max_prompt_length if isinstance(data, PromptDataModule) else data.max_length
     if room is not None and longest > room:
