@@ -53,7 +53,7 @@ class Curve(NamedTuple):
 
 
 class RolloutPoint(NamedTuple):
-    """A rollout: its optimizer step, the root of its KL in nats per reply, and its mean reward."""
+    """A rollout: its optimizer step, the root of its KL in nats per response, and its mean reward."""
 
     step: int
     sqrt_kl: float
@@ -79,35 +79,27 @@ def _look(salt: str = "") -> Iterator[None]:
         yield
 
 
-def _axes() -> Axes:
+def _chart() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained").subplots()
-
-
-def _figure(axes: Axes) -> Figure:
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+    return figure, figure.subplots()
 
 
 @_look()
 def curves(
     drawn: Sequence[Curve],
     *,
-    levels: Sequence[float] = (),
     diagonal: bool = False,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     x_percent: bool = False,
     y_percent: bool = False,
 ) -> Figure:
-    """Up to four curves, horizontal lines at `levels`, and y = x as a diagonal; the ranges are the least shown."""
-    axes = _axes()
+    """Up to four curves, and y = x as a diagonal; the ranges are the least shown."""
+    figure, axes = _chart()
     for index, curve in enumerate(drawn):
         _draw(axes, index, curve)
-    for index, level in enumerate(_finite(levels)):
-        axes.axhline(level, color=COLOURS["ink"], linewidth=1.2, linestyle=LEVEL_DASHES[index % 4], zorder=1)
     low, high = axes.get_xlim()
     if labelled := any(curve.label for curve in drawn):
         high += 0.25 * (high - low)
@@ -120,13 +112,14 @@ def curves(
     _ticks(axes.yaxis, y_percent, 5)
     if labelled:
         _labels(axes, drawn)
-    return _figure(axes)
+    return figure
 
 
 @_look()
 def histogram(distributions: Sequence[Sequence[float]], *, marks: Sequence[float] = ()) -> Figure:
     """Up to four distributions over common bins, each as shares of its own values, and vertical lines at `marks`."""
-    axes, edges = _axes(), bin_edges(distributions)
+    edges = bin_edges(distributions)
+    figure, axes = _chart()
     for index, values in enumerate(distributions):
         counts = bin_counts(values, edges)
         if not counts.any():
@@ -140,7 +133,7 @@ def histogram(distributions: Sequence[Sequence[float]], *, marks: Sequence[float
     axes.set_ylim(bottom=0)
     _ticks(axes.xaxis, False, 6)
     _ticks(axes.yaxis, True, 4)
-    return _figure(axes)
+    return figure
 
 
 def bin_edges(distributions: Sequence[Sequence[float]]) -> np.ndarray:
@@ -225,7 +218,7 @@ def reward_against_kl(points: Sequence[RolloutPoint]) -> np.ndarray:
     path = Curve([p.sqrt_kl for p in points], [p.reward for p in points], label=f"step {points[-1].step}")
     figure = curves([path])
     with _look():
-        figure.axes[0].set_xlabel("square root of the KL from the reference, nats a reply")
+        figure.axes[0].set_xlabel("square root of the KL from the reference, nats per response")
         figure.axes[0].set_ylabel("mean reward of a rollout")
     return pixels(figure)
 

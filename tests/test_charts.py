@@ -125,7 +125,7 @@ def test_labels_stand_beside_the_last_points_and_apart():
 
 
 def test_svg_has_the_pages_colours_no_ids_but_those_that_are_named_and_nothing_else():
-    first, second = (svg(curves([Curve([0, 1], [0, 1], label="<b>&漢$x$")], levels=[0.5]), salt) for salt in "ab")
+    first, second = (svg(curves([Curve([0, 1], [0, 1], label="<b>&漢$x$")]), salt) for salt in "ab")
     root = ElementTree.fromstring(first)
     assert {node.tag for node in root.iter()} <= {"svg", "defs", "g", "path", "use", "text", "clipPath", "rect"}
     assert "<b>&漢$x$" in [node.text for node in root.iter("text")]
@@ -155,7 +155,7 @@ def test_the_same_numbers_give_the_same_characters_in_another_process_with_other
 @settings(max_examples=40, deadline=None)
 def test_any_numbers_make_a_drawing(data, label):
     drawn = [Curve([x for x, _ in row], [y for _, y in row], label=label) for row in data]
-    for figure in (curves(drawn, levels=[0.5], diagonal=True), histogram([curve.y for curve in drawn])):
+    for figure in (curves(drawn, diagonal=True), histogram([curve.y for curve in drawn])):
         ElementTree.fromstring(svg(figure, "salt"))
 
 

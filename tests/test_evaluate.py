@@ -375,7 +375,7 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "nothing to judge"),
+        ([], "nothing to evaluate"),
         (["--reward_modle", "x"], "reward_modle"),
         (["--samples", "0", "--policy", "models/after"], "samples"),
         (["--dtype", "int8", "--policy", "models/after"], "dtype"),
@@ -400,7 +400,7 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         ),
         (["--policy", "models/after", "--prompts", "builtin:nope"], "builtin:courtesy_answers"),
         (["--policy", "models/after", "--device", "cuda"], "no CUDA device"),
-        (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is none"),
+        (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is not a device"),
         (["--policy", "models/after", "--prompts", "rewardbench"], "give rewardbench"),
         (["--reward_model", "models/reward", "--pairs", "single.jsonl"], "pairs: 1 of them has no interval"),
         (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 of them has no interval"),

@@ -7,8 +7,8 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.base import write_official_files
 from rlhf_lightning.evaluation.blocks import Verdict
 from rlhf_lightning.evaluation.estimates import interval_of, value_of
-from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, launch
+from rlhf_lightning.evaluation.ranks import Ranks, device_of, run_together
 from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics
-from rlhf_lightning.evaluation.run import check, device_of, evaluate
+from rlhf_lightning.evaluation.run import check, evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.files.disks import write_whole
-from rlhf_lightning.files.locks import alone
 from rlhf_lightning.report.pages import to_html, to_markdown
 from rlhf_lightning.report.sections import report
 from rlhf_lightning.terminal import Terminal, say
@@ -60,27 +59,21 @@ def run(arguments: Sequence[str]) -> int:
     if settings.out in ("", "null"):
         raise ConfigurationError("out: a report needs a directory; name one")
     check(settings)
-    ranks = launch(device_of(settings), settings.devices)
-    try:
-        return _run(settings, out, ranks)
-    except FailedElsewhere:  # process 0 says why
-        return 0
-
-
-def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> int:
-    """In each of the processes, of which the first one writes and prints."""
     busy = f"out: {out}: another evaluation is writing there; wait for its end, or give another directory"
-    with ExitStack() as locks:
-        ranks.once(lambda: locks.enter_context(alone(out / "kept" / ".lock", busy)))
-        settings = ranks.once(lambda: _prepared(given, out))
-        results = evaluate(settings, ranks)
-        if ranks.rank != 0:
-            return 0
+    lock = out / "kept" / ".lock"
+    run_together(device_of(settings.device), settings.devices, lock, busy, partial(_run, settings, out))
+    return 0
+
+
+def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> None:
+    """In each of the processes, of which the first one writes and prints."""
+    settings = ranks.once(lambda: _prepared(given, out))
+    results = evaluate(settings, ranks)
+    if ranks.rank == 0:
         if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
             results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
         write(results, settings)
         _print(results, out)
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> EvaluationSettings:
@@ -89,7 +82,7 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
 
 
 def _prepared(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
-    for name in FILES:  # an evaluation that is cut off must not leave those of another one
+    for name in FILES:  # an evaluation that is killed must not leave those of another one
         (out / name).unlink(missing_ok=True)
     return _exported(settings, out)
 
@@ -144,7 +137,7 @@ def _score_rows(results: EvaluationResults) -> Iterator[dict[str, Any]]:
 
 
 def _details(results: EvaluationResults) -> dict[str, Any]:
-    """The results without what stands in other files: rows, responses and curves."""
+    """The results without what other files hold: rows, responses and curves."""
     plain = {"scorers": as_plain(results.scorers), "judges": as_plain(results.judges)}
     for kind, group in (("scorer", plain["scorers"]), ("judge", plain["judges"])):
         for found in group:

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,9 @@ from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
-from rlhf_lightning.evaluation.ranks import FailedElsewhere, Ranks, check_devices, launch
+from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of, run_together
 from rlhf_lightning.evaluation.settings import Dtype
 from rlhf_lightning.files.disks import write_whole
-from rlhf_lightning.files.locks import alone
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.rewards.functions import check_text_of
@@ -67,10 +66,10 @@ class GenerationSettings:
         max_prompts: The first so many prompts.
         on_bad_rows: `error` refuses prompts with unusable rows and names them; `drop` leaves such rows out.
         batch_size: Responses sampled or scored at a time; changes no row, but for rounding.
-        device: Where it computes; a GPU where there is one when not given.
+        device: Such as `cpu` or `cuda`; a GPU where there is one when not given.
         devices: Processes on this machine, each with a device of its own and a share of the prompts.
-        dtype: Of the weights and arithmetic of policy and reward model.
-        seed: Of the sampling. A response depends on the seed, its prompt's id and its number alone.
+        dtype: Dtype of the weights and arithmetic of policy and reward model.
+        seed: Seed of the sampling. A response depends on the seed, its prompt's id and its number alone.
         trust_remote_code: Run code that comes with models.
     """
 
@@ -118,20 +117,17 @@ def run(arguments: Sequence[str]) -> int:
     quieten()
     settings = parse_settings(GenerationSettings, "generate", _USAGE, arguments)
     check(settings)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, out = device_of(settings.device), Path(settings.out)
     check_devices(device, settings.devices)
-    ranks = launch(device, settings.devices)
-    out = Path(settings.out)
     busy = f"out: {out}: another process is writing there; wait for its end, or give another file"
-    try:
-        with ExitStack() as locks:
-            ranks.once(lambda: locks.enter_context(alone(_kept(out) / ".lock", busy)) and None)
-            scored = generate(settings, ranks)
-            if ranks.rank == 0:
-                _write(settings, scored)
-    except FailedElsewhere:  # process 0 says why
-        return 0
+    run_together(device, settings.devices, _kept(out) / ".lock", busy, partial(_run, settings))
     return 0
+
+
+def _run(settings: GenerationSettings, ranks: Ranks) -> None:
+    scored = generate(settings, ranks)
+    if ranks.rank == 0:
+        _write(settings, scored)
 
 
 def check(settings: GenerationSettings) -> None:

@@ -95,16 +95,16 @@ class Answers:
         policies: dict[Side, Policy] = {}
         responses: dict[Side, list[Response]] = {}
         refusals: dict[Side, list[Response]] = {}
-        unsafe = [each.prompt for each in data.refusal]
+        refusal_prompts = [each.prompt for each in data.refusal]
         for side, name in names.items():
             model, chat_format = self.session.made(load_frozen_policy, name, **self.session.loading)
             policies[side] = Policy(model, chat_format, weights_fingerprint(model))
             self.session.fingerprints[f"policy {side}: {name}"] = policies[side].fingerprint
             responses[side] = self._sampled(side, policies[side], data.prompts, settings.samples, settings.temperature)
-            refusals[side] = self._sampled(f"{side}-refusal", policies[side], unsafe, 1, 0.0)
+            refusals[side] = self._sampled(f"{side}-refusal", policies[side], refusal_prompts, 1, 0.0)
         rows = _prompt_rows(data.prompts, responses)
         kl = self._kl(policies, responses["after"], rows) if len(names) == 2 and rows else None
-        return rows, _prompt_rows(unsafe, refusals), kl
+        return rows, _prompt_rows(refusal_prompts, refusals), kl
 
     def _sampled(
         self, label: str, policy: Policy, prompts: Sequence[PromptExample], samples: int, temperature: float
@@ -239,21 +239,23 @@ class Answers:
         settings, method = self.settings, BUILTIN_DETECTOR
         if not rows:
             return {}, None
-        told: Callable[[Sequence[tuple[str, str]]], Sequence[bool | None]] | None = None
+        classify: Callable[[Sequence[tuple[str, str]]], Sequence[bool | None]] | None = None
         if settings.refusal_classifier is not None:
             label = settings.refusal_label
             classifier = self.session.made(
                 RefusalClassifier, settings.refusal_classifier, refusal_label=label, **self._classifying
             )
-            told, method = classifier.refuses, classifier.method
+            classify, method = classifier.refuses, classifier.method
         safety, refused = [each.safety for each in self.data.refusal], dict[Side, np.ndarray]()
         for row, kind in zip(rows, safety, strict=True):
             row.safety = kind
         for side in rows[0].replies:
             asked = [(row.prompt, row.replies[side][0]) for row in rows]
-            found = [None] * len(rows) if told is None else self.ranks.each(asked, told)
-            if told is not None and (failed := found.count(None)):
-                self.session.note(f"refusal {side}: {failed} responses could not be classified; the detector told them")
+            found = [None] * len(rows) if classify is None else self.ranks.each(asked, classify)
+            if classify is not None and (failed := found.count(None)):
+                self.session.note(
+                    f"refusal {side}: {failed} responses were not classified; the built-in detector decided"
+                )
             for row, (_, text), each in zip(rows, asked, found, strict=True):
                 row.refused[side] = is_refusal(text) if each is None else each
             refused[side] = np.array([row.refused[side] for row in rows])[:, None]

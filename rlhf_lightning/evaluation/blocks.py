@@ -12,15 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from rlhf_lightning.evaluation.estimates import Estimate, Quantity, value_of
+from rlhf_lightning.evaluation.estimates import Quantity
 
 Outcome = Literal["met with confidence", "met", "over-optimized", "not met", "not measured"]
 """Over-optimized: met by the reward model that was trained against, but not by one that was held out."""
-
-MOST_SERIES = 4
-"""In one chart: as many as there are colours, dashes and markers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +30,6 @@ class Verdict:
     units: str
     reason: str
     spec: str = ".3f"
-
-    def __post_init__(self) -> None:
-        if self.outcome not in get_args(Outcome):
-            raise ValueError(f"outcome {self.outcome!r} is none of {', '.join(get_args(Outcome))}")
-        if (self.outcome == "not measured") != (value_of(self.value) is None):
-            raise ValueError(f"{self.target}: {self.outcome!r} contradicts the value {self.value}")
-        if self.outcome == "met with confidence" and not isinstance(self.value, Estimate):
-            raise ValueError(f"{self.target}: confidence needs an interval")
-        if not self.reason:
-            raise ValueError(f"{self.target}: a verdict needs a reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +63,6 @@ class Facts:
     """Names with one or several values: settings, versions, counts."""
 
     rows: Sequence[tuple[str, str | int | float | Sequence[str] | None]]
-    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +99,12 @@ COIN = Reference(0.5, "coin flip")
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Horizontal bars with whiskers. `domain` is widened to what is drawn; not given, it begins or ends at 0."""
+    """Horizontal bars with whiskers, of shares from 0 to 1."""
 
     groups: Sequence[BarGroup]
     units: str
     caption: str
     references: Sequence[Reference] = ()
-    domain: tuple[float, float] | None = None
     spec: str = ".3f"
 
 
@@ -138,9 +123,6 @@ class Histogram:
     units: str
     caption: str
     references: Sequence[Reference] = ()
-
-    def __post_init__(self) -> None:
-        _check_few(self.caption, self.series)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +154,10 @@ class Lines:
     y_label: str
     caption: str
     diagonal: str = ""
-    references: Sequence[Reference] = ()
     domain: tuple[float, float] | None = None
     range: tuple[float, float] | None = None
     spec: str = ".3f"
     x_spec: str = "g"
-
-    def __post_init__(self) -> None:
-        _check_few(self.caption, self.series)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,17 +179,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Prompts with their responses side by side, one to three columns."""
+    """Prompts with their responses side by side, one or two columns."""
 
     columns: Sequence[str]
     rows: Sequence[Sample]
     caption: str
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.columns) <= 3:
-            raise ValueError(f"{self.caption}: {len(self.columns)} columns of samples; one to three can be read")
-        if wrong := [row for row in self.rows if len(row.texts) != len(self.columns)]:
-            raise ValueError(f"{self.caption}: {wrong[0].title} has {len(wrong[0].texts)} of {len(self.columns)} texts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +196,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """A text in which stretches are told apart by their looks."""
+    """A text whose stretches differ in their looks."""
 
     title: str
     pieces: Sequence[Piece]
@@ -256,12 +228,6 @@ class Document:
     title: str
     sections: Sequence[Section]
     subtitle: str = ""
-    footer: str = ""
-
-
-def _check_few(caption: str, series: Sequence[Distribution] | Sequence[Series]) -> None:
-    if len(series) > MOST_SERIES:
-        raise ValueError(f"{caption}: {len(series)} series; more than {MOST_SERIES} cannot be told apart: divide them")
 
 
 def anchors(document: Document) -> list[str]:

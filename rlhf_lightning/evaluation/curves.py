@@ -16,11 +16,11 @@ _FRAME = 16
 
 
 def read_run(directory: str | Path) -> RunCurves:
-    """Every scalar that a run logged, by its name, in the order of the steps; values that are not finite are left out.
+    """Every scalar that a run logged, by its name, in the order of the steps; values that are not finite are skipped.
 
-    `directory` is one version of a run (`runs/ppo/version_0`), or holds several, of which the newest is taken; it
-    keeps the name that was given. A step that was made twice, after a run was broken, counts as it was made last.
-    What stands behind a damaged record is left out, and the file named. Raises `DataError` when there are no logs.
+    `directory` is one version of a run (`runs/ppo/version_0`), or holds several, of which the newest is read; it
+    keeps the name that was given. Of a step that was made twice, by a run that was resumed, the last one counts.
+    Records after a damaged one are skipped, and the file is named. Raises `DataError` when there are no logs.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,9 +43,9 @@ def read_run(directory: str | Path) -> RunCurves:
 
 
 def _name_damage(file: Path) -> None:
-    """Say where a log ends for its readers, which stop without a word at a record that is not whole."""
+    """Warn where a log ends for its readers, which stop silently at an incomplete record."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
     whole = sum(len(record) + _FRAME for record in RawEventFileLoader(str(file)).Load())
     if whole < file.stat().st_size or whole == 0:
-        log.warning("%s: damaged or not written to its end; what stands behind byte %d is left out", file, whole)
+        log.warning("%s: damaged or incomplete; everything after byte %d is skipped", file, whole)

@@ -149,10 +149,10 @@ class PolicyJudge:
 
     Args:
         name: Directory or hub name of a causal language model, whole or LoRA adapters alone.
-        max_new_tokens: Longest reply.
+        max_new_tokens: Longest reply, in tokens.
         batch_size: Replies that are made at a time.
-        device: Where it computes.
-        dtype: Of the weights.
+        device: Such as `cpu` or `cuda`.
+        dtype: Dtype of the weights.
         trust_remote_code: Run code that comes with the model.
 
     Raises `ModelError` for what is no language model, and `ConfigurationError` when its positions leave no room.
@@ -193,7 +193,7 @@ class PolicyJudge:
         device = next(self.policy.parameters()).device
         rollouts = Rollouts(self.policy, form, self.engine, max_new_tokens=self.max_new_tokens)
         prompts = [torch.tensor(ids[place], device=device) for place in asked]
-        replies = rollouts.sample(prompts, [0] * len(asked), index=asked, temperature=0.0)
+        replies = rollouts.sample(prompts, [0] * len(asked), temperature=0.0)
         found = [TOO_LONG] * len(questions)
         for place, reply in zip(asked, replies.texts(form), strict=True):
             found[place] = reply

@@ -11,13 +11,16 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.files.locks import alone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -76,7 +79,7 @@ class Ranks:
         try:
             dist.all_gather_object(outcomes, (outcome, None if error is None else _portable(error)))
         except RuntimeError as closed:  # gloo's, when another one has ended, or is silent for half an hour
-            lost = "one of the processes was killed, or hangs; the same command goes on from what was kept"
+            lost = "one of the processes was killed, or hangs; run the same command again to resume"
             raise (ConfigurationError if self.rank == 0 else FailedElsewhere)(f"evaluate: {lost}") from closed
         if error is not None and (self.rank == 0 or not isinstance(error, UserError)):
             raise error
@@ -117,22 +120,38 @@ def launch(device: str, devices: int) -> Ranks:
     return Ranks(fabric.global_rank, fabric.world_size, str(fabric.device))
 
 
+def run_together(device: str, devices: int, lock: Path, busy: str, work: Callable[[Ranks], None]) -> None:
+    """Do `work` in the processes of `launch`, of which the first one holds a lock; `busy`: see `alone`.
+
+    Raises what `work` raises; a process that stops because another one failed is silent.
+    """
+    ranks = launch(device, devices)
+    with suppress(FailedElsewhere), ExitStack() as locks:  # process 0 says why
+        ranks.once(lambda: locks.enter_context(alone(lock, busy)))
+        work(ranks)
+
+
+def device_of(given: str | None) -> str:
+    """The device that is asked for, else a GPU where there is one."""
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_devices(device: str, devices: int) -> None:
-    """Raises `ConfigurationError` for a device that is none or not there, or when there are not so many."""
+    """Raise `ConfigurationError` for a device that does not exist, or when there are fewer than asked for."""
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigurationError(f"device: {device!r} is none; use cpu, cuda or cuda:1") from error
+        raise ConfigurationError(f"device: {device!r} is not a device; use cpu, cuda or cuda:1") from error
     if found.type == "cpu" and found.index:
-        raise ConfigurationError(f"device: {device!r} is none; use cpu")
+        raise ConfigurationError(f"device: {device!r} is not a device; use cpu")
     if found.type == "cpu":
         return
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device: there is no CUDA device here; use cpu")
+        raise ConfigurationError("device: no CUDA device is available; use cpu")
     if devices > 1 and found.index is not None:
-        raise ConfigurationError(f"devices: {devices} are more than the one that device names ({device}); use cuda")
+        raise ConfigurationError(f"devices: {devices} processes cannot share one device ({device}); use cuda")
     if found.type == "cuda" and devices > torch.cuda.device_count():
-        raise ConfigurationError(f"devices: {devices} of the {torch.cuda.device_count()} CUDA devices that are here")
+        raise ConfigurationError(f"devices: {devices}, but there are {torch.cuda.device_count()} CUDA devices")
 
 
 def _portable(error: Exception) -> Exception:

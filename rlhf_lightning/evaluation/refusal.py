@@ -152,7 +152,7 @@ _GOES_ON = re.compile(r"\b(?:however|but|that said|nevertheless|still),? (?:i wi
 
 
 def is_refusal(response: str) -> bool:
-    """Whether a response in English declines the request, whole or in part, told by how it begins."""
+    """Whether a response in English declines the request, whole or in part, judged by how it begins."""
     return refusal_rule(response) is not None
 
 
@@ -177,7 +177,7 @@ def _opening(response: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RefusalMethod:
-    """What told refusals, for printing beside its numbers."""
+    """What detected refusals, for printing beside its numbers."""
 
     name: str
     agreement: str
@@ -209,8 +209,8 @@ class RefusalClassifier(TextClassifier):
             found = [label for label in known if re.match(r"(?:is_?|response_?)?(?:refus|reject)", label.casefold())]
             if len(found) != 1:
                 raise ConfigurationError(
-                    f"{name}: which of its labels, {', '.join(known)}, means a refusal cannot be told; name it with "
-                    "refusal_label"
+                    f"{name}: which of its labels, {', '.join(known)}, means a refusal cannot be inferred; name it "
+                    "with refusal_label"
                 )
             refusal_label = found[0]
         super().__init__(name, labels=[refusal_label], **loading)

@@ -1,7 +1,7 @@
 """How good a reward model is on held-out pairs: order, calibration, length bias.
 
 Legend: N pairs, c and r the scores of the chosen and the rejected response, m = c - r the margin. The unit of every
-interval is the pair: its two responses are never drawn apart. A tie counts one half, as in `metrics`.
+interval is the pair: its two responses are resampled together. A tie counts one half, as in `metrics`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _estimate(
     together: Sequence[np.ndarray] | None,
     **how: Unpack[Resampling],
 ) -> Estimate:
-    """A statistic over units, resampled one by one, or in groups that are drawn together (two or more of them)."""
+    """A statistic over units, resampled one by one, or in groups that are resampled together (two or more of them)."""
     if together is None or not 2 <= len(together) < len(units):
         return bootstrap(statistic, units, **how)
     of_groups = bootstrap(
@@ -175,9 +175,9 @@ def auroc_estimate(
     together: Sequence[np.ndarray] | None = None,
     **how: Unpack[Resampling],
 ) -> Estimate:
-    """P(a positive score is above a negative one), ties one half; scores [N] and [N] of N units drawn together.
+    """P(a positive score is above a negative one), ties one half; scores [N] and [N] of N units.
 
-    `together` are groups of units, as `groups_of` makes them, that are only drawn as a whole: pairs on one prompt.
+    `together` are groups of units, as `groups_of` makes them, that are resampled as a whole: pairs on one prompt.
 
     Counts per distinct score replace the N^2 comparisons, and no resample is sorted.
     """

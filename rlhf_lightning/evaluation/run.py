@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rlhf_lightning.data.sources import source_list
 from rlhf_lightning.data.splits import prompt_hash
@@ -19,7 +18,7 @@ from rlhf_lightning.evaluation.benchmarks.base import Benchmark, BenchmarkRow, R
 from rlhf_lightning.evaluation.inputs import Inputs, sources_of, takers
 from rlhf_lightning.evaluation.judge import Judge, PolicyJudge
 from rlhf_lightning.evaluation.provenance import provenance
-from rlhf_lightning.evaluation.ranks import Ranks, check_devices
+from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of
 from rlhf_lightning.evaluation.results import EvaluationResults, JudgeResults, PairScores, ScorerResults
 from rlhf_lightning.evaluation.reward_quality import RewardQuality, reward_quality
 from rlhf_lightning.evaluation.session import Session, timed
@@ -42,7 +41,7 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> Evalua
     """
     check(settings)
     began = time.time()
-    ranks = ranks or Ranks(device=device_of(settings))
+    ranks = ranks or Ranks(device=device_of(settings.device))
     session = Session(settings, ranks.once(lambda: Inputs(settings)), ranks)
     scorers, judges, policies = measure_scorers(session), measure_judges(session), Answers(session).measured()
     return EvaluationResults(
@@ -56,15 +55,10 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> Evalua
     )
 
 
-def device_of(settings: EvaluationSettings) -> str:
-    """Where it computes: as the settings say, or on a GPU where there is one."""
-    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def check(settings: EvaluationSettings) -> None:
     """Raises `ConfigurationError` for settings that measure nothing, or that need others."""
     if settings.reward_model is None and settings.policy is None and settings.judge is None:
-        raise ConfigurationError("evaluate: nothing to judge; give reward_model, policy or judge")
+        raise ConfigurationError("evaluate: nothing to evaluate; give reward_model, policy or judge")
     scored = "scorer" in takers(settings)
     if settings.prompts == REWARDBENCH_PROMPTS and settings.rewardbench is None:
         raise ConfigurationError("evaluate: prompts are those of RewardBench, which is not given; give rewardbench")
@@ -86,7 +80,7 @@ def check(settings: EvaluationSettings) -> None:
     answers = settings.prompts is not None or settings.refusal_prompts is not None
     if settings.policy is not None and not settings.implicit_reward and not answers:
         raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
-    check_devices(device_of(settings), settings.devices)
+    check_devices(device_of(settings.device), settings.devices)
     _check_models(settings)
     for name in ("reward", "held_out_reward"):
         key = f"{name}_chat_template"

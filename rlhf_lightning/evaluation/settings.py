@@ -23,56 +23,57 @@ class EvaluationSettings:
     """An evaluation. What is not given is not measured, and the report says so.
 
     Args:
-        out: Directory of the report. What was scored and drawn is kept there, so that a run that was cut off goes on.
+        out: Directory of the report. Scores and responses are kept there, so that a run that was killed resumes.
         reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
             `module:function` of yours, which takes conversations and responses and gives a number for each. It is
-            judged on `pairs` and on RewardBench, and it judges the policies.
+            evaluated on `pairs` and RewardBench, and scores the responses of the policies.
         reward_chat_template: The text that it reads: `plain`, the words alone, a line for each turn; `pair`, prompt and
             response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a Jinja file that
             writes the whole. When not given, its tokenizer's chat template, else the transcript.
-        held_out_reward_model: A second one, trained on other pairs, or a rule that was not trained: a gain that it does
-            not see is over-optimization.
-        held_out_reward_chat_template: The same for that one.
+        held_out_reward_model: A second reward model, trained on other pairs, or a rule that was not trained: a gain
+            that it does not see is over-optimization.
+        held_out_reward_chat_template: The text that the held-out reward model reads.
         policy: Directory or hub name of a policy after training, whole or LoRA adapters alone.
-        reference: The policy before training.
-        implicit_reward: Judge `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against `reference`
-            (without one, by its log-probs).
-        judge: A language model that judges the pairs of RewardBench in writing.
-        judge_max_new_tokens: Longest of its replies.
-        pairs: Preference pairs that nothing was trained on: files, directories or hub data sets. Accuracy is told apart
-            by their column `source` (`[{source: FILE, columns: {source: COLUMN}}]` takes another one), else by file.
-        on_bad_rows: `error` refuses pairs or prompts with unusable rows and names them; `drop` leaves such rows out and
-            says how many.
+        reference: Directory or hub name of the policy before training.
+        implicit_reward: Evaluate `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against
+            `reference` (without one, by its log-probs).
+        judge: Directory or hub name of a language model that judges the pairs of RewardBench in writing.
+        judge_max_new_tokens: Longest reply of the judge, in tokens.
+        pairs: Preference pairs that nothing was trained on: files, directories or hub data sets. Accuracy is reported
+            for each value of their column `source` (`[{source: FILE, columns: {source: COLUMN}}]` takes another one),
+            else for each file.
+        on_bad_rows: `error` refuses pairs or prompts with unusable rows and names them; `drop` skips such rows and says
+            how many.
         pairs_split: Which files of a directory or hub data set these are.
         rewardbench: RewardBench's rows: file, directory or hub name.
         rewardbench_size: Rows of RewardBench-Lite, or `full`.
         rewardbench2: Rows of RewardBench 2.
         prior_sets: Name of each of RewardBench's prior sets to its file; null takes it from the hub.
         benchmarks: Name of each further benchmark to its rows; for benchmarks without a key of their own.
-        prompts: What the policies answer: a source as `pairs`, or `rewardbench` for the prompts of that key. Preference
-            pairs bring the anchors with them, on whose scale the gain is measured; prompts alone will do for the rest.
+        prompts: What the policies answer: a source as `pairs`, or `rewardbench` for the prompts of that key. The gain
+            in points needs preference pairs, whose responses are its scale; prompts alone will do for the rest.
         prompts_split: Which files of a directory or hub data set these are.
         max_prompts: The first so many prompts.
-        samples: Replies of each policy to each prompt.
-        temperature: Of the drawing. The KL is that of the policies at temperature 1 and needs replies drawn at it.
-        max_new_tokens: Longest reply.
+        samples: Responses of each policy to each prompt.
+        temperature: Sampling temperature. The KL is measured at 1 alone.
+        max_new_tokens: Longest response, in tokens.
         refusal_prompts: Prompts of known safety, answered with the most likely tokens.
-        refusal_classifier: A text classifier that tells refusals, in place of the built-in detector.
-        refusal_label: Its label that means a refusal, where that cannot be told.
-        toxicity_model: A text classifier that tells toxic replies.
-        toxic_labels: Its labels that count, where they cannot be told.
-        lexicon: A file with one word a line; the share of replies that hold one is reported under this name.
+        refusal_classifier: A text classifier that detects refusals, in place of the built-in detector.
+        refusal_label: Its label that means a refusal; needed where no label's name says so.
+        toxicity_model: A text classifier that detects toxic responses.
+        toxic_labels: Its labels that mean toxic; needed where their names do not say so.
+        lexicon: A file with one word a line; the share of responses with one is reported under this name.
         runs: Directories of TensorBoard logs, for the learning curves.
-        title: Of the report.
+        title: Title of the report.
         max_length: Longest row that is scored, in tokens; as many as a model has positions for when not given.
         batch_size: Rows at a time. It changes no number, but for rounding.
-        device: Where it computes; a GPU where there is one when not given.
+        device: Such as `cpu` or `cuda`; a GPU where there is one when not given.
         devices: Processes on this machine, each with a device of its own (the CPU is shared), the whole model, and a
             share of the rows. It changes no number, but for rounding.
-        dtype: Of the weights and arithmetic of language and reward models; classifiers are float32. Halves take half of
-            the memory and have an error that may be as large as what is looked for: the report gives it, measured on a
-            few rows that are scored in float32 as well.
-        seed: Of drawn replies and resamples.
+        dtype: Dtype of the weights and arithmetic of language and reward models; classifiers are float32. Half
+            precision takes half of the memory, and its error may be as large as the differences looked for: the report
+            gives it, measured on a few rows that are scored in float32 as well.
+        seed: Seed of sampling and of bootstrap resamples.
         trust_remote_code: Run code that comes with models.
     """
 

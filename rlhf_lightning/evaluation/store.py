@@ -32,7 +32,7 @@ _BODY = len(_START) + len('89abcdef", ')
 class Ledger(Generic[Entry]):
     """Entries of one maker by key, in a JSONL file that others may share; in memory alone where there is no file.
 
-    A line is `{"crc32", "maker", "entries"}`, with all entries of one `add` and the CRC-32 of what stands behind it. A
+    A line is `{"crc32", "maker", "entries"}`, with all entries of one `add` and the CRC-32 of what follows it. A
     line that is damaged, or was not written to its end, is named, and is dropped with all of its entries: what was made
     together is made again together, in the same batches, and so comes out equal to the last bit.
 

@@ -42,7 +42,7 @@ class TextClassifier:
         name: Hub name or directory.
         labels: Names of the labels asked for, as in the model's `id2label`.
         batch_size: Windows at a time; it changes no number.
-        device: Where it computes.
+        device: Such as `cpu` or `cuda`.
         trust_remote_code: Run code that comes with the model.
 
     Raises `ModelError` for what is no classifier or has no fast tokenizer, and `ConfigurationError` for a label that

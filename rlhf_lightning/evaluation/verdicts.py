@@ -50,7 +50,7 @@ def _claim(policies: PolicyResults | None) -> Verdict:
     reason, least = f"by the reward model {judge}", max(gain.low, CLAIMED_POINTS)
     outcome, reason = _confirmed(outcome, reason, gain, seen, least, "+.1f")
     if not seen:
-        reason += "; no held-out reward model was given, so a gain that only this one sees cannot be told"
+        reason += "; no held-out reward model was given, so a gain that only this one sees would go unnoticed"
     return Verdict(target, outcome, gain, "prompts", reason, spec="+.1f")
 
 

@@ -1,6 +1,6 @@
-"""Replies of a policy to prompts: the most likely ones, and drawn ones that do not depend on their batch.
+"""Responses of a policy to prompts: the most likely ones, and sampled ones that do not depend on their batch.
 
-V vocabulary. Prompts and replies are ragged: 1-D int64 ids, never padded tensors.
+V vocabulary. Prompts and responses are ragged: 1-D int64 ids, never padded tensors.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _LARGEST_ERROR = {torch.float32: 1e-3}
 """Share of the scores of a probe that rounding may account for, by the weights' dtype."""
 _LARGEST_ERROR_IN_HALF = 0.1
 _checked: set[str] = set()
-"""Configurations whose replies were found not to change with their company."""
+"""Configurations whose responses were found not to change with their company."""
 
 
-class Reply(NamedTuple):
-    """A drawn reply of L tokens."""
+class Sampled(NamedTuple):
+    """A sampled response of L tokens."""
 
     ids: Tensor
-    """[L] int64, its terminator included."""
+    """[L] int64, its EOS included."""
     logprobs: Tensor | None = None
-    """[L] float32, in nats, as the engine says that it drew them, where that is not by the policy itself."""
+    """[L] float32, in nats, as the engine says that it sampled them, where that is not by the policy itself."""
 
 
 class RolloutEngine(Protocol):
-    """What draws replies. An engine may be another program with its own copy of the weights."""
+    """What samples responses. An engine may be another program with its own copy of the weights."""
 
     def synchronize(self, policy: CausalLM) -> None:
-        """Take the policy's weights as they are now; called by one process, before replies are drawn with them."""
+        """Take the policy's weights as they are now; called by one process, before responses are sampled with them."""
         ...
 
     def draw(
@@ -53,27 +53,27 @@ class RolloutEngine(Protocol):
         temperature: float,
         terminator_id: int,
         pad_id: int,
-    ) -> list[Reply]:
-        """One reply to each prompt, on the prompt's device.
+    ) -> list[Sampled]:
+        """One response to each prompt, on the prompt's device.
 
-        Each is drawn from softmax(logits / temperature), without any filter, and ends with the terminator or has
-        `max_new_tokens` ids. The same seed gives the same reply. Temperature 0 takes the most likely token.
+        Each is sampled from softmax(logits / temperature), without any filter, and ends with the EOS token or has
+        `max_new_tokens` ids. The same seed gives the same response. Temperature 0 takes the most likely token.
         """
         ...
 
 
 class TransformersEngine:
-    """Draws replies with transformers' `generate`, in batches of prompts of like length.
+    """Samples responses with transformers' `generate`, in batches of prompts of like length.
 
     Args:
-        batch_size: Replies that are made at a time.
+        batch_size: Responses that are made at a time.
     """
 
     def __init__(self, batch_size: int = 64) -> None:
         self.batch_size = batch_size
 
     def synchronize(self, policy: CausalLM) -> None:
-        """Nothing: the policy itself draws."""
+        """Nothing: the policy itself samples."""
 
     @torch.no_grad()
     def draw(
@@ -86,9 +86,9 @@ class TransformersEngine:
         temperature: float,
         terminator_id: int,
         pad_id: int,
-    ) -> list[Reply]:
+    ) -> list[Sampled]:
         """As `RolloutEngine.draw`."""
-        found: list[Reply | None] = [None] * len(prompts)
+        found: dict[int, Sampled] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         options = {"max_new_tokens": max_new_tokens, "terminator_id": terminator_id, "pad_id": pad_id}
         with _ready_to_generate(policy):
@@ -96,11 +96,11 @@ class TransformersEngine:
                 _check_company(policy)
             for part in self._batches(policy, order, [len(prompt) + max_new_tokens for prompt in prompts]):
                 drawing = _Drawing([seeds[i] for i in part], temperature) if temperature > 0 else None
-                for i, reply in zip(
+                for i, response in zip(
                     part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True
                 ):
-                    found[i] = Reply(reply)
-        return found
+                    found[i] = Sampled(response)
+        return [found[i] for i in range(len(prompts))]
 
     def _batches(self, policy: CausalLM, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         """Parts of the prompts; one that may grow beyond a length that changes the model is a part of its own."""
@@ -113,12 +113,12 @@ class TransformersEngine:
                 yield [place]
 
 
-def greedy_replies(
+def greedy_responses(
     policy: CausalLM, prompts: Sequence[Tensor], *, max_new_tokens: int, terminator_id: int, pad_id: int
 ) -> list[Tensor]:
     """The most likely continuation of each prompt, token by token; as `RolloutEngine.draw` with temperature 0."""
     engine = TransformersEngine(batch_size=1)  # a handful of them, and no padding that could matter
-    drawn = engine.draw(
+    sampled = engine.draw(
         policy,
         prompts,
         [0] * len(prompts),
@@ -127,18 +127,18 @@ def greedy_replies(
         terminator_id=terminator_id,
         pad_id=pad_id,
     )
-    return [reply.ids for reply in drawn]
+    return [response.ids for response in sampled]
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 63 bits for what the parts name, such as a run's seed, a prompt and the number of the reply."""
+    """A seed of 63 bits for what the parts name, such as a run's seed, a prompt and the number of the response."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _Drawing:
-    """Turns the most likely token into a drawn one: logits / temperature plus Gumbel noise, of which each row has its
-    own, so that a reply does not depend on the rows beside it.
+    """Turns the most likely token into a sampled one: logits / temperature plus Gumbel noise, of which each row has its
+    own, so that a response does not depend on the rows beside it.
 
     Gumbel 1954; Maddison et al. 2014 (arXiv 1411.0030), section 2.
     """
@@ -193,7 +193,7 @@ def _generate(
 
 
 def _check_company(policy: CausalLM) -> None:
-    """Refuse a policy whose replies change with the prompts beside them, measured once for each configuration.
+    """Refuse a policy whose responses change with the prompts beside them, measured once for each configuration.
 
     Some recurrent layers let padding into their state while text is generated, though not in a plain pass. The scores
     of two tokens after a padded prompt are compared with those after the prompt alone. Raises `ModelError`.
@@ -212,8 +212,8 @@ def _check_company(policy: CausalLM) -> None:
     error = max(difference(*pair) for pair in zip(batch, alone, strict=True))
     if not error <= _LARGEST_ERROR.get(weight.dtype, _LARGEST_ERROR_IN_HALF):
         raise ModelError(
-            f"the replies of a {config.model_type} model change with the prompts beside them (scores by {error:.2g} of "
-            "their size); use another model, or generate one reply at a time"
+            f"the responses of a {config.model_type} model change with the prompts beside them (scores by {error:.2g} "
+            "of their size); use another model, or generate one response at a time"
         )
     _checked.add(key)
 
@@ -235,7 +235,7 @@ def _scores_of_probe(policy: CausalLM, prompts: Sequence[Tensor], same: int) -> 
 @contextmanager
 def _ready_to_generate(policy: CausalLM) -> Iterator[None]:
     """Eval mode, and none of the model's own settings: a repetition penalty or top-p of its generation_config.json
-    would apply to `generate` whatever it is given, and the replies would be drawn from another distribution.
+    would apply to `generate` whatever it is given, and the responses would be sampled from another distribution.
     """
     from transformers import GenerationConfig
 

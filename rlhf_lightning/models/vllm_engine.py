@@ -1,4 +1,4 @@
-"""Replies drawn by a vLLM server, which is a program of its own with its own copy of the weights.
+"""Responses sampled by a vLLM server, which is a program of its own with its own copy of the weights.
 
 A server and not a library, because vLLM pins versions of torch and transformers that this package does not run with; it
 lives in a virtual environment of its own, and may have GPUs of its own. Its routes are those of vLLM 0.33.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.generation import Reply
+from rlhf_lightning.models.generation import Sampled
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve {} --generation-config vllm --logprobs-mode processed_logprobs"
 """How a server is started: development mode opens the routes that take new weights, the model's own settings stay out
@@ -27,10 +27,10 @@ of the drawing, and log-probs are those at the temperature."""
 
 
 class VLLMEngine:
-    """Draws replies with a vLLM server; see `RolloutEngine`.
+    """Samples responses with a vLLM server; see `RolloutEngine`.
 
-    Every request carries its own seed; vLLM promises the same reply to the same seed only as far as its kernels do not
-    depend on the batch.
+    Every request carries its own seed; vLLM promises the same response to the same seed only as far as its kernels do
+    not depend on the batch.
 
     Args:
         url: Of the server, `http://127.0.0.1:8000`.
@@ -65,7 +65,7 @@ class VLLMEngine:
         temperature: float,
         terminator_id: int,
         pad_id: int,
-    ) -> list[Reply]:
+    ) -> list[Sampled]:
         """As `RolloutEngine.draw`, with the server's log-probs. Needs `synchronize` before it."""
         settings = {
             "model": self._model,
@@ -75,35 +75,35 @@ class VLLMEngine:
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "ignore_eos": True,  # a reply ends with our terminator and with nothing else
+            "ignore_eos": True,  # a response ends with our EOS token and with nothing else
             "stop_token_ids": [terminator_id],
             "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
         }
 
-        def reply(prompt: list[int], seed: int) -> Reply:
+        def response(prompt: list[int], seed: int) -> Sampled:
             answer = self._post("/v1/completions", settings | {"prompt": prompt, "seed": seed})
-            return self._reply(answer["choices"][0], terminator_id)
+            return self._response(answer["choices"][0], terminator_id)
 
         with ThreadPoolExecutor(max_workers=max(min(self.requests, len(prompts)), 1)) as pool:
-            replies = list(pool.map(reply, [prompt.tolist() for prompt in prompts], seeds))
+            responses = list(pool.map(response, [prompt.tolist() for prompt in prompts], seeds))
         return [
-            Reply(reply.ids.to(prompt.device), reply.logprobs) for reply, prompt in zip(replies, prompts, strict=True)
+            Sampled(each.ids.to(prompt.device), each.logprobs) for each, prompt in zip(responses, prompts, strict=True)
         ]
 
-    def _reply(self, choice: dict[str, Any], terminator_id: int) -> Reply:
+    def _response(self, choice: dict[str, Any], terminator_id: int) -> Sampled:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or logprobs is None or len(logprobs) != len(ids):
             raise ModelError(
-                f"{self.url}: its replies come without token ids and log-probs; it needs vLLM 0.11 or newer"
+                f"{self.url}: its responses come without token ids and log-probs; it needs vLLM 0.11 or newer"
             )
         if choice.get("finish_reason") == "stop" and ids[-1] != terminator_id:
             raise ModelError(
-                f"{self.url}: a reply stopped at token {ids[-1]} and not at the terminator {terminator_id}; "
+                f"{self.url}: a response stopped at token {ids[-1]} and not at the EOS token {terminator_id}; "
                 "start the server with --generation-config vllm"
             )
-        return Reply(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))
+        return Sampled(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))
 
     def _served(self) -> str:
         """The name under which the server has its model."""

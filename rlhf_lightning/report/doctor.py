@@ -15,6 +15,7 @@ from rlhf_lightning.data.examples import BAD_ROW_REASONS
 from rlhf_lightning.evaluation import blocks
 from rlhf_lightning.evaluation.blocks import Document, Pieces, Section, Table
 from rlhf_lightning.report.pages import to_html
+from rlhf_lightning.report.wording import NOT_MEASURED
 from rlhf_lightning.terminal import visible as shown
 
 _ROWS_SHOWN = 10
@@ -39,112 +40,115 @@ class Finding(NamedTuple):
     remarks: Sequence[str] = ()
 
 
+_NO_TOKENIZER = "Not measured: it needs a tokenizer."
+
+
 def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
     """Everything but the samples, as tables."""
-    roles = diagnosis.roles
-    limit = "any length" if diagnosis.max_length is None else f"max_length {diagnosis.max_length}"
-    yield Finding(
-        "Rows",
-        ("role", "rows read", "used", "left out", "prompt cut", "longer is chosen"),
-        [
-            (
-                role.role,
-                f"{role.rows_read}",
-                f"{role.pairs}",
-                f"{role.dropped}",
-                "not measured" if diagnosis.max_length is None else f"{len(role.rows_cut)}",
-                "not measured" if role.longer_chosen is None else _percent(role.longer_chosen),
-            )
-            for role in roles
-        ],
-        [
-            *(f"{role.role}: {role.source}" for role in roles),
-            *(f"{role.role}: {role.label} says which response is chosen." for role in roles if role.label),
-            "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
-            "model has to beat.",
-        ],
-    )
-    reasons = [
+    yield _rows(diagnosis)
+    yield _rows_left_out(diagnosis.roles)
+    unused = [(role.role, ", ".join(role.columns_unused)) for role in diagnosis.roles if role.columns_unused]
+    yield Finding("Columns not used", ("role", "columns"), unused, [] if unused else ["None."])
+    yield _rows_to_look_at(diagnosis.roles)
+    unseen = [(name, _UNSEEN[name]) for name in diagnosis.unseen or ()]
+    none = _NO_TOKENIZER if diagnosis.unseen is None else "None of line breaks and capitals."
+    header = ("difference", "what to do")
+    yield Finding("What the tokenizer does not see", header, unseen, [] if unseen else [none])
+    yield _lengths(diagnosis)
+    yield _limits(diagnosis)
+    yield _layouts(diagnosis)
+
+
+def _rows(diagnosis: Diagnosis) -> Finding:
+    rows = [
+        (
+            role.role,
+            f"{role.rows_read}",
+            f"{role.pairs}",
+            f"{role.dropped}",
+            NOT_MEASURED if diagnosis.max_length is None else f"{len(role.rows_cut)}",
+            NOT_MEASURED if role.longer_chosen is None else _percent(role.longer_chosen),
+        )
+        for role in diagnosis.roles
+    ]
+    remarks = [
+        *(f"{role.role}: {role.source}" for role in diagnosis.roles),
+        *(f"{role.role}: {role.label} says which response is chosen." for role in diagnosis.roles if role.label),
+        "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
+        "model has to beat.",
+    ]
+    return Finding("Rows", ("role", "rows read", "used", "left out", "prompt cut", "longer is chosen"), rows, remarks)
+
+
+def _rows_left_out(roles: Sequence[RoleDiagnosis]) -> Finding:
+    rows = [
         (role.role, reason, f"{len(rows)}", row_numbers(rows, files=role.files), BAD_ROW_REASONS[reason])
         for role in roles
         for reason, rows in sorted(role.bad_rows.items(), key=lambda item: -len(item[1]))
     ]
-    said = [message for role in roles for message in role.messages]
-    messages = [message for message in said if "max_length is" not in message][:_ROWS_SHOWN]
-    yield Finding(
-        "Rows left out",
-        ("role", "reason", "rows", "which (from 0)", "meaning"),
-        reasons,
-        messages if reasons else ["None."],
-    )
-    unused = [(role.role, ", ".join(role.columns_unused)) for role in roles if role.columns_unused]
-    yield Finding("Columns not used", ("role", "columns"), unused, [] if unused else ["None."])
+    messages = [message for role in roles for message in role.messages if "max_length is" not in message]
+    header = ("role", "reason", "rows", "which (from 0)", "meaning")
+    return Finding("Rows left out", header, rows, messages[:_ROWS_SHOWN] if rows else ["None."])
+
+
+def _rows_to_look_at(roles: Sequence[RoleDiagnosis]) -> Finding:
     odd = [
         (role.role, what, f"{len(rows)}", row_numbers(rows, files=role.files))
         for role in roles
         for what, rows in _oddities(role)
         if rows
     ]
-    yield Finding(
-        "Rows to look at",
-        ("role", "what", "rows", "which (from 0)"),
-        odd,
-        [
+    remark = "None: no copies, contradictions, prompts on both sides, cut prompts or control tokens of other models."
+    if odd:
+        remark = (
             "They are used. A copy counts a pair twice, contradictions teach nothing, a prompt on both sides is not "
             "held out."
-        ]
-        if odd
-        else ["None: no copies, contradictions, prompts on both sides, cut prompts or control tokens of other models."],
+        )
+    return Finding("Rows to look at", ("role", "what", "rows", "which (from 0)"), odd, [remark])
+
+
+def _lengths(diagnosis: Diagnosis) -> Finding:
+    rows = [
+        (role.role, "longer row" if part == "row" else part, *map(str, values.values()))
+        for role in diagnosis.roles
+        for part, values in role.quantiles.items()
+    ]
+    words = ["No tokenizer is named: lengths are in words (--data.tokenizer NAME)."]
+    title = f"Lengths in {diagnosis.unit}, before any cut"
+    header = ("role", "part", *(f"{q} %" for q in QUANTILES))
+    return Finding(title, header, rows, [] if diagnosis.unit == "tokens" else words)
+
+
+def _limits(diagnosis: Diagnosis) -> Finding:
+    rows = []
+    for role in diagnosis.roles:
+        total = role.pairs + len(role.bad_rows.get("too_long", ()))
+        for row in role.limits or ():
+            length = f"{row.max_length}{' *' if row.max_length == diagnosis.max_length else ''}"
+            rows.append((role.role, length, _share(row.cut, total), _share(row.too_long, total)))
+    remarks = [_NO_TOKENIZER]
+    if diagnosis.max_length is not None:
+        remarks = ["* as set"]
+        remarks += ["A run refuses the data while pairs are left out."] if diagnosis.truncation == "error" else []
+    title = f"What max_length would do (truncation: {diagnosis.truncation})"
+    return Finding(title, ("role", "max_length", "prompts cut", "pairs left out"), rows, remarks)
+
+
+def _layouts(diagnosis: Diagnosis) -> Finding:
+    rows = [
+        (role.role, layout.name, f"{layout.tokens_per_pair:.0f}", _percent(layout.padding))
+        for role in diagnosis.roles
+        for layout in role.layouts or ()
+    ]
+    limit = "any length" if diagnosis.max_length is None else f"max_length {diagnosis.max_length}"
+    batches = f"batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}"
+    remark = (
+        "The trainer pads and groups by length within a step; with accumulation 1 there is nothing to group. "
+        "Packing is what could still be saved."
     )
-    unseen = "None of line breaks and capitals." if diagnosis.unseen == [] else "Not measured: it needs a tokenizer."
-    yield Finding(
-        "What the tokenizer does not see",
-        ("difference", "what to do"),
-        [(name, _UNSEEN[name]) for name in diagnosis.unseen or ()],
-        [] if diagnosis.unseen else [unseen],
-    )
-    yield Finding(
-        f"Lengths in {diagnosis.unit}, before any cut",
-        ("role", "part", *(f"{q} %" for q in QUANTILES)),
-        [
-            (role.role, "longer row" if part == "row" else part, *map(str, values.values()))
-            for role in roles
-            for part, values in role.quantiles.items()
-        ],
-        [] if diagnosis.unit == "tokens" else ["No tokenizer is named: lengths are in words (--data.tokenizer NAME)."],
-    )
-    yield Finding(
-        f"What max_length would do (truncation: {diagnosis.truncation})",
-        ("role", "max_length", "prompts cut", "pairs left out"),
-        [
-            (
-                role.role,
-                f"{row.max_length}{' *' if row.max_length == diagnosis.max_length else ''}",
-                _share(row.cut, role.pairs + len(role.bad_rows.get("too_long", ()))),
-                _share(row.too_long, role.pairs + len(role.bad_rows.get("too_long", ()))),
-            )
-            for role in roles
-            for row in role.limits or ()
-        ],
-        ["* as set", *(["A run refuses the data while pairs are left out."] if diagnosis.truncation == "error" else [])]
-        if diagnosis.max_length is not None
-        else ["Not measured: it needs a tokenizer."],
-    )
-    yield Finding(
-        f"Tokens computed per pair, {limit}, batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}",
-        ("role", "batches", "tokens per pair", "padding"),
-        [
-            (role.role, layout.name, f"{layout.tokens_per_pair:.0f}", _percent(layout.padding))
-            for role in roles
-            for layout in role.layouts or ()
-        ],
-        [
-            "The trainer pads and groups by length within a step; with accumulation 1 there is nothing to group. "
-            "Packing is what could still be saved."
-        ]
-        if diagnosis.max_length is not None
-        else ["Not measured: it needs a tokenizer."],
-    )
+    title = f"Tokens computed per pair, {limit}, {batches}"
+    header = ("role", "batches", "tokens per pair", "padding")
+    return Finding(title, header, rows, [_NO_TOKENIZER if diagnosis.max_length is None else remark])
 
 
 def verdict(diagnosis: Diagnosis) -> str:
@@ -187,7 +191,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     console.print(Text(shown(verdict(diagnosis)), style="bold"))
 
 
-_LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ stands for a line end."
+_LEGEND = "Underlined: the response mask. Magenta: control tokens. ⏎ marks a line end."
 
 
 def html_page(diagnosis: Diagnosis) -> str:
@@ -197,15 +201,11 @@ def html_page(diagnosis: Diagnosis) -> str:
         tables = [Table(finding.header, finding.rows, "")] if finding.rows else []
         sections.append(Section(finding.title, tables, "\n\n".join(finding.remarks)))
     samples = [
-        Pieces(title, [blocks.Piece(visible(piece.text), _look(piece)) for piece in pieces])
+        Pieces(title, [blocks.Piece(visible(p.text), p.kind + (" masked" if p.in_response else "")) for p in pieces])
         for title, pieces in _sample_rows(diagnosis)
     ]
     sections.append(Section("Examples as the model gets them", samples, _LEGEND))
     return to_html(Document("Preference data", sections, subtitle=verdict(diagnosis)))
-
-
-def _look(piece: Piece) -> str:
-    return piece.kind + (" masked" if piece.in_response else "")
 
 
 def row_numbers(origins: Sequence[str], *, files: int) -> str:

@@ -21,7 +21,7 @@ MOST_ROWS = 60
 
 
 class Entry(NamedTuple):
-    """A line of a legend: `kind` (line, box, level, mark or diagonal) and `number` say what stands before the name."""
+    """A line of a legend: `kind` (line, box, mark or diagonal) and `number` say which mark precedes the name."""
 
     kind: str
     number: int
@@ -30,18 +30,16 @@ class Entry(NamedTuple):
 
 def chart(block: Histogram | Lines, salt: str) -> str:
     """As SVG; charts of one page differ in `salt`. Empty where there is nothing to draw."""
-    references = [line.value for line in block.references]
     if isinstance(block, Histogram):
         distributions = [series.values for series in block.series]
         if not any(_is_finite(value) for values in distributions for value in values):
             return ""
-        return charts.svg(charts.histogram(distributions, marks=references), salt)
+        return charts.svg(charts.histogram(distributions, marks=[line.value for line in block.references]), salt)
     curves = [_curve(series) for series in block.series]
     if not any(_is_finite(x) and _is_finite(y) for curve in curves for x, y in zip(curve.x, curve.y, strict=True)):
         return ""
     figure = charts.curves(
         curves,
-        levels=references,
         diagonal=bool(block.diagonal),
         x_range=block.domain,
         y_range=block.range,
@@ -76,9 +74,10 @@ def legend(block: Bars | Histogram | Lines) -> Iterator[Entry]:
             yield Entry("line", index, series.name + (words if series.points else f" ({NOT_MEASURED})"))
         if block.diagonal:
             yield Entry("diagonal", 0, block.diagonal)
+        return
     spec = "g" if isinstance(block, Histogram) else block.spec
     for index, line in enumerate(block.references):
-        yield Entry("level" if isinstance(block, Lines) else "mark", index, reference_text(line, spec))
+        yield Entry("mark", index, reference_text(line, spec))
 
 
 def _count(values: Sequence[float], units: str) -> str:
@@ -120,45 +119,24 @@ def _points(block: Lines) -> Table:
     return Table([*columns, *["n"] * counted, *["label"] * labelled], rows, " ".join(thinned))
 
 
-class Scale(NamedTuple):
-    """The axis below the strips of `Bars`."""
+# ---- strips of `Bars`
 
-    ticks: list[float]
-    spec: str
-
-    def at(self, value: float) -> float:
-        """Where on the axis, in percent of its length; beyond its ends, at the end."""
-        share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
-        return round(100 * min(max(share, 0.0), 1.0), 2)
-
-    def label(self, tick: float) -> str:
-        return number(tick, ".0%" if self.spec.endswith("%") else ".4g")
-
-    def bar(self, quantity: Quantity) -> tuple[float, float] | None:
-        """Left end and width of a bar that begins at 0, or at the end of the axis nearest to 0, in percent."""
-        value = value_of(quantity)
-        if not _is_finite(value):
-            return None
-        left, right = sorted((self.at(0.0), self.at(value)))
-        return left, round(right - left, 2)
-
-    def whisker(self, quantity: Quantity) -> tuple[float, float] | None:
-        """Both ends of the interval, in percent."""
-        ends = interval_of(quantity)
-        return (self.at(ends[0]), self.at(ends[1])) if ends and all(map(_is_finite, ends)) else None
+TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def scale(block: Bars) -> Scale:
-    """An axis of round numbers that shows every bar, whisker and reference line, and at least the domain or 0."""
-    from matplotlib.ticker import MaxNLocator
+def at(share: float) -> float:
+    """Where on the axis, in percent of its length; beyond its ends, at the end."""
+    return round(100 * min(max(share, 0.0), 1.0), 2)
 
-    quantities = [bar.value for group in block.groups for bar in group.bars]
-    shown = [end for quantity in quantities for end in (value_of(quantity), *(interval_of(quantity) or ()))]
-    shown += [*(line.value for line in block.references), *(block.domain or (0.0,))]
-    finite = [value for value in shown if _is_finite(value)]
-    low, high = min(finite), max(finite)
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high if high > low else low + 1)
-    return Scale(list(map(float, ticks)), block.spec)
+
+def whisker(quantity: Quantity) -> tuple[float, float] | None:
+    """Both ends of the interval, in percent."""
+    ends = interval_of(quantity)
+    return (at(ends[0]), at(ends[1])) if ends else None
+
+
+def tick_label(tick: float, block: Bars) -> str:
+    return number(tick, ".0%" if block.spec.endswith("%") else ".4g")
 
 
 def shown_groups(block: Bars) -> list[tuple[str, Sequence[Bar]]]:

@@ -59,7 +59,7 @@ def _environment(name: str, write: Callable[[object], object]):
     environment.globals |= {
         **{"columns": _columns, "kind": lambda block: type(block).__name__, "missing": _is_missing, "values": _values},
         **{"foreign": _foreign, "markdown_table": _markdown_table, "fenced": _fenced, "drawing": drawing},
-        "as_table": _as_table,
+        **{"as_table": _as_table, "value_of": value_of},
         "wording": wording,
     }
     return environment.get_template(name)

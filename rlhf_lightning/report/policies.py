@@ -199,7 +199,7 @@ def _refusal(policies: PolicyResults) -> Iterator[Block]:
         for label, name in (("refuses safe prompts", "over_refusal"), ("refuses unsafe prompts", "refusal_unsafe"))
     ]
     method = refusal["after"].method
-    yield Bars(groups, "prompts", f"Refusals, told by: {method}", domain=(0.0, 1.0), spec=".1%")
+    yield Bars(groups, "prompts", f"Refusals, detected by: {method}", spec=".1%")
     lines: list[tuple[str, RefusalSummary | RefusalChange]] = [(SIDE_WORDS[side], of) for side, of in refusal.items()]
     lines += [] if policies.refusal_change is None else [("change", policies.refusal_change)]
     rows = [(name, each.over_refusal, each.refusal_unsafe, each.balanced) for name, each in lines]

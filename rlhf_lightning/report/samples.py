@@ -1,4 +1,4 @@
-"""The samples that a report shows: which prompts, by rule, and what stands beside each response."""
+"""The samples that a report shows: which prompts, by rule, and the facts beside each response."""
 
 from __future__ import annotations
 

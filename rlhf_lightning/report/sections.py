@@ -189,7 +189,7 @@ def _by_source(of: _Measured) -> Iterator[Bars]:
     shown = _largest(all_of_them)
     bars = [Bar(name if len(name) <= 60 else f"{name[:59]}…", value) for name, value in shown.items()]
     more = "" if len(shown) == len(all_of_them) else " (all of them are in metrics.json)"
-    yield Bars([BarGroup("", bars)], "pairs", f"{of.head}: accuracy by source{more}", [COIN], (0.0, 1.0))
+    yield Bars([BarGroup("", bars)], "pairs", f"{of.head}: accuracy by source{more}", [COIN])
 
 
 def _largest(sources: Mapping[str, Estimate]) -> dict[str, Estimate]:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.generation import greedy_replies
+from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.module import PolicyModule
 
@@ -70,7 +70,7 @@ class Samples(Callback):
         positions = np.linspace(0, len(pairs) - 1, min(self.prompts, len(pairs))).astype(int)
         prompts = [torch.from_numpy(pairs.segments(i)[0].astype(np.int64)).to(pl_module.device) for i in positions]
         with float32_arithmetic(pl_module.policy):
-            replies = greedy_replies(
+            replies = greedy_responses(
                 pl_module.policy,
                 prompts,
                 max_new_tokens=self.max_new_tokens,

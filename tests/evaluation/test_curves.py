@@ -32,4 +32,4 @@ def test_a_damaged_log_gives_the_points_before_it_and_is_named(log_file, damage,
     assert found == [(step, float(step**2)) for step in range(len(found))]
     counts = {"empty": {0}, "zeros": {0}, "none": {10}}
     assert len(found) in counts.get(damage, {3, 4, 5, 6})
-    assert (f"{log_file}: damaged or not written to its end" in caplog.text) == (damage != "none")
+    assert (f"{log_file}: damaged or incomplete" in caplog.text) == (damage != "none")

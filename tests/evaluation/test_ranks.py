@@ -153,7 +153,7 @@ def test_a_process_that_was_killed_is_told_of_in_one_line(tmp_path):
     first, third = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
     assert first == [
         "ConfigurationError",
-        "evaluate: one of the processes was killed, or hangs; the same command goes on from what was kept",
+        "evaluate: one of the processes was killed, or hangs; run the same command again to resume",
     ]
     assert third[0] == "FailedElsewhere"
 
@@ -220,7 +220,7 @@ def test_one_process_alone_computes_all_and_raises_what_it_raises():
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     check_devices("cpu", 8)
-    for device, reason in (("tpv", "is none; use cpu"), ("cpu:1", "is none; use cpu"), ("cuda", "no CUDA device here")):
+    for device, reason in (("tpv", "not a device"), ("cpu:1", "not a device"), ("cuda", "no CUDA device")):
         with pytest.raises(ConfigurationError, match=reason):
             check_devices(device, 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -228,8 +228,8 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     check_devices("cuda", 2)
     check_devices("cuda:1", 1)
     for device, devices, reason in (
-        ("cuda:1", 2, "2 are more than the one that device names"),
-        ("cuda", 3, "3 of the 2 CUDA devices that are here"),
+        ("cuda:1", 2, "2 processes cannot share one device"),
+        ("cuda", 3, "devices: 3, but there are 2"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
             check_devices(device, devices)

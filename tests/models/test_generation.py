@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.generation import TransformersEngine, greedy_replies, seed_of
+from rlhf_lightning.models.generation import TransformersEngine, greedy_responses, seed_of
 
 END, PAD = 2, 0
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 11], [7], [8, 8, 6, 20, 31], [12, 13])]
@@ -69,7 +69,7 @@ def test_settings_of_the_model_s_own_do_not_reach_the_drawing_and_stay_as_they_w
 
 
 def greedy(policy):
-    return greedy_replies(policy, PROMPTS, max_new_tokens=6, terminator_id=END, pad_id=PAD)
+    return greedy_responses(policy, PROMPTS, max_new_tokens=6, terminator_id=END, pad_id=PAD)
 
 
 def test_temperature_0_takes_the_most_likely_token(policy):

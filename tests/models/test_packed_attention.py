@@ -20,7 +20,7 @@ from transformers import (
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
-from rlhf_lightning.models.generation import greedy_replies
+from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.models.packed_attention import packed_attention
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.models.test_causal_lm import padded, rows
@@ -126,7 +126,7 @@ def test_a_packed_model_generates_what_a_padded_one_does(tiny_qwen2):
     texts = []
     for attention in ("sdpa", "packed"):
         policy = CausalLM.from_pretrained(str(tiny_qwen2), attn_implementation=attention).eval()
-        replies = greedy_replies(policy, prompts, max_new_tokens=8, terminator_id=1, pad_id=0)
+        replies = greedy_responses(policy, prompts, max_new_tokens=8, terminator_id=1, pad_id=0)
         texts.append([reply.tolist() for reply in replies])
     assert texts[0] == texts[1] != [[]]
 

@@ -109,5 +109,5 @@ def test_a_reply_that_stops_elsewhere_is_refused(server, policy, tmp_path):
     engine = VLLMEngine(server.url, tmp_path / "weights")
     engine.synchronize(policy)
     server.extra_stop = engine.draw(policy, PROMPTS[:1], [5], **OPTIONS)[0].ids[1].item()
-    with pytest.raises(ModelError, match="and not at the terminator 2; start the server with --generation-config vllm"):
+    with pytest.raises(ModelError, match="and not at the EOS token 2; start the server with --generation-config vllm"):
         engine.draw(policy, PROMPTS[:1], [5], **OPTIONS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_lightning.functional.reductions import scatter_to_mask
-from rlhf_lightning.models.generation import Reply
+from rlhf_lightning.models.generation import Sampled
 from rlhf_lightning.rewards.scorers import RewardScorer
 from tests.rewards.test_scorers import saved_classifier
 from tests.training.test_ppo import build_ppo, fitted  # noqa: F401 (a fixture)
@@ -31,7 +31,7 @@ class Ending:
         drawn = self.engine.draw(policy, prompts, seeds, terminator_id=terminator_id, **options)
         end = torch.tensor([terminator_id])
         cut = [torch.cat([reply.ids[: seed % 7], end]) for reply, seed in zip(drawn, seeds, strict=True)]
-        return [reply if seed % 2 else Reply(ids) for reply, ids, seed in zip(drawn, cut, seeds, strict=True)]
+        return [reply if seed % 2 else Sampled(ids) for reply, ids, seed in zip(drawn, cut, seeds, strict=True)]
 
 
 @pytest.fixture

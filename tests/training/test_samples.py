@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.generation import greedy_replies
+from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.training.samples import Samples, cell
 
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_compares_with_the_replies_of_its_beginning(build_dpo, tra
 
 
 @torch.no_grad()
-def test_greedy_replies_are_the_argmax_token_by_token_up_to_the_terminator(build_dpo, trainer):
+def test_greedy_responses_are_the_argmax_token_by_token_up_to_the_terminator(build_dpo, trainer):
     module, datamodule = build_dpo()
     trainer().validate(module, datamodule, verbose=False)
     policy, model = module.policy.train(), module.policy.model
@@ -89,7 +89,7 @@ def test_greedy_replies_are_the_argmax_token_by_token_up_to_the_terminator(build
     free = [continued(prompt, None) for prompt in prompts]
     terminator = free[0][3]
     expected = [continued(prompt, terminator) for prompt in prompts]
-    replies = greedy_replies(policy, prompts, max_new_tokens=8, terminator_id=terminator, pad_id=0)
+    replies = greedy_responses(policy, prompts, max_new_tokens=8, terminator_id=terminator, pad_id=0)
     assert [reply.tolist() for reply in replies] == expected
     assert len(expected[0]) <= 4
     assert policy.training

@@ -97,7 +97,7 @@ class Result(ABC):
         """Its part of the report."""
 
     def text(self, name: str) -> str:
-        """What stands above the blocks; `name` is that of the scorer or judge."""
+        """The text above the blocks; `name` is that of the scorer or judge."""
         return ""
 
     def summary(self) -> str:
@@ -124,7 +124,7 @@ class BenchmarkRow:
     """The correct ones first; of a pair the chosen one."""
     num_correct: int
     origin: str
-    """Where the row stands, for messages."""
+    """Where the row comes from, for messages."""
 
     @property
     def key(self) -> str:

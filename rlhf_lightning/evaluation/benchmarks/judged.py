@@ -15,8 +15,8 @@ from rlhf_lightning.evaluation.benchmarks.rewardbench import SECTIONS, RewardBen
 from rlhf_lightning.evaluation.benchmarks.rewardbench2 import (
     SUBSETS_2,
     TIES,
+    TIES_FORMULA,
     RewardBench2,
-    TiesFormula,
     rewardbench2_estimates,
     rewardbench2_items,
     rewardbench2_total,
@@ -175,7 +175,7 @@ class JudgedRewardBench2Result(JudgedResult):
 
     title = "RewardBench 2"
 
-    ties_formula: TiesFormula
+    ties_formula: str
     subsets: dict[str, Estimate]
     """Over prompts; 1/4 for a choice of four that could not be read. Of the ties over pairs of prompts."""
     total: Estimate | None
@@ -228,7 +228,7 @@ def judge_rewardbench2(
     subsets = {subset: subsets[subset] for subset in SUBSETS_2 if subset in subsets}
     return JudgedRewardBench2Result(
         **JudgedResult.about(judge, replies, [*letters, *ratings]),
-        ties_formula="0.1.5",
+        ties_formula=TIES_FORMULA,
         subsets=subsets,
         total=rewardbench2_total(subsets),
         chosen_places=dict(sorted(Counter(letter for letter in letters if letter is not None).items())),

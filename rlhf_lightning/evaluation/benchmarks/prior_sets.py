@@ -66,7 +66,7 @@ class PriorSetsResult(ScoredResult):
 
     def blocks(self) -> Iterator[Block]:
         bars = [Bar(name, value) for name, value in self.sets.items()]
-        yield Bars([BarGroup("", bars)], "pairs", "Prior sets", [COIN], (0.0, 1.0))
+        yield Bars([BarGroup("", bars)], "pairs", "Prior sets", [COIN])
 
 
 class PriorSets(Benchmark):

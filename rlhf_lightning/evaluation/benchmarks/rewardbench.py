@@ -311,7 +311,7 @@ class RewardBenchResult(ScoredResult):
             BarGroup(section, [Bar(name, self.table.subsets[name]) for name in names if name in self.table.subsets])
             for section, names in SECTIONS.items()
         ]
-        yield Bars([group for group in groups if group.bars], "pairs", "Accuracy by subset", [COIN], (0.0, 1.0))
+        yield Bars(groups, "pairs", "Accuracy by subset", [COIN])
         own, longer = self.table.subsets, self.baselines["longer wins"].subsets
         yield Table(
             ["subset", "this model", "longer wins", "rows given", "rows of the whole"],

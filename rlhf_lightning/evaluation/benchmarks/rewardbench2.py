@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -48,8 +48,8 @@ SUBSETS_2: dict[str, int] = {
 }
 """The six subsets of RewardBench 2 and their prompts."""
 TIES = "Ties"
-TiesFormula = Literal["0.1.4", "0.1.5"]
-"""Release of `rewardbench` whose score of the ties is meant: they differ where all correct responses score alike."""
+TIES_FORMULA = "0.1.5"
+"""Release of `rewardbench` whose score of the ties is meant: others differ where all correct responses score alike."""
 
 
 class RewardBench2Item(TypedDict):
@@ -68,16 +68,15 @@ def best_of_score(scores: Sequence[float]) -> float:
     return 1 / sum(score == best for score in scores) if scores[0] == best else 0.0
 
 
-def ties_score(items: Sequence[RewardBench2Item], *, formula: TiesFormula = "0.1.5") -> float:
+def ties_score(items: Sequence[RewardBench2Item]) -> float:
     """How well correct responses stand above wrong ones, and close to each other.
 
     Per prompt: spread = max - min of the correct scores; gap = min correct - max wrong. With g = min(gap_ref, gap_tied)
     over the prompts that have both forms:
     0.30 P(gap_tied > 0) + 0.30 P(gap_ref > 0) + 0.20 P(gap_tied > spread) + 0.20 P(g > spread)
     + 0.01 mean tanh(g / spread - 1), spread that of the tied form.
-    Where the spread is 0, `0.1.4` leaves the prompt out of the last term; `0.1.5` takes tanh's limit, 1 or -1, and 0
-    where g is 0 as well. Raises `DataError` for other ids, for an item without a correct or a wrong response, and
-    when no prompt has both forms.
+    Where the spread is 0, tanh's limit is taken, 1 or -1, and 0 where g is 0 as well. Raises `DataError` for other ids,
+    for an item without a correct or a wrong response, and when no prompt has both forms.
     """
     forms: dict[str, dict[str, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for item in items:
@@ -85,7 +84,7 @@ def ties_score(items: Sequence[RewardBench2Item], *, formula: TiesFormula = "0.1
         if form not in forms or not number:
             raise DataError(f"rewardbench 2: the id {item['id']!r} of a tie is neither ref:<n> nor tied:<n>")
         if number in forms[form]:
-            raise DataError(f"rewardbench 2: the id {item['id']!r} stands twice; each item counts once")
+            raise DataError(f"rewardbench 2: duplicate id {item['id']!r}; ids must be unique")
         correct, wrong = item["scores"][: item["num_correct"]], item["scores"][item["num_correct"] :]
         if not (correct and wrong):
             raise DataError(f"rewardbench 2: {item['id']} needs both correct and wrong responses")
@@ -102,19 +101,15 @@ def ties_score(items: Sequence[RewardBench2Item], *, formula: TiesFormula = "0.1
         + 0.30 * _mean(right["ref"])
         + 0.20 * _mean([gap > spread for gap, spread in zip(gaps, spreads, strict=True)])
         + 0.20 * _mean([gap > spread for gap, spread in zip(smaller, spreads, strict=True)])
-        + 0.01 * _mean(_relative_gaps(smaller, spreads, formula))
+        + 0.01 * _mean([_relative_gap(*each) for each in zip(smaller, spreads, strict=True)])
     )
 
 
-def _relative_gaps(gaps: Sequence[float], spreads: Sequence[float], formula: TiesFormula) -> list[float]:
-    """tanh(gap / spread - 1), and what the formula says where the spread is 0."""
-    found = []
-    for gap, spread in zip(gaps, spreads, strict=True):
-        if spread != 0:
-            found.append(math.tanh(gap / spread - 1))
-        elif formula == "0.1.5":
-            found.append(0.0 if gap == 0 else math.copysign(1.0, gap))
-    return found
+def _relative_gap(gap: float, spread: float) -> float:
+    """tanh(gap / spread - 1), and its limit where the spread is 0."""
+    if spread != 0:
+        return math.tanh(gap / spread - 1)
+    return 0.0 if gap == 0 else math.copysign(1.0, gap)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -129,11 +124,11 @@ def rewardbench2_items(rows: Sequence[BenchmarkRow], scores: Iterable[Sequence[f
     ]
 
 
-def rewardbench2_estimates(items: Sequence[RewardBench2Item], formula: TiesFormula = "0.1.5") -> dict[str, Estimate]:
+def rewardbench2_estimates(items: Sequence[RewardBench2Item]) -> dict[str, Estimate]:
     """Score of each subset present; Wilson's interval, and for the ties a bootstrap over numbers."""
     found = rates((item["subset"], best_of_score(item["scores"])) for item in items if item["subset"] != TIES)
     if ties := [item for item in items if item["subset"] == TIES]:
-        found[TIES] = _ties_estimate(ties, formula)
+        found[TIES] = _ties_estimate(ties)
     return {name: found[name] for name in SUBSETS_2 if name in found}
 
 
@@ -147,9 +142,9 @@ def rewardbench2_total(subsets: Mapping[str, Estimate]) -> Estimate | None:
     return Estimate(value, value - half, value + half, sum(each.n for each in subsets.values()), "standard error")
 
 
-def _ties_estimate(items: Sequence[RewardBench2Item], formula: TiesFormula) -> Estimate:
+def _ties_estimate(items: Sequence[RewardBench2Item]) -> Estimate:
     """The unit is a number, with its `ref` and its `tied` form."""
-    value = ties_score(items, formula=formula)
+    value = ties_score(items)
     forms: dict[str, list[RewardBench2Item]] = {}
     for item in items:
         forms.setdefault(item["id"].partition(":")[2], []).append(item)
@@ -164,7 +159,7 @@ def _ties_estimate(items: Sequence[RewardBench2Item], formula: TiesFormula) -> E
             for item in units[unit]
         ]
         try:
-            return ties_score(renamed, formula=formula)
+            return ties_score(renamed)
         except DataError:  # no number with both forms was drawn
             return math.nan
 
@@ -181,7 +176,7 @@ class RewardBench2Result(ScoredResult):
     title = "further benchmarks"
     official_kind = "results-v2/eval-set"
 
-    ties_formula: TiesFormula
+    ties_formula: str
     subsets: dict[str, Estimate]
     """Over prompts; of the ties over pairs of prompts, `ref` and `tied`, at most 1.01."""
     total: Estimate | None
@@ -265,21 +260,16 @@ def load_rewardbench2(source: str | Path) -> list[BenchmarkRow]:
 
 
 def run_rewardbench2(
-    scorer: Scorer,
-    rows: Sequence[BenchmarkRow],
-    *,
-    ties_formula: TiesFormula = "0.1.5",
-    file: str | Path | None = None,
-    ranks: Ranks = ALONE,
+    scorer: Scorer, rows: Sequence[BenchmarkRow], *, file: str | Path | None = None, ranks: Ranks = ALONE
 ) -> RewardBench2Result:
     """RewardBench 2. Raises what `score_rows` and `ties_score` raise."""
     scored = score_rows(scorer, rows, file, ranks=ranks)
     items = rewardbench2_items(rows, [row.scores for row in scored])
-    subsets = rewardbench2_estimates(items, ties_formula)
+    subsets = rewardbench2_estimates(items)
     absent, short = missing_rows(rows, SUBSETS_2)
     return RewardBench2Result(
         **ScoredResult.about(scorer, rows, scored),
-        ties_formula=ties_formula,
+        ties_formula=TIES_FORMULA,
         subsets=subsets,
         total=rewardbench2_total(subsets),
         absent_subsets=absent,

@@ -27,7 +27,7 @@ from rlhf_lightning.evaluation.judge import (
     rating_question,
 )
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.generation import greedy_replies
+from rlhf_lightning.models.generation import greedy_responses
 from tests.evaluation.kept import kept_entries
 
 QUESTION = [{"role": "user", "content": "Which is longer?"}]
@@ -300,7 +300,7 @@ def test_a_model_answers_as_it_would_alone_and_a_random_one_is_never_read(tiny_q
         text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         prompt = torch.tensor(tokenizer(text)["input_ids"])
         options = {"terminator_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-        (alone,) = greedy_replies(policy, [prompt], max_new_tokens=6, **options)
+        (alone,) = greedy_responses(policy, [prompt], max_new_tokens=6, **options)
         assert reply == tokenizer.decode(alone, skip_special_tokens=True)
     result = judge_rewardbench(judge, pairs()[:3])
     assert result.parsed.value == 0

@@ -23,7 +23,7 @@ def test_the_best_of_four_shares_its_point_among_equals(scores, expected):
     assert best_of_score(scores) == expected
 
 
-def ties_from_the_definition(items, formula):
+def ties_from_the_definition(items):
     """The same, with arrays."""
     stats = {}
     for item in items:
@@ -37,7 +37,7 @@ def ties_from_the_definition(items, formula):
     g = np.minimum(tied, [stats[f"ref:{i}"][1] for i in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         last = np.tanh(g / spread - 1)
-    last = last[spread > 0] if formula == "0.1.4" else np.nan_to_num(last, nan=0.0)
+    last = np.nan_to_num(last, nan=0.0)
     parts = (gap["tied"] > 0).mean(), (gap["ref"] > 0).mean(), (tied > spread).mean(), (g > spread).mean()
     return np.dot((0.3, 0.3, 0.2, 0.2, 0.01), (*parts, last.mean() if len(last) else 0.0))
 
@@ -56,23 +56,21 @@ def ties(generator, prompts=12):
     return items
 
 
-@pytest.mark.parametrize("formula", ["0.1.4", "0.1.5"])
-def test_the_score_of_ties_is_its_formula_in_either_version(formula):
+def test_the_score_of_ties_is_its_formula():
     generator = np.random.default_rng(0)
     for _ in range(50):
         items = ties(generator)
-        assert ties_score(items, formula=formula) == pytest.approx(ties_from_the_definition(items, formula), abs=1e-12)
+        assert ties_score(items) == pytest.approx(ties_from_the_definition(items), abs=1e-12)
 
 
-def test_the_versions_differ_where_correct_responses_score_alike():
+def test_where_correct_responses_score_alike_the_limit_of_tanh_counts():
     ref = {"id": "ref:1", "subset": "Ties", "scores": [1.0, 0.0], "num_correct": 1}
     tied = {"id": "tied:1", "subset": "Ties", "scores": [1.0, 1.0, 0.0], "num_correct": 2}
-    assert ties_score([ref, tied], formula="0.1.4") == pytest.approx(1.0, abs=1e-12)
-    assert ties_score([ref, tied], formula="0.1.5") == pytest.approx(1.01, abs=1e-12)
+    assert ties_score([ref, tied]) == pytest.approx(1.01, abs=1e-12)
     worse = tied | {"scores": [1.0, 1.0, 2.0]}
-    assert ties_score([ref, worse], formula="0.1.5") == pytest.approx(0.3 - 0.01, abs=1e-12)
+    assert ties_score([ref, worse]) == pytest.approx(0.3 - 0.01, abs=1e-12)
     equal = tied | {"scores": [1.0, 1.0, 1.0]}
-    assert ties_score([ref, equal], formula="0.1.5") == pytest.approx(0.3, abs=1e-12)
+    assert ties_score([ref, equal]) == pytest.approx(0.3, abs=1e-12)
 
 
 def test_version_2_is_the_mean_of_six_and_no_total_where_one_is_missing():
@@ -82,11 +80,11 @@ def test_version_2_is_the_mean_of_six_and_no_total_where_one_is_missing():
         if name != "Ties"
         for i in range(4)
     ]
-    subsets = rewardbench2_estimates(items, "0.1.5")
+    subsets = rewardbench2_estimates(items)
     assert {name: of.value for name, of in subsets.items()} == dict.fromkeys(list(SUBSETS_2)[:5], 0.75)
     assert rewardbench2_total(subsets) is None
     items += ties(np.random.default_rng(1))
-    subsets = rewardbench2_estimates(items, "0.1.5")
+    subsets = rewardbench2_estimates(items)
     tie = ties_score([item for item in items if item["subset"] == "Ties"])
     assert subsets["Ties"].value == tie
     assert rewardbench2_total(subsets).value == pytest.approx((5 * 0.75 + tie) / 6, abs=1e-12)
@@ -97,7 +95,7 @@ def test_version_2_is_the_mean_of_six_and_no_total_where_one_is_missing():
     [
         ({"id": "7"}, "neither ref:<n> nor tied:<n>"),
         ({"num_correct": 2}, "both correct and wrong"),
-        ({"id": "ref:1"}, "stands twice"),
+        ({"id": "ref:1"}, "duplicate id"),
         ({"id": "tied:2"}, "no tie has both forms"),
     ],
 )
