@@ -96,9 +96,18 @@ def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
 def test_the_python_example_of_training_on_rows_in_memory_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    exec(example("PreferenceDataModule"), namespace)
+    exec(example("SFT("), namespace)
     assert namespace["trainer"].global_step > 0
     assert len(namespace["trainer"].datamodule.pairs["val"]) > 0
+
+
+def test_the_python_example_of_a_model_object_trains_and_exports_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(example("backbone=network"), namespace)
+    assert namespace["trainer"].global_step == 4
+    files = {path.name for path in (tmp_path / "models" / "mine").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
 
 
 OWN = [command for command in commands() if any("mine" in word for word in command)]

@@ -20,11 +20,11 @@ from rlhf_lightning.files.disks import check_room
 from rlhf_lightning.models.backbones import counts_from_padding
 from rlhf_lightning.models.causal_lm import decoder
 from rlhf_lightning.models.probe import log_probs, probe_rows
-from rlhf_lightning.models.storage import check_free, check_other, end_at, pad_with, replaced_model
+from rlhf_lightning.models.storage import check_free, check_other, pad_with, replaced_model
 from rlhf_lightning.terminal import say
 from rlhf_lightning.training.callbacks import exported_bytes
-from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module
-from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint
+from rlhf_lightning.training.checks import trained_module
 from rlhf_lightning.training.module import PolicyModule, TrainedModule
 from rlhf_lightning.training.results import TABLE_ROWS
 
@@ -68,27 +68,23 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     check_free(directory)
     if stored.get(ORIGIN, {}).get("class") not in rlhf_lightning.__all__:
         raise ConfigurationError(
-            f"ckpt_path: {ckpt_path} does not say which class made it, as checkpoints of this version do; train "
-            "again, or let ExportBest write the directory"
+            f"ckpt_path: {ckpt_path} is of no class of this version of the package; let ExportBest write the "
+            "directory, or for a class of your own, in Python, Mine.load_from_checkpoint(path).export(directory)"
         )
     origin, settings = stored[ORIGIN], stored["hyper_parameters"]
     check_other(directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
     if not merge and not settings.get("lora"):
         raise ConfigurationError(f"--merge false: the checkpoint {ckpt_path} has no adapters; leave it out")
-    module = restored_module(getattr(rlhf_lightning, origin["class"]), ckpt_path).eval()
-    if fault := fault_of_training(module, stored):
-        raise ModelError(f"ckpt_path: {ckpt_path}: {fault}; nothing was exported")
-    warn_of_start(stored)
-    warn_of_divergence(stored)
+    module, _ = trained_module(getattr(rlhf_lightning, origin["class"]), ckpt_path)
+    module.eval()
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []
     options += ["4bit"] if module.hparams.get("load_in_4bit") else []
     check_room(directory, exported_bytes(module, merge=merge), "the model")
     with replaced_model(directory) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
-        pad_id = _save_tokenizer(origin, made, trust_remote_code=module.hparams.trust_remote_code)
-        if pad_id is not None and not counts_from_padding(_backbone(module)):
-            pad_with(made, pad_id)
+        if module.chat_format is not None and not counts_from_padding(_backbone(module)):
+            pad_with(made, module.chat_format.pad_id)
         difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
         if not difference < _LARGEST_DIFFERENCE:
             raise ModelError(
@@ -123,29 +119,6 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
     return load_file(file)["outputs"]
-
-
-def _save_tokenizer(origin: dict[str, Any], directory: str | Path, *, trust_remote_code: bool) -> int | None:
-    """The tokenizer of the training, with its chat template, so that the model is asked as it was trained.
-
-    Returns the id that it pads with; None when the training had no tokenizer.
-    """
-    from rlhf_lightning.data.chat_export import save_tokenizer
-    from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
-    from rlhf_lightning.data.chat_text import TRANSCRIPT
-
-    if origin["tokenizer"] is None:
-        return None
-    tokenizer = load_tokenizer(origin["tokenizer"], trust_remote_code=trust_remote_code)
-    tokenizer.chat_template = origin["chat_template"]
-    chat_format = ChatFormat(
-        tokenizer,
-        chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
-        chat_template_kwargs=origin.get("chat_template_kwargs"),  # checkpoints of before have none
-    )
-    save_tokenizer(chat_format, directory)
-    end_at(directory, chat_format.terminator_id)
-    return chat_format.pad_id
 
 
 def _model_card(

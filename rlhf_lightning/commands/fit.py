@@ -149,7 +149,7 @@ class Program(LightningCLI):
             self._replace = True
         # Not `link_arguments`: a link would throw an explicit data.tokenizer away without a word.
         if "tokenizer" in data and data.get("tokenizer") is None:
-            data["tokenizer"] = model.get("backbone")
+            data["tokenizer"] = model.get("tokenizer") or model.get("backbone")
         self._to_save = config.clone()
         ckpt_path = config.get("ckpt_path")
         if ckpt_path not in (None, "best", "hpc"):

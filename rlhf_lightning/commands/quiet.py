@@ -45,7 +45,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # Nothing is turned off: our plans give every epoch the same batches by themselves.
     warnings.filterwarnings("ignore", message="You requested to overfit but enabled")
-    # DeepSpeed's optimizer steps out of the sight of torch's schedules; `check_schedule` looks after them.
+    # DeepSpeed's optimizer steps out of the sight of torch's schedules; `StepWatch` looks after them.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     # Deprecations inside Lightning 2.6 and DeepSpeed 0.19 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*torch.distributed.all_gather_into_tensor.* is deprecated")

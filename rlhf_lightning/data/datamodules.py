@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
@@ -40,6 +40,13 @@ from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 Rows = TypeVar("Rows", bound=TokenizedRows)
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A module that says which tokenizer its model has, for data that names none."""
+
+    tokenizer: TokenizerSource | None
 
 
 class DataModule(LightningDataModule, Generic[Rows]):
@@ -132,7 +139,8 @@ class DataModule(LightningDataModule, Generic[Rows]):
         if stage == "fit":
             self._train_loader = self._resume_position = None  # of an earlier run
         if self.tokenizer is None and self.chat_format is None:
-            self.tokenizer = _backbone_of(self)
+            module = getattr(self.trainer, "lightning_module", None)
+            self.tokenizer = module.tokenizer if isinstance(module, HasTokenizer) else None
         if self.read(roles_of(stage)) and stage == "fit":
             shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
             leak = leak_in_words(shared, self.rows["val"])
@@ -256,12 +264,6 @@ class DataModule(LightningDataModule, Generic[Rows]):
     def _statistics(self, leak: str) -> str:
         """What may spoil the numbers of a run, in one line; `leak` is what is said of prompts on both sides."""
         raise NotImplementedError
-
-
-def _backbone_of(data: DataModule) -> str | None:
-    """The backbone of the model that the trainer of a data module runs; None where there is none."""
-    backbone = getattr(getattr(data.trainer, "lightning_module", None), "hparams", {}).get("backbone")
-    return backbone if isinstance(backbone, str) else None
 
 
 class PreferenceDataModule(DataModule[TokenizedPairs]):

@@ -26,6 +26,12 @@ def different_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokeni
     return sorted(token for token in mine.keys() | its.keys() if mine.get(token) != its.get(token))
 
 
+def has_tokenizer(model: str) -> bool:
+    """Whether a model has a tokenizer beside it; transformers makes up an empty one from the kind of model else."""
+    path = Path(resolve_model(model)).expanduser()
+    return not path.is_dir() or any(any(path.glob(pattern)) for pattern in _FILES)
+
+
 def check_reference_tokenizer(
     reference: str, tokenizer: PreTrainedTokenizerBase, *, key: str = "reference", trust_remote_code: bool = False
 ) -> None:
@@ -34,8 +40,7 @@ def check_reference_tokenizer(
     Raises `ConfigurationError`, or `ModelError` where its tokenizer cannot be loaded; `key` names the setting.
     """
     path = Path(resolve_model(reference)).expanduser()
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _FILES):
-        # transformers would make up an empty tokenizer from the kind of model.
+    if not has_tokenizer(reference):
         log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
         return
     name = str(path) if path.is_dir() else reference

@@ -21,7 +21,6 @@ from rlhf_lightning.functional.losses import (
     ppo_value_loss,
     r_dpo_loss,
     robust_dpo_loss,
-    sigmoid_norm_loss,
     simpo_loss,
     sppo_hard_loss,
 )
@@ -57,7 +56,6 @@ __all__ = [
     "robust_dpo_loss",
     "sequence_logprobs",
     "shaped_rewards",
-    "sigmoid_norm_loss",
     "simpo_loss",
     "sppo_hard_loss",
 ]

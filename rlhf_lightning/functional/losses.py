@@ -95,36 +95,13 @@ def dpo_loss(
 ) -> Tensor:
     """DPO, and with label smoothing cDPO: -(1 - e) log s(beta D) - e log s(-beta D), nats, [B].
 
-    Summed log-probs, [B]. ValueError: label_smoothing outside [0, 0.5).
+    Summed log-probs, [B]; of average ones it is `sigmoid_norm`, length-normalized DPO, whose beta is about 5 (Lambert
+    et al. 2024, arXiv 2411.15124). ValueError: label_smoothing outside [0, 0.5).
     Rafailov et al. 2023 (arXiv 2305.18290), eq. 7; Mitchell 2023 (ericmitchell.ai/cdpo.pdf), eq. 3.
     """
     chosen, rejected = _log_ratios(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     check_positive(beta=beta)
     return _smoothed_logistic(beta * (chosen - rejected), label_smoothing)
-
-
-def sigmoid_norm_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Length-normalized DPO: `dpo_loss` of *average* log-probs, nats, [B]. Its beta is larger, about 5.
-
-    Average log-probs, [B]. ValueError: label_smoothing outside [0, 0.5).
-    Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), section on preference tuning.
-    """
-    return dpo_loss(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
 
 
 def robust_dpo_loss(
@@ -456,7 +433,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "robust": PreferenceLoss(robust_dpo_loss),
     "ipo": PreferenceLoss(ipo_loss, average=True),
     "hinge": PreferenceLoss(hinge_loss),
-    "sigmoid_norm": PreferenceLoss(sigmoid_norm_loss, average=True),
+    "sigmoid_norm": PreferenceLoss(dpo_loss, average=True),
     "simpo": PreferenceLoss(simpo_loss, average=True),
     "orpo": PreferenceLoss(orpo_loss, average=True),
     "apo_zero": PreferenceLoss(apo_zero_loss),

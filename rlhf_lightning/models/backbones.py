@@ -69,15 +69,21 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
 
 
 def load_backbone(
-    name_or_path: str,
+    name_or_path: str | PreTrainedModel,
     *,
     attn_implementation: AttentionImplementation | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A pretrained transformer without head, float32, in train mode, dropout off.
+    """A pretrained transformer without head, float32, in train mode, dropout off; or that of a prepared model object.
 
     float32 because these are the master weights: mixed precision is the Trainer's business. Raises `ModelError`.
     """
+    if not isinstance(name_or_path, str):
+        backbone = name_or_path.base_model
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler = None  # see `no_pooler`
+        check_rows(backbone, type(name_or_path).__name__)
+        return backbone
     from transformers import AutoModel
 
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
@@ -323,7 +329,13 @@ def _published_settings(name_or_path: str, *, trust_remote_code: bool) -> dict[t
     """What `load_config` changes, as it stands in the model's own configuration."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+    return changed_settings(
+        AutoConfig.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
+    )
+
+
+def changed_settings(config: PretrainedConfig) -> dict[tuple[str, ...], Any]:
+    """What is changed of a configuration for training, as it stands there: dropout rates and `use_cache`."""
     changed: dict[tuple[str, ...], Any] = dict(_dropouts(config))
     if hasattr(config, "use_cache"):
         changed["use_cache",] = config.use_cache

@@ -118,7 +118,7 @@ class CausalLM(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | PreTrainedModel,
         *,
         lora: Lora | None = None,
         load_in_4bit: bool = False,
@@ -128,24 +128,32 @@ class CausalLM(nn.Module):
     ) -> CausalLM:
         """Load a causal language model by hub name, directory or `builtin:tiny`; float32, in train mode, dropout off.
 
+        A model object (see `models.objects.prepared`) is taken itself, not copied.
+
         float32 because these are the master weights: mixed precision is the Trainer's business. Raises `ModelError` for
         what is no causal language model, for one whose log-probs cannot be had from its hidden states, for LoRA targets
         that match nothing, and when peft or bitsandbytes is asked for and missing.
         """
         from transformers import AutoModelForCausalLM
 
-        config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
         if load_in_4bit and lora is None:
             raise ModelError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
-        extra = {"quantization_config": four_bits()} if load_in_4bit else {}
-        model = load_weights(
-            AutoModelForCausalLM,
-            name_or_path,
-            config,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            **extra,
-        )
+        if isinstance(name_or_path, str):
+            config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
+            model = load_weights(
+                AutoModelForCausalLM,
+                name_or_path,
+                config,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                **({"quantization_config": four_bits()} if load_in_4bit else {}),
+            )
+        elif load_in_4bit:
+            raise ModelError("model.load_in_4bit: a model object is taken as it is; give its directory or hub name")
+        else:
+            model, name_or_path = name_or_path, type(name_or_path).__name__
+            if model.get_output_embeddings() is None:
+                raise ModelError(f"model.backbone: a {name_or_path} has no output layer; use AutoModelForCausalLM")
         check_rows(decoder(model), name_or_path)
         temperature = _measured_temperature(model, name_or_path)
         if lora is not None:

@@ -132,7 +132,7 @@ class RewardNetwork(nn.Module):
     @classmethod
     def from_backbone(
         cls,
-        name_or_path: str,
+        name_or_path: str | PreTrainedModel,
         *,
         hidden_size: int | None = None,
         activation: Activation = "relu",
@@ -141,7 +141,7 @@ class RewardNetwork(nn.Module):
         attn_implementation: AttentionImplementation | None = None,
         trust_remote_code: bool = False,
     ) -> RewardNetwork:
-        """A pretrained backbone (hub name or directory) with a fresh head. Raises `ModelError`."""
+        """A pretrained backbone (hub name, directory or prepared object) with a fresh head. Raises `ModelError`."""
         backbone = load_backbone(
             name_or_path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )

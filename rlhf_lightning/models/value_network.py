@@ -6,10 +6,11 @@ R rows, T tokens, N response tokens of all rows together, H hidden size.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
@@ -29,7 +30,7 @@ class ValueNetwork(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | PreTrainedModel,
         *,
         attn_implementation: AttentionImplementation | None = None,
         gradient_checkpointing: bool = False,
@@ -39,8 +40,10 @@ class ValueNetwork(nn.Module):
 
         The head is new, too, where that of the reward network reads more than the state of a token (`layers`).
         """
-        options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        if has_head_for_tokens(load_config(name_or_path, trust_remote_code=trust_remote_code)):
+        options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        if isinstance(name_or_path, str) and has_head_for_tokens(
+            load_config(name_or_path, trust_remote_code=trust_remote_code)
+        ):
             network = RewardNetwork.from_pretrained(name_or_path, **options).train()
             for layer in network.score.modules():
                 if isinstance(layer, nn.Dropout):
@@ -96,5 +99,5 @@ def has_head_for_tokens(config: PretrainedConfig) -> bool:
 
 def zero_last_layer(head: RewardHead) -> None:
     """Let a head begin with the value 0 for every state."""
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
+    for parameter in head[-1].parameters():
+        nn.init.zeros_(parameter)

@@ -15,16 +15,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.datamodules import chat_format_of
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import check_room, write_whole
-from rlhf_lightning.models.storage import check_free, check_other, end_at, replaced_model
+from rlhf_lightning.models.objects import is_nameless
+from rlhf_lightning.models.storage import check_free, check_other, replaced_model
 from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
-from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, restored_module
-from rlhf_lightning.training.checks import fault_of_training, warn_of_divergence, warn_of_start
-from rlhf_lightning.training.module import Exportable
+from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, save_format
+from rlhf_lightning.training.checks import trained_module
+from rlhf_lightning.training.module import Exportable, TrainedModule
 from rlhf_lightning.training.processes import gathered
 from rlhf_lightning.training.results import Results, table_rows
 
@@ -125,6 +125,11 @@ class ExportBest(Callback):
         if stage != "fit":
             return
         settings = pl_module.hparams
+        if is_nameless(settings.get("backbone") or ""):
+            raise ConfigurationError(
+                "ExportBest: loads the best checkpoint again, which needs model.backbone by name, and the model object "
+                "has none; call `export` of the module after `fit`, or save_pretrained the model and load it from there"
+            )
         check_other(self.directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
         if check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)
@@ -141,22 +146,18 @@ class ExportBest(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule, best: Path) -> str | None:
         """Write the directory, or return why not."""
         try:
-            module = restored_module(type(pl_module), best)
-            stored = read_checkpoint(best, weights=False)
-        except ConfigurationError as error:  # it was damaged in the meantime
+            module, _ = trained_module(type(pl_module), best)
+        except UserError as error:  # nothing was learned, or it was damaged in the meantime
             return str(error)
-        if fault := fault_of_training(module, stored):
-            return f"{_relative(best)}: {fault}"
-        warn_of_start(stored)
-        warn_of_divergence(stored)
         try:
             check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
             with replaced_model(self.directory) as made:
+                if isinstance(pl_module, TrainedModule):  # which writes its tokenizer itself
+                    module.chat_format = pl_module.format_to_export()
                 module.export(made, merge=self.merge)
                 chat_format = chat_format_of(trainer.datamodule)
-                if chat_format is not None:
-                    save_tokenizer(chat_format, made)
-                    end_at(made, chat_format.terminator_id)
+                if chat_format is not None and not isinstance(pl_module, TrainedModule):
+                    save_format(chat_format, made)
         except ConfigurationError as error:  # a full disk; the checkpoint is there
             return f"{error}. Then export {_relative(best)}"
         return None

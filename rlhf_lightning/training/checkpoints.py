@@ -8,6 +8,7 @@ one of each process with its part of the optimizer's states and float32 weights.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import logging
@@ -24,9 +25,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 
+from rlhf_lightning.data.chat_export import save_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_tokenizer
+from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, chat_format_of
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
+from rlhf_lightning.models.storage import end_at
 from rlhf_lightning.terminal import search_no_gpu
 from rlhf_lightning.training.results import Results
 
@@ -255,6 +260,31 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
             callback.on_save_checkpoint(trainer, module, checkpoint)
             for name in ("current_model_state", "averaging_state"):
                 checkpoint.pop(name, None)
+
+
+def chat_format_of_run(
+    tokenizer: TokenizerSource | None, origin: dict[str, Any], *, trust_remote_code: bool = False
+) -> ChatFormat | None:
+    """A tokenizer with the chat template of a checkpoint's run, so that a model is asked as it was trained.
+
+    None without a tokenizer: the run had none, or one without a name.
+    """
+    if tokenizer is None:
+        return None
+    loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code) if isinstance(tokenizer, str) else tokenizer
+    with_template = copy.copy(loaded)
+    with_template.chat_template = origin["chat_template"]
+    return ChatFormat(
+        with_template,
+        chat_template=TRANSCRIPT if origin["chat_template"] is None else None,
+        chat_template_kwargs=origin.get("chat_template_kwargs"),  # checkpoints of before have none
+    )
+
+
+def save_format(chat_format: ChatFormat, directory: str | Path) -> None:
+    """Write a tokenizer beside a model, which ends its responses where training did."""
+    save_tokenizer(chat_format, directory)
+    end_at(directory, chat_format.terminator_id)
 
 
 def has_states(checkpoint: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, PromptDataModule
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.advantages import AdvantageEstimator
 from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.training.best import best_checkpoint
-from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.results import network_of, weights_sum
 
 if TYPE_CHECKING:
@@ -144,25 +145,6 @@ def check_ppo_settings(settings: Any, estimator: AdvantageEstimator) -> None:
         )
 
 
-def schedule_lead(module: LightningModule) -> int:
-    """Steps by which the schedule is ahead of the optimizer: 0, but while Lightning's Tuner tries things out."""
-    schedule = module.lr_schedulers()
-    return 0 if schedule is None else schedule.last_epoch - module.trainer.global_step
-
-
-def check_schedule(module: LightningModule, lead: int) -> None:
-    """Stop when the schedule has not gone on once with each optimizer step. Raises `TrainingError`.
-
-    `lead` is that of the beginning.
-    """
-    step, gone = module.trainer.global_step, schedule_lead(module) - lead
-    if gone != 0:
-        raise TrainingError(
-            f"step {step}: the learning-rate schedule has gone {step + gone} steps, not {step}; an optimizer "
-            "step or a step of the schedule was left out, by a callback or the strategy"
-        )
-
-
 def adapters_moved(policy: CausalLM) -> bool:
     """Whether any adapter has left its start, where every B is 0."""
     return any(bool(parameter.any()) for name, parameter in policy.named_parameters() if "lora_B" in name)
@@ -186,7 +168,25 @@ def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool =
     return True
 
 
-def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | None:
+def trained_module(kind: type[LightningModule], path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
+    """The module of a checkpoint that is to be exported, on the CPU, and what the checkpoint holds beside weights.
+
+    Raises `ModelError` for one that has learned nothing or diverged, and `ConfigurationError` for a damaged one; warns
+    of one of the start, or far above it.
+    """
+    module, stored = restored_module(kind, path), read_checkpoint(path, weights=False)
+    if fault := _fault_of_training(module, stored):
+        raise ModelError(f"{path}: {fault}")
+    if stored["global_step"] == 0:
+        log.warning(
+            "warning: step 0 has the weights that the run began with; where that is the best checkpoint, no later "
+            "validation was better"
+        )
+    warn_of_divergence(stored)
+    return module, stored
+
+
+def _fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | None:
     """Why the model of a checkpoint is none that was trained, or None.
 
     `module` is restored from the checkpoint, and `stored` is what it holds.
@@ -200,7 +200,7 @@ def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | 
     if not math.isfinite(loss):
         return f"its validation loss is {loss}, so the training diverged; lower the learning rate"
     if stored["global_step"] == 0 and metrics_of(stored):
-        return None  # the start of a run that validated it; see `warn_of_start`
+        return None  # the start of a run that validated it
     start = stored.get(ORIGIN, {}).get("measured", {}).get("start")
     unmoved = isinstance(network, CausalLM) and network.has_adapters and not adapters_moved(network)
     if unmoved or (start is not None and weights_sum(network) == start):
@@ -209,15 +209,6 @@ def fault_of_training(module: LightningModule, stored: dict[str, Any]) -> str | 
             "loaded; train for more steps, or raise the learning rate"
         )
     return None
-
-
-def warn_of_start(stored: dict[str, Any]) -> None:
-    """Warn where a checkpoint was validated and saved before the first step."""
-    if stored["global_step"] == 0:
-        log.warning(
-            "warning: step 0 has the weights that the run began with; where that is the best checkpoint, no later "
-            "validation was better"
-        )
 
 
 def warn_of_divergence(stored: dict[str, Any]) -> None:

@@ -20,14 +20,13 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
+from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checks import (
     adapters_moved,
     check_finite,
-    check_schedule,
     check_start,
-    schedule_lead,
     warn_of_falling_chosen,
 )
 from rlhf_lightning.training.module import Measured, PolicyModule, means, named
@@ -72,7 +71,7 @@ class DPO(PolicyModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         loss_type: LossType = "sigmoid",
         beta: PositiveFloat = 0.1,
         label_smoothing: Smoothing | None = None,
@@ -109,7 +108,6 @@ class DPO(PolicyModule):
         self.log_ratios = nn.ModuleDict(means("chosen", "rejected") | {"pairs": PairCount()})
         self._learning_rate = 0.0
         self._steps_without_move = 0
-        self._schedule_lead = 0
         self._start_checked = self._moved = self._warned = False
 
     def _metrics(self, pairs: PairCount | None = None) -> nn.ModuleDict:
@@ -206,15 +204,11 @@ class DPO(PolicyModule):
         """The mean loss of a batch of training pairs, of which nothing is logged."""
         return self.losses(self(batch), self.reference_logprobs(batch, "train")).mean()
 
-    def on_train_start(self) -> None:
-        self._schedule_lead = schedule_lead(self)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
         self._check_adapters()
-        check_schedule(self, self._schedule_lead)
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def log_numbers(self) -> dict[str, float] | None:

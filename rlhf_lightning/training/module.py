@@ -24,15 +24,22 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
+from rlhf_lightning.data.same_tokenizer import has_tokenizer
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
+from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
+from rlhf_lightning.models.storage import replaced_model
 from rlhf_lightning.training.checkpoints import (
+    ORIGIN,
+    chat_format_of_run,
     check_whole,
     complete_adapters,
+    save_format,
     store_adapters_alone,
     store_origin,
     warn_of_other_settings,
@@ -91,17 +98,19 @@ class Exportable(Protocol):
 class TrainedModule(LightningModule):
     """A module with one optimizer, a learning-rate schedule, metrics, and a network that can be exported.
 
-    A class derived from it gives `build_network`, `training_step`, `trial_loss`, `measure` and `export`, and puts its
-    metrics, by the names under which they are logged, into `train_metrics`, `val_metrics` and `test_metrics`.
+    A class derived from it gives `build_network`, `training_step`, `trial_loss`, `measure` and `save_network`, and puts
+    its metrics, by the names under which they are logged, into `train_metrics`, `val_metrics` and `test_metrics`.
 
     Args:
-        backbone: What the network begins as: hub name or directory of a model, or `builtin:tiny`.
+        backbone: What the network begins as: hub name or directory of a model, or `builtin:tiny`; in Python also a
+            model of transformers, which is trained itself, not copied.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them.
         lr_scheduler_type: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
         attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: Run code that comes with the model.
+        tokenizer: Of exported models, and of data that names none; that of the backbone when not given.
 
     Raises `ConfigurationError` for impossible settings, and for a class without one of the methods it has to give.
     """
@@ -115,7 +124,7 @@ class TrainedModule(LightningModule):
     """Metrics of a validation in the progress bar."""
     log_line: ClassVar[dict[str, str]] = {"loss": "loss"}
     """Training metrics of a line in a log file, and their names in words."""
-    objects: ClassVar[tuple[str, ...]] = ("optimizer",)
+    objects: ClassVar[tuple[str, ...]] = ("optimizer", "backbone", "tokenizer")
     """Arguments that may be objects, which no checkpoint holds."""
     lora: Lora | None = None
     """The adapters that are trained in the place of all weights."""
@@ -124,21 +133,36 @@ class TrainedModule(LightningModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
         lr_scheduler_type: Schedule = "linear",
         warmup_ratio: Fraction = 0.03,
         attn_implementation: AttentionImplementation | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        tokenizer: TokenizerSource | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[*self.objects])
-        self.backbone = backbone
         self._check_complete()
         check_optimizer(optimizer)
         self.optimizer_factory = optimizer
-        self.backbone_config: PretrainedConfig = self.read_config(backbone, trust_remote_code=trust_remote_code)
+        if isinstance(backbone, str):
+            check_has_name(name := backbone, type(self).__name__)
+            self.backbone_config: PretrainedConfig = self.read_config(backbone, trust_remote_code=trust_remote_code)
+        else:
+            backbone = prepared(backbone, attn_implementation=attn_implementation)
+            name = name_for_checkpoints(backbone, trust_remote_code=trust_remote_code)
+            self.backbone_config = backbone.config
+        self._backbone = (backbone,)  # in a tuple: an attribute would be a part of the module, and of its checkpoints
+        self._given_tokenizer = tokenizer
+        named_by = tokenizer if tokenizer is None or isinstance(tokenizer, str) else tokenizer.name_or_path or None
+        self.save_hyperparameters({"backbone": name, "tokenizer": named_by})
+        self.tokenizer = tokenizer if tokenizer is not None else None if is_nameless(name) else name
+        """Of data that names none: hub name, directory or object."""
+        self.chat_format: ChatFormat | None = None
+        """That of the data, once there is any."""
+        self._origin: dict[str, Any] | None = None
         self.train_metrics, self.val_metrics, self.test_metrics = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.throughput: TokensPerSecond | None = None
         """Counts the tokens of the training, where the module feeds it."""
@@ -149,7 +173,7 @@ class TrainedModule(LightningModule):
         """A learning rate in the place of the optimizer's own, such as Lightning's Tuner finds."""
 
     def _check_complete(self) -> None:
-        needed = ["training_step", "export", *(["trial_loss"] if self.learns_from_pairs else [])]
+        needed = ["training_step", "save_network", *(["trial_loss"] if self.learns_from_pairs else [])]
         needed += [] if is_overridden("validation_step", self, TrainedModule) else ["measure"]
         parents = {"training_step": LightningModule}
         missing = [name for name in needed if not is_overridden(name, self, parents.get(name, TrainedModule))]
@@ -158,6 +182,11 @@ class TrainedModule(LightningModule):
                 f"{type(self).__name__}: does not define {', '.join(missing)}, which a module of this package must "
                 "have; see the docstring of rlhf_lightning.training.module.TrainedModule"
             )
+
+    @property
+    def backbone(self) -> ModelSource:
+        """As it was given: a name, or an object."""
+        return self._backbone[0]
 
     # ---- what a class may or must give
 
@@ -186,7 +215,7 @@ class TrainedModule(LightningModule):
         """What a batch gives to the metrics of the validation or test split."""
         raise NotImplementedError
 
-    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+    def save_network(self, directory: Path, *, merge: bool) -> None:
         """Write the network as a Hugging Face directory, adapters merged into its weights or by themselves."""
         raise NotImplementedError
 
@@ -201,6 +230,7 @@ class TrainedModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)
+        self.chat_format = chat_format_of(self.trainer.datamodule) or self.chat_format
 
     def configure_model(self) -> None:
         """Build the network, once."""
@@ -214,13 +244,8 @@ class TrainedModule(LightningModule):
         names = ("attn_implementation", "trust_remote_code")
         return {name: self.hparams[name] for name in names}
 
-    def configure_optimizers(self):
-        return optimizer_and_schedule(
-            self,
-            self.optimizer_factory,
-            schedule=self.hparams.lr_scheduler_type,
-            warmup_ratio=self.hparams.warmup_ratio,
-        )
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(self)
 
     def on_fit_start(self) -> None:
         self.logged_step = 0
@@ -300,6 +325,32 @@ class TrainedModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         warn_of_other_settings(self, checkpoint)
+        self._origin = checkpoint.get(ORIGIN)
+
+    def export(self, directory: str | Path, *, merge: bool = True) -> None:
+        """Write network and tokenizer as a Hugging Face directory, adapters merged into the weights or by themselves.
+
+        The tokenizer is that of the training, with its chat template. Raises `ModelError` and `ConfigurationError` as
+        `replaced_model` and the network's `save_pretrained` do.
+        """
+        with replaced_model(directory) as made:
+            self.save_network(made, merge=merge)
+            chat_format = self.format_to_export()
+            if chat_format is None:
+                log.warning("%s: the model is written without a tokenizer; give the module one", directory)
+            else:
+                save_format(chat_format, made)
+
+    def format_to_export(self) -> ChatFormat | None:
+        """The chat format of the data, of the run of the checkpoint that was loaded, or of `tokenizer`."""
+        if self.chat_format is None:
+            origin, trust = self._origin, self.hparams.trust_remote_code
+            given = self._given_tokenizer
+            if origin is not None:
+                self.chat_format = chat_format_of_run(given or origin["tokenizer"], origin, trust_remote_code=trust)
+            elif self.tokenizer is not None and (given is not None or has_tokenizer(self.hparams.backbone)):
+                self.chat_format = load_chat_format(self.tokenizer, trust_remote_code=trust)
+        return self.chat_format
 
 
 class PolicyModule(TrainedModule):
@@ -319,7 +370,9 @@ class PolicyModule(TrainedModule):
     reference: Reference | None = None
     """What the policy is compared with, where its class has it so."""
 
-    def __init__(self, backbone: str, lora: Lora | None = None, load_in_4bit: bool = False, **shared: Any) -> None:
+    def __init__(
+        self, backbone: ModelSource, lora: Lora | None = None, load_in_4bit: bool = False, **shared: Any
+    ) -> None:
         super().__init__(backbone, **shared)
         if isinstance(lora, Lora):  # a checkpoint holds plain values
             self.save_hyperparameters({"lora": asdict(lora)})
@@ -349,8 +402,10 @@ class PolicyModule(TrainedModule):
 
     def build_network(self) -> None:
         settings = self.hparams
+        if self.reference is not None and not isinstance(self.backbone, str):
+            self.reference.load(self.loading)  # before the object is trained, or gets adapters
         self.policy = CausalLM.from_pretrained(
-            settings.backbone,
+            self.backbone,
             lora=self.lora,
             load_in_4bit=settings.load_in_4bit,
             gradient_checkpointing=settings.gradient_checkpointing,
@@ -378,6 +433,5 @@ class PolicyModule(TrainedModule):
         super().on_load_checkpoint(checkpoint)
         complete_adapters(self, checkpoint)
 
-    def export(self, directory: str | Path, *, merge: bool = True) -> None:
-        """Write the policy as `CausalLM.save_pretrained` does."""
+    def save_network(self, directory: Path, *, merge: bool) -> None:
         self.policy.save_pretrained(directory, merge=merge)

@@ -19,6 +19,7 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
+from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.models.vllm_engine import VLLMEngine
@@ -76,7 +77,7 @@ class OnlineModule(PolicyModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         reward_model: str | Callable[..., Any],
         reward_chat_template: str | None = None,
         num_generations: PositiveInt = 1,

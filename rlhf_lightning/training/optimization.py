@@ -57,19 +57,13 @@ def check_optimizer(optimizer: OptimizerCallable) -> None:
 
 
 def optimizer_and_schedule(
-    module: TrainedModule,
-    optimizer: OptimizerCallable,
-    *,
-    schedule: Schedule,
-    warmup_ratio: float,
-    groups: list[dict[str, Any]] | None = None,
-    steps_per_batch: int = 1,
+    module: TrainedModule, *, groups: list[dict[str, Any]] | None = None, steps_per_batch: int = 1
 ) -> dict[str, Any]:
     """What `configure_optimizers` returns: an optimizer of the trainable parameters, and its schedule per step.
 
     `groups` are torch's parameter groups, where there is more than one; `steps_per_batch` optimizer steps are made of
-    each batch. The learning rate rises linearly over `warmup_ratio` of all optimizer steps. Raises `ConfigurationError`
-    when the number of steps is not known beforehand, or an epoch is too short for `val_check_interval`.
+    each batch. Raises `ConfigurationError` when the number of steps is not known beforehand, or an epoch is too short
+    for `val_check_interval`.
     """
     try:
         total_steps = module.trainer.estimated_stepping_batches
@@ -82,13 +76,13 @@ def optimizer_and_schedule(
     total_steps *= steps_per_batch
     if module.trainer.max_steps != -1:
         total_steps = min(total_steps, module.trainer.max_steps)
-    warmup_steps, total_steps = math.ceil(warmup_ratio * total_steps), int(total_steps)
+    warmup_steps, total_steps = math.ceil(module.hparams.warmup_ratio * total_steps), int(total_steps)
     _warn_of_few_steps(module.trainer, total_steps)
-    built = optimizer(groups or [parameter for parameter in module.parameters() if parameter.requires_grad])
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    built = module.optimizer_factory(groups or trained)
     _take_found_rate(module, built)
-    factor = functools.partial(
-        learning_rate_factor, schedule=schedule, warmup_steps=warmup_steps, total_steps=total_steps
-    )
+    shape = {"schedule": module.hparams.lr_scheduler_type, "warmup_steps": warmup_steps, "total_steps": total_steps}
+    factor = functools.partial(learning_rate_factor, **shape)
     return {"optimizer": built, "lr_scheduler": {"scheduler": LambdaLR(built, factor), "interval": "step"}}
 
 

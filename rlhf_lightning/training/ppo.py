@@ -5,7 +5,7 @@ B responses of a process, S tokens of the longest response, R responses of a for
 
 from __future__ import annotations
 
-import itertools
+import copy
 import logging
 import math
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
@@ -27,6 +28,7 @@ from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
 from rlhf_lightning.models.generation import seed_of
+from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, value_source, zero_last_layer
 from rlhf_lightning.rewards.scorers import RewardScorer
@@ -35,8 +37,6 @@ from rlhf_lightning.training.checks import (
     check_finite_step,
     check_first_step,
     check_ppo_settings,
-    check_schedule,
-    schedule_lead,
 )
 from rlhf_lightning.training.estimators import AdvantageName, find_estimator
 from rlhf_lightning.training.online import OnlineModule
@@ -95,7 +95,7 @@ class PPO(OnlineModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         reward_model: str | Callable[..., Any],
         advantage_estimator: AdvantageName = "gae",
         value_model: str | None = None,
@@ -126,7 +126,6 @@ class PPO(OnlineModule):
         self.kl_control = AdaptiveKLController(kl_coef or 1.0, adaptive_kl_target or 1.0, kl_horizon)
         self.moments = RunningMoments()
         self._checked_start = False
-        self._schedule_lead = 0
 
     # ---- models
 
@@ -147,14 +146,17 @@ class PPO(OnlineModule):
 
     def build_network(self) -> None:
         """Load policy and value model."""
-        super().build_network()
         settings = self.hparams
+        source: ModelSource = settings.value_model or settings.backbone
+        if source == settings.backbone and self.estimator.uses_values and not isinstance(self.backbone, str):
+            source = copy.deepcopy(self.backbone)  # before it gets adapters
+        super().build_network()
         if self.estimator.uses_values and settings.value_model == SHARED:
             self.value = RewardHead(self.backbone_config.get_text_config().hidden_size)
             zero_last_layer(self.value)
         elif self.estimator.uses_values:
             self.value = ValueNetwork.from_pretrained(
-                settings.value_model or settings.backbone,
+                source,
                 gradient_checkpointing=settings.gradient_checkpointing,
                 **self.loading,
             )
@@ -163,14 +165,8 @@ class PPO(OnlineModule):
         groups = [{"params": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}]
         if self.value is not None:
             groups.append({"params": list(self.value.parameters()), "lr": self.hparams.value_lr})
-        return optimizer_and_schedule(
-            self,
-            self.optimizer_factory,
-            schedule=self.hparams.lr_scheduler_type,
-            warmup_ratio=self.hparams.warmup_ratio,
-            groups=groups,
-            steps_per_batch=self.hparams.num_ppo_epochs * self.hparams.num_mini_batches,
-        )
+        steps = self.hparams.num_ppo_epochs * self.hparams.num_mini_batches
+        return optimizer_and_schedule(self, groups=groups, steps_per_batch=steps)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -181,10 +177,6 @@ class PPO(OnlineModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
             strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
-
-    def on_train_start(self) -> None:
-        self._schedule_lead = schedule_lead(self)
-        super().on_train_start()
 
     # ---- a rollout, and what it teaches
 
@@ -205,9 +197,6 @@ class PPO(OnlineModule):
         numbers["seconds/rollout"] = drawn - began
         numbers["seconds/update"] = time.perf_counter() - drawn
         self.rollout_log.numbers(numbers)
-
-    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        check_schedule(self, self._schedule_lead)
 
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
@@ -280,8 +269,8 @@ class PPO(OnlineModule):
         for epoch in range(settings.num_ppo_epochs):
             seed = seed_of(self.trainer.datamodule.seed, "order", self.rollouts_done, epoch, self.global_rank)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-            minibatches = parts(order, min(settings.num_mini_batches, fewest))
-            made = [self._step(experience, targets, minibatch) for minibatch in minibatches]
+            minibatches = np.array_split(order, min(settings.num_mini_batches, fewest))
+            made = [self._step(experience, targets, minibatch.tolist()) for minibatch in minibatches]
             steps += made
             approximate = sum(numbers["approx_kl"] for numbers in made) / len(made)
             if settings.target_kl is not None and approximate > 1.5 * settings.target_kl:
@@ -299,7 +288,8 @@ class PPO(OnlineModule):
         passes = torch.tensor(math.ceil(len(part) / self.hparams.micro_batch_size), device=self.device)
         ordered = sorted(part, key=lambda i: len(experience.responses.rows[i]))
         sums = torch.zeros(len(_STEP_NUMBERS), dtype=torch.float64, device=self.device)
-        pieces = parts(ordered, int(over_processes(trainer, passes, "max")))
+        # Those of a process that has too few are empty.
+        pieces = [piece.tolist() for piece in np.array_split(ordered, int(over_processes(trainer, passes, "max")))]
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1 or not isinstance(trainer.strategy, ParallelStrategy)
             with nullcontext() if last else trainer.strategy.block_backward_sync():
@@ -376,13 +366,6 @@ class PPO(OnlineModule):
         self.moments.load_state_dict(state["moments"])
         self.rollouts_done = state["rollouts"]
         self.rollout_log.restore(state["path"])
-
-
-def parts(order: Sequence[int], count: int) -> list[list[int]]:
-    """`order` in `count` parts of sizes that differ by one at most; some are empty when there are too few."""
-    size, more = divmod(len(order), count)
-    bounds = [i * size + min(i, more) for i in range(count + 1)]
-    return [list(order[begin:end]) for begin, end in itertools.pairwise(bounds)]
 
 
 _STEP_NUMBERS = ("policy_loss", "value_loss", "kl_loss", "approx_kl", "clip_fraction", "ratio", "moved")

@@ -26,6 +26,7 @@ from rlhf_lightning.metrics import (
     PairwiseCalibrationError,
     PooledAUROC,
 )
+from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.training.callbacks import PairScores
@@ -65,7 +66,7 @@ class RewardModel(TrainedModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         hidden_size: PositiveInt | None = None,
         activation: Activation = "relu",
         dropout: Fraction = 0.0,
@@ -78,6 +79,10 @@ class RewardModel(TrainedModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, optimizer=optimizer, **shared)
+        if not isinstance(backbone, str) and is_reward_network(self.backbone_config):
+            raise ConfigurationError(
+                "model.backbone: a saved reward network as an object has no head; give its directory"
+            )
         self.hparams.pooling = pooling_of(self.backbone_config) or pooling
         if pooling not in ("last", self.hparams.pooling):
             log.warning("model.pooling: %s keeps its own, %s, not %s", backbone, self.hparams.pooling, pooling)
@@ -90,7 +95,7 @@ class RewardModel(TrainedModule):
             self.network = RewardNetwork.from_pretrained(settings.backbone, **self.loading).train()
         else:
             self.network = RewardNetwork.from_backbone(
-                settings.backbone,
+                self.backbone,
                 hidden_size=settings.hidden_size,
                 activation=settings.activation,
                 dropout=settings.dropout,
@@ -153,8 +158,7 @@ class RewardModel(TrainedModule):
                 "one of other weights; export it and give the directory as model.backbone"
             )
 
-    def export(self, directory: str | Path, *, merge: bool = True) -> None:
-        """Write the network as `RewardNetwork.save_pretrained` does; there are no adapters to merge."""
+    def save_network(self, directory: Path, *, merge: bool) -> None:
         self.network.save_pretrained(directory)
 
     def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:

@@ -15,6 +15,7 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.metrics import PairCount, Perplexity, TokensPerSecond
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
+from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checks import check_finite
@@ -41,7 +42,7 @@ class SFT(PolicyModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: ModelSource,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-5),
         lr_scheduler_type: Schedule = "cosine",
         **shared: Any,

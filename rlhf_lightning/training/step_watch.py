@@ -6,8 +6,10 @@ import logging
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import TrainingError
+from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.zero import ZeroStrategy
 
 log = logging.getLogger(__name__)
@@ -19,14 +21,15 @@ _PATIENCE = 15
 class StepWatch(Callback):
     """Logs `train/grad_norm`, and in 16-mixed `train/loss_scale` and `train/skipped_steps`.
 
-    Raises `TrainingError` after many skipped steps in a row: the weights stand still while steps are counted.
+    Raises `TrainingError` after many skipped steps in a row, since the weights stand still while steps are counted; and
+    where the learning-rate schedule of a module of this package has not gone on once with each optimizer step.
     """
 
     def __init__(self) -> None:
         self._norm: float | None = None
         self._skipped = self._in_a_row = 0
         self._scale = 0.0
-        self._step = 0
+        self._step = self._schedule_lead = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self._skipped, "in_a_row": self._in_a_row}
@@ -36,6 +39,7 @@ class StepWatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scale, self._step = _loss_scale(trainer), trainer.global_step
+        self._schedule_lead = _schedule_lead(trainer)  # 0, but while Lightning's Tuner tries things out
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
         """Before clipping. DeepSpeed has taken the gradients by then, and measures itself."""
@@ -47,6 +51,11 @@ class StepWatch(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if (gone := _schedule_lead(trainer) - self._schedule_lead) != 0 and isinstance(pl_module, TrainedModule):
+            raise TrainingError(
+                f"step {self._step}: the learning-rate schedule has gone {self._step + gone} steps, not {self._step}; "
+                "an optimizer step or a step of the schedule was left out, by a callback or the strategy"
+            )
         values = {}
         if trainer.precision == "16-mixed":
             values = self._after_half_precision_step(trainer)
@@ -71,6 +80,13 @@ class StepWatch(Callback):
                 f"made (loss scale now {scale:g}); use bf16-mixed or 32-true, or lower the learning rate"
             )
         return {"train/loss_scale": scale, "train/skipped_steps": float(self._skipped)}
+
+
+def _schedule_lead(trainer: Trainer) -> int:
+    """Steps by which the schedule is ahead of the optimizer; 0 where it is none of ours, made for each step."""
+    configs = trainer.lr_scheduler_configs
+    ours = len(configs) == 1 and configs[0].interval == "step" and isinstance(configs[0].scheduler, LambdaLR)
+    return configs[0].scheduler.last_epoch - trainer.global_step if ours else 0
 
 
 def _is_due(trainer: Trainer, step: int) -> bool:

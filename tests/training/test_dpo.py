@@ -25,6 +25,7 @@ from rlhf_lightning.functional.losses import PREFERENCE_LOSSES
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.tiny import builtin_texts, make_tiny_model
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs
+from rlhf_lightning.training.step_watch import StepWatch
 from tests.training.conftest import VAL_PAIRS, sgd, weights
 from tests.training.test_reward_model import LossLog
 
@@ -587,4 +588,4 @@ def test_a_schedule_that_does_not_step_with_the_optimizer_stops_the_run(build_dp
                 pl_module.lr_schedulers().step()
 
     with pytest.raises(TrainingError, match=r"step 3: the learning-rate schedule has gone 4 steps, not 3"):
-        trained(build_dpo, trainer, callbacks=[Skipping()])
+        trained(build_dpo, trainer, callbacks=[StepWatch(), Skipping()])

@@ -45,7 +45,7 @@ def test_a_class_without_its_methods_is_refused_by_name(tiny_qwen2):
             pass
 
     Finished(str(tiny_qwen2))
-    with pytest.raises(ConfigurationError, match="define training_step, export, trial_loss, measure"):
+    with pytest.raises(ConfigurationError, match="define training_step, save_network, trial_loss, measure"):
         TrainedModule(str(tiny_qwen2))
 
 
