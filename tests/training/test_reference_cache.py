@@ -224,9 +224,9 @@ def test_processes_share_the_work_and_miss_what_they_cannot_see(build_dpo, train
         strategy = SimpleNamespace(batch_to_device=lambda batch: batch, barrier=lambda: None)
         seen = {"global_rank": rank, "world_size": 2, "strategy": strategy, "precision": "32-true"}
         process = SimpleNamespace(**seen, precision_plugin=run.precision_plugin, datamodule=datamodule)
-        own = SimpleNamespace(trainer=process)
-        how = {"precision": "32-true", "arithmetic": nullcontext, "cache_dir": str(cache)}
-        return references.precomputed_logprobs(own, module._reference, "val", ("key",), **how)
+        own = SimpleNamespace(trainer=process, policy=module.policy)
+        how = {"precision": "32-true", "arithmetic": nullcontext}
+        return module.reference._precomputed_sums(own, "val", ReferenceCache(("key",), cache_dir=cache), **how)
 
     with pytest.raises(TrainingError, match=r"of other processes are not seen here; give model.reference_cache"):
         share(1, tmp_path / "a")
