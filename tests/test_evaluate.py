@@ -21,8 +21,9 @@ from sklearn.metrics import roc_auc_score
 from rlhf_lightning.commands.evaluate import parse
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.courtesy.make import make_rows
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.evaluation import answers
 from rlhf_lightning.evaluation import run as measure
 from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, lite_rows, load_rewardbench

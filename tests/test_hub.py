@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import constants
 
 from rlhf_lightning import hub
-from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.data.sources import read_rows
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import DataError, ModelError
 from rlhf_lightning.models.backbones import load_config
 

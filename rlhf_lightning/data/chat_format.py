@@ -9,23 +9,17 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
+from rlhf_lightning.data.tokenizer import TokenizerSource, load_tokenizer
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.files.leftovers import held_directory, temporary_directory
-from rlhf_lightning.files.seals import check_seal
-from rlhf_lightning.hub import use_cache_without_network
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-    TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
-else:
-    TokenizerSource = str  # what a configuration can name
 
 log = logging.getLogger(__name__)
 
@@ -37,25 +31,6 @@ _TEXTS_AT_ONCE = 128
 """Handed to the tokenizer at once: of thousands it takes up to twice the CPU time for each (tokenizers 0.23)."""
 _NEIGHBOURS = ("\n", "a", ".", "1", "-")
 """Texts before a response whose own tokens end where they end, so that what follows is in the midst of a text."""
-
-
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none, or a damaged one."""
-    from transformers import AutoTokenizer
-
-    from rlhf_lightning.tiny import resolve_model
-
-    path = resolve_model(name_or_path)
-    check_seal(path, weights=False)
-    if not Path(path).exists():
-        use_cache_without_network()
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        raise ModelError(
-            f"{name_or_path}: no tokenizer could be loaded from it ({reason_of(error)}); give the hub name of one, or "
-            "a directory with tokenizer.json and tokenizer_config.json"
-        ) from error
 
 
 def load_chat_format(

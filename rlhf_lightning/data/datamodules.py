@@ -22,7 +22,7 @@ from rlhf_lightning.data.batching import (
     collate_pairs,
     collate_prompts,
 )
-from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_chat_format
+from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
 from rlhf_lightning.data.roles import Role, RoleSources, part_masks, role_sources, roles_of, sources_by_role
 from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows, Truncation
@@ -36,6 +36,7 @@ from rlhf_lightning.data.statistics import (
     shared_prompts,
 )
 from rlhf_lightning.data.tokenized import tokenize_source
+from rlhf_lightning.data.tokenizer import TokenizerSource
 from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger

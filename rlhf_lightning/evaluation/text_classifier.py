@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.chat_format import load_tokenizer
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.batches import ModelInputs, collate_rows
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
+from rlhf_lightning.data.tokenizer import check_reference_tokenizer, load_tokenizer
 from rlhf_lightning.data.truncation import truncate_left
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.files.seals import check_seal

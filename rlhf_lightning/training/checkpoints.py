@@ -26,9 +26,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 
 from rlhf_lightning.data.chat_export import save_tokenizer
-from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, chat_format_of
+from rlhf_lightning.data.tokenizer import TokenizerSource, load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
 from rlhf_lightning.models.storage import end_at

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.data.chat_format import ChatFormat, TokenizerSource, load_chat_format
+from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.same_tokenizer import has_tokenizer
+from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.datamodules import chat_format_of
-from rlhf_lightning.data.same_tokenizer import different_tokens
+from rlhf_lightning.data.tokenizer import different_tokens
 from rlhf_lightning.functional.advantages import explained_variance, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.same_tokenizer import check_reference_tokenizer
+from rlhf_lightning.data.tokenizer import check_reference_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs, load_causal_config
 from rlhf_lightning.models.fingerprint import weights_fingerprint

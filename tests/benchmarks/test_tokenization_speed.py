@@ -22,7 +22,8 @@ SCRIPT = textwrap.dedent(
     """
     import resource, sys, time
     import datasets, lightning, torch, transformers
-    from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+    from rlhf_lightning.data.chat_format import ChatFormat
+    from rlhf_lightning.data.tokenizer import load_tokenizer
     from rlhf_lightning.data.sources import WeightedSource
     from rlhf_lightning.data.tokenized import tokenize_source
 

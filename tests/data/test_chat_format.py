@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from rlhf_lightning.data.chat_export import save_tokenizer
-from rlhf_lightning.data.chat_format import ChatFormat, _tokens_at, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat, _tokens_at
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, GEMMA, LLAMA2, byte_tokenizer
 

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.data import DataError
 from rlhf_lightning.data.chat_export import save_tokenizer
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.doctor import LIMITS, diagnose
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.report.doctor import html_page, print_diagnosis, row_numbers, verdict, visible
 from tests.test_readme import example
 

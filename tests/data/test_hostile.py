@@ -17,8 +17,9 @@ import torch
 
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import load_preferences
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import PreferenceDataModule
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import UserError
 from tests.test_configs import ROOT
 

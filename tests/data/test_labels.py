@@ -8,9 +8,10 @@ import json
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences, load_prompts
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.tokenized import tokenize_source
+from rlhf_lightning.data.tokenizer import load_tokenizer
 
 
 def user(text):

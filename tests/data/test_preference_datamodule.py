@@ -14,10 +14,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from rlhf_lightning.data import DataError
-from rlhf_lightning.data.chat_format import load_tokenizer
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.token_cache import content_key as real_key
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
 
 

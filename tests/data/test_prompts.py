@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data import BAD_ROW_REASONS, DataError, load_preferences, load_prompts
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, PromptExample
 from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.tokenized import TokenStore, tokenize_source, write_store
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
 from tests.data.test_preferences import GOOD, HH, PROMPT, USER, say
 from tests.data.test_preferences import SHAPES as PAIRS

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from rlhf_lightning.data import DataError, load_preferences
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.data.tokenized import tokenize_source
+from rlhf_lightning.data.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

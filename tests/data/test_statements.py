@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.data import DataError, load_preferences
 from rlhf_lightning.data.batching import MicroBatch, collate_pairs
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.tokenized import TokenStore, write_store
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.data.chat_formats import CHATML, FORMATS, byte_tokenizer
 from tests.data.test_loader import tokenized

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
 from rlhf_lightning.data.tokenized import tokenize_source
+from rlhf_lightning.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data import token_cache, tokenized
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample, Refusal
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.data.token_cache import cached_directory, content_key, writable_cache
 from rlhf_lightning.data.tokenized import PAIR_SCHEMA, TokenStore, tokenize_source, write_store
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from tests.data.chat_formats import FORMATS
 from tests.patience import PATIENCE
 

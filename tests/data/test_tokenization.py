@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import LoadReport, PreferenceExample
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.tokenized import TokenStore, write_store
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import DataError, ModelError
 from tests.data.chat_formats import CHATML, FORMATS, LLAMA2, UNSTABLE, byte_tokenizer
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_lightning.data.chat_format import ChatFormat, load_tokenizer
+from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation import kl as module
 from rlhf_lightning.evaluation.generate import generate_responses

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_lightning.data.chat_format import load_tokenizer
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files import seals
 from rlhf_lightning.files.seals import check_seal

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_lightning import PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.data import DataError, load_preferences, load_prompts
-from rlhf_lightning.data.chat_format import load_tokenizer
+from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.checkpoints import ORIGIN
 from tests.training.conftest import TRAIN_PAIRS

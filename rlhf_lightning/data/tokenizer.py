@@ -1,21 +1,43 @@
-"""Whether two tokenizers give the same ids, without which their models' log-probs cannot be compared."""
+"""Loading a tokenizer; and whether two give the same ids, without which log-probs cannot be compared."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from rlhf_lightning.data.chat_format import load_tokenizer
-from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.files.seals import check_seal
+from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    TokenizerSource: TypeAlias = str | PreTrainedTokenizerBase
+else:
+    TokenizerSource = str  # what a configuration can name
+
 log = logging.getLogger(__name__)
 
 _FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none, or a damaged one."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name_or_path)
+    check_seal(path, weights=False)
+    if not Path(path).exists():
+        use_cache_without_network()
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
+        raise ModelError(
+            f"{name_or_path}: no tokenizer could be loaded from it ({reason_of(error)}); give the hub name of one, or "
+            "a directory with tokenizer.json and tokenizer_config.json"
+        ) from error
 
 
 def different_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
