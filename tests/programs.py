@@ -1,4 +1,4 @@
-"""The program in processes of their own, forked from one that has imported what is heavy, as `pipeline` does it."""
+"""The program in processes of their own, forked from one that has imported what is heavy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
@@ -20,7 +21,8 @@ from tests.patience import PATIENCE
 from tests.test_configs import ROOT
 
 PRELOADED = [
-    *pipeline_processes.PRELOADED,
+    *("rlhf_lightning.commands.fit", "rlhf_lightning.commands.evaluate"),
+    *("transformers.optimization", "torch.utils.tensorboard", "pyarrow.compute", "pandas"),
     *("transformers.models.qwen2.modeling_qwen2", "peft", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("attrs", "tensorboard.plugins.hparams", "tests.training.killer", "tests.test_pipeline"),
     *("tests.frozen", "tests.reliability.kills"),
@@ -84,6 +86,45 @@ def share_server() -> None:
     forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
 
 
+class ForkedProgram(subprocess.Popen):
+    """In place of a stage's `Popen`: a fork of this process, which has imported what is heavy, not a new Python."""
+
+    def _execute_child(self, args: list[str], *given) -> None:
+        stdin, *_ = pipes = given[9:15]  # both ends of standard input, output and error
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number, end in enumerate((stdin, pipes[3], pipes[5])):
+                os.dup2(end, number)
+            os.closerange(3, 1000)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(given[5])
+            _exit_as_program(args[args.index("rlhf_lightning.cli") + 1 :])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+
+def fork_stages() -> None:
+    """Let the stages of a pipeline be forks of this process."""
+    pipeline_processes.Popen = ForkedProgram
+
+
+def _exit_as_program(arguments: Sequence[str]) -> NoReturn:
+    from rlhf_lightning.commands.main import main
+
+    code = 1
+    try:
+        code = main(list(arguments))
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def _child(
     directory: Path,
     arguments: tuple[str, ...],
@@ -105,10 +146,7 @@ def _child(
         if os.fork() == 0:
             os.environ["LOCAL_RANK"] = str(rank)
             break
+    fork_stages()
     if prepare is not None:
         prepare()
-    from rlhf_lightning.commands.main import main
-
-    code = main(list(arguments))
-    sys.stdout.flush()
-    os._exit(code)
+    _exit_as_program(arguments)

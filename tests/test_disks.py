@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import sys
 import threading
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +18,12 @@ from jsonargparse import Namespace
 
 from rlhf_lightning.commands.fit import SaveConfig
 from rlhf_lightning.commands.main import main
-from rlhf_lightning.commands.pipeline.stage import _complaint, _work
+from rlhf_lightning.commands.pipeline.processes import run_program
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files import disks
 from rlhf_lightning.files.disks import check_room, full_disk, named_full_disk, size, write_whole, writing_to
-from tests.programs import forked
+from tests.programs import fork_stages, forked
 from tests.test_configs import ROOT
 
 FIT = [
@@ -123,25 +121,17 @@ def test_a_thread_that_finds_the_disk_full_leaves_the_error_to_whom_it_writes_fo
     assert said == errors[1:]
 
 
-def _work_without_room(log: Path) -> None:
-    """A stage that can write nothing, not even its log."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_limited_stage, args=(sender, log))
-    child.start()
-    child.join()
-    assert child.exitcode == 1
-    assert _complaint(log, receiver.recv()[1], []).startswith(f"{log}: the file would be larger than is allowed")
-    log.write_text("some\nlast\n")
-    assert _complaint(log, "", []) == "last"
-
-
-def _limited_stage(sender: Connection, log: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    _work(sender, "fit", [], str(log), None)
+def _stage_without_room(log: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    fork_stages()
+    ended = run_program(["nothing"], log, append=False, tell=lambda _: None)
+    assert ended.code == 2
+    assert ended.complaint.startswith("unknown command 'nothing'")
+    assert log.stat().st_size == 50
 
 
 def test_the_complaint_of_a_stage_is_known_where_its_log_had_no_room(tmp_path):
-    assert forked(_work_without_room, tmp_path / "stage.log") == 0
+    assert forked(_stage_without_room, tmp_path / "stage.log") == 0
 
 
 def test_what_is_needed_is_said_beside_what_is_free(tmp_path, monkeypatch):

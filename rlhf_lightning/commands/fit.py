@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,20 +15,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    LearningRateFinder,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.settings import essence
+from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
 from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.files.disks import named_full_disk
@@ -77,7 +68,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigurationError(_essence(message)) from ex
+        raise ConfigurationError(essence(message)) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -188,9 +179,10 @@ class Program(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
-        _refuse_wrong_numbers(self.trainer)
-        _refuse_callbacks(self.trainer)
-        _check_monitors(self.trainer, self.model)
+        refuse_wrong_numbers(self.trainer)
+        refuse_callbacks(self.trainer)
+        if type(self.model) in CLASSES:  # one of the user's own may log what it likes
+            check_monitors(self.trainer, self.model)
         self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))
         for callback in self.trainer.callbacks:
             if isinstance(callback, ProcessStates):
@@ -258,6 +250,9 @@ class Program(LightningCLI):
 class ParsedRun(Program):
     """The settings of a run, parsed and checked, of which nothing is built or run."""
 
+    def _set_seed(self) -> None:
+        pass
+
     def instantiate_classes(self) -> None:
         pass
 
@@ -275,7 +270,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     Raises `UserError` for everything that the user can mend.
     """
     quieten()
-    arguments = _configurations_first(sys.argv[1:] if arguments is None else arguments)
+    arguments = _in_order(sys.argv[1:] if arguments is None else arguments)
     check_configurations(arguments)
     try:
         return program(
@@ -304,162 +299,53 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
         )
     except UserError:
         raise
-    except MisconfigurationException as error:
-        raise ConfigurationError(str(error)) from error
-    except OSError as error:
-        if full := named_full_disk(error, ["."]):
-            raise full from error
-        raise ConfigurationError(f"{error.filename or 'files'}: {error.strerror or error}") from error
-    except RuntimeError as error:
-        if str(error).startswith("Early stopping conditioned"):
-            raise ConfigurationError(f"EarlyStopping.monitor: {error}") from error
-        if "loading state_dict" not in str(error):
+    except Exception as error:
+        if (refusal := _refusal(error)) is None:
             raise
-        raise ConfigurationError(
+        raise refusal from error
+
+
+def _refusal(error: Exception) -> UserError | None:
+    """What a user can mend of what a library raised; None where it is a fault of ours."""
+    if isinstance(error, MisconfigurationException):
+        return ConfigurationError(str(error))
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned"):
+        return ConfigurationError(f"EarlyStopping.monitor: {error}")
+    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+        return ConfigurationError(
             f"ckpt_path: the checkpoint's weights are those of another model than the settings under model ({error})"[
                 :300
             ]
-        ) from error
-    except ValueError as error:
-        # The parser wraps what a constructor raises in a ValueError of its own.
-        if ours := _user_error_behind(error):
-            raise ours from error
-        if (reason := _refusal_of_a_library(error)) is None:
-            raise
-        raise ConfigurationError(reason) from error
-    except Exception as error:
-        if (library := type(error).__module__.split(".")[0]) not in _LOGGING_LIBRARIES:
-            raise
-        raise ConfigurationError(f"trainer.logger: {library}: {error}"[:400]) from error
+        )
+    if (library := type(error).__module__.split(".")[0]) in _LOGGING_LIBRARIES:
+        return ConfigurationError(f"trainer.logger: {library}: {error}"[:400])
+    cause: BaseException | None = error if isinstance(error, ValueError) else None
+    while cause is not None:  # the parser wraps what a constructor raises in a ValueError of its own
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(cause, MisconfigurationException | ImportError) and cause.__cause__ is None:
+            return ConfigurationError(str(cause)[:400])
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
-def _configurations_first(arguments: Sequence[str]) -> list[str]:
-    """The command, then its `--config` files in their order, then the rest: keys on the command line always win.
+def _in_order(arguments: Sequence[str]) -> list[str]:
+    """The command, its `--config` files, then the keys of the command line, which always win.
 
-    The parser takes keys in their order, and knows those of a class only once a file has named it.
+    The parser takes keys in their order: a class has to be named before its arguments, which it would discard.
     """
     command, *rest = arguments or [""]
-    files, others = [], []
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-c", "--config") and rest:
-            files += [argument, rest.pop(0)]
-        else:
-            (files if argument.startswith(("-c=", "--config=")) else others).append(argument)
-    return [command, *files, *_optimizer_before_its_arguments(others)]
+    groups: list[list[str]] = []
+    for argument in rest:
+        if argument.startswith(("--", "-c")) or not groups:
+            groups.append([])
+        groups[-1].append(argument)
 
+    def place(group: list[str]) -> int:
+        name = group[0].partition("=")[0].removesuffix(".class_path").replace(".init_args", "")
+        return {"-c": 0, "--config": 0, "--model": 1, "--data": 1, "--model.optimizer": 2}.get(name, 3)
 
-def _optimizer_before_its_arguments(arguments: list[str]) -> list[str]:
-    """Keys on the command line, an optimizer's class before the arguments that it would else begin anew without."""
-    for key in ("--model.optimizer", "--model.init_args.optimizer"):
-        names = (key, f"{key}.class_path")
-        of_it = [
-            i for i, each in enumerate(arguments) if each.startswith(f"{key}.") and each.split("=")[0] not in names
-        ]
-        named = next((i for i, each in enumerate(arguments) if each.split("=")[0] in names), None)
-        if named is not None and of_it and of_it[0] < named:
-            taken = arguments[named : named + (1 if "=" in arguments[named] else 2)]
-            rest = arguments[:named] + arguments[named + len(taken) :]
-            arguments = rest[: of_it[0]] + taken + rest[of_it[0] :]
-    return arguments
-
-
-def _essence(message: str) -> str:
-    """The parser's message without the frames that it puts around what is wrong.
-
-    `Parser key "model": Does not validate against any of the Union subtypes ... Errors: - Option 'x' is not accepted
-    - Expected a <class 'NoneType'> ...` becomes `model: Option 'x' is not accepted`.
-    """
-    frames = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
-    parts: list[str] = []
-    for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
-        line = re.sub(r'Parser key "([^"]+)":', r"\1:", line.strip().removeprefix("-")).strip()
-        line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of ")
-        line = line.replace("Expected a dot import path string:", "no such class:")
-        noise = line.startswith(frames) or "NoneType" in line or "Expected a path" in line
-        if line and not noise and line not in parts:
-            parts.append(line)
-    given = re.search(r"Given value: (?!NestedArg)(.*)", message)
-    if given and parts and parts[-1].startswith("Expected"):
-        parts.append(f"given {given[1]!r}")
-    text = ""
-    for part in parts:
-        text += ("" if not text else " " if text.endswith(":") else "; ") + part
-    return text or message
-
-
-def _check_monitors(trainer: Trainer, model: LightningModule) -> None:
-    """Refuse a misspelt metric before the first validation would. Raises `ConfigurationError`."""
-    if type(model) not in CLASSES:
-        return  # one of the user's own may log what it likes
-    known = [f"val/{name}" for name in model.val_metrics]
-    learned = [f"train/{name}" for name in model.train_metrics]
-    known += learned
-    for callback in trainer.callbacks:
-        monitor = getattr(callback, "monitor", None)
-        logged = monitor in known or (not learned and str(monitor).startswith("train/"))
-        counted = isinstance(callback, ModelCheckpoint) and monitor in ("step", "epoch")
-        if monitor is not None and not logged and not counted:
-            name = type(callback).__name__
-            raise ConfigurationError(f"{name}.monitor is {monitor!r}; use one of {', '.join(known)}")
-
-
-_REFUSED_CALLBACKS = {
-    LearningRateFinder: "its rate would stand in no config.yaml; find one with `lr_find` of Lightning's Tuner, from "
-    "Python, and set model.optimizer.lr",
-    BatchSizeFinder: "the schedule is laid out before it looks; ask `rlhf-lightning plan`, or `scale_batch_size` of "
-    "Lightning's Tuner, from Python, and set data.batch_size",
-    StochasticWeightAveraging: "its average is neither validated nor in any checkpoint; use EMAWeightAveraging or "
-    "WeightAveraging, whose average is both",
-    BackboneFinetuning: "it wants the module to have its layers before they are loaded; set model.freeze_backbone of a "
-    "RewardModel, or model.lora",
-    ModelPruning: "it prunes before the weights are loaded, and its masks are in no exported model; prune an exported "
-    "one",
-}
-"""Lightning's callbacks that do not go with the modules of this package: why, and what to do instead."""
-
-
-def _refuse_callbacks(trainer: Trainer) -> None:
-    """Refuse callbacks that would fail, or change the weights beside checkpoints. Raises `ConfigurationError`."""
-    for callback in trainer.callbacks:
-        name = type(callback).__name__
-        for kind, reason in _REFUSED_CALLBACKS.items():
-            if isinstance(callback, kind):
-                raise ConfigurationError(f"trainer.callbacks: {name} is not supported: {reason}")
-        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ZeroStrategy):
-            raise ConfigurationError(
-                f"trainer.callbacks: {name} is not supported under DeepSpeed, which saves the weights without the "
-                "average; use trainer.strategy ddp"
-            )
-
-
-def _refuse_wrong_numbers(trainer: Trainer) -> None:
-    """Refuse settings of the Trainer that run, but not as asked. Raises `ConfigurationError`."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy) and not isinstance(trainer.strategy, ZeroStrategy):
-        raise ConfigurationError(
-            "trainer.strategy: Lightning's stock DeepSpeed strategy divides the gradients by accumulate_grad_batches "
-            "twice and rounds the margins of a batch to half precision; use zero2"
-        )
-    if trainer.precision in ("16-true", "bf16-true"):
-        half = trainer.precision.removesuffix("-true")
-        raise ConfigurationError(
-            f"trainer.precision: {trainer.precision} rounds the rotary position frequencies as well, which spoils long "
-            f"rows; use {half}-mixed or 32-true"
-        )
-
-
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The first of our own errors in a chain of causes."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+    return [command, *(argument for group in sorted(groups, key=place) for argument in group)]
 
 
 _LOGGING_LIBRARIES = ("mlflow", "wandb", "comet_ml", "neptune")
-
-
-def _refusal_of_a_library(error: BaseException) -> str | None:
-    """Why the constructor of a callback or logger refused its arguments; None where it was none, or our own fault."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error)[:400] if isinstance(error, MisconfigurationException | ImportError) else None

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
+from rlhf_lightning.commands.pipeline.processes import OF_A_PIPELINE, end_with_pipeline
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.user_code import find_in_working_directory
 
@@ -92,6 +93,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     find_in_working_directory()  # a user's own classes
+    if OF_A_PIPELINE in os.environ:
+        end_with_pipeline()
     try:
         run = importlib.import_module(f"rlhf_lightning.commands.{COMMANDS[command]}").run
         if command in TRAINER_COMMANDS:
@@ -102,14 +105,14 @@ def _run(argv: Sequence[str] | None) -> int:
         return int(exit_.code or 0)
     except UserError as error:
         return _refuse(str(error))
-    except OSError as error:  # a path that cannot be
-        if (full := _full_disk(error)) is not None:
-            return _refuse(full)
-        return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
     except Exception as error:
-        if (full := _full_disk(error)) is None:
+        from rlhf_lightning.files.disks import named_full_disk
+
+        if (full := named_full_disk(error, ["."])) is not None:
+            return _refuse(str(full))
+        if not isinstance(error, OSError):
             raise
-        return _refuse(full)
+        return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
             print("rlhf-lightning: interrupted", file=sys.stderr)
@@ -121,14 +124,6 @@ def _refuse(message: str) -> int:
 
     say(f"rlhf-lightning: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _full_disk(error: Exception) -> str | None:
-    """The line for a full disk of which nobody knew what was being written."""
-    from rlhf_lightning.files.disks import named_full_disk
-
-    full = named_full_disk(error, ["."])
-    return None if full is None else str(full)
 
 
 def _leave_group() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_lightning.data.courtesy.make import make_rows
-from tests.programs import forked
+from tests.programs import fork_stages, forked
 from tests.test_configs import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart"
@@ -148,9 +148,8 @@ def _program(
     os.environ["XDG_CACHE_HOME"] = str(directory / "cache")
     tempfile.tempdir = str(directory / "tmp")
     from rlhf_lightning.commands.main import main
-    from rlhf_lightning.commands.pipeline import command
 
-    command.server = lambda: multiprocessing.get_context("fork")  # so that what `begin` did holds for the stages
+    fork_stages()  # so that what `begin` did holds for them
     begin()
     sys.exit(main(list(arguments)))
 

@@ -203,7 +203,7 @@ def piped(directory: Path) -> dict[str, object]:
     """Both models, the report, and that all is done."""
     stages = json.loads((directory / "state" / "state.json").read_text())["stages"]
     found = {name: contents(directory / name) for name in ("reward_model_model", "dpo_model")}
-    return found | judged(directory) | {"states": {name: record["state"] for name, record in stages.items()}}
+    return found | judged(directory) | {"states": {name: record["done"] for name, record in stages.items()}}
 
 
 TOKENS, REFERENCE = "reward model, tokens of its own", "DPO, reference of its own"

@@ -1,28 +1,31 @@
-"""The processes of a pipeline: forked from one server, each the leader of a group, none left behind."""
+"""The program as a process of its own: what it says, how it is told to end, and that nothing of it is left."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
-from typing import NoReturn
+from io import FileIO
+from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import IO, NamedTuple, NoReturn
 
-PRELOADED = (
-    *("rlhf_lightning.commands.fit", "rlhf_lightning.commands.evaluate"),
-    *("transformers.optimization", "torch.utils.tensorboard", "pyarrow.compute", "pandas"),
-)
-"""Imported once, by the server from which all stages are forked: the commands, and what they import when they run."""
+OF_A_PIPELINE = "RLHF_LIGHTNING_PIPELINE"
+"""Set in the environment of a stage, whose standard input ends with the pipeline."""
+
+_PATIENCE = 120.0
+"""Seconds that an interrupted program is given to save what it has."""
+
+_REFUSAL = "rlhf-lightning: error: "
 
 
 class Terminated(BaseException):
-    """A signal, other than Ctrl-C, that asks the pipeline to end."""
+    """A signal that asks the pipeline to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -31,13 +34,13 @@ class Terminated(BaseException):
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`, and so do SIGHUP and SIGUSR1, which nohup and others may have taken."""
+    """Inside, SIGINT, SIGTERM, SIGHUP and SIGUSR1 raise `Terminated`, unless they are ignored, as under nohup."""
 
     def stop(number: int, _: object) -> NoReturn:
         raise Terminated(number)
 
-    free = [n for n in (signal.SIGHUP, signal.SIGUSR1) if signal.getsignal(n) is signal.SIG_DFL]
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *free)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -45,58 +48,85 @@ def terminated() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def server() -> ForkServerContext:
-    """Processes forked from a server that has imported what is heavy, and done nothing else."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to look for GPUs must not spoil them for the forked
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    resource_tracker.ensure_running()  # it would unblock the signal below
-    # The server inherits that Ctrl-C is blocked, which is this process's to handle. One that comes meanwhile waits;
-    # a thread of this process that does not block it may be given it, so that it is written down.
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
-    return context
+class Ended(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    """Its exit code; negative: the signal that killed it."""
+    results: str
+    """Its standard output."""
+    complaint: str
+    """Its own error message, or else the last line on standard error."""
 
 
-@contextmanager
-def running_process(process: BaseProcess) -> Iterator[None]:
-    """Start a process that leads a group of its own; at the end nothing of it is left."""
-    process.start()
-    try:
-        yield
-    finally:
-        if process.exitcode != 0:
-            signal_group(process, signal.SIGKILL)
-            process.join()
+def run_program(arguments: Sequence[str], log: Path, *, append: bool, tell: Callable[[str], None]) -> Ended:
+    """Run `rlhf-lightning ARGUMENTS`, and `tell` its newest line meanwhile.
+
+    All that it says goes into the log; on a full disk that is cut off, and the program goes on. When this process is
+    told to end, the program gets the same signal and time to save what it has; however this process ends, none of the
+    program's processes is left.
+    """
+    safe = [] if sys.path[0] in ("", os.getcwd()) else ["-P"]  # no module in this directory stands in for a library's
+    with log.open("ab" if append else "wb", buffering=0) as file:
+        _write(file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} rlhf-lightning {' '.join(arguments)}\n")
+        process = Popen(
+            [sys.executable, *safe, "-m", "rlhf_lightning.cli", *arguments],
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, OF_A_PIPELINE: "1"},
+            start_new_session=True,
+        )
+        results: deque[str] = deque(maxlen=1000)
+        said: deque[str] = deque(maxlen=1000)
+        streams = ((process.stdout, results, file), (process.stderr, said, file))
+        copies = [threading.Thread(target=_copy, args=each, daemon=True) for each in streams]
+        try:
+            for copy in copies:
+                copy.start()
+            while process.poll() is None:
+                tell(said[-1].strip() if said else "")
+                with suppress(TimeoutExpired):
+                    process.wait(0.2)
+        except Terminated as termination:
+            _signal_group(process.pid, termination.number)
+            with suppress(TimeoutExpired):
+                process.wait(_PATIENCE)
+            raise
+        finally:
+            if process.poll() != 0:
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+            for copy in copies:
+                copy.join(timeout=5)  # processes that outlive the program may hold its streams
+    lines = [line.strip() for line in said if line.strip()]
+    complaint = ([line for line in lines if line.startswith(_REFUSAL)] or lines or ["it said nothing"])[-1]
+    return Ended(process.returncode, "".join(results).strip(), complaint.removeprefix(_REFUSAL)[:500])
 
 
-def signal_group(process: BaseProcess, number: int) -> None:
-    """To all processes of its group, or to itself when it has not made one yet."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        if process.exitcode is None:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+def _copy(stream: IO[str], lines: deque[str], log: FileIO) -> None:
+    for line in stream:
+        _write(log, line)
+        lines.append(line)
 
 
-def begin_process() -> None:
-    """A process group of its own, which ends with the pipeline, however that ends; signals as a program has them."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # inherited blocked from the server
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _write(log: FileIO, text: str) -> None:
+    with suppress(OSError):  # a full disk
+        log.write(text.encode())
 
 
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os.killpg(0, signal.SIGKILL)
+def _signal_group(leader: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # it has ended
+        os.killpg(leader, number)
+
+
+def end_with_pipeline() -> None:
+    """In a stage: all its processes end when the pipeline does, however that ends."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written there
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
