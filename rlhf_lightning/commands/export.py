@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import rlhf_lightning
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.settings import Arguments
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import check_room
 from rlhf_lightning.models.backbones import counts_from_padding
@@ -44,11 +44,13 @@ _UNITS = {"policy": "nats", "reward": "units of score"}
 def run(arguments: Sequence[str]) -> int:
     """The command line of `export`. Returns 0; raises `UserError` for what the user can mend."""
     quieten()
-    parser = argparse.ArgumentParser("rlhf-lightning export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a RewardModel, DPO or SFT run")
+    usage = "--ckpt_path FILE --out DIRECTORY [--merge true|false]"
+    parser = Arguments(
+        "export", usage, "Write a checkpoint as a Hugging Face directory, and load it again to prove it."
+    )
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a RewardModel, DPO, PPO or SFT run")
     parser.add_argument("--out", required=True, help="directory to write; an earlier export there is replaced")
     parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
-    parser.error = _refuse  # one line, without the usage
     given = parser.parse_args(arguments)
     difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
     say(f"model:       {given.out}")
@@ -97,14 +99,15 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
 
 
 def _backbone(module: TrainedModule) -> PreTrainedModel:
-    return decoder(module.policy.model) if isinstance(module, PolicyModule) else module.network.backbone
+    return decoder(module.trained_network.model) if isinstance(module, PolicyModule) else module.network.backbone
 
 
 @torch.no_grad()
 def _outputs(module: TrainedModule) -> tuple[Tensor, str]:
     """The trainer's outputs on the probe, and whether it is a `policy` or a `reward`."""
     if isinstance(module, PolicyModule):
-        return log_probs(module.policy.model, module.policy.config.get_text_config().vocab_size), "policy"
+        policy = module.trained_network
+        return log_probs(policy.model, policy.config.get_text_config().vocab_size), "policy"
     return module.network(*probe_rows(module.network.backbone.config.vocab_size)), "reward"
 
 
@@ -163,7 +166,3 @@ Loaded again in a fresh process, the largest difference to the trainer's own out
 |---|---|
 {numbers or "| nothing | |"}
 """
-
-
-def _refuse(message: str) -> None:
-    raise ConfigurationError(f"export: {message}; see rlhf-lightning export --help")

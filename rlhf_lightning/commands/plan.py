@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.commands import fit as program
+from rlhf_lightning.commands.settings import Arguments
 from rlhf_lightning.data import datamodules
 from rlhf_lightning.errors import ConfigurationError, UserError
-from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.files.disks import free_bytes, write_whole
 from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
-from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, free_disk, gb, judge, machine_of, run_of
+from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, gb, judge, machine_of, run_of
 from rlhf_lightning.planning.simulation import NotSimulated
 from rlhf_lightning.terminal import Terminal, say, silenced
 from rlhf_lightning.training.module import TrainedModule
 
-_USAGE = f"""rlhf-lightning plan --config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...] [--gpu NAME] [--json FILE]
-
-Will the run of these settings fit, before anything is loaded or written: bytes on each device and on the host, by what
-takes them and when; checkpoints on the disk; tokens and optimizer steps; and where it does not fit, the nearest
-settings that do. Weights are not needed, only the model's config.json. Data that can be read here is read for its
-lengths; else rows count as max_length tokens, the worst case.
-
---gpu     the GPU that is meant, when it is not this machine's: {", ".join(GPUS)},
-          or a size such as 48GB; 4xA10 is four of them in one machine
---no_data leave the data unread
---json    write the numbers to a file, in bytes
+_DESCRIPTION = f"""Will the run of these settings fit, before anything is loaded or written: bytes on each device and
+on the host, by what takes them and when; checkpoints on the disk; tokens and optimizer steps; and where it does not
+fit, the nearest settings that do. Weights are not needed, only the model's config.json. Data that can be read here is
+read for its lengths; else rows count as max_length tokens, the worst case.
 
 Exit code 0: it fits, 1: it does not, or only just, 2: the settings cannot be used.
+
+GPUs: {", ".join(GPUS)}
 """
-
-
-class _Arguments(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"plan: {message}")
 
 
 class _Planned(program.ParsedRun):
@@ -94,15 +84,16 @@ class Plan:
 
 def run(arguments: Sequence[str]) -> int:
     """Print the plan and return the exit code. Raises `UserError`."""
-    parser = _Arguments(prog="rlhf-lightning plan", usage=_USAGE, add_help=False, allow_abbrev=False)
-    parser.add_argument("--gpu")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--no_data", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
+    parser = Arguments("plan", "--config FILE.yaml [--config OVERLAY.yaml] [--KEY VALUE ...]", _DESCRIPTION)
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="the GPU that is meant, when it is not this machine's: by name, or a size such as 48GB; 4xA10 is four of "
+        "them in one machine",
+    )
+    parser.add_argument("--no_data", action="store_true", help="leave the data unread")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file, in bytes")
     own, settings = parser.parse_known_args(list(arguments))
-    if own.help:
-        print(_USAGE, end="")
-        return 0
     if not settings:
         raise ConfigurationError("plan: give the --config of a run")
     made = plan(settings, gpu=own.gpu, read_data=not own.no_data)
@@ -110,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         own.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(own.json, json.dumps(_plain(asdict(made)), indent=2) + "\n")
     _print(made, Terminal(soft_wrap=False))
-    return 0 if made.verdict.fits and not made.verdict.tight else 1
+    return 0 if _fits(made.verdict) else 1
 
 
 def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = True) -> Plan:
@@ -129,7 +120,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
         other = estimator.other_checkpointing(described)
         verdict = judge(footprint, machine)
         nearest = None
-        if not verdict.fits or verdict.tight:
+        if not _fits(verdict):
             nearest = estimator.nearest(described, lambda other: _fits(judge(other, machine)))
     except NotSimulated as error:
         raise ConfigurationError(
@@ -137,12 +128,13 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
             "so that its memory cannot be counted beforehand; mixtures of experts are such"
         ) from error
     kept = disk(footprint, planned.callbacks)
-    free = free_disk(trainer.default_root_dir or ".") if gpu is None else None
+    free = free_bytes(trainer.default_root_dir or ".") if gpu is None else None
     steps = None if unread else _steps(data, described, trainer)
     return Plan(machine, described, footprint, verdict, other, nearest, kept, free, steps, unread)
 
 
 def _fits(verdict: Verdict) -> bool:
+    """With room to spare."""
     return verdict.fits and not verdict.tight
 
 
@@ -216,7 +208,7 @@ def _print(made: Plan, console: Terminal) -> None:
 def verdict_lines(made: Plan) -> list[str]:
     """The verdict, and what to do."""
     verdict = made.verdict
-    if verdict.fits and not verdict.tight:
+    if _fits(verdict):
         host = made.footprint.host_peak
         given = f", given {gb(host)} of host memory" if host and math.isinf(made.machine.host_memory) else ""
         lines = [f"verdict:     fits{given}"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from rlhf_lightning.functional.shapes import at_least_float32
 from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
-from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights
+from rlhf_lightning.models.storage import adapters_alone, adapters_beside_weights, edited_settings
 from rlhf_lightning.terminal import silenced
 from rlhf_lightning.tiny import resolve_model
 
@@ -100,7 +99,7 @@ def load_backbone(
 
 
 def load_weights(
-    auto_class: type,
+    auto_class: Any,
     name_or_path: str,
     config: PretrainedConfig,
     *,
@@ -274,7 +273,7 @@ def keep_routers_still(model: nn.Module) -> None:
     """Let routers of experts that draw random numbers in training (jitter) stay in eval mode, as dropout is off."""
     for layer in model.modules():
         if any("jitter" in name for name in vars(layer)):
-            layer.train = functools.partial(_train_children_alone, layer)
+            layer.train = functools.partial(_train_children_alone, layer)  # type: ignore[method-assign]
 
 
 def _train_children_alone(layer: nn.Module, mode: bool = True) -> nn.Module:
@@ -344,16 +343,12 @@ def changed_settings(config: PretrainedConfig) -> dict[tuple[str, ...], Any]:
 
 def write_published_settings(model: nn.Module, directory: str | Path) -> None:
     """Put back into a saved configuration what `load_config` changed for training: dropout rates and `use_cache`."""
-    file = Path(directory) / "config.json"
-    if not file.is_file():  # adapters alone
-        return
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    for path, value in getattr(model, "published_settings", {}).items():
-        holder = settings
-        for key in path[:-1]:
-            holder = holder.setdefault(key, {})
-        holder[path[-1]] = value
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with edited_settings(Path(directory) / "config.json") as settings:
+        for path, value in getattr(model, "published_settings", {}).items():
+            holder = settings
+            for key in path[:-1]:
+                holder = holder.setdefault(key, {})
+            holder[path[-1]] = value
 
 
 def check_rows(backbone: PreTrainedModel, name: str) -> None:
@@ -373,7 +368,8 @@ def check_rows(backbone: PreTrainedModel, name: str) -> None:
     try:
         probe = probe_of(config, positions=max_positions(config.get_text_config()), device=backbone.device)
         with exact_arithmetic():
-            alone = tuple(_alone(backbone.eval(), row) for row in probe.rows)
+            backbone.eval()
+            alone = _alone(backbone, probe.rows[0]), _alone(backbone, probe.rows[1])
             noise = rounding(backbone, lambda: _alone(backbone, probe.rows[0]), alone[0])
             error = _find_first_position(backbone.train(), probe, alone, noise)
             if not error <= noise:
@@ -399,16 +395,16 @@ def _check_packing(
     kind = backbone.config.model_type
     try:
         check_windows(backbone, name, lambda: _states(backbone, probe.ids[:1], probe.mask[:1]))
-        error = probe.error(hidden_states(backbone, probe.ids, probe.mask), alone)
+        mixture = probe.error(hidden_states(backbone, probe.ids, probe.mask), alone)
     except ModelError:
         raise
     except Exception as error:  # transformers refuses some, each in its own way
         raise ModelError(
             f"{name}: the rows of a {kind} model cannot be packed ({reason_of(error)}); use attn_implementation: sdpa"
         ) from error
-    if not error <= noise:
+    if not mixture <= noise:
         raise ModelError(
-            f"{name}: the rows of a {kind} model see each other when they are packed (by {error:.2g} of their size); "
+            f"{name}: the rows of a {kind} model see each other when they are packed (by {mixture:.2g} of their size); "
             "use attn_implementation: sdpa"
         )
 

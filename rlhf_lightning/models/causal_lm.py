@@ -107,9 +107,10 @@ class CausalLM(nn.Module):
     The output layer is applied to response positions alone and in chunks: the [tokens, V] logits never exist.
     """
 
-    def __init__(self, model: PreTrainedModel | nn.Module, *, temperature: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
+        """Wrapped by peft where there are adapters."""
         self.temperature = temperature
         """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
         self.base_fingerprint = weights_fingerprint(model, frozen_alone=True)
@@ -271,12 +272,12 @@ def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) ->
     return config
 
 
-def inner_model(model: nn.Module) -> PreTrainedModel:
+def inner_model(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside of peft's wrapping, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def decoder(model: nn.Module) -> PreTrainedModel:
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a language model, wrapped by peft or not, that makes hidden states.
 
     Raises `ModelError` where it is no part of its own.
@@ -290,7 +291,7 @@ def decoder(model: nn.Module) -> PreTrainedModel:
     return found
 
 
-def output_layer(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def output_layer(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Weight [V, H] and bias [V] of the layer that makes logits, as trained by now or, with adapters off, as loaded."""
     layer = inner_model(model).get_output_embeddings()
     if hasattr(layer, "modules_to_save"):  # trained whole beside adapters
@@ -330,49 +331,39 @@ def _measured_temperature(model: PreTrainedModel, name: str) -> float:
     return 1.0 if abs(scale - 1) < _PROBE_TOLERANCE else 1 / scale
 
 
-def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
+def with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     """The model wrapped by peft, of which the adapters alone can be trained. Raises `ModelError`."""
     try:
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ModelError("model.lora: the package peft is not installed; pip install 'rlhf-lightning[lora]'") from error
-    names = [name for name, _ in model.named_modules()]
-    absent = [key for key in lora.modules_to_save or [] if not any(name.split(".")[-1] == key for name in names)]
     layers = sorted({name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)})
-    given = (
-        [] if isinstance(lora.target_modules, str) else lora.target_modules
-    )  # peft takes one text for a regular expression
-    unknown = [key for key in given if not any(f".{name}".endswith(f".{key}") for name in names)]
-    if unknown:
-        raise ModelError(
-            f"model.lora.target_modules: {unknown[0]} matches no layer of this model; use some of {layers}"
-        )
-    if absent:
-        raise ModelError(f"model.lora.modules_to_save: {absent[0]} is no layer of this model, which has {layers}")
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-    )
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    names = [f".{name}" for name, _ in model.named_modules()]
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules  # one text is a regular expression
+    for key, given in (("target_modules", targets), ("modules_to_save", lora.modules_to_save or [])):
+        for layer in given:
+            if not any(name.endswith(f".{layer}") for name in names):
+                raise ModelError(f"model.lora.{key}: {layer} matches no layer of this model; use some of {layers}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # refused below, in our words
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
         try:
-            wrapped = get_peft_model(model, settings)
+            wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **asdict(lora)))
         except ValueError as error:
             raise ModelError(
                 f"model.lora.target_modules: {lora.target_modules} matches no layer that can have adapters "
                 f"({reason_of(error)}); use all-linear, or some of {layers}"
             ) from error
-    ends = {
-        "output layer": inner_model(wrapped).get_output_embeddings(),
-        "embeddings": inner_model(wrapped).get_input_embeddings(),
-    }
+    _check_ends(inner_model(wrapped), lora)
+    return wrapped
+
+
+def _check_ends(model: PreTrainedModel, lora: Lora) -> None:
+    """Refuse adapters on the output layer, and changes to embeddings that are tied to it. Raises `ModelError`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    ends = {"output layer": model.get_output_embeddings(), "embeddings": model.get_input_embeddings()}
     for what, layer in ends.items():
         if isinstance(layer, BaseTunerLayer) and (tied or what == "output layer"):
             raise ModelError(
@@ -383,11 +374,10 @@ def with_adapters(model: PreTrainedModel, lora: Lora) -> nn.Module:
                 f"model.lora.modules_to_save: the {what} share their weights with the other end of this model, and "
                 "would no longer once trained; leave them out"
             )
-    return wrapped
 
 
 @torch.no_grad()
-def _check_adapters(model: nn.Module, lora: Lora) -> None:
+def _check_adapters(model: PreTrainedModel, lora: Lora) -> None:
     """Refuse adapters on layers that give more than a tensor, as Llama 4's routers. Raises `ModelError`."""
     ids = torch.ones(1, 2, dtype=torch.long, device=inner_model(model).device)
     try:

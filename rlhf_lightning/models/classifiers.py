@@ -73,13 +73,13 @@ def _check_scores(model: PreTrainedModel, name: str) -> None:
                 found = model(input_ids=ids, attention_mask=mask.long()).logits
             else:
                 found = head(last_states(model, ids, mask))
-            error = difference(found, expected)
+            change = difference(found, expected)
     except Exception as error:  # an architecture that wants other input may raise anything
         raise ModelError(
             f"{name}: a {config.model_type} classifier that does not run on rows of tokens ({reason_of(error)})"
         ) from error
-    if not error <= noise:
+    if not change <= noise:
         raise ModelError(
             f"{name}: the scores of a {config.model_type} classifier for a row of tokens change with its padding and "
-            f"the rows beside it (by {error:.2g} of their size); use another model"
+            f"the rows beside it (by {change:.2g} of their size); use another model"
         )

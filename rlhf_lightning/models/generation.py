@@ -20,9 +20,8 @@ from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_
 
 _NEW_TOKENS = 2
 """Of a probe: the first follows a prompt, the second is made from what the model kept of it."""
-_LARGEST_ERROR = {torch.float32: 1e-3}
+_ROUNDING, _ROUNDING_IN_HALF = 1e-3, 0.1
 """Share of the scores of a probe that rounding may account for, by the weights' dtype."""
-_LARGEST_ERROR_IN_HALF = 0.1
 _checked: set[str] = set()
 """Configurations whose responses were found not to change with their company."""
 
@@ -210,7 +209,7 @@ def _check_company(policy: CausalLM) -> None:
         batch = _scores_of_probe(policy, rows, same)
         alone = torch.cat([_scores_of_probe(policy, (row,), same) for row in rows])
     error = max(difference(*pair) for pair in zip(batch, alone, strict=True))
-    if not error <= _LARGEST_ERROR.get(weight.dtype, _LARGEST_ERROR_IN_HALF):
+    if not error <= (_ROUNDING if weight.dtype == torch.float32 else _ROUNDING_IN_HALF):
         raise ModelError(
             f"the responses of a {config.model_type} model change with the prompts beside them (scores by {error:.2g} "
             "of their size); use another model, or generate one response at a time"

@@ -10,18 +10,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models.precision import HALVES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKED = "packed"
-
-_HALVES = (torch.float16, torch.bfloat16)
-
 
 _packing: ContextVar[bool] = ContextVar("packing", default=False)
 """Whether the backbone now sees rows that lie end to end."""
@@ -44,7 +45,7 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, mask)
 
 
-def check_windows(backbone: nn.Module, name: str, run: Callable[[], object]) -> None:
+def check_windows(backbone: PreTrainedModel, name: str, run: Callable[[], object]) -> None:
     """Refuse a backbone whose windows or chunks come through the mask, which packed attention has none of.
 
     `run` lets it see one packed row, of any length: each mask tells how far back a token of a long row would see, and
@@ -158,10 +159,21 @@ def packed_attention(
         what = (unknown or ["a mask" if attention_mask is not None else "dropout"])[0]
         raise ModelError(f"attn_implementation: packed cannot do {what} in {type(module).__name__}; use sdpa")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    settings = {"causal": causal, "window": sliding_window, "scale": scaling}
-    if query.is_cuda and query.dtype in _HALVES and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and _varlen():
-        return _in_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, **settings), None
-    return _row_by_row(query, key, value, cu_seq_lens_q, **settings), None
+    rows = _Rows(cu_seq_lens_q, max_length_q, causal, sliding_window, scaling)
+    if query.is_cuda and query.dtype in HALVES and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and _varlen():
+        return _in_one_kernel(query, key, value, rows), None
+    return _row_by_row(query, key, value, rows), None
+
+
+class _Rows(NamedTuple):
+    """Where the packed rows lie, and what their tokens see."""
+
+    ends: Tensor
+    """[R + 1] int32: 0, and where each row ends."""
+    longest: int
+    causal: bool
+    window: int | None
+    scale: float | None
 
 
 def _varlen() -> bool:
@@ -173,58 +185,31 @@ def _varlen() -> bool:
     return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
 
-def _in_one_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ends: Tensor,
-    longest: int,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # A window of w tokens reaches w - 1 tokens back; -1 is all of them.
-    back = -1 if window is None else window - 1
+    back = -1 if rows.window is None else rows.window - 1
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    return varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(back, 0 if causal else back),
+    attended = varlen_attn(
+        *(query, key, value, rows.ends, rows.ends, rows.longest, rows.longest),
+        scale=rows.scale,
+        window_size=(back, 0 if rows.causal else back),
         enable_gqa=query.shape[1] != key.shape[1],
-    )[None]
+    )
+    assert isinstance(attended, Tensor)
+    return attended[None]
 
 
-def _row_by_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ends: Tensor,
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
-    lengths = ends.diff().tolist()
-    rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+def _row_by_row(query: Tensor, key: Tensor, value: Tensor, rows: _Rows) -> Tensor:
+    lengths, window, causal = rows.ends.diff().tolist(), rows.window, rows.causal
     made = []
-    for q, k, v in rows:
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         mask = _window_mask(q.shape[2], window, causal, q.device) if window and q.shape[2] > window else None
         attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
+            *(q, k, v, mask),
             is_causal=causal and mask is None,
-            scale=scale,
+            scale=rows.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         made.append(attended.transpose(1, 2))

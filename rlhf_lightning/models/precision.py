@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,16 +97,16 @@ def _token_embeddings(model: nn.Module) -> list[nn.Embedding]:
     """The tables of token embeddings: large, and read by a look-up alone. With adapters they are other modules."""
     tables = []
     for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
+        if callable(embeddings := getattr(module, "get_input_embeddings", None)):
             with suppress(NotImplementedError):
-                tables.append(module.get_input_embeddings())
+                tables.append(embeddings())
     return [table for table in dict.fromkeys(tables) if type(table) is nn.Embedding]
 
 
 @contextmanager
 def _dequantized_to_float32(model: nn.Module) -> Iterator[None]:
     """Inside, bitsandbytes' linear layers compute in float32."""
-    layers = [layer for layer in model.modules() if getattr(layer, "compute_dtype", None) in HALVES]
+    layers: list[Any] = [layer for layer in model.modules() if getattr(layer, "compute_dtype", None) in HALVES]
     before = [layer.compute_dtype for layer in layers]
     for layer in layers:
         layer.compute_dtype = torch.float32

@@ -45,7 +45,7 @@ def main(directory: str, file: str, *options: str) -> None:
     trust = "trust" in options
     adapters_alone = (Path(directory) / "adapter_config.json").is_file()
     config = None if adapters_alone else AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    if is_reward_network(config):
+    if config is not None and is_reward_network(config):
         outputs = RewardNetwork.from_pretrained(directory, trust_remote_code=trust)(*probe_rows(config.vocab_size))
     else:
         settings = {"quantization_config": four_bits()} if "4bit" in options else {}

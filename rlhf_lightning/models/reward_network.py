@@ -5,7 +5,6 @@ R rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +22,7 @@ from rlhf_lightning.models.backbones import (
     load_config,
     write_published_settings,
 )
-from rlhf_lightning.models.storage import replaced_model
+from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -82,14 +81,12 @@ class RewardHead(nn.Sequential):
         self, input_size: int, *, hidden_size: int | None = None, activation: Activation = "relu", dropout: float = 0.0
     ) -> None:
         hidden_size = hidden_size or input_size
-        layers = [nn.Linear(input_size, hidden_size), _ACTIVATIONS[activation](), nn.Linear(hidden_size, 1)]
-        if dropout > 0:
-            layers.insert(2, nn.Dropout(dropout))
-        super().__init__(*layers)
+        first, last = nn.Linear(input_size, hidden_size), nn.Linear(hidden_size, 1)
+        super().__init__(first, _ACTIVATIONS[activation](), *([nn.Dropout(dropout)] if dropout > 0 else []), last)
         self.settings = {"hidden_size": hidden_size, "activation": activation, "dropout": dropout}
-        nn.init.zeros_(layers[0].bias)
-        nn.init.normal_(layers[-1].weight, std=(hidden_size + 1) ** -0.5)
-        nn.init.zeros_(layers[-1].bias)
+        nn.init.zeros_(first.bias)
+        nn.init.normal_(last.weight, std=(hidden_size + 1) ** -0.5)
+        nn.init.zeros_(last.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Scores [R] float32 of hidden states [R, H]."""
@@ -194,29 +191,23 @@ class RewardNetwork(nn.Module):
         (`score.3` with dropout). Written beside the directory first, so that it is never half there; what
         the directory held under other names stays. Returns the directory.
         """
+        prefix = self.backbone.base_model_prefix or "model"
+        tensors = {f"{prefix}.{key}": value for key, value in self.backbone.state_dict().items()}
+        tensors |= {f"score.{key}": value for key, value in self.score.state_dict().items()}
         with replaced_model(directory) as made:
-            self.backbone.save_pretrained(made, state_dict=self._named_tensors(), max_shard_size="5GB")
+            self.backbone.save_pretrained(made, state_dict=tensors, max_shard_size="5GB")
             write_published_settings(self.backbone, made)
-            config_file = made / "config.json"
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
-            config["num_labels"] = 1
-            config[_HEAD_KEY] = self.score.settings | {"pooling": self.pooling}
-            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            with edited_settings(made / "config.json") as config:
+                config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
+                config["num_labels"] = 1
+                config[_HEAD_KEY] = self.score.settings | {"pooling": self.pooling}
         return Path(directory).expanduser()
-
-    def _prefix(self) -> str:
-        return f"{self.backbone.base_model_prefix or 'model'}."
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        tensors = {self._prefix() + key: value for key, value in self.backbone.state_dict().items()}
-        return tensors | {f"score.{key}": value for key, value in self.score.state_dict().items()}
 
 
 def _head_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
             names = [name for name in stored.keys() if name.startswith("score.")]  # noqa: SIM118 (not a dict)

@@ -6,6 +6,7 @@ where the system can (`renameat2`). What a killed process leaves is undone by th
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import writing_to
@@ -184,21 +186,27 @@ def _put_back(stage: Path, directory: Path) -> None:
             (stage / _OLD).rename(directory)
 
 
+@contextmanager
+def edited_settings(file: Path) -> Iterator[dict[str, Any]]:
+    """The settings in a JSON file of a model, written back when they were changed; of no file, none, and nowhere."""
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = copy.deepcopy(settings)
+    yield settings
+    if file.is_file() and settings != before:
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def end_at(directory: str | Path, terminator_id: int) -> None:
     """Let `generate` end a reply of the language model in a directory where training did, besides where it did before.
 
     A base model's own settings may name another token, or none, and then it goes on past its last word. A directory
     without `generation_config.json` is no language model, and stays as it is.
     """
-    path = Path(directory) / "generation_config.json"
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    known = settings.get("eos_token_id")
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if terminator_id not in known:
-        settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with edited_settings(Path(directory) / "generation_config.json") as settings:
+        known = settings.get("eos_token_id")
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if terminator_id not in known:
+            settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
 
 
 def pad_with(directory: str | Path, pad_id: int) -> None:
@@ -207,8 +215,5 @@ def pad_with(directory: str | Path, pad_id: int) -> None:
     transformers' own classifiers find the last token of a row by it.
     """
     for name in ("config.json", "generation_config.json"):
-        path = Path(directory) / name
-        if path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
+        with edited_settings(Path(directory) / name) as settings:
             settings["pad_token_id"] = pad_id
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,15 +6,17 @@ R rows, T tokens, N response tokens of all rows together, H hidden size.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class ValueNetwork(nn.Module):

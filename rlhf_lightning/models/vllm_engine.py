@@ -45,11 +45,13 @@ class VLLMEngine:
         self.requests = requests
         self.timeout = timeout
         self._model: str | None = None
+        """The name under which the server has its model."""
 
     def synchronize(self, policy: CausalLM) -> None:
         """Give the server the policy's weights as they are now. Raises `ModelError` when it does not take them."""
         if self._model is None:  # before gigabytes are written for nobody
-            self._model = self._served()
+            models = self._ask(urllib.request.Request(f"{self.url}/v1/models"))
+            self._model = models["data"][0]["id"]
         policy.save_copy(self.directory, dtype=torch.bfloat16)
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.directory)}})
         if not self._post("/reset_prefix_cache", {}).get("success", True):
@@ -105,11 +107,6 @@ class VLLMEngine:
             )
         return Sampled(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))
 
-    def _served(self) -> str:
-        """The name under which the server has its model."""
-        models = self._ask(urllib.request.Request(f"{self.url}/v1/models"))
-        return models["data"][0]["id"]
-
     def _post(self, route: str, content: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(content).encode()
         return self._ask(urllib.request.Request(self.url + route, body, {"Content-Type": "application/json"}))
@@ -123,8 +120,7 @@ class VLLMEngine:
             hint = " (start it in development mode)" if error.code == 404 else ""
             raise ModelError(f"model.engine: {request.full_url} answered {error.code}{hint}: {reason}") from error
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
             raise ModelError(
-                f"model.engine: no vLLM server answers at {request.full_url} ({reason}); start one with "
+                f"model.engine: no vLLM server answers at {request.full_url} ({error}); start one with "
                 + START.format("MODEL")
             ) from error

@@ -74,6 +74,11 @@ class Run:
     def zero(self) -> bool:
         return self.strategy in ("zero1", "zero2")
 
+    @property
+    def gradients_grow(self) -> bool:
+        """Whether the gradients come into being in the only batch of each step."""
+        return self.accumulate == 1 and not self.zero
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -113,77 +118,58 @@ class Estimator:
 
     def footprint(self, run: Run) -> Footprint:
         """Raises `NotSimulated` for models that cannot be run without contents."""
-        shape = replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+        shape = _shape_of(run)
         weights = count_weights(self.config, shape)
         number = 2 if shape.half_weights else 4
-        trained, share = weights.trained, run.processes if run.zero else 1
-        held = number * weights.total
-        if run.quantized:
-            held -= weights.quantizable * (number - _NF4)
         copy = number * (weights.total - (weights.trained if shape.lora else 0))
-        gradients = number * trained / (share if run.strategy == "zero2" else 1)
-        first_batch_brings_them = run.accumulate == 1 and not run.zero
-        buckets = {
-            "ddp": 4 * trained,
-            "zero1": 2 * _BUCKET * number,
-            "zero2": 2 * _BUCKET * number,
-        }.get(run.strategy, 0)
-        master = 4 * trained / share if run.zero else 0
-        states = run.optimizer_bytes * trained / share
-        # Float32 gradients of all that this process steps, made of two flat copies; then the optimizer's own.
-        step = max(8, 4 + run.optimizer_temporary) * trained / share if run.zero else run.optimizer_temporary * trained
-        on_host: dict[str, float] = {}
-        if run.offload:
-            each = (4 + run.optimizer_bytes + 4 + 2) * trained / share
-            on_host["optimizer, float32 weights and gradients"] = each * run.processes_per_machine
-            master = states = step = gradients = 0
-        if run.zero:
-            loading = 4 * weights.total * (2 if run.reference in ("copy", "precomputed") else 1)
-            on_host["loading, float32"] = loading * run.processes_per_machine
-        training = self._pass(shape, "growing" if first_batch_brings_them else "training")
-        in_float32 = replace(shape, half_weights=False, autocast=False, gradient_checkpointing=False)
-        inference = self._pass(replace(in_float32, rows=run.eval_rows), "inference")
-        wide = 4 if shape.half_weights else 0  # bytes of a half while it is used in float32
-        evaluation = max(
-            inference.peak + wide * weights.widened, inference.kept + inference.head + wide * weights.output_layer
-        )
-        passes = training.peak
-        if run.reference in ("adapter", "copy"):  # runs while the policy's activations wait for their backward pass
-            passes = max(passes, training.kept + self._reference_pass(shape).peak)
+        held = number * weights.total - (weights.quantizable * (number - _NF4) if run.quantized else 0)
+        training, evaluation = self._passes_of(run, shape, weights)
         cache = cache_bytes(self.config, run.sample_tokens, size_of_number=4)
-        always = held + master + states + (copy if run.reference == "copy" else 0)
-        stay = 0 if first_batch_brings_them else gradients
         device = {
             "weights": held,
-            "gradients": gradients,
-            "gradient buckets": buckets,
-            "float32 copies of the weights": master,
-            "optimizer states": states,
-            "optimizer step": step,
+            **_trained_copies(run, weights, number),
             "reference model": copy if run.reference == "copy" else 0,
             "activations": training.kept,
             "logits and their gradients": training.head,
             "evaluation batch": evaluation,
             "generation cache": cache,
         }
-        # DeepSpeed has let go of the gradients by the time its optimizer steps; DDP's buckets stay.
-        unstepped = 0 if run.zero else gradients + buckets
+        gradients, buckets = device["gradients"], device["gradient buckets"]
+        always = sum(
+            device[name] for name in ("weights", "float32 copies of the weights", "optimizer states", "reference model")
+        )
+        # Gradients that come into being in the only batch of a step are part of the pass. DeepSpeed has let go of them
+        # by the time its optimizer steps; DDP's buckets stay.
         phases = {
-            "training batch": always + stay + buckets + passes,
-            "optimizer step": always + unstepped + step,
+            "training batch": always + (0 if run.gradients_grow else gradients) + buckets + training.peak,
+            "optimizer step": always + (0 if run.zero else gradients + buckets) + device["optimizer step"],
             "validation": always + evaluation,
         }
         if run.sample_tokens:
-            phases["samples"] = always + cache + wide * (weights.widened + weights.output_layer)
+            phases["samples"] = always + cache + _wide(shape) * (weights.widened + weights.output_layer)
         if run.reference == "precomputed":
             phases["reference pass"] = always + copy + evaluation
-        stored = trained if shape.lora else weights.total
-        checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * trained
-        return Footprint(weights, device, phases, on_host, checkpoint, 4 * weights.total)
+        stored = weights.trained if shape.lora else weights.total
+        checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * weights.trained
+        return Footprint(weights, device, phases, _on_host(run, weights), checkpoint, 4 * weights.total)
+
+    def _passes_of(self, run: Run, shape: Shape, weights: Weights) -> tuple[Pass, float]:
+        """The pass over a training batch, the reference's within it, and the bytes of an evaluation batch."""
+        training = self._pass(shape, "growing" if run.gradients_grow else "training")
+        if run.reference in ("adapter", "copy"):  # runs while the policy's activations wait for their backward pass
+            reference = self._pass(replace(shape, gradient_checkpointing=False), "inference")
+            training = training._replace(peak=max(training.peak, training.kept + reference.peak))
+        in_float32 = replace(shape, half_weights=False, autocast=False, gradient_checkpointing=False)
+        inference = self._pass(replace(in_float32, rows=run.eval_rows), "inference")
+        wide = _wide(shape)
+        evaluation = max(
+            inference.peak + wide * weights.widened, inference.kept + inference.head + wide * weights.output_layer
+        )
+        return training, evaluation
 
     def other_checkpointing(self, run: Run) -> float:
         """Activations with gradient checkpointing where the run has none, and the other way round."""
-        shape = replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+        shape = _shape_of(run)
         return self._pass(replace(shape, gradient_checkpointing=not shape.gradient_checkpointing), "training").kept
 
     def nearest(self, run: Run, fits: Callable[[Footprint], bool]) -> Nearest | None:
@@ -206,14 +192,49 @@ class Estimator:
             keys |= change.keys
         return Nearest(keys, self.footprint(_with(run, taken)))
 
-    def _reference_pass(self, shape: Shape) -> Pass:
-        return self._pass(replace(shape, gradient_checkpointing=False), "inference")
-
     def _pass(self, shape: Shape, kind: Kind) -> Pass:
         key = (repr(shape), kind)  # lists, such as the targets of adapters, cannot be hashed
         if key not in self._passes:
             self._passes[key] = simulate(self.config, shape, kind)
         return self._passes[key]
+
+
+def _shape_of(run: Run) -> Shape:
+    """Of its passes, in the precision in which the strategy holds the weights."""
+    return replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+
+
+def _wide(shape: Shape) -> int:
+    """Bytes that a weight takes besides while it is used in float32."""
+    return 4 if shape.half_weights else 0
+
+
+def _trained_copies(run: Run, weights: Weights, number: int) -> dict[str, float]:
+    """What a device holds for each trained weight, whose own size is `number` bytes."""
+    share = run.processes if run.zero else 1
+    trained = weights.trained / share
+    buckets = {"ddp": 4 * weights.trained, "zero1": 2 * _BUCKET * number, "zero2": 2 * _BUCKET * number}
+    # Under ZeRO, float32 gradients of all that this process steps, made of two flat copies; then the optimizer's own.
+    step = max(8, 4 + run.optimizer_temporary) if run.zero else run.optimizer_temporary
+    here = 0 if run.offload else 1
+    return {
+        "gradients": here * number * (trained if run.strategy == "zero2" else weights.trained),
+        "gradient buckets": buckets.get(run.strategy, 0),
+        "float32 copies of the weights": here * 4 * trained if run.zero else 0,
+        "optimizer states": here * run.optimizer_bytes * trained,
+        "optimizer step": here * step * trained,
+    }
+
+
+def _on_host(run: Run, weights: Weights) -> dict[str, float]:
+    host: dict[str, float] = {}
+    if run.offload:
+        each = (4 + run.optimizer_bytes + 4 + 2) * weights.trained / run.processes
+        host["optimizer, float32 weights and gradients"] = each * run.processes_per_machine
+    if run.zero:
+        loading = 4 * weights.total * (2 if run.reference in ("copy", "precomputed") else 1)
+        host["loading, float32"] = loading * run.processes_per_machine
+    return host
 
 
 @dataclass(frozen=True)
@@ -268,7 +289,7 @@ def _on_adapters(run: Run) -> Run:
 
 
 def _on_four_bits(run: Run) -> Run:
-    strategy = "ddp" if run.processes > 1 else "single"
+    strategy: Strategy = "ddp" if run.processes > 1 else "single"
     return replace(_on_adapters(run), quantized=True, strategy=strategy, offload=False, half=True)
 
 

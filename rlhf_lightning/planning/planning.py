@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +73,7 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
     """
     count, name = _parsed_gpu(gpu)
     given = settings.devices
-    devices = given if isinstance(given, int) and given > 0 else None
-    if devices is None and isinstance(given, list | tuple):
-        devices = len(given)
-    if devices is None and isinstance(given, str) and given.isdigit():
-        devices = int(given)
+    devices = len(given) if isinstance(given, list | tuple) else int(given) if str(given).isdigit() else None
     if count is not None and devices not in (None, count):
         raise ConfigurationError(
             f"--gpu {gpu}: trainer.devices is {devices}; set it to {count}, or name {devices}x{name}"
@@ -213,14 +208,6 @@ def disk(footprint: Footprint, callbacks: Sequence[Any]) -> float:
     kept = [callback.save_top_k for callback in callbacks if isinstance(callback, ModelCheckpoint)] or [1]
     exports = sum(isinstance(callback, ExportBest) for callback in callbacks)
     return (sum(map(abs, kept)) + 1) * footprint.checkpoint + exports * footprint.exported
-
-
-def free_disk(directory: str | Path) -> float:
-    """Free bytes where a directory is, or will be."""
-    path = Path(directory).absolute()
-    while not path.exists():
-        path = path.parent
-    return float(shutil.disk_usage(path).free)
 
 
 def host_memory() -> float:

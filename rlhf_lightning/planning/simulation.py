@@ -184,10 +184,8 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
         live = _Live([*weights, ids, mask])
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:
-                backbone, every_layer = (
-                    decoder(model) if head is None else inner_model(model),
-                    shape.pooling == "layers",
-                )
+                backbone = decoder(model) if head is None else inner_model(model)
+                every_layer = shape.pooling == "layers"
                 if shape.packed:  # one kernel over all rows takes as much as over one row of their length
                     output = backbone(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
                     states = normalised(output.hidden_states) if every_layer else [output.last_hidden_state]
@@ -247,7 +245,7 @@ def _model(config: PretrainedConfig, shape: Shape) -> tuple[nn.Module, nn.Module
 
 def _put_on_cpu(module: nn.Module) -> None:
     """Replace tensors of the meta device, which has no autocast, by such of the CPU; tied ones stay tied."""
-    made: dict[int, Tensor] = {}
+    made: dict[int, nn.Parameter] = {}
     for layer in module.modules():
         for name, parameter in layer._parameters.items():
             if parameter is not None:

@@ -321,7 +321,7 @@ def test_targets_that_match_nothing_are_refused(tiny_qwen2, targets):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"modules_to_save": ["absent"]}, "modules_to_save: absent is no layer"),
+        ({"modules_to_save": ["absent"]}, "modules_to_save: absent matches no layer"),
         ({"modules_to_save": ["lm_head"]}, "share their weights"),
         ({"modules_to_save": ["embed_tokens"]}, "share their weights"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "matches the embeddings"),
