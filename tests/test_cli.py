@@ -179,11 +179,11 @@ def test_stock_deepspeed_is_refused():
 
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    from rlhf_lightning.commands.fit import _refuse_wrong_numbers
+    from rlhf_lightning.commands.trainer_checks import refuse_wrong_numbers
 
     strategy = object.__new__(DeepSpeedStrategy)  # its constructor wants deepspeed installed
     with pytest.raises(ConfigurationError, match="use zero2"):
-        _refuse_wrong_numbers(SimpleNamespace(strategy=strategy, precision="32-true"))
+        refuse_wrong_numbers(SimpleNamespace(strategy=strategy, precision="32-true"))
 
 
 def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):

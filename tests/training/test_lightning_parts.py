@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from rlhf_lightning.commands.fit import _refuse_callbacks
+from rlhf_lightning.commands.trainer_checks import refuse_callbacks
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.zero import ZeroStrategy
@@ -72,14 +72,14 @@ def elsewhere(tmp_path, monkeypatch):
 )
 def test_callbacks_that_do_not_go_with_the_modules_are_refused_by_name(callback):
     with pytest.raises(ConfigurationError, match=rf"^trainer.callbacks: {type(callback).__name__} is not supported: "):
-        _refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=None))
+        refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=None))
 
 
 def test_an_average_is_refused_under_deepspeed_alone():
     callback = EMAWeightAveraging()
-    _refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=None))
+    refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=None))
     with pytest.raises(ConfigurationError, match="EMAWeightAveraging is not supported under DeepSpeed"):
-        _refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=ZeroStrategy.__new__(ZeroStrategy)))
+        refuse_callbacks(SimpleNamespace(callbacks=[callback], strategy=ZeroStrategy.__new__(ZeroStrategy)))
 
 
 def test_a_timer_runs_and_the_configuration_lies_beside_the_checkpoints_without_a_log_directory(tmp_path, capsys):
