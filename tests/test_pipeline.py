@@ -462,11 +462,11 @@ def test_ctrl_c_while_all_is_imported_ends_the_program_as_a_user_has_it():
 
 
 MISTAKES = [
-    ({"stage": {}}, "stage"),
-    ({"stages": {}}, "stages"),
+    ({"stage": {"first": {"command": "fit"}}}, "stage"),
+    ({"stages": {}}, "no stages"),
     ({"stages": [1]}, "stages: Expected a dict"),
     ({"stages": {"a b": {"command": "fit"}}}, "stage a b"),
-    ({"stages": {"a": {"command": "train"}}}, "command: Expected a one of ['fit', 'evaluate']. Got value: train"),
+    ({"stages": {"a": {"command": "train"}}}, "command: Expected one of ['fit', 'evaluate']. Got value: train"),
     ({"stages": {"a": {"config": "first.yaml"}}}, "command"),
     ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "'confg' is not accepted"),
     ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "nowhere.yaml"),

@@ -114,6 +114,8 @@ def refuse_duplicates(arguments: Sequence[str]) -> None:
 
 def read_stages(given: Settings, of_stages: Mapping[str, Sequence[str]]) -> list[Stage]:
     """The stages with all their settings, as their own commands take them. Raises `ConfigurationError`."""
+    if not given.stages:
+        raise ConfigurationError("pipeline: no stages; write stages: {NAME: {command: fit, config: FILE}}")
     for name in of_stages:
         if name not in given.stages:
             raise ConfigurationError(f"pipeline: --{name}.KEY: no such stage; the stages are {', '.join(given.stages)}")
