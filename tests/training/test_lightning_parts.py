@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from rlhf_lightning.commands.trainer_checks import refuse_callbacks
 from rlhf_lightning.commands.main import main
+from rlhf_lightning.commands.trainer_checks import refuse_callbacks
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.zero import ZeroStrategy
 
