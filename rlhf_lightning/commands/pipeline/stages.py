@@ -15,16 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import xxhash
 import yaml
 from jsonargparse.typing import Path_fr
 
 from rlhf_lightning.errors import ConfigurationError, UserError
-
-if TYPE_CHECKING:
-    from rlhf_lightning.commands.fit import ParsedRun
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -143,7 +140,8 @@ def read_stages(given: Settings, of_stages: Mapping[str, Sequence[str]]) -> list
     return stages
 
 
-def parsed_fit(arguments: Sequence[str]) -> ParsedRun:
+def parsed_fit(arguments: Sequence[str]) -> Any:
+    """The `ParsedRun` of a fit. (Its type is not imported for the checker alone: jsonargparse would import it, too.)"""
     from rlhf_lightning.commands.fit import ParsedRun, run
 
     return run(["fit", *arguments], program=ParsedRun)
