@@ -107,7 +107,7 @@ class ChatText:
         return self._render(messages, add_generation_prompt=True) + self.prompt_tail
 
     def response_text(self, response: str) -> str:
-        """What stands between `prompt_text` and the end of the turn. Raises `DataError` as `turn_text` does."""
+        """The text between `prompt_text` and the end of the turn. Raises `DataError` as `turn_text` does."""
         return self.turn_text(PROBE, self._probe_text, response)
 
     def turn_text(self, messages: Sequence[Message], prompt_text: str, response: str) -> str:
@@ -216,7 +216,7 @@ class ChatText:
         return response + self.response_trail
 
     def _measure(self) -> None:
-        """Find out what stands between prompt and response, and after it."""
+        """Find out what the template writes between prompt and response, and after it."""
         reply = {"role": "assistant", "content": REPLY_PROBE}
         between = ""
         with contextlib.suppress(DataError):  # a template for single turns alone

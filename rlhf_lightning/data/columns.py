@@ -108,7 +108,7 @@ class SourceColumns:
         return len(texts) == 2 and not all(map(HH_TURN.match, texts))
 
     def has_own_prompt(self, row: Row) -> bool:
-        """Whether a row's prompt stands, or should stand, in a column of its own, and not within the responses."""
+        """Whether a row's prompt has, or should have, a column of its own, and is no part of the responses."""
         own = "prompt" in self.mapped or any(name in row.values for name in PROMPT_COLUMNS)
         return own or (self.have_prompts and self.has_guessed_prompt(row))
 

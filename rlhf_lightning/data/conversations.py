@@ -1,4 +1,4 @@
-"""What stands in a cell of a row -> the turns of a conversation, and the text of a response."""
+"""The value of a cell -> the turns of a conversation, or the text of a response."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def transcript(text: str) -> list[Message]:
 def messages_of(name: str, value: Sequence[Any] | Mapping[str, Any], *, replies: bool = False) -> list[Message]:
     """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known.
 
-    With `replies`, the last turn is a response, and reasoning in a key of its own stands before its text as
+    With `replies`, the last turn is a response, and reasoning in a key of its own is put before its text as
     `<think>...</think>`.
     """
     if not value:
@@ -263,7 +263,7 @@ def _message(name: str, turn: Any, *, is_reply: bool) -> Message:
 def _thought(name: str, reasoning: Any, content: str) -> str:
     """A response after its reasoning, as Qwen 3 and DeepSeek write both into one text."""
     if not isinstance(reasoning, str) or "</think>" in content:
-        raise BadRow("bad_messages", f"{name} holds reasoning that is no text, or that stands in the content as well")
+        raise BadRow("bad_messages", f"{name} holds reasoning that is no text, or that is in the content as well")
     newline = "\n"
     return f"<think>\n{reasoning.strip(newline)}\n</think>\n\n{content.lstrip(newline)}"
 

@@ -335,8 +335,8 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
         max_prompt_length: Longest prompt in tokens, up to where the assistant's response begins.
         truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `left` truncates them
             from the left, after the template's head, for policy and reward model alike; `error` refuses the source.
-        unique: Take a prompt once that stands more than once in a role's sources; case, blanks and Unicode forms do
-            not count.
+        unique: Take each prompt once, however often it occurs in a role's sources; prompts that differ only in case,
+            blanks or Unicode forms are the same.
         max_train_prompts: Train on so many prompts, chosen at random by the seed; all when not given.
     """
 

@@ -218,11 +218,11 @@ def _json_decoder(field: pyarrow.Field, origin: str) -> Callable[[Any], Any] | N
 
 
 class _TwiceError(ValueError):
-    """A key that stands twice in one JSON object."""
+    """A duplicate key in a JSON object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may stand twice: of its values all but the last would be lost."""
+    """A JSON object without duplicate keys: of the values of one, all but the last would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -238,7 +238,7 @@ def _parse_json(text: str, origin: str) -> Any:
         return json.loads(text) if text.startswith("\ufeff") else _DECODER.decode(text)  # the first words a stray mark
     except _TwiceError as error:
         name = reprlib.repr(error.args[0])
-        raise DataError(f"{origin}: the key {name} stands twice in one object; keep one of its values") from error
+        raise DataError(f"{origin}: duplicate key {name} in one object; keep one of its values") from error
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise DataError(f"{origin}: not valid JSON ({reason_of(error)})") from error
 

@@ -56,7 +56,7 @@ def load_preferences(
       Chatbot Arena lay them out (see `LAYOUTS`). Ties are counted, and left out under either policy.
     Optional columns: `system` or `system_prompt` (a system message), `history` (earlier turns), `margin` (a finite
     number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is told apart). A response's
-    `reasoning_content` stands before its text as `<think>...</think>`. The report names every column that was not used.
+    `reasoning_content` is put before its text as `<think>...</think>`. The report names every column that was not used.
 
     `columns` maps our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's.
     `on_bad_rows`: `error` refuses the source and names the first ten bad rows, `drop` leaves them out and counts them
@@ -177,7 +177,7 @@ class RowParts(NamedTuple):
     """Where a label says which response is better, the first of them."""
     rejected: Any
     has_prompt: bool
-    """False: the prompt stands within the responses, and `prompt` is None."""
+    """False: the prompt is a part of the responses, and `prompt` is None."""
 
 
 def row_parts(row: Row, columns: SourceColumns) -> RowParts:
@@ -202,7 +202,7 @@ def _texts(parts: RowParts, row: Row, columns: SourceColumns) -> tuple[list[Mess
         if not prompt and (candidates := columns.prompt_candidates):
             raise BadRow(
                 "empty_prompt",
-                f"chosen and rejected hold no prompt before the reply; if it stands in {' or '.join(candidates)}, "
+                f"chosen and rejected hold no prompt before the reply; if it is in {' or '.join(candidates)}, "
                 "say so with columns: {prompt: COLUMN}",
             )
         return in_context(prompt, row, columns), chosen, rejected
@@ -229,7 +229,7 @@ def in_context(prompt: Sequence[Message], row: Row, columns: SourceColumns) -> l
 
 
 def id_of(row: Row, columns: SourceColumns) -> str:
-    """The row's own id, or where it stands."""
+    """The row's own id, or `file:row`."""
     own = columns.take(row, columns.name("id"))
     example_id = row.example_id if own is None else str(own)
     check_unicode(example_id)
@@ -237,7 +237,7 @@ def id_of(row: Row, columns: SourceColumns) -> str:
 
 
 def prompt_value(row: Row, columns: SourceColumns) -> Any:
-    """What stands in the prompt's column: the mapped one, else the first of `PROMPT_COLUMNS`."""
+    """The value of the prompt's column: the mapped one, else the first of `PROMPT_COLUMNS`."""
     name = columns.mapped.get("prompt") or next((n for n in PROMPT_COLUMNS if n in row.values), "")
     return _with_input(columns.take(row, name), row, columns, name=name)
 

@@ -36,11 +36,11 @@ def load_prompts(
     - Alpaca-like: `instruction`, and `input` after an empty line;
     - preference pairs of every shape of `load_preferences`, whose prompt is taken. Responses beside a prompt are not
       looked at, so a row that makes no pair (an empty response, the same text twice, a bad margin) makes a prompt.
-      Where the prompt stands within the responses, both must be there and share it; what they say after it does not
+      Where the prompt is a part of the responses, both must be there and share it; what they say after it does not
       matter.
     `system`, `system_prompt` and `history` are taken as for pairs; `id` is kept as `example_id`. The report names every
-    column that was not used. With `unique`, a prompt that stands more than once, case, runs of blanks and Unicode forms
-    aside, is taken where it stands first, and the report counts the others.
+    column that was not used. With `unique`, each prompt is taken once, where it comes first (case, runs of blanks and
+    Unicode forms aside), and the report counts the others.
 
     `columns` maps our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's.
     `on_bad_rows`: `error` refuses the source and names the first ten bad rows, `drop` leaves them out and counts them

@@ -202,7 +202,7 @@ class TokenizedPrompts(TokenizedRows):
     kind, limit_key = "prompts", "max_prompt_length"
 
     def once(self) -> tuple[Self, list[str]]:
-        """Each prompt where it stands first (see `prompt_hash`), and the origins of the rows that repeat one."""
+        """Each prompt where it comes first (see `prompt_hash`), and the origins of the rows that repeat one."""
         first = np.unique(self.numbers("prompt_hash"), return_index=True)[1]
         repeated = self.origins(np.setdiff1d(np.arange(len(self)), first))
         return self.select(np.sort(first)), repeated

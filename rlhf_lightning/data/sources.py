@@ -144,7 +144,7 @@ def _are_rows(value: object) -> bool:
 
 
 class Row(NamedTuple):
-    """One raw row: its values, and where it stands (`origin` for messages, `example_id` when it has no id)."""
+    """One raw row: its values, and where it is (`origin` for messages, `example_id` when it has no id)."""
 
     values: dict[str, Any]
     origin: str

@@ -13,14 +13,14 @@ _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(
 
 
 def duplicates(pairs: TokenizedPairs) -> np.ndarray:
-    """Positions of pairs whose prompt, chosen and rejected response stood before, outer blanks aside."""
+    """Positions of pairs that repeat the prompt, chosen and rejected response of an earlier one, outer blanks aside."""
     keys = _pair_keys(pairs)
     first = np.unique(keys, return_index=True)[1]
     return np.setdiff1d(np.arange(len(keys)), first)
 
 
 def contradictions(pairs: TokenizedPairs) -> np.ndarray:
-    """Positions of pairs that stand elsewhere with the opposite preference; both of each contradiction."""
+    """Positions of pairs that also occur with the opposite preference; both of each contradiction."""
     return np.flatnonzero(np.isin(_pair_keys(pairs), _pair_keys(pairs, ("rejected", "chosen"))))
 
 

@@ -222,7 +222,7 @@ def test_a_prompt_is_not_guessed_beside_a_column_that_may_be_it(load, others):
 
 def test_replies_alone_ask_for_the_column_of_their_prompt(load):
     row = {"messages": PROMPT, "chosen": say("Well."), "rejected": [say("No!")]}
-    with pytest.raises(DataError, match=r"if it stands in messages, .*columns: \{prompt: COLUMN\}"):
+    with pytest.raises(DataError, match=r"if it is in messages, .*columns: \{prompt: COLUMN\}"):
         load(row)
     (example,), _ = load(row, columns={"prompt": "messages"})
     assert (list(example.prompt), example.chosen, example.rejected) == (PROMPT, "Well.", "No!")
