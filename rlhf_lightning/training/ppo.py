@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -96,7 +96,6 @@ class PPO(OnlineModule):
     def __init__(
         self,
         backbone: ModelSource,
-        reward_model: str | Callable[..., Any],
         advantage_estimator: AdvantageName = "gae",
         value_model: str | None = None,
         vf_coef: NonNegativeFloat = 0.1,
@@ -119,7 +118,7 @@ class PPO(OnlineModule):
         warmup_ratio: Fraction = 0.0,
         **shared: Any,
     ) -> None:
-        super().__init__(backbone, reward_model, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
+        super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.estimator = find_estimator(advantage_estimator)
         check_ppo_settings(self.hparams, self.estimator)
         kl_coef = self.hparams.kl_coef
