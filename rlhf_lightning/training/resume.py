@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ INTERRUPTED = "interrupted-{step}.ckpt"
 
 _KEY = "processes"
 _JOB = "slurm_job"
+_SAVED_AT = "saved_at_step"
 
 
 class BeforeValidation(NamedTuple):
@@ -73,6 +75,8 @@ class ProcessStates(Callback):
         self._before_validation: BeforeValidation | None = None
         self._saves_as_remembered = False
         self._named: list[str] = []
+        self._saved_at: defaultdict[str, int] = defaultdict(int)
+        """The step at which each `ModelCheckpoint` had last saved, by its `state_key`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"validated_at": self._validated_at, "named": self._named}
@@ -114,6 +118,7 @@ class ProcessStates(Callback):
         own = self._step_began if open_batches else states_now
         checkpoint[_KEY] = gathered(trainer, own)
         checkpoint[_JOB] = os.environ.get("SLURM_JOB_ID")
+        checkpoint[_SAVED_AT] = {writer.state_key: writer._last_global_step_saved for writer in _writers(trainer)}
         if open_batches:
             _rewind(trainer, checkpoint, open_batches)
 
@@ -121,6 +126,7 @@ class ProcessStates(Callback):
         states = checkpoint.get(_KEY)
         if states is not None and len(states) == trainer.world_size:
             self._loaded = states[trainer.global_rank]
+        self._saved_at = defaultdict(int, checkpoint.get(_SAVED_AT, {}))
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         self._batches_made, self._epoch = (
             (progress["total"]["ready"], progress["current"]["ready"]),
@@ -152,8 +158,9 @@ class ProcessStates(Callback):
             validate(trainer)
         if self._epoch_to_end is not None:
             self._epoch_to_end.finish(trainer.fit_loop)
-        for callback in trainer.checkpoint_callbacks:  # of this step they would write one more in an accumulation
-            callback._last_global_step_saved = trainer.global_step
+        for writer in _writers(trainer):  # in an accumulation, validations may follow that are of the same step
+            wrote_it = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() in _kept(writer)
+            writer._last_global_step_saved = trainer.global_step if wrote_it else self._saved_at[writer.state_key]
 
     def _missed_validation(self, trainer: Trainer) -> bool:
         """Whether the checkpoint was written after a batch and before the validation that is due after it."""

@@ -193,6 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
     ("name", "count", "where", "code", "step"),
     [
         ("SIGTERM", 12, [], 143, 6),
+        ("SIGTERM", 2, [], 143, 1),  # whose validation, of the best checkpoint, comes within step 2
         ("SIGINT", 9, [], 130, 4),  # the first batch of step 5, of whose gradients nothing is kept
         ("SIGUSR1", 10, ["--trainer.callbacks.validating", "true"], 138, 4),  # that is validated within step 5
     ],
