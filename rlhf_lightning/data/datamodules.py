@@ -153,8 +153,7 @@ class DataModule(LightningDataModule, Generic[Rows]):
         new = [role for role in roles if role not in self.rows]
         for role in new:
             rows, report = self.rows[role], self.reports[role] = self._select(role)
-            weights = self._weights() if role == "train" else None
-            log.info(counts_in_words(role, rows, report, weights=weights))
+            log.info(counts_in_words(role, rows, report, weights=self._weights() if role == "train" else None))
         return new
 
     def role_sources(self, role: Role) -> RoleSources:
@@ -283,13 +282,16 @@ class PreferenceDataModule(DataModule[TokenizedPairs]):
     def __init__(
         self,
         train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         max_length: PositiveInt = 1024,
         truncation: Truncation = "left",
         max_train_pairs: PositiveInt | None = None,
         group_by_length: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(train, **kwargs)
+        super().__init__(train, val, test, tokenizer, **kwargs)
         self.max_length = max_length
         self.truncation = truncation
         self.max_train_pairs = max_train_pairs
@@ -345,6 +347,9 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
     def __init__(
         self,
         train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        tokenizer: TokenizerSource | None = None,
         max_prompt_length: PositiveInt = 512,
         truncation: Truncation = "drop",
         unique: bool = True,
@@ -353,7 +358,7 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
     ) -> None:
         # Nothing is grouped by length: nothing is padded, and a process with all the long prompts would see other
         # rewards than the rest.
-        super().__init__(train, **kwargs)
+        super().__init__(train, val, test, tokenizer, **kwargs)
         self.max_prompt_length = max_prompt_length
         self.truncation = truncation
         self.unique = unique
@@ -387,8 +392,7 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
 
     def _statistics(self, leak: str) -> str:
         lengths = self.rows["train"].lengths
-        middle = int(np.median(lengths))
-        return f"prompts: {lengths.min()} to {lengths.max()} tokens in train, median {middle}; {leak}"
+        return f"prompts: {lengths.min()} to {lengths.max()} tokens in train, median {int(np.median(lengths))}; {leak}"
 
 
 def chat_format_of(data: LightningDataModule | None) -> ChatFormat | None:
