@@ -403,8 +403,8 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
         (["--policy", "models/after", "--device", "cuda"], "no CUDA device"),
         (["--policy", "models/after", "--device", "gpu0"], "'gpu0' is not a device"),
         (["--policy", "models/after", "--prompts", "rewardbench"], "give rewardbench"),
-        (["--reward_model", "models/reward", "--pairs", "single.jsonl"], "pairs: 1 of them has no interval"),
-        (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 of them has no interval"),
+        (["--reward_model", "models/reward", "--pairs", "single.jsonl"], "pairs: 1 given"),
+        (["--policy", "models/after", "--prompts", "one.jsonl"], "prompts: 1 given"),
         (
             [
                 "--policy",
@@ -418,11 +418,11 @@ def test_a_lone_policy_is_measured_without_a_comparison(evaluated):
                 "--max_prompts",
                 "1",
             ],
-            "prompts: 1 of them has no interval",
+            "prompts: 1 given",
         ),
         (
             ["--reward_model", "models/reward", "--pairs", '[{"source": "pairs.jsonl", "weight": 2}]'],
-            "pairs: a weight is for training",
+            "pairs: weights are for training",
         ),
     ],
 )

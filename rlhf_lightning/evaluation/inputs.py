@@ -94,11 +94,9 @@ def _with_unique_ids(prompts: Sequence[PromptExample]) -> list[PromptExample]:
 
 
 def _check_several(name: str, examples: Sequence[PreferenceExample | PromptExample]) -> None:
-    """What would be refused after hours: a single unit has no interval."""
+    """Refuse here, and not hours later, what has no interval: a single unit."""
     if len(examples) < 2:
-        raise ConfigurationError(
-            f"{name}: {len(examples)} of them has no interval, so nothing could be said of it; give at least 2"
-        )
+        raise ConfigurationError(f"{name}: {len(examples)} given, but an interval needs at least 2")
 
 
 def _has_pairs(source: str | RowsInMemory, split: Split) -> bool:

@@ -56,23 +56,23 @@ def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> Evalua
 
 
 def check(settings: EvaluationSettings) -> None:
-    """Raises `ConfigurationError` for settings that measure nothing, or that need others."""
+    """Raise `ConfigurationError` for settings that measure nothing, or that need others."""
     if settings.reward_model is None and settings.policy is None and settings.judge is None:
         raise ConfigurationError("evaluate: nothing to evaluate; give reward_model, policy or judge")
     scored = "scorer" in takers(settings)
     if settings.prompts == REWARDBENCH_PROMPTS and settings.rewardbench is None:
-        raise ConfigurationError("evaluate: prompts are those of RewardBench, which is not given; give rewardbench")
+        raise ConfigurationError("evaluate: prompts are those of RewardBench; give rewardbench as well")
     for name in ("pairs", "prompts"):
         given = getattr(settings, name)
         if given is not None and any(one.weight != 1 for one in source_list(given)):
-            raise ConfigurationError(f"evaluate: {name}: a weight is for training; here each row counts once")
+            raise ConfigurationError(f"evaluate: {name}: weights are for training; leave weight out")
     if settings.pairs is not None and not scored:
         raise ConfigurationError("evaluate: pairs are scored by a reward_model, or by a policy with implicit_reward")
     for name, other in (("reference", "policy"), ("held_out_reward_model", "reward_model"), ("prompts", "policy")):
         if getattr(settings, name) is not None and getattr(settings, other) is None:
             raise ConfigurationError(f"evaluate: {name} without {other}; give both, or neither")
     if settings.implicit_reward and settings.policy is None:
-        raise ConfigurationError("evaluate: implicit_reward is that of a policy; give one")
+        raise ConfigurationError("evaluate: implicit_reward without policy; give both, or neither")
     _check_benchmarks(settings)
     scored_on = settings.pairs, settings.prompts, *(of.source(settings) for of in BENCHMARKS)
     if scored and not any(scored_on):
@@ -91,7 +91,7 @@ def check(settings: EvaluationSettings) -> None:
 
 
 def _check_benchmarks(settings: EvaluationSettings) -> None:
-    """Raises `ConfigurationError` for benchmarks that nothing takes, and for a judge that takes none."""
+    """Raise `ConfigurationError` for benchmarks that nothing is evaluated on, and for a judge without one."""
     known = [benchmark.name for benchmark in BENCHMARKS if type(benchmark).source is Benchmark.source]
     if unknown := [name for name in settings.benchmarks or () if name not in known]:
         raise ConfigurationError(
@@ -100,7 +100,7 @@ def _check_benchmarks(settings: EvaluationSettings) -> None:
         )
     asked = [benchmark for benchmark in BENCHMARKS if benchmark.source(settings)]
     if settings.judge is not None and not any(benchmark.taken_by == "judge" for benchmark in asked):
-        raise ConfigurationError("evaluate: the judge judges RewardBench's pairs; give rewardbench or rewardbench2")
+        raise ConfigurationError("evaluate: judge without a benchmark to judge; give rewardbench or rewardbench2")
     if asked and not takers(settings):
         raise ConfigurationError(
             f"evaluate: {asked[0].title} needs a reward_model, a judge, or a policy with implicit_reward"
@@ -108,7 +108,7 @@ def _check_benchmarks(settings: EvaluationSettings) -> None:
 
 
 def _check_models(settings: EvaluationSettings) -> None:
-    """What each model is, by its configuration: hours before it is its turn to be loaded. Checkpoints come later."""
+    """Check each model by its configuration, hours before it is loaded; checkpoints are checked when exported."""
     trust = {"trust_remote_code": settings.trust_remote_code}
     for name in filter(None, (settings.policy, settings.reference, settings.judge)):
         if not name.endswith(".ckpt") and not (Path(name).expanduser() / "adapter_config.json").is_file():
