@@ -472,6 +472,7 @@ def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
         assert [role["source"] for role in found["roles"]] == ["a.jsonl", "b.jsonl"]
         assert found["roles"][1]["shared_prompts"] == ["b.jsonl, row 0"]
     assert "both given" in refusal(capsys, "doctor", "a.jsonl", "--data.train", "b.jsonl")
+    assert "a.jsonl" in refusal(capsys, "doctor", "a.jsonl", "--json", "a.jsonl"), "its findings replace no data"
 
 
 def test_doctor_examines_a_source_alone(capsys, tmp_path):

@@ -103,3 +103,10 @@ def test_settings_that_contradict_each_other_are_one_line(generated, arguments, 
     assert code == 2
     assert error[0].startswith("rlhf-lightning: error: ")
     assert key in error[0]
+
+
+def test_a_file_that_generate_has_not_written_is_left_alone(generated, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Name a colour."}\n')
+    _, code, error = generated(out="prompts.jsonl")
+    assert (code, "out: prompts.jsonl" in error[0]) == (2, True)
+    assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "Name a colour."}\n'

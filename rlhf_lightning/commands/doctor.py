@@ -41,6 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigurationError("doctor: give a SOURCE, --data.train, or the --config of a run")
     if source is not None and "--data.train" in given:
         raise ConfigurationError(f"doctor: {source} and --data.train are both given; leave one of them out")
+    for path in filter(None, (own.json, own.html)):
+        if str(path) in (source, *settings):
+            raise ConfigurationError(f"doctor: {path} is what is to be examined; name another file for the findings")
     from rlhf_lightning.report.doctor import html_page, print_diagnosis
 
     diagnosis = _diagnosis(source, settings)

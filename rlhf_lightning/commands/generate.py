@@ -134,6 +134,8 @@ def check(settings: GenerationSettings) -> None:
     """Refuse settings that contradict each other, before a model is loaded. Raises `ConfigurationError`."""
     if Path(settings.out).is_dir():
         raise ConfigurationError(f"out: {settings.out} is a directory; name a file, such as pairs.jsonl")
+    if Path(settings.out).exists() and not _kept(Path(settings.out)).exists():
+        raise ConfigurationError(f"out: {settings.out} exists, and was not written by generate; name another file")
     if settings.rows != "samples" and settings.reward_model is None:
         raise ConfigurationError(f"rows: {settings.rows} are chosen by their scores; give reward_model")
     if settings.rows != "samples" and settings.num_generations < 2:
