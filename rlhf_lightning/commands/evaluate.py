@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_lightning.commands.export import run as export
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
@@ -92,6 +91,8 @@ def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
     for key in MODEL_KEYS:
         name = getattr(settings, key)
         if name is not None and name.endswith(".ckpt"):
+            from rlhf_lightning.commands.export import run as export  # imports Lightning, seconds for one checkpoint
+
             directory = str(out / "exported" / key)
             export(["--ckpt_path", name, "--out", directory])
             changed: dict[str, Any] = {key: directory}
