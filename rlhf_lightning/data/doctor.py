@@ -18,7 +18,7 @@ from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.selection import TokenizedPairs, fit_rows
+from rlhf_lightning.data.selection import TokenizedPairs, Truncation, fit_rows
 from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
 
@@ -187,31 +187,32 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
     max_length, truncation = data.max_length, data.truncation
     data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
     if data.tokenizer is None:
-        data.chat_format, max_length = Words(), None
+        data.chat_format, max_length = Words(), None  # type: ignore[assignment]  # takes the place of one
     data.read(roles)
     found = [
         _diagnose_role(data, role, max_length=max_length, truncation=truncation, accumulate=accumulate)
         for role in roles
     ]
-    tokens = isinstance(data.chat_format, ChatFormat)
-    template = "none" if not tokens else "transcript" if data.chat_format.template is None else "chat template"
+    form, template = data.chat_format if isinstance(data.chat_format, ChatFormat) else None, "none"
+    if form is not None:
+        template = "transcript" if form.template is None else "chat template"
     return Diagnosis(
-        unit="tokens" if tokens else "words",
+        unit="words" if form is None else "tokens",
         tokenizer=data.tokenizer_source,
         template=template,
         max_length=max_length,
         truncation=truncation,
         batch_size=data.batch_size,
         accumulate=accumulate,
-        unseen=data.chat_format.unseen if tokens else None,
+        unseen=None if form is None else form.unseen,
         roles=found,
     )
 
 
 def _diagnose_role(
-    data: PreferenceDataModule, role: Role, *, max_length: int | None, truncation: str, accumulate: int
+    data: PreferenceDataModule, role: Role, *, max_length: int | None, truncation: Truncation, accumulate: int
 ) -> RoleDiagnosis:
-    everything, report = data.pairs[role], data.reports[role]
+    everything, report, form = data.pairs[role], data.reports[role], data.chat_format
     sources, split, _ = data.role_sources(role)
     kept, limits, layouts = everything, None, None
     bad_rows, messages, rows_cut = dict(report.bad_rows), list(report.first_messages), []
@@ -251,13 +252,16 @@ def _diagnose_role(
         shared_prompts=kept.origins(shared_prompts(trained, kept)) if is_val else None,
         longer_chosen=longer_chosen(kept) if len(kept) else None,
         foreign_tokens=kept.origins(np.flatnonzero(kept.numbers("foreign_tokens"))),
-        samples=_token_samples(kept, data.chat_format) if max_length is not None else _text_samples(data, role),
+        samples=_token_samples(kept, form) if isinstance(form, ChatFormat) else _text_samples(data, role),
     )
 
 
-def _fitted(pairs: TokenizedPairs, max_length: int, truncation: str) -> tuple[TokenizedPairs, np.ndarray, np.ndarray]:
+def _fitted(
+    pairs: TokenizedPairs, max_length: int, truncation: Truncation
+) -> tuple[TokenizedPairs, np.ndarray, np.ndarray]:
     """The pairs that fit into `max_length`, and the positions of those cut and of those left out."""
-    kept, cut = np.empty(len(pairs), dtype=bool), np.empty(len(pairs), dtype=bool)
+    kept: np.ndarray = np.empty(len(pairs), dtype=bool)
+    cut: np.ndarray = np.empty(len(pairs), dtype=bool)
     for number, store in enumerate(pairs.stores):
         own = pairs.source == number
         fit = fit_rows(store, max_length=max_length, truncation=truncation)
