@@ -75,6 +75,9 @@ def test_imports_point_down_the_layers(path):
         ("rlhf_lightning.cli", "torch lightning deepspeed datasets peft transformers"),
         ("rlhf_lightning.commands.fit", "deepspeed datasets peft bitsandbytes flash_attn vllm wandb"),
         ("rlhf_lightning.charts", "torch matplotlib"),
+        ("rlhf_lightning.commands.pipeline.command", "torch lightning transformers"),
+        ("rlhf_lightning.commands.doctor", "torch lightning transformers"),
+        ("rlhf_lightning.commands.evaluate", "lightning deepspeed datasets peft"),
     ],
 )
 def test_importing_pulls_in_nothing_heavy(module, forbidden):
