@@ -149,14 +149,14 @@ class Rollouts:
                 seeds,
                 max_new_tokens=self.max_new_tokens,
                 temperature=temperature,
-                terminator_id=self.chat_format.terminator_id,
+                eos_id=self.chat_format.eos_id,
                 pad_id=self.chat_format.pad_id,
             )
         logprobs = [response.logprobs for response in sampled if response.logprobs is not None]
         return Responses(
             [torch.cat([prompt, response.ids]) for prompt, response in zip(prompts, sampled, strict=True)],
             [len(prompt) for prompt in prompts],
-            torch.tensor([bool(response.ids[-1] == self.chat_format.terminator_id) for response in sampled]),
+            torch.tensor([bool(response.ids[-1] == self.chat_format.eos_id) for response in sampled]),
             logprobs if len(logprobs) == len(sampled) else None,
         )
 

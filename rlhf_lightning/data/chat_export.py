@@ -27,8 +27,8 @@ def save_tokenizer(chat_format: ChatFormat, directory: str | Path) -> None:
 
 def _exported_template(form: ChatFormat) -> str:
     """The template, with what training added to its text written into it: arguments, start tokens, prompt tail."""
-    end, *start = form.tokenizer.convert_ids_to_tokens([form.terminator_id, *form.start_ids])
-    template = form.template or TRANSCRIPT_TEMPLATE.replace("TERMINATOR", repr(end))
+    end, *start = form.tokenizer.convert_ids_to_tokens([form.eos_id, *form.start_ids])
+    template = form.template or TRANSCRIPT_TEMPLATE.replace("EOS", repr(end))
     # Each line ends with a block, after which Jinja, as transformers sets it up, leaves out the line end.
     for name, value in form.chat_template_kwargs.items():
         if name.isidentifier() and name in template:

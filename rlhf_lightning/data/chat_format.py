@@ -127,7 +127,7 @@ class ChatFormat(ChatText):
     prompt could sample no others. And where the generation prompt writes a thought, opened or empty, with which one of
     the responses to a prompt does not begin, the prompt ends before it.
 
-    The EOS token (`terminator_id`) is the one that the template puts after an assistant's response (Qwen:
+    The EOS token (`eos_id`) is the one that the template puts after an assistant's response (Qwen:
     `<|im_end|>`, Llama 3: `<|eot_id|>`), so that the last token of a training row is the one at which a sampled
     response ends. Where the template writes none, and without a template, it is the tokenizer's EOS, or SEP for an
     encoder. Raises `ModelError` when there is none, and what `ChatText` raises.
@@ -141,7 +141,7 @@ class ChatFormat(ChatText):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
-        self.terminator_id = self._choose_terminator()
+        self.eos_id = self._choose_eos()
         self.start_ids = self._find_start_ids()
         before, _, after = self.generation_text(PROBE).partition(USER_PROBE)
         self.head_ids = self.encode_prompts([before])[0]
@@ -154,7 +154,7 @@ class ChatFormat(ChatText):
     @property
     def pad_id(self) -> int:
         """Id to fill padding with. Nothing reads it: masks come from lengths."""
-        return self.terminator_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text from its beginning, with exactly one start token where the tokenizer has one."""
@@ -215,7 +215,7 @@ class ChatFormat(ChatText):
         for (row, text, border, turn, whole), ids in zip(waiting, encoded, strict=True):
             known = text.endswith(border.text) and border.ends(row.prompt) and _begins(ids, border.ids)
             response = ids[len(border.ids) :] if known else self._after_prompt(text, row.prompt, turn)
-            row.responses.append([*response, self.terminator_id] if whole and not self.end else response)
+            row.responses.append([*response, self.eos_id] if whole and not self.end else response)
         return found
 
     def _turn(self, messages: Sequence[Message], text: str, response: str, *, refuse: bool) -> str:
@@ -355,7 +355,7 @@ class ChatFormat(ChatText):
         format puts around a response.
         """
         reply = [int(index) for index in reply]
-        ended = reply[-1:] == [self.terminator_id]
+        ended = reply[-1:] == [self.eos_id]
         reply = reply[:-1] if ended else reply
         trail = self.response_trail if ended else ""
         opened = self.opening if self._is_opened else ""
@@ -387,7 +387,7 @@ class ChatFormat(ChatText):
                 self.tokenizer.save_pretrained(directory)
                 for file in sorted(directory.iterdir()):
                     digest.update(file.read_bytes())
-        rules = (_RULES, self.template, sorted(self.chat_template_kwargs.items()), self.start_ids, self.terminator_id)
+        rules = (_RULES, self.template, sorted(self.chat_template_kwargs.items()), self.start_ids, self.eos_id)
         spelling = (self.prompt_tail, self.opening, self.response_lead, self.response_trail, self.end)
         frame = (self.head_ids, self.tail_length, sorted(self.control_ids))
         digest.update(repr((*rules, *spelling, *frame, self.tokenizer.special_tokens_map)).encode())
@@ -399,20 +399,20 @@ class ChatFormat(ChatText):
         whole = self.tokenizer("x")["input_ids"]
         return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
 
-    def _choose_terminator(self) -> int:
+    def _choose_eos(self) -> int:
         tokenizer = self.tokenizer
         if self.end is not None:
-            terminator = self._added_tokens[self.end]
-            if self.token_ids([self._probe_text + self.response_text(REPLY_PROBE) + self.end])[0][-1] != terminator:
+            eos = self._added_tokens[self.end]
+            if self.token_ids([self._probe_text + self.response_text(REPLY_PROBE) + self.end])[0][-1] != eos:
                 raise no_end(self.end)  # a token that is looked for in normalized text alone, with a blank before it
-            return terminator
-        terminator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        if terminator is None:
+            return eos
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos is None:
             raise ModelError(
                 f"{tokenizer.name_or_path}: the tokenizer has neither an EOS nor a SEP token, so the end of a "
                 "response cannot be marked; set eos_token in its tokenizer_config.json"
             )
-        return terminator
+        return eos
 
 
 def _begins(ids: Sequence[int], beginning: Sequence[int]) -> bool:

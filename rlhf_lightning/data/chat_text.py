@@ -27,7 +27,7 @@ TRANSCRIPT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
     "{% else %}{{ '\n\nAssistant:' + ('' if message['content'][:1].isspace() else ' ') + message['content'] }}"
-    "{% if loop.last and not add_generation_prompt %}{{ TERMINATOR }}{% endif %}{% endif %}{% endfor %}"
+    "{% if loop.last and not add_generation_prompt %}{{ EOS }}{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 """The plain format in Jinja, for the tokenizers of exported models."""

@@ -38,7 +38,7 @@ class Piece:
 
     text: str
     kind: Kind
-    """`control`: a control token; `prompt`; `response`, which is what the response mask marks, its terminator
+    """`control`: a control token; `prompt`; `response`, which is what the response mask marks, its EOS token
     included; `gap`: a remark on what is not shown."""
     in_response: bool
 
@@ -140,7 +140,7 @@ class Diagnosis:
 class Words:
     """Stands in for a `ChatFormat` where no tokenizer is named: a token is a word, and there is no template."""
 
-    terminator_id = pad_id = tail_length = 0
+    eos_id = pad_id = tail_length = 0
     knows_thoughts = True
 
     def generation_text(self, messages: Sequence[Message]) -> str:
@@ -163,7 +163,7 @@ class Words:
     def encode_responses(
         self, prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[str]]
     ) -> list[EncodedResponses]:
-        sides = [[[*ids, self.terminator_id] for ids in self.encode(its)] for its in responses]
+        sides = [[[*ids, self.eos_id] for ids in self.encode(its)] for its in responses]
         return [EncodedResponses(prompt.ids, its) for prompt, its in zip(prompts, sides, strict=True)]
 
     def says_nothing(self, response: str, ids: Sequence[int]) -> bool:
@@ -244,7 +244,7 @@ def _diagnose_role(
         columns_unused=report.columns_unused,
         pairs=len(kept),
         rows_cut=rows_cut,
-        quantiles=_quantiles(everything, terminator=max_length is not None),
+        quantiles=_quantiles(everything, eos=max_length is not None),
         limits=limits,
         layouts=layouts,
         duplicates=kept.origins(duplicates(kept)),
@@ -270,8 +270,8 @@ def _fitted(
     return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)
 
 
-def _quantiles(pairs: TokenizedPairs, *, terminator: bool) -> dict[str, dict[int, int]]:
-    prompt, chosen, rejected = (pairs.segment_lengths - ([0, 0, 0] if terminator else [0, 1, 1])).T
+def _quantiles(pairs: TokenizedPairs, *, eos: bool) -> dict[str, dict[int, int]]:
+    prompt, chosen, rejected = (pairs.segment_lengths - ([0, 0, 0] if eos else [0, 1, 1])).T
     columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": prompt + np.maximum(chosen, rejected)}
     return {
         name: dict(zip(QUANTILES, np.percentile(lengths, QUANTILES, method="inverted_cdf").tolist(), strict=True))

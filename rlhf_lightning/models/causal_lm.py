@@ -78,7 +78,7 @@ class ResponseStates(NamedTuple):
 
 
 class ResponseLogprobs(NamedTuple):
-    """Log-probabilities of R responses, terminator included, in nats, float32."""
+    """Log-probabilities of R responses, EOS token included, in nats, float32."""
 
     tokens: Tensor
     """[R, T]: log p(token | all before it) at each response token, 0 elsewhere."""
@@ -180,7 +180,7 @@ class CausalLM(nn.Module):
         """The hidden states that predict the response tokens.
 
         `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens; `response_mask` [R, T] bool, True on
-        the response and its terminator. Padding may stand on any side. Raises `ValueError` for other shapes and for a
+        the response and its EOS token. Padding may stand on any side. Raises `ValueError` for other shapes and for a
         row without a response token that follows another token (on an accelerator such a row is empty).
         """
         rows = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}

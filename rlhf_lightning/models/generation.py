@@ -50,7 +50,7 @@ class RolloutEngine(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
-        terminator_id: int,
+        eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
         """One response to each prompt, on the prompt's device.
@@ -83,13 +83,13 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         temperature: float,
-        terminator_id: int,
+        eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
         """As `RolloutEngine.draw`."""
         found: dict[int, Sampled] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        options = {"max_new_tokens": max_new_tokens, "terminator_id": terminator_id, "pad_id": pad_id}
+        options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
         with _ready_to_generate(policy):
             if self.batch_size > 1 and len(prompts) > 1:
                 _check_company(policy)
@@ -113,7 +113,7 @@ class TransformersEngine:
 
 
 def greedy_responses(
-    policy: CausalLM, prompts: Sequence[Tensor], *, max_new_tokens: int, terminator_id: int, pad_id: int
+    policy: CausalLM, prompts: Sequence[Tensor], *, max_new_tokens: int, eos_id: int, pad_id: int
 ) -> list[Tensor]:
     """The most likely continuation of each prompt, token by token; as `RolloutEngine.draw` with temperature 0."""
     engine = TransformersEngine(batch_size=1)  # a handful of them, and no padding that could matter
@@ -123,7 +123,7 @@ def greedy_responses(
         [0] * len(prompts),
         max_new_tokens=max_new_tokens,
         temperature=0.0,
-        terminator_id=terminator_id,
+        eos_id=eos_id,
         pad_id=pad_id,
     )
     return [response.ids for response in sampled]
@@ -162,7 +162,7 @@ def _generate(
     drawing: Callable[[Tensor, Tensor], Tensor] | None,
     *,
     max_new_tokens: int,
-    terminator_id: int,
+    eos_id: int,
     pad_id: int,
 ) -> list[Tensor]:
     from transformers import GenerationConfig, LogitsProcessorList
@@ -174,7 +174,7 @@ def _generate(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=terminator_id,
+        eos_token_id=eos_id,
         pad_token_id=pad_id,
         use_cache=True,
     )
@@ -186,7 +186,7 @@ def _generate(
         generation_config=settings,
         logits_processor=LogitsProcessorList([drawing] if drawing else []),
     )[:, width:]
-    ended = out == terminator_id
+    ended = out == eos_id
     first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, out.shape[1])
     return [row[:length] for row, length in zip(out, first.tolist(), strict=True)]
 
@@ -227,7 +227,7 @@ def _scores_of_probe(policy: CausalLM, prompts: Sequence[Tensor], same: int) -> 
         forced[:, same] = 0
         return forced
 
-    _generate(policy, prompts, keep, max_new_tokens=_NEW_TOKENS, terminator_id=-1, pad_id=same)
+    _generate(policy, prompts, keep, max_new_tokens=_NEW_TOKENS, eos_id=-1, pad_id=same)
     return torch.stack(scores, dim=1)
 
 

@@ -196,7 +196,7 @@ def edited_settings(file: Path) -> Iterator[dict[str, Any]]:
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def end_at(directory: str | Path, terminator_id: int) -> None:
+def end_at(directory: str | Path, eos_id: int) -> None:
     """Let `generate` end a reply of the language model in a directory where training did, besides where it did before.
 
     A base model's own settings may name another token, or none, and then it goes on past its last word. A directory
@@ -205,8 +205,8 @@ def end_at(directory: str | Path, terminator_id: int) -> None:
     with edited_settings(Path(directory) / "generation_config.json") as settings:
         known = settings.get("eos_token_id")
         known = known if isinstance(known, list) else [] if known is None else [known]
-        if terminator_id not in known:
-            settings["eos_token_id"] = [terminator_id, *known] if known else terminator_id
+        if eos_id not in known:
+            settings["eos_token_id"] = [eos_id, *known] if known else eos_id
 
 
 def pad_with(directory: str | Path, pad_id: int) -> None:

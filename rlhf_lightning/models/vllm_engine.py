@@ -65,7 +65,7 @@ class VLLMEngine:
         *,
         max_new_tokens: int,
         temperature: float,
-        terminator_id: int,
+        eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
         """As `RolloutEngine.draw`, with the server's log-probs. Needs `synchronize` before it."""
@@ -78,7 +78,7 @@ class VLLMEngine:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "ignore_eos": True,  # a response ends with our EOS token and with nothing else
-            "stop_token_ids": [terminator_id],
+            "stop_token_ids": [eos_id],
             "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
@@ -86,7 +86,7 @@ class VLLMEngine:
 
         def response(prompt: list[int], seed: int) -> Sampled:
             answer = self._post("/v1/completions", settings | {"prompt": prompt, "seed": seed})
-            return self._response(answer["choices"][0], terminator_id)
+            return self._response(answer["choices"][0], eos_id)
 
         with ThreadPoolExecutor(max_workers=max(min(self.requests, len(prompts)), 1)) as pool:
             responses = list(pool.map(response, [prompt.tolist() for prompt in prompts], seeds))
@@ -94,15 +94,15 @@ class VLLMEngine:
             Sampled(each.ids.to(prompt.device), each.logprobs) for each, prompt in zip(responses, prompts, strict=True)
         ]
 
-    def _response(self, choice: dict[str, Any], terminator_id: int) -> Sampled:
+    def _response(self, choice: dict[str, Any], eos_id: int) -> Sampled:
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or logprobs is None or len(logprobs) != len(ids):
             raise ModelError(
                 f"{self.url}: its responses come without token ids and log-probs; it needs vLLM 0.11 or newer"
             )
-        if choice.get("finish_reason") == "stop" and ids[-1] != terminator_id:
+        if choice.get("finish_reason") == "stop" and ids[-1] != eos_id:
             raise ModelError(
-                f"{self.url}: a response stopped at token {ids[-1]} and not at the EOS token {terminator_id}; "
+                f"{self.url}: a response stopped at token {ids[-1]} and not at the EOS token {eos_id}; "
                 "start the server with --generation-config vllm"
             )
         return Sampled(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))

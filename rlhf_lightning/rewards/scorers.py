@@ -53,7 +53,7 @@ class Scored(NamedTuple):
     score: float
     """float32"""
     tokens: int
-    """Of the response, terminator included; its characters where a function scores."""
+    """Of the response, EOS token included; its characters where a function scores."""
     truncated: bool
     """Whether the beginning of its prompt was cut off, or more."""
 
@@ -84,7 +84,7 @@ class Scorer(Protocol):
 class RewardScorer:
     """A saved `RewardNetwork`, or an `AutoModelForSequenceClassification` with one label, with its own tokenizer.
 
-    Conversations and responses are written in the format of *its* tokenizer, response and terminator included, as in
+    Conversations and responses are written in the format of *its* tokenizer, response and EOS token included, as in
     the training of our reward models, or as `chat_template` says; a line in the log shows it. A row that is too long
     loses the beginning of its prompt, after the template's head, and never its response, unless that alone is too long:
     then its end is kept. The score is read at the last true token, in float32, so that it is the same in any batch and
@@ -202,7 +202,7 @@ class RewardScorer:
 class ImplicitScorer:
     """DPO's implicit reward: log pi(response | prompt) - log pi_ref(response | prompt), in nats, without beta.
 
-    The tokens that count are those of the response, after the generation prompt, and one terminator. (RewardBench's
+    The tokens that count are those of the response, after the generation prompt, and one EOS token. (RewardBench's
     own script counts the assistant's header too, and BOS and EOS twice where the template has them.) Rafailov et al.
     2023 (arXiv 2305.18290), eq. 5; the prompt's partition function is the same for all its responses.
 
@@ -290,14 +290,14 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """Rows of at most `limit` tokens, of the same ids as in training (see `ChatFormat`).
 
-    The terminator is behind each response that has `ended` (all when not given). An encoder's SEP ends every row: it is
+    The EOS token is behind each response that has `ended` (all when not given). An encoder's SEP ends every row: it is
     no sign of the response.
 
     A prompt that is too long is cut as in training (see `ChatFormat.encode_turns`): its head stays, then come the
     latest turns that fit. A response that alone is too long loses its beginning. Raises `DataError` when the chat
     template does not take a prompt; a response that it would change is written as it stands.
     """
-    if ended is None or chat_format.terminator_id == chat_format.tokenizer.sep_token_id:
+    if ended is None or chat_format.eos_id == chat_format.tokenizer.sep_token_id:
         ended = [True] * len(responses)
     heads = chat_format.encode_turns([(messages, chat_format.generation_text(messages)) for messages in prompts])
     encoded = chat_format.encode_responses(heads, [[each] for each in responses], ended=ended, refuse=False)

@@ -285,7 +285,7 @@ def chat_format_of_run(
 def save_format(chat_format: ChatFormat, directory: str | Path) -> None:
     """Write a tokenizer beside a model, which ends its responses where training did."""
     save_tokenizer(chat_format, directory)
-    end_at(directory, chat_format.terminator_id)
+    end_at(directory, chat_format.eos_id)
 
 
 def has_states(checkpoint: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ class PairLogprobs(NamedTuple):
     rejected: Tensor
     """[B]"""
     chosen_lengths: Tensor
-    """[B] int64, terminator included."""
+    """[B] int64, EOS token included."""
     rejected_lengths: Tensor
     """[B] int64"""
 

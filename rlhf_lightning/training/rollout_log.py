@@ -52,9 +52,9 @@ class RolloutLog:
         if module.rollouts_done == 1 and numbers["missing_eos"] == 1:
             chat_format = trainer.datamodule.chat_format
             log.warning(
-                "no reply of the first rollout ended: the policy may not know its tokenizer's terminator %r; train it "
+                "no response of the first rollout ended: the policy may not know its EOS token %r; train it "
                 "with SFT first, or raise model.max_new_tokens",
-                chat_format.tokenizer.convert_ids_to_tokens(chat_format.terminator_id),
+                chat_format.tokenizer.convert_ids_to_tokens(chat_format.eos_id),
             )
         self.path.append(RolloutPoint(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
         module.log_values({f"train/{name}": value for name, value in numbers.items() if name != "moved"})

@@ -74,11 +74,11 @@ class Samples(Callback):
                 pl_module.policy,
                 prompts,
                 max_new_tokens=self.max_new_tokens,
-                terminator_id=chat_format.terminator_id,
+                eos_id=chat_format.eos_id,
                 pad_id=chat_format.pad_id,
             )
         now = [
-            chat_format.decode_after(prompt, reply) + ("" if reply[-1] == chat_format.terminator_id else " [not ended]")
+            chat_format.decode_after(prompt, reply) + ("" if reply[-1] == chat_format.eos_id else " [not ended]")
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         self._first = self._first or now

@@ -26,7 +26,7 @@ from rlhf_lightning.training.optimization import Schedule
 class SFT(PolicyModule):
     """SFT: a causal language model trained with cross-entropy on the chosen response of each preference pair.
 
-    The loss is the mean over pairs of the mean negative log-likelihood per token of the chosen response, terminator
+    The loss is the mean over pairs of the mean negative log-likelihood per token of the chosen response, EOS token
     included, prompt excluded: every response counts the same, whatever its length and its batch. Rejected responses are
     read by `predict` alone.
 

@@ -101,7 +101,7 @@ def test_template_arguments_reach_the_template():
     on, off = (chatml(THOUGHT, chat_template_kwargs={"enable_thinking": value}) for value in (True, False))
     assert on.prompt_text([USER]) == chatml(THOUGHT).prompt_text([USER]) == FORMATS["qwen"].prompt
     assert off.prompt_text([USER]) == FORMATS["qwen"].prompt + "<no_think>"
-    assert off.terminator_id == on.terminator_id
+    assert off.eos_id == on.eos_id
 
 
 class Exported:
@@ -121,7 +121,7 @@ class Exported:
     def row(self, messages, reply):
         """Ids of a whole row in training, and those that the exported tokenizer makes."""
         trained = self.prompt(messages)[0]
-        trained += [*self.format.token_ids([self.format.response_text(reply)])[0], self.format.terminator_id]
+        trained += [*self.format.token_ids([self.format.response_text(reply)])[0], self.format.eos_id]
         whole = [*messages, {"role": "assistant", "content": reply}]
         return trained, self.tokenizer.apply_chat_template(whole, return_dict=False)
 
@@ -147,7 +147,7 @@ def test_an_exported_tokenizer_makes_the_same_format_again(tmp_path):
             assert again.encode_prompts([again.prompt_text(messages)])[0] == exported.prompt(messages)[0]
         # "transcript" may begin a response with a blank of its own; a template never does without its lead
         assert again.response_text("Well.") == known.chat_format.response_text("Well.")
-        assert again.terminator_id == known.chat_format.terminator_id
+        assert again.eos_id == known.chat_format.eos_id
 
 
 def test_an_overriding_template_file_is_exported(tmp_path):
@@ -255,7 +255,7 @@ def test_a_tokenizer_written_in_python_serves_as_well():
     assert getattr(tokenizer, "backend_tokenizer", None) is None
     chat_format = ChatFormat(tokenizer)
     assert chat_format.start_ids == []
-    assert chat_format.terminator_id == tokenizer.eos_token_id
+    assert chat_format.eos_id == tokenizer.eos_token_id
     prompt = chat_format.encode_prompts([chat_format.prompt_text([USER])])[0]
     assert tokenizer.decode(prompt) == "\n\nHuman: Hi there\n\nAssistant:"
     assert tokenizer.eos_token_id not in prompt

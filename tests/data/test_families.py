@@ -85,7 +85,7 @@ def test_the_ids_of_a_row_are_those_of_its_whole_text(kind, template):
             row = encoded(form, messages, response, "Another.")
             ids = [*row.prompt, *row.responses[0]]
             expected = ids_of(form, whole_text(form, messages, response))
-            expected += [] if form.end else [form.terminator_id]
+            expected += [] if form.end else [form.eos_id]
             if ids == expected:
                 assert row.prompt == (asked if template != "r1" else ids_of(form, form.prompt_text(messages)))
                 continue
@@ -162,8 +162,8 @@ def test_ids_that_no_text_has_are_read_as_their_text():
     prompt = ids_of(form, form.generation_text([USER]))
     own, other = (form.tokenizer.convert_tokens_to_ids(token) for token in ("B", "▁a"))
     assert form.reply_text(prompt, [own]) == "B"
-    assert form.reply_text(prompt, [other, other, form.terminator_id]) == " a a"
-    assert form.reply_text(prompt, []) == form.reply_text(prompt, [form.terminator_id]) == ""
+    assert form.reply_text(prompt, [other, other, form.eos_id]) == " a a"
+    assert form.reply_text(prompt, []) == form.reply_text(prompt, [form.eos_id]) == ""
     start = form.tokenizer.bos_token_id
     assert form.reply_text(prompt, [other, start, own]) == " aB"  # control tokens are no text
 
@@ -172,7 +172,7 @@ def test_the_reward_model_reads_the_indent_of_a_reply():
     form = chat_format("prepend", "llama 2")
     prompt = ids_of(form, form.generation_text([USER]))
     ids = encoded(form, [USER], "x\n  def f():\n    pass").responses[0][3:-1]  # without `▁x` and the line break
-    row = torch.tensor([*prompt, *ids, form.terminator_id])
+    row = torch.tensor([*prompt, *ids, form.eos_id])
     responses = Responses([row], [len(prompt)], torch.tensor([True]))
     assert responses.texts(form) == [" def f():\n    pass"]  # one blank is the template's
 
@@ -196,8 +196,8 @@ ENDS = {
 @pytest.mark.parametrize(("template", "end"), ENDS.items())
 def test_a_turn_ends_as_the_template_ends_it(template, end, special):
     form = chat_format("byte-level", template, special)
-    assert form.tokenizer.convert_ids_to_tokens(form.terminator_id) == end
-    assert encoded(form, [USER], "Bring water.").responses[0][-1] == form.terminator_id
+    assert form.tokenizer.convert_ids_to_tokens(form.eos_id) == end
+    assert encoded(form, [USER], "Bring water.").responses[0][-1] == form.eos_id
 
 
 def test_a_turn_that_ends_with_no_token_is_refused():
@@ -248,7 +248,7 @@ def test_marks_that_are_merely_added_tokens_are_no_text_of_a_reply():
     assert form.control_token_in(["user <b> <turn:> turn:end"]) is None
     prompt = ids_of(form, form.generation_text([USER]))
     reply = tokenizer("So.<turn:user>Go <b>on", add_special_tokens=False)["input_ids"]
-    assert form.reply_text(prompt, [*reply, form.terminator_id]) == "So.Go <b>on"
+    assert form.reply_text(prompt, [*reply, form.eos_id]) == "So.Go <b>on"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_template_that_opens_a_thought_asks_for_one():
     assert decoded(form, "Plain.", THOUGHT) == ["", "Plain.</s>", THOUGHT + "</s>"]
     prompt = ids_of(form, form.generation_text([USER]))
     reply = form.tokenizer(rest, add_special_tokens=False)["input_ids"]
-    assert form.reply_text(prompt, [*reply, form.terminator_id]) == THOUGHT
+    assert form.reply_text(prompt, [*reply, form.eos_id]) == THOUGHT
     assert form.reply_text(prompt, reply[:4]).startswith("<think>\nLet")
 
 

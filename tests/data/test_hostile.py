@@ -405,7 +405,7 @@ def test_a_data_module_takes_a_damaged_file_as_the_loader_does(damaged, chat_for
         assert len(prompt) > 0
         assert sides[0].tolist() != sides[1].tolist()
         for side in sides:
-            assert (side == chat_format.terminator_id).nonzero()[0].tolist() == [len(side) - 1] != [0]
+            assert (side == chat_format.eos_id).nonzero()[0].tolist() == [len(side) - 1] != [0]
 
 
 @pytest.mark.parametrize("name", ["nothing is wrong", "margins that are no numbers", "control tokens in texts"])

@@ -371,9 +371,9 @@ def test_padding_is_the_tokenizers_and_masks_do_not_read_it(make, tmp_path):
     batch = next(iter(data.train_dataloader()))
     pad = data.chat_format.tokenizer.pad_token_id
     assert set(batch.input_ids[~batch.attention_mask].tolist()) == {pad}
-    terminators = batch.input_ids == data.chat_format.terminator_id
+    eos_tokens = batch.input_ids == data.chat_format.eos_id
     last = batch.attention_mask.sum(1) - 1
-    assert terminators[torch.arange(4), last].all()
+    assert eos_tokens[torch.arange(4), last].all()
     assert batch.response_mask[torch.arange(4), last].all()
 
 

@@ -106,10 +106,10 @@ def test_control_tokens_of_the_tokenizer_in_texts_are_refused_and_those_of_other
     file = SHARED / "hostile" / "31_special_tokens_in_text.jsonl"
     pairs, report = tokenized(file, chat_format, max_length=1024, on_bad_rows="drop")
     assert len(pairs) + len(report.bad_rows["special_tokens"]) == 5
-    terminator = chat_format.terminator_id
+    eos = chat_format.eos_id
     for index in range(len(pairs)):
         for side in pairs.segments(index)[1:]:
-            assert (side == terminator).nonzero()[0].tolist() == [len(side) - 1]
+            assert (side == eos).nonzero()[0].tolist() == [len(side) - 1]
 
 
 @pytest.mark.parametrize(("file", "rows"), [("alpaca_train", 20136), ("alpaca_val", 1255), ("alpaca_long", 300)])

@@ -68,11 +68,11 @@ def chat_format(request):
 # C1
 def test_the_terminator_of_every_response_is_in_both_masks_also_where_it_is_the_padding(chat_format):
     pairs, _ = selected(chat_format, [pair(), pair("Why?", "Because it rains.", "So.", row=1)])
-    for pad_id in (chat_format.pad_id, chat_format.terminator_id):
+    for pad_id in (chat_format.pad_id, chat_format.eos_id):
         batch = batch_of(pairs, pad_id)
         last = batch.attention_mask.sum(1) - 1
         rows = torch.arange(len(last))
-        assert (batch.input_ids[rows, last] == chat_format.terminator_id).all()
+        assert (batch.input_ids[rows, last] == chat_format.eos_id).all()
         assert batch.response_mask[rows, last].all()
 
 
@@ -124,12 +124,12 @@ close = functools.partial(pytest.approx, abs=1e-5)
 
 
 # C3
-@pytest.mark.parametrize("pad", ["its own", "the terminator", "another token"])
+@pytest.mark.parametrize("pad", ["its own", "the eos", "another token"])
 @pytest.mark.parametrize(("left", "right"), [(0, 1), (0, 17), (1, 0), (17, 0), (5, 3)])
 def test_a_score_is_the_same_for_any_padding_on_either_side(network_and_format, left, right, pad):
     network, chat_format = network_and_format
     ids = row_of(chat_format)
-    pad_id = {"its own": chat_format.pad_id, "the terminator": chat_format.terminator_id, "another token": 42}[pad]
+    pad_id = {"its own": chat_format.pad_id, "the eos": chat_format.eos_id, "another token": 42}[pad]
     assert score(network, ids, left=left, right=right, pad=pad_id) == close(score(network, ids))
 
 
@@ -149,7 +149,7 @@ def test_a_score_is_the_same_alone_and_among_longer_rows(network_and_format):
 # C4
 def test_a_terminator_more_or_less_changes_the_score_and_padding_does_not(network_and_format):
     network, chat_format = network_and_format
-    ids, end = row_of(chat_format), chat_format.terminator_id
+    ids, end = row_of(chat_format), chat_format.eos_id
     whole = score(network, ids)
     assert abs(score(network, ids[:-1]) - whole) > 1e-3
     assert abs(score(network, [*ids, end]) - whole) > 1e-3
@@ -162,7 +162,7 @@ def test_a_terminator_more_or_less_changes_the_score_and_padding_does_not(networ
 def test_the_score_is_read_off_the_last_token_whatever_ids_the_prompt_holds(network_and_format):
     network, chat_format = network_and_format
     prompt, chosen, _ = (ids.tolist() for ids in selected(chat_format, [pair()])[0].segments(0))
-    for special in (chat_format.terminator_id, chat_format.pad_id):
+    for special in (chat_format.eos_id, chat_format.pad_id):
         for place in (1, len(prompt) // 2, len(prompt)):
             ids = [*prompt[:place], special, special, *prompt[place:], *chosen]
             with torch.no_grad():
@@ -188,7 +188,7 @@ def test_the_ids_of_a_prompt_are_the_same_whatever_response_follows(chat_format)
             text = chat_format.prompt_text(pair(prompt).prompt)
             for side, response in zip(sides, (responses[index], f"Not {responses[index]}"), strict=True):
                 joined = chat_format.encode_prompts([text + chat_format.response_text(response)])[0]
-                assert [*begin.tolist(), *side.tolist()] == [*joined, chat_format.terminator_id]
+                assert [*begin.tolist(), *side.tolist()] == [*joined, chat_format.eos_id]
 
 
 # C7
@@ -229,7 +229,7 @@ def test_text_that_was_rendered_before_is_refused_and_gets_no_second_start_token
 
 # C8
 def test_both_sides_of_a_pair_end_with_one_terminator(chat_format):
-    end = chat_format.terminator_id
+    end = chat_format.eos_id
     examples = [pair(), pair("x", "a\n", " b ", row=1), pair(TALK, "Yes", "No", row=2)]
     for max_length in (1000, 120):
         pairs, _ = selected(chat_format, examples, max_length=max_length)
@@ -313,9 +313,7 @@ def test_a_cut_takes_of_the_messages_alone_and_what_does_not_fit_is_counted(name
     for index, row in enumerate(int(example_id.removeprefix("id-")) for example_id in pairs.example_ids):
         (prompt, *sides), (uncut, *whole_sides) = pairs.segments(index), whole.segments(row)
         for side, whole_side in zip(sides, whole_sides, strict=True):
-            assert (
-                side.tolist() == whole_side.tolist()
-            )  # so none is empty, none lacks its terminator, none is the other
+            assert side.tolist() == whole_side.tolist()  # so none is empty, none lacks its eos, none is the other
             assert len(prompt) + len(side) <= max_length
         assert prompt[: len(head)].tolist() == head
         assert prompt[len(prompt) - tail :].tolist() == uncut[len(uncut) - tail :].tolist()

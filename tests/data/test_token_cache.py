@@ -325,7 +325,7 @@ def test_a_store_may_be_empty(tmp_path, rows):
     pairs = TokenizedPairs(
         [store, stored(tmp_path / "other", [pair()])], [np.array([], int), np.array([0])], max_length=9
     )
-    assert pairs.segments(0)[1].tolist() == QWEN.token_ids(["Well."])[0] + [QWEN.terminator_id]
+    assert pairs.segments(0)[1].tolist() == QWEN.token_ids(["Well."])[0] + [QWEN.eos_id]
 
 
 def test_a_store_travels_to_a_worker_process_as_the_name_of_its_directory(tmp_path):
@@ -386,7 +386,7 @@ def test_segments_are_the_encoded_texts_of_their_row(subwords, tmp_path_factory,
     store = stored(
         directory, [pair(*t, row=n) for n, t in enumerate(rows)], chunk_rows=chunk_rows, chat_format=subwords
     )
-    tokenizer, end = subwords.tokenizer, subwords.terminator_id
+    tokenizer, end = subwords.tokenizer, subwords.eos_id
     assert len(store) == len(rows)
     for row in data.draw(st.permutations(range(len(rows)))):
         prompt, chosen, rejected = rows[row]

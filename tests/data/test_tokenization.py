@@ -1,4 +1,4 @@
-"""Pairs as token ids: one start token, one terminator, the same rule for both sides, and responses never cut."""
+"""Pairs as token ids: one start token, one eos, the same rule for both sides, and responses never cut."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_a_row_has_one_start_token_and_one_terminator_after_the_response(known):
         assert [start] == [i for i in prompt if i == start]
         assert prompt[0] == start
     for ids in sides:
-        assert ids[-1] == chat_format.terminator_id
-        assert np.count_nonzero(ids == chat_format.terminator_id) == 1
+        assert ids[-1] == chat_format.eos_id
+        assert np.count_nonzero(ids == chat_format.eos_id) == 1
 
 
 def test_prompt_ids_are_a_prefix_of_the_ids_of_the_whole_row(known):

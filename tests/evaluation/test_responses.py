@@ -87,7 +87,7 @@ def test_replies_stand_in_the_order_of_prompts_and_samples_and_say_how_they_ende
     assert [(reply.prompt_id, reply.sample) for reply in replies] == [(f"p{i}", k) for i in range(5) for k in range(3)]
     for reply in replies:
         assert reply.tokens == len(reply.ids) <= 40
-        assert reply.ended == (reply.ids[-1] == chat_format.terminator_id)
+        assert reply.ended == (reply.ids[-1] == chat_format.eos_id)
         assert reply.ended or reply.tokens == 40
         assert "<|im_end|>" not in reply.text
     assert len({reply.text for reply in replies}) == 15

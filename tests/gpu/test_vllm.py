@@ -57,7 +57,7 @@ def test_the_server_draws_with_the_weights_that_it_was_given(capsys, server, qwe
     policy = CausalLM.from_pretrained(str(qwen2_half_billion)).cuda().to(torch.bfloat16).eval()
     engine = VLLMEngine(server, tmp_path / "weights")
     prompts = [torch.randint(5, 900, (length,), device="cuda") for length in range(8, 72)]
-    options = {"max_new_tokens": 128, "temperature": 0.8, "terminator_id": 2, "pad_id": 0}
+    options = {"max_new_tokens": 128, "temperature": 0.8, "eos_id": 2, "pad_id": 0}
     seeds = [seed_of("gpu", i) for i in range(len(prompts))]
     for scale in (1.0, 1.5):
         for parameter in policy.parameters():

@@ -17,9 +17,9 @@ def policy(tiny_qwen2):
     return CausalLM.from_pretrained(str(tiny_qwen2))
 
 
-def drawn(policy, prompts, seeds, *, batch_size=64, temperature=1.0, new=6, terminator=END):
+def drawn(policy, prompts, seeds, *, batch_size=64, temperature=1.0, new=6, eos=END):
     engine = TransformersEngine(batch_size)
-    options = {"max_new_tokens": new, "temperature": temperature, "terminator_id": terminator, "pad_id": PAD}
+    options = {"max_new_tokens": new, "temperature": temperature, "eos_id": eos, "pad_id": PAD}
     return [reply.ids.tolist() for reply in engine.draw(policy, prompts, seeds, **options)]
 
 
@@ -48,11 +48,11 @@ def test_first_tokens_are_drawn_from_the_softmax_at_the_temperature(policy, temp
 
 def test_a_reply_ends_with_the_first_terminator_or_is_as_long_as_it_may_be(policy):
     first = drawn(policy, PROMPTS, [3] * 4, new=8)
-    terminator = first[0][2]
-    again = drawn(policy, PROMPTS, [3] * 4, new=8, terminator=terminator)
-    assert again[0] == first[0][: first[0].index(terminator) + 1]
-    assert all(terminator not in reply[:-1] for reply in again)
-    assert all(len(reply) == 8 or reply[-1] == terminator for reply in again)
+    eos = first[0][2]
+    again = drawn(policy, PROMPTS, [3] * 4, new=8, eos=eos)
+    assert again[0] == first[0][: first[0].index(eos) + 1]
+    assert all(eos not in reply[:-1] for reply in again)
+    assert all(len(reply) == 8 or reply[-1] == eos for reply in again)
 
 
 def test_settings_of_the_model_s_own_do_not_reach_the_drawing_and_stay_as_they_were(policy):
@@ -69,7 +69,7 @@ def test_settings_of_the_model_s_own_do_not_reach_the_drawing_and_stay_as_they_w
 
 
 def greedy(policy):
-    return greedy_responses(policy, PROMPTS, max_new_tokens=6, terminator_id=END, pad_id=PAD)
+    return greedy_responses(policy, PROMPTS, max_new_tokens=6, eos_id=END, pad_id=PAD)
 
 
 def test_temperature_0_takes_the_most_likely_token(policy):

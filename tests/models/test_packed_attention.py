@@ -126,7 +126,7 @@ def test_a_packed_model_generates_what_a_padded_one_does(tiny_qwen2):
     texts = []
     for attention in ("sdpa", "packed"):
         policy = CausalLM.from_pretrained(str(tiny_qwen2), attn_implementation=attention).eval()
-        replies = greedy_responses(policy, prompts, max_new_tokens=8, terminator_id=1, pad_id=0)
+        replies = greedy_responses(policy, prompts, max_new_tokens=8, eos_id=1, pad_id=0)
         texts.append([reply.tolist() for reply in replies])
     assert texts[0] == texts[1] != [[]]
 

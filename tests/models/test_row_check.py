@@ -196,7 +196,7 @@ def test_rotary_frequencies_go_by_the_row_alone(tmp_path, kind, attention):
 def test_replies_that_outgrow_the_rotary_frequencies_do_not_change_with_their_company(tmp_path, kind):
     architecture, settings = SCALED[kind]
     policy = CausalLM.from_pretrained(saved(tmp_path, architecture, DECODER | settings, AutoModelForCausalLM))
-    options = {"max_new_tokens": 6, "temperature": 0.0, "terminator_id": 1, "pad_id": 0}
+    options = {"max_new_tokens": 6, "temperature": 0.0, "eos_id": 1, "pad_id": 0}
     given = rows(2, 20, 5, 9)
     together = TransformersEngine(8).draw(policy, given, [0] * 4, **options)
     for prompt, reply in zip(given, together, strict=True):
@@ -209,7 +209,7 @@ def test_a_policy_whose_replies_change_with_their_company_is_refused(tmp_path):
         DECODER | EXPERTS | {"head_dim": 8, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]}
     )
     policy = CausalLM.from_pretrained(saved(tmp_path, "minimax", settings, AutoModelForCausalLM))
-    options = {"max_new_tokens": 2, "temperature": 0.0, "terminator_id": 1, "pad_id": 0}
+    options = {"max_new_tokens": 2, "temperature": 0.0, "eos_id": 1, "pad_id": 0}
     with pytest.raises(ModelError, match="responses of a minimax model change with the prompts beside them"):
         TransformersEngine(8).draw(policy, rows(3, 5), [0, 0], **options)
     assert len(TransformersEngine(1).draw(policy, rows(3, 5), [0, 0], **options)) == 2

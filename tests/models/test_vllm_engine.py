@@ -13,7 +13,7 @@ from rlhf_lightning.models.vllm_engine import VLLMEngine
 from tests.models.test_generation import END, PAD, PROMPTS
 from tests.models.vllm_stand_in import StandIn
 
-OPTIONS = {"max_new_tokens": 7, "temperature": 0.8, "terminator_id": END, "pad_id": PAD}
+OPTIONS = {"max_new_tokens": 7, "temperature": 0.8, "eos_id": END, "pad_id": PAD}
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class StandIn(ThreadingHTTPServer):
                 [content["seed"]],
                 max_new_tokens=content["max_tokens"],
                 temperature=content["temperature"],
-                terminator_id=self.extra_stop or end,
+                eos_id=self.extra_stop or end,
                 pad_id=0,
             )
         ids = reply.ids

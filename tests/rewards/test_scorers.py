@@ -118,7 +118,7 @@ def test_a_classifier_is_read_at_its_last_token_as_transformers_reads_a_row_alon
     form = ChatFormat(AutoTokenizer.from_pretrained(classifier))
     scored = RewardScorer(str(classifier))(PROMPTS, RESPONSES)
     for prompt, response, each in zip(PROMPTS, RESPONSES, scored, strict=True):
-        text = form.prompt_text(prompt) + response + form.tokenizer.decode([form.terminator_id])
+        text = form.prompt_text(prompt) + response + form.tokenizer.decode([form.eos_id])
         ids = torch.tensor([form.tokenizer(text)["input_ids"]])
         with torch.no_grad():
             expected = model.score(model.model(ids).last_hidden_state)[0, -1, 0].item()

@@ -110,7 +110,7 @@ def test_a_response_without_an_end_is_scored_as_it_stands(classifiers, kind, tem
     """As the policy wrote it: a reward model that reads an EOS there scored it 0.4 higher. SEP ends any text."""
     scorer = RewardScorer(str(classifiers[kind]), chat_template=template)
     form = scorer.chat_format
-    end = form.tokenizer.decode([form.terminator_id])
+    end = form.tokenizer.decode([form.eos_id])
     texts = [
         form.prompt_text(prompt) + form.response_text(response) + (end if complete else "")
         for prompt, response, complete in zip(PROMPTS, RESPONSES, ENDED, strict=True)

@@ -450,7 +450,7 @@ def test_a_language_model_is_no_reward_model(tiny_qwen2):
 @torch.no_grad()
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert"])
 def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(request, tmp_path, model):
-    """C36; in any batch, and with a terminator at the end."""
+    """C36; in any batch, and with a eos at the end."""
     from transformers import AutoTokenizer
 
     from rlhf_lightning.data.chat_format import ChatFormat
@@ -465,7 +465,7 @@ def test_a_reward_model_of_any_tokenizer_scores_the_text_in_its_own_format(reque
     form = ChatFormat(AutoTokenizer.from_pretrained(directory))
     for prompt, response, score in zip(prompts, responses, scores, strict=True):
         head = form.encode_prompts([form.prompt_text(prompt)])[0]
-        row = torch.tensor([[*head, *form.token_ids([form.response_text(response)])[0], form.terminator_id]])
+        row = torch.tensor([[*head, *form.token_ids([form.response_text(response)])[0], form.eos_id]])
         expected = network(row, torch.ones_like(row, dtype=torch.bool))
         torch.testing.assert_close(score[None], expected, rtol=0, atol=1e-5)
 

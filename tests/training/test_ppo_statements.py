@@ -27,9 +27,9 @@ class Ending:
     def synchronize(self, policy):
         pass
 
-    def draw(self, policy, prompts, seeds, *, terminator_id, **options):
-        drawn = self.engine.draw(policy, prompts, seeds, terminator_id=terminator_id, **options)
-        end = torch.tensor([terminator_id])
+    def draw(self, policy, prompts, seeds, *, eos_id, **options):
+        drawn = self.engine.draw(policy, prompts, seeds, eos_id=eos_id, **options)
+        end = torch.tensor([eos_id])
         cut = [torch.cat([reply.ids[: seed % 7], end]) for reply, seed in zip(drawn, seeds, strict=True)]
         return [reply if seed % 2 else Sampled(ids) for reply, ids, seed in zip(drawn, cut, seeds, strict=True)]
 
@@ -71,7 +71,7 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
         whiten_advantages=False, gamma=0.97, gae_lambda=0.9, kl_coef=0.4, missing_eos_penalty=0.7
     )
     settings, replies, scores = module.hparams, experience.responses, experience.scores
-    ended = [bool(row[-1] == module.trainer.datamodule.chat_format.terminator_id) for row in replies.rows]
+    ended = [bool(row[-1] == module.trainer.datamodule.chat_format.eos_id) for row in replies.rows]
     assert ended == replies.ended.tolist()
     assert 0 < sum(ended) < len(ended)
     mask, logprobs, _, values = experience.tokens
@@ -147,21 +147,21 @@ def test_rloo_has_the_kl_of_a_reply_in_its_reward(rollout):
 
 
 def test_c34_no_token_that_was_not_drawn_is_in_the_loss(rollout):
-    """A reply has one terminator, at its end, or is cut without one; what rows are padded with changes no loss."""
+    """A reply has one eos, at its end, or is cut without one; what rows are padded with changes no loss."""
     module, experience, targets, _ = rollout(missing_eos_penalty=0.0)
-    terminator = module.trainer.datamodule.chat_format.terminator_id
+    eos = module.trainer.datamodule.chat_format.eos_id
     for row, start, ended in zip(
         experience.responses.rows, experience.responses.prompt_lengths, experience.responses.ended, strict=True
     ):
         reply = row[start:]
-        assert (reply == terminator).sum() == int(ended)
+        assert (reply == eos).sum() == int(ended)
         assert len(reply) <= 8
         assert bool(ended) or len(reply) == 8
     assert experience.tokens.mask.sum(dim=1).tolist() == experience.responses.lengths.tolist()
     everything = list(range(len(experience.responses.rows)))
     losses = []
     chat_format = module.trainer.datamodule.chat_format
-    for pad_id in (chat_format.pad_id, terminator, 77):
+    for pad_id in (chat_format.pad_id, eos, 77):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(chat_format), "pad_id", pad_id)
             losses.append(module._losses(experience, targets, everything, counts=True)[0].item())

@@ -78,18 +78,18 @@ def test_greedy_responses_are_the_argmax_token_by_token_up_to_the_terminator(bui
     policy, model = module.policy.train(), module.policy.model
     prompts = [torch.tensor(ids) for ids in ([5, 6, 7], [300, 8, 9, 10, 11])]
 
-    def continued(prompt, terminator):
+    def continued(prompt, eos):
         ids = prompt.tolist()
         for _ in range(8):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == terminator:
+            if ids[-1] == eos:
                 break
         return ids[len(prompt) :]
 
     free = [continued(prompt, None) for prompt in prompts]
-    terminator = free[0][3]
-    expected = [continued(prompt, terminator) for prompt in prompts]
-    replies = greedy_responses(policy, prompts, max_new_tokens=8, terminator_id=terminator, pad_id=0)
+    eos = free[0][3]
+    expected = [continued(prompt, eos) for prompt in prompts]
+    replies = greedy_responses(policy, prompts, max_new_tokens=8, eos_id=eos, pad_id=0)
     assert [reply.tolist() for reply in replies] == expected
     assert len(expected[0]) <= 4
     assert policy.training

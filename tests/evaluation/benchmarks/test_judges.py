@@ -299,7 +299,7 @@ def test_a_model_answers_as_it_would_alone_and_a_random_one_is_never_read(tiny_q
     for question, reply in zip(questions, judge(questions), strict=True):
         text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         prompt = torch.tensor(tokenizer(text)["input_ids"])
-        options = {"terminator_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+        options = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
         (alone,) = greedy_responses(policy, [prompt], max_new_tokens=6, **options)
         assert reply == tokenizer.decode(alone, skip_special_tokens=True)
     result = judge_rewardbench(judge, pairs()[:3])
