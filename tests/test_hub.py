@@ -12,7 +12,7 @@ from rlhf_lightning import hub
 from rlhf_lightning.data.sources import read_rows
 from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import DataError, ModelError
-from rlhf_lightning.models.backbones import load_config
+from rlhf_lightning.models.configuration import load_config
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
-from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 from rlhf_lightning.models.precision import move
 from rlhf_lightning.rewards.scorers import load_policy

@@ -20,7 +20,7 @@ from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.generate import load_frozen_policy
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
-from rlhf_lightning.models.backbones import max_positions
+from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.rollouts import Rollouts

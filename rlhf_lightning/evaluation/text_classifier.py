@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.precision import move
 
 if TYPE_CHECKING:

@@ -21,14 +21,8 @@ from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
-from rlhf_lightning.models.backbones import (
-    AttentionImplementation,
-    check_rows,
-    hidden_states,
-    load_config,
-    load_weights,
-    write_published_settings,
-)
+from rlhf_lightning.models.backbones import AttentionImplementation, check_rows, hidden_states, load_weights
+from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.models.storage import replaced_model

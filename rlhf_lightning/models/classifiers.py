@@ -12,13 +12,8 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.functional.reductions import last_token_index
-from rlhf_lightning.models.backbones import (
-    check_attention_type,
-    check_rows,
-    hidden_states,
-    load_weights,
-    max_positions,
-)
+from rlhf_lightning.models.backbones import check_attention_type, check_rows, hidden_states, load_weights
+from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of, rounding
 
 if TYPE_CHECKING:

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.backbones import (
-    AttentionImplementation,
-    changed_settings,
-    check_attention,
-    keep_routers_still,
-    load_config,
-    switch_dropout_off,
-)
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, keep_routers_still
+from rlhf_lightning.models.configuration import changed_settings, load_config, switch_dropout_off
 from rlhf_lightning.models.packed_attention import PACKED, register
 
 if TYPE_CHECKING:

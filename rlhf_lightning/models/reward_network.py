@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.functional.reductions import last_token_index, masked_mean
-from rlhf_lightning.models.backbones import (
-    AttentionImplementation,
-    hidden_states,
-    layer_states,
-    load_backbone,
-    load_config,
-    write_published_settings,
-)
+from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, layer_states, load_backbone
+from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:

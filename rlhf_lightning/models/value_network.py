@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, load_config
+from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states
+from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from rlhf_lightning.data.tokenizer import check_reference_tokenizer, load_tokeni
 from rlhf_lightning.data.truncation import truncate_left
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
 from rlhf_lightning.files.seals import check_seal
-from rlhf_lightning.models.backbones import load_config, max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network

@@ -18,8 +18,8 @@ from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.advantages import AdvantageEstimator
-from rlhf_lightning.models.backbones import max_positions
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.training.best import best_checkpoint
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint, restored_module
 from rlhf_lightning.training.results import network_of, weights_sum

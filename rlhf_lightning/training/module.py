@@ -30,8 +30,9 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.metrics import TokensPerSecond
-from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, load_config
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
+from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
 from rlhf_lightning.models.storage import replaced_model
 from rlhf_lightning.training.checkpoints import (

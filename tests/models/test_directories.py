@@ -15,8 +15,9 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files import seals
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.models import storage as directories
-from rlhf_lightning.models.backbones import load_backbone, load_config
+from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
+from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.storage import check_free, end_at, replaced_model
 from rlhf_lightning.rewards.scorers import load_policy

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import load_config
+from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, pooling_of
 
 VOCAB = 200

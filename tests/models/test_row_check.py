@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models import backbones, generation
-from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone, load_config, max_positions
+from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
+from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.models.reward_network import RewardNetwork
 

@@ -21,9 +21,10 @@ from transformers import (
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.evaluation.judge import PolicyJudge
 from rlhf_lightning.evaluation.text_classifier import TextClassifier
-from rlhf_lightning.models.backbones import load_backbone, load_config
+from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.classifiers import load_classifier, token_head
+from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer, load_policy
