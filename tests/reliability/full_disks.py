@@ -162,7 +162,7 @@ def trials(command: Command, *fulls: Full | Small) -> list[Trial]:
 SAVE = "rlhf_lightning.training.checkpoints.WholeFileIO.save_checkpoint"
 EXPORT_BEST = "rlhf_lightning.training.callbacks.replaced_model"
 ADD = "rlhf_lightning.training.reference_cache.ReferenceCache.add"
-TOKENIZE = "rlhf_lightning.data.tokenization.write_rows"
+TOKENIZE = "rlhf_lightning.data.tokenized.write_store"
 PUT = "rlhf_lightning.commands.pipeline.runs.State.put"
 STAGE = "rlhf_lightning.commands.main.end_with_pipeline"
 LOG = "lightning.pytorch.loggers.tensorboard.TensorBoardLogger.log_metrics"

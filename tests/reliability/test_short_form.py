@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
+from tests.reliability import full_disks
 from tests.reliability.__main__ import main
 from tests.reliability.lines import LINES
 from tests.reliability.table import Line, attempt, drawn
@@ -40,3 +43,8 @@ def test_the_table_sums_each_kind(tmp_path):
     tried = attempt(Line("race", "that", lambda: [survive, fall]), tmp_path)
     last = drawn([tried]).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[3:5]] == ["2", "1"]
+
+
+@pytest.mark.parametrize("function", [full_disks.SAVE, full_disks.EXPORT_BEST, full_disks.ADD, full_disks.TOKENIZE])
+def test_the_functions_at_which_a_disk_is_full_are_there(function):
+    assert callable(pkgutil.resolve_name(function))
