@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Base of the errors that the command line prints as one line, with exit code 2 and without a traceback."""
@@ -21,6 +24,20 @@ class ConfigurationError(UserError):
 
 class TrainingError(UserError):
     """A run cannot go on: what it computes is no number, or not what it should be."""
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Inside, a `UserError` of a constructor stays what it is: the parser wraps it in a ValueError of many lines."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause is error:
+            raise
+        raise cause from error
 
 
 def reason_of(error: BaseException, *, whole: bool = False) -> str:

@@ -30,7 +30,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, chat_format_of
 from rlhf_lightning.data.tokenizer import TokenizerSource, load_tokenizer
-from rlhf_lightning.errors import ConfigurationError, reason_of
+from rlhf_lightning.errors import ConfigurationError, reason_of, unwrapped
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
 from rlhf_lightning.models.storage import end_at
 from rlhf_lightning.terminal import search_no_gpu
@@ -205,7 +205,8 @@ def restored_module(kind: type[LightningModule], path: str | Path) -> LightningM
         return kind.load_from_checkpoint(path, map_location="cpu")
     from lightning.pytorch.core.saving import _load_state  # what load_from_checkpoint does with a file it has read
 
-    return _load_state(kind, read_checkpoint(path))
+    with unwrapped():
+        return _load_state(kind, read_checkpoint(path))
 
 
 def _float32_weights(path: str | Path, stored: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
@@ -224,10 +224,11 @@ class TrainedModule(LightningModule):
 
     @_restricted_classmethod  # as Lightning's, which refuses it on an instance: its weights would stay as they are
     def load_from_checkpoint(cls, checkpoint_path: str | Path | IO, *arguments: Any, **named: Any) -> Self:
-        """As Lightning's. Raises `ConfigurationError` for a damaged checkpoint."""
+        """As Lightning's. Raises `ConfigurationError` for a damaged checkpoint, and what the constructor raises."""
         if isinstance(checkpoint_path, str | os.PathLike) and os.path.exists(checkpoint_path):
             check_whole(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
+        with unwrapped():
+            return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
 
     def setup(self, stage: str) -> None:
         self.check_data(self.trainer.datamodule)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from rlhf_lightning import DPO
 from rlhf_lightning.commands.evaluate import run as evaluate
 from rlhf_lightning.commands.export import export_checkpoint
 from rlhf_lightning.commands.main import main
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint, restored_module
 from tests.training.conftest import build, pairs, trainer  # noqa: F401 (fixtures)
@@ -113,3 +114,13 @@ def test_last_with_broken_checkpoints_alone_does_not_begin_anew(tmp_path, monkey
     (directory / "last-3.ckpt").write_bytes(b"PK cut")
     assert main(["fit", "--config", QUICKSTART, "--ckpt_path", "last"]) == 2
     assert "leave ckpt_path out to begin anew at step 0" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_whose_base_model_is_gone_names_it_in_one_line(tmp_path):
+    """Of a checkpoint that the command line wrote the parser makes the module, and wraps what its constructor raises."""
+    settings = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": "rlhf_lightning.DPO"}
+    content = {"hyper_parameters": settings | {"backbone": "nowhere/at/all"}, "state_dict": {}}
+    torch.save(content | {"pytorch-lightning_version": "2.6.6"}, tmp_path / "one.ckpt")
+    with pytest.raises(ModelError, match=r"^nowhere/at/all: ") as raised:
+        DPO.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert "\n" not in str(raised.value)
