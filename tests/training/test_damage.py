@@ -117,7 +117,7 @@ def test_last_with_broken_checkpoints_alone_does_not_begin_anew(tmp_path, monkey
 
 
 def test_a_checkpoint_whose_base_model_is_gone_names_it_in_one_line(tmp_path):
-    """Of a checkpoint that the command line wrote the parser makes the module, and wraps what its constructor raises."""
+    """Of a checkpoint that the command line wrote the parser makes the module and wraps what its constructor raises."""
     settings = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": "rlhf_lightning.DPO"}
     content = {"hyper_parameters": settings | {"backbone": "nowhere/at/all"}, "state_dict": {}}
     torch.save(content | {"pytorch-lightning_version": "2.6.6"}, tmp_path / "one.ckpt")
