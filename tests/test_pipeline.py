@@ -197,7 +197,8 @@ NONE = {"first": "unchanged", "second": "unchanged"}
 def test_stages_run_in_their_order_each_on_what_the_earlier_wrote(ran):
     assert ran() == BOTH
     assert written("second") == "data\nword 18\nword 18\n"
-    assert re.search(r"^first: running; not run before\nfirst: done in \d+ s\nsecond: running", ran.out, re.MULTILINE)
+    first = r"^first: running; not run before; its log is \S+/first.log\nfirst: done in \d+ s\nsecond: running"
+    assert re.search(first, ran.out, re.MULTILINE)
     assert re.search(r"== second\n(.*\n)*checkpoint:  runs/second/version_0/checkpoints/best-18.ckpt\n", ran.out)
     assert ran.out.endswith("logs and state: state\n")
     log = Path("state/first.log").read_text()

@@ -89,12 +89,12 @@ def run_stage(stage: Stage, state: State, status: Status, *, again: bool) -> Non
     if reason is None:
         say(f"{stage.name}: unchanged")
         return
-    say(f"{stage.name}: running; {reason}")
+    began, log = time.monotonic(), home / f"{stage.name}.log"
+    say(f"{stage.name}: running; {reason}; its log is {log}")
     interrupted = known if reason == _INTERRUPTED and stage.command == "fit" else None
     record = Record(inputs, interrupted.began if interrupted else time.time())
     state.put(stage.name, record)
     resume = ["--ckpt_path", "last"] if interrupted and _has_checkpoint(stage, newer_than=interrupted.began) else []
-    began, log = time.monotonic(), home / f"{stage.name}.log"
 
     def tell(line: str) -> None:
         text = f"{stage.name}  {time.monotonic() - began:.0f} s  {line}"
