@@ -145,7 +145,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "<!-- test-command -->" in script
     assert (
         marked.strip().splitlines()[-1]
-        == "pip install -c .ci/constraints.txt -e '.[dev]' && python -m pytest -n 2 --dist loadfile"
+        == "pip install -c .ci/constraints.txt -e '.[dev]' && mypy && python -m pytest -n 2 --dist loadfile"
     )
 
 

@@ -56,8 +56,8 @@ def test_classifiers_and_reward_models_are_told_apart_by_any_weight(tiny_bert, t
         for made, source in (("network", tiny_qwen2), ("classifier", tiny_bert)):
             for file in source.glob("*token*"):
                 (tmp_path / f"{made} {round_}" / file.name).write_bytes(file.read_bytes())
-        text = TextClassifier(str(tmp_path / f"classifier {round_}"), labels=["LABEL_1"], activation="softmax")
-        seen += [text.weights, RewardScorer(str(tmp_path / f"network {round_}")).fingerprint]
+        text = TextClassifier(str(tmp_path / f"classifier {round_}"), labels=["LABEL_1"])
+        seen += [weights_fingerprint(text.model), RewardScorer(str(tmp_path / f"network {round_}")).fingerprint]
         with torch.no_grad():
             network.backbone.get_input_embeddings().weight[50, 7] += 1e-6
             classifier.base_model.get_input_embeddings().weight[50, 7] += 1e-6

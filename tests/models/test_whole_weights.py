@@ -52,7 +52,7 @@ def without(directory, *endings):
 @pytest.mark.parametrize("source", ["tiny_qwen2", "tiny_bert"])
 @pytest.mark.parametrize(
     "load",
-    [RewardScorer, lambda name: TextClassifier(name, labels=["LABEL_0"], activation="sigmoid")],
+    [RewardScorer, lambda name: TextClassifier(name, labels=["LABEL_0"])],
     ids=["reward", "text"],
 )
 def test_a_classifier_without_its_head_is_refused(request, tmp_path, source, load):

@@ -255,7 +255,7 @@ def test_an_engine_that_is_none_is_refused(build_ppo):
 
 def test_a_policy_that_never_ends_a_reply_is_told(build_ppo, trainer, caplog):
     fitted(trainer, build_ppo(max_new_tokens=2))
-    assert caplog.text.count("no reply of the first rollout ended") == 1
+    assert caplog.text.count("no response of the first rollout ended") == 1
 
 
 def test_the_penalty_meets_replies_without_an_end_alone(build_ppo):
