@@ -462,6 +462,23 @@ def test_doctor_takes_the_short_name_of_config_too(capsys):
     assert "All 800 rows can be used (builtin:tiny, chat template)." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("a.jsonl", ["doctor", "./a.jsonl", "--json", "a.jsonl"]),
+        ("a.jsonl", ["doctor", "--data.train=a.jsonl", "--html", "a.jsonl"]),
+        ("c.yaml", ["plan", "--config", "c.yaml", "--json", "c.yaml"]),
+        ("out/samples.jsonl", ["evaluate", "--policy", "p", "--prompts", "out/samples.jsonl", "--out", "out"]),
+    ],
+)
+def test_no_command_writes_over_a_file_that_it_reads(capsys, tmp_path, file, arguments):
+    (tmp_path / "out").mkdir()
+    content = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / file).write_text(content)
+    assert f"{file} is read here" in refusal(capsys, *arguments)
+    assert (tmp_path / file).read_text() == content
+
+
 def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
     row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     for name in ("a", "b"):
@@ -472,7 +489,6 @@ def test_doctor_holds_a_source_against_validation_pairs(capsys, tmp_path):
         assert [role["source"] for role in found["roles"]] == ["a.jsonl", "b.jsonl"]
         assert found["roles"][1]["shared_prompts"] == ["b.jsonl, row 0"]
     assert "both given" in refusal(capsys, "doctor", "a.jsonl", "--data.train", "b.jsonl")
-    assert "a.jsonl" in refusal(capsys, "doctor", "a.jsonl", "--json", "a.jsonl"), "its findings replace no data"
 
 
 def test_doctor_examines_a_source_alone(capsys, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.commands.settings import Arguments
+from rlhf_lightning.commands.settings import Arguments, spare_inputs
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.terminal import Terminal, say, silenced
@@ -41,9 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigurationError("doctor: give a SOURCE, --data.train, or the --config of a run")
     if source is not None and "--data.train" in given:
         raise ConfigurationError(f"doctor: {source} and --data.train are both given; leave one of them out")
-    for path in filter(None, (own.json, own.html)):
-        if str(path) in (source, *settings):
-            raise ConfigurationError(f"doctor: {path} is what is to be examined; name another file for the findings")
+    spare_inputs("doctor", filter(None, (own.json, own.html)), (source, *settings))
     from rlhf_lightning.report.doctor import html_page, print_diagnosis
 
     diagnosis = _diagnosis(source, settings)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.settings import parse_settings
+from rlhf_lightning.commands.settings import parse_settings, spare_inputs
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.base import write_official_files
@@ -57,6 +57,9 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"out: {out} is a file; name a directory")
     if settings.out in ("", "null"):
         raise ConfigurationError("out: a report needs a directory; name one")
+    given = [each for value in vars(settings).values() for each in (value if isinstance(value, list) else [value])]
+    sources = [each["source"] if isinstance(each, dict) else each for each in given]
+    spare_inputs("evaluate", (out / name for name in FILES), sources)
     check(settings)
     busy = f"out: {out}: another evaluation is writing there; wait for its end, or give another directory"
     lock = out / "kept" / ".lock"

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from rich.table import Table
 
 from rlhf_lightning.commands import fit as program
-from rlhf_lightning.commands.settings import Arguments
+from rlhf_lightning.commands.settings import Arguments, spare_inputs
 from rlhf_lightning.data import datamodules
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import free_bytes, write_whole
@@ -96,6 +96,7 @@ def run(arguments: Sequence[str]) -> int:
     own, settings = parser.parse_known_args(list(arguments))
     if not settings:
         raise ConfigurationError("plan: give the --config of a run")
+    spare_inputs("plan", filter(None, [own.json]), settings)
     made = plan(settings, gpu=own.gpu, read_data=not own.no_data)
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from rlhf_lightning.errors import ConfigurationError
@@ -27,6 +29,18 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{self.command}: {message}; see {self.prog} --help")
+
+
+def spare_inputs(command: str, written: Iterable[Path], read: Iterable[object]) -> None:
+    """Raise `ConfigurationError` where a command would write over a file that it reads.
+
+    Of what is `read`, the texts that name a file count, also behind the `=` of an argument.
+    """
+    named = [name for text in read if isinstance(text, str) for name in (text, text.partition("=")[2])]
+    files = [name for name in named if os.path.isfile(name)]
+    for path in written:
+        if path.is_file() and any(path.samefile(name) for name in files):
+            raise ConfigurationError(f"{command}: {path} is read here, and would be overwritten; name another to write")
 
 
 def parse_settings(kind: type[Settings], command: str, usage: str, arguments: Sequence[str]) -> Settings:
