@@ -469,10 +469,18 @@ def test_doctor_takes_the_short_name_of_config_too(capsys):
         ("a.jsonl", ["doctor", "--data.train=a.jsonl", "--html", "a.jsonl"]),
         ("c.yaml", ["plan", "--config", "c.yaml", "--json", "c.yaml"]),
         ("out/samples.jsonl", ["evaluate", "--policy", "p", "--prompts", "out/samples.jsonl", "--out", "out"]),
+        (
+            "o/scores.jsonl",
+            ["evaluate", "--reward_model", "p", "--benchmarks", '{"b": "o/scores.jsonl"}', "--out", "o"],
+        ),
+        (
+            "o/scores.jsonl",
+            ["evaluate", "--reward_model", "p", "--pairs", "[{source: o/scores.jsonl, columns: {a: b}}]", "--out=o"],
+        ),
     ],
 )
 def test_no_command_writes_over_a_file_that_it_reads(capsys, tmp_path, file, arguments):
-    (tmp_path / "out").mkdir()
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     content = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     (tmp_path / file).write_text(content)
     assert f"{file} is read here" in refusal(capsys, *arguments)

@@ -57,9 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigurationError(f"out: {out} is a file; name a directory")
     if settings.out in ("", "null"):
         raise ConfigurationError("out: a report needs a directory; name one")
-    given = [each for value in vars(settings).values() for each in (value if isinstance(value, list) else [value])]
-    sources = [each["source"] if isinstance(each, dict) else each for each in given]
-    spare_inputs("evaluate", (out / name for name in FILES), sources)
+    spare_inputs("evaluate", (out / name for name in FILES), vars(settings).values())
     check(settings)
     busy = f"out: {out}: another evaluation is writing there; wait for its end, or give another directory"
     lock = out / "kept" / ".lock"

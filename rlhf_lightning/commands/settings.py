@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -34,13 +34,21 @@ class Arguments(argparse.ArgumentParser):
 def spare_inputs(command: str, written: Iterable[Path], read: Iterable[object]) -> None:
     """Raise `ConfigurationError` where a command would write over a file that it reads.
 
-    Of what is `read`, the texts that name a file count, also behind the `=` of an argument.
+    Of what is `read`, the texts that name a file count, also behind the `=` of an argument and within lists and dicts.
     """
-    named = [name for text in read if isinstance(text, str) for name in (text, text.partition("=")[2])]
+    named = [name for text in _texts(read) for name in (text, text.partition("=")[2])]
     files = [name for name in named if os.path.isfile(name)]
     for path in written:
         if path.is_file() and any(path.samefile(name) for name in files):
             raise ConfigurationError(f"{command}: {path} is read here, and would be overwritten; name another to write")
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Iterable):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 def parse_settings(kind: type[Settings], command: str, usage: str, arguments: Sequence[str]) -> Settings:
