@@ -91,7 +91,7 @@ class Experience(NamedTuple):
     tokens: TokenNumbers
 
     def numbers(self) -> dict[str, Tensor]:
-        """What is logged of each response, [B]; each is defined in the README under its name."""
+        """What is logged of each response, [B]; each is defined in docs/metrics.md under its name."""
         mask, device = self.tokens.mask, self.scores.device
         return {
             "reward": self.scores,

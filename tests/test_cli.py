@@ -392,9 +392,9 @@ def logged_scalars(run: Path) -> set[str]:
 
 
 def documented_scalars(name: str) -> set[str]:
-    """The names in the README's table of what one class logs; those of CUDA or of 16-mixed alone are left out."""
-    logged = (ROOT / "README.md").read_text().split("\n## What is logged\n")[1].split("\n## ")[0]
-    (section,) = [part for part in logged.split("\n### ") if part.startswith(f"{name}\n")]
+    """The names in docs/metrics.md of what one class logs; those of CUDA or of 16-mixed alone are left out."""
+    logged = (ROOT / "docs" / "metrics.md").read_text()
+    (section,) = [part for part in logged.split("\n## ") if part.startswith(f"{name}\n")]
     names = set()
     for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
         names |= set(re.findall(r"`((?:train|val)/[\w/]+)`", row))

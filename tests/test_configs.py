@@ -1,4 +1,4 @@
-"""Every file in configs/ parses, and says of itself what the README says."""
+"""Every file in configs/ parses, and says of itself what the documentation says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README says can be done, can be done."""
+"""What README, CONTRIBUTING and the pages in docs/ say can be done, can be done; their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -6,24 +6,47 @@ import json
 import re
 import shlex
 import sys
+from pathlib import Path
+from pkgutil import resolve_name
+from textwrap import dedent
 
 import pytest
 import torch
+import yaml
 
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
 from tests.test_configs import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+}
+README = PAGES[ROOT / "README.md"]
+TEXT = "\n".join(PAGES.values())
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """The fenced blocks of a language, of all pages, without the indentation of the list that they stand in."""
+    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", TEXT, re.DOTALL | re.MULTILINE)]
+
+
+EXAMPLES = ("RewardNetwork", "messages(", "SFT(", "backbone=network", "lambda prompts, responses", "AddedToken")
+"""A word that tells each Python block from the others; each is run by one test."""
 
 
 def example(word: str) -> str:
     """The Python block with a word in it."""
     (block,) = [block for block in blocks("python") if word in block]
     return block
+
+
+def test_every_block_is_of_a_kind_that_is_checked_here():
+    languages = set(re.findall(r"^ *```(\S+)$", TEXT, re.MULTILINE))
+    assert languages == {"bash", "python", "py", "yaml", "json"}
+    assert sorted(example(word) for word in EXAMPLES) == sorted(blocks("python"))
+    for block in blocks("py"):
+        compile(block, "block", "exec")
+    assert all(yaml.safe_load(block) for block in blocks("yaml"))
+    assert all(json.loads(line) for block in blocks("json") for line in block.splitlines())
 
 
 def commands() -> list[list[str]]:
@@ -93,6 +116,20 @@ def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
     assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+[.?]'\}\]\n", capsys.readouterr().out)
 
 
+def test_the_python_example_of_a_tokenizer_keeps_line_breaks(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.chdir(tmp_path)
+    core = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "[unused1]": 2}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained("bert_like")
+    exec(example("AddedToken").replace("sentence-transformers/all-MiniLM-L6-v2", "bert_like"), {})
+    made = PreTrainedTokenizerFast.from_pretrained("minilm_with_lines")
+    assert 2 in made("a\na").input_ids
+    assert 2 not in PreTrainedTokenizerFast.from_pretrained("bert_like")("a\na").input_ids
+
+
 def test_the_python_example_of_training_on_rows_in_memory_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -149,24 +186,60 @@ def test_ci_runs_the_test_command_of_the_readme():
     )
 
 
-def tables() -> list[list[str]]:
-    """The first column of every printed table, line by line."""
-    printed = re.findall(r"┏.*?└", README, re.DOTALL)
-    return [[row.split("│")[1].strip() for row in table.splitlines() if row.startswith("│")] for table in printed]
+def tables() -> dict[str, list[str]]:
+    """The first column of every printed table, line by line, by the first word of its header."""
+    printed = re.findall(r"┏.*?└", TEXT, re.DOTALL)
+    rows = [[row.split("│")[1].strip() for row in table.splitlines() if row.startswith("│")] for table in printed]
+    return {re.search(r"┃ (\w+)", table)[1]: names for table, names in zip(printed, rows, strict=True)}
 
 
 def test_the_table_of_dpo_has_the_rows_that_the_program_prints():
     from rlhf_lightning import DPO
     from rlhf_lightning.training.results import table_rows
 
-    _, rows = tables()
-    assert rows == [words for _, words in table_rows(dict.fromkeys(DPO("builtin:tiny").val_metrics, 0.0))]
+    assert tables()["metric"] == [words for _, words in table_rows(dict.fromkeys(DPO("builtin:tiny").val_metrics, 0.0))]
 
 
 def test_the_table_of_the_quickstart_has_the_targets_of_an_evaluation():
     from rlhf_lightning.evaluation.results import EvaluationResults
     from rlhf_lightning.evaluation.verdicts import verdicts
 
-    rows, _ = tables()
+    rows = tables()["target"]
     nothing = EvaluationResults("", [], [], None, [], [], {})
     assert " ".join(filter(None, rows)) == " ".join(verdict.target for verdict in verdicts(nothing))
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    """The targets of a page's links and pictures that lie in the repository."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", PAGES[page], flags=re.DOTALL)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in links(page):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not heading or heading in anchors(file), target
+
+
+def test_readme_leads_to_every_page_and_is_short():
+    reached = {(ROOT / target.partition("#")[0]).resolve() for target in links(ROOT / "README.md")}
+    assert set(PAGES) - reached == {ROOT / "README.md"}
+    assert len(README.splitlines()) <= 200
+
+
+NAMED = sorted(set(re.findall(r"`(rlhf_lightning(?:\.\w+)+(?::\w+)?)", TEXT)) - {"rlhf_lightning.json"})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_of_the_code_are_there(name):
+    """`rlhf_lightning.module:function`, or with a dot in place of the colon."""
+    assert resolve_name(name) is not None

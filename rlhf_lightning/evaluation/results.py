@@ -129,7 +129,7 @@ class EvaluationResults:
 
 
 def metrics(results: EvaluationResults) -> dict[str, Estimate | float | int]:
-    """Every number by the name that the README defines, without those that were not measured."""
+    """Every number by the name that docs/metrics.md defines, without those that were not measured."""
     found: dict[str, Quantity] = {}
     for scorer in results.scorers:
         prefix = {"reward model": "rm", "implicit reward": "implicit"}.get(scorer.title, "rm_held_out")

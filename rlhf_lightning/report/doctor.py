@@ -25,7 +25,7 @@ _SHOWN_AT_THE_START, _SHOWN_AT_THE_END = 300, 700
 
 _UNSEEN = {
     "line breaks": "lists and paragraphs look like running text; a copy of the tokenizer can be given a token for them "
-    "(README, The data doctor)",
+    "(docs/data.md, The data doctor)",
     "capitals": "nothing; another model would be needed",
 }
 """What can be done about what a tokenizer does not see."""

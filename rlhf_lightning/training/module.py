@@ -78,7 +78,7 @@ class Measured(NamedTuple):
 
 
 def means(*names: str) -> dict[str, Metric]:
-    """Metrics that are means, by their names; each is defined in the README."""
+    """Metrics that are means, by their names; each is defined in docs/metrics.md."""
     return {name: MeanMetric(nan_strategy="disable") for name in names}
 
 
