@@ -13,7 +13,8 @@ from rlhf_lightning.data.examples import BAD_ROW_REASONS, Message
 
 ROLES = ("system", "user", "assistant")
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_OTHER_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+"""What ShareGPT and OpenAI call roles, and their names here."""
 _TURN_KEYS = frozenset(("role", "content", "from", "value"))
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a turn for what the assistant thought before it replied; they have a place in a response alone."""
@@ -229,6 +230,7 @@ def transcript(text: str) -> list[Message]:
 def messages_of(name: str, value: Sequence[Any] | Mapping[str, Any], *, replies: bool = False) -> list[Message]:
     """Check a conversation, or a message alone, and keep role and content. ShareGPT's names are known.
 
+    A content of several parts of text is their texts in a row; the role `developer` is `system`.
     With `replies`, the last turn is a response, and reasoning in a key of its own is put before its text as
     `<think>...</think>`.
     """
@@ -249,11 +251,11 @@ def _message(name: str, turn: Any, *, is_reply: bool) -> Message:
             "chat template writes it, or remove it",
         )
     role, content = _said(turn, "role", "from"), _said(turn, "content", "value")
-    if isinstance(content, list) and len(content) == 1:
-        content = _text_part(content[0])
+    if isinstance(content, list) and content:
+        content = "".join(_text_part(name, part) for part in content)
     if not isinstance(content, str):
         raise BadRow("bad_messages", f"{name} holds a turn that is no {{role, content}} with text")
-    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRow("bad_messages", f"{name} holds the role {reprlib.repr(role)}; use {', '.join(ROLES)}")
     reasoning = _said(turn, *_REASONING)
@@ -273,11 +275,14 @@ def _said(turn: Mapping[str, Any], *keys: str) -> Any:
     return next((turn[key] for key in keys if turn.get(key) is not None), None)
 
 
-def _text_part(part: Any) -> str | None:
-    """The text of the only part of a content; None where it holds anything else."""
-    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-        return None
-    return None if any(says_something(part[key]) for key in part.keys() - {"type", "text"}) else part.get("text")
+def _text_part(name: str, part: Any) -> str:
+    """The text of a part of a content, `{"type": "text", "text": ...}`. Raises `BadRow` for one of another type."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    beside = [key for key in part.keys() - {"type", "text"} if says_something(part[key])] if kind == "text" else []
+    if kind != "text" or beside or not isinstance(part.get("text"), str):
+        what = beside[0] if beside else kind if isinstance(kind, str) and kind != "text" else "no text"
+        raise BadRow("no_place", f"{name} holds a turn with a part of {what}; its place is for text alone")
+    return part["text"]
 
 
 def with_context(prompt: Sequence[Message], *, system: Any, history: Any) -> list[Message]:

@@ -26,7 +26,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "tie": "neither response is better by the row's label; ties are counted, and left out without being refused",
     "bad_label": "a label or the scores of the responses contradict themselves, or have no meaning that is known",
     "bad_margin": "the margin is not a number, or beyond a million",
-    "no_place": "the row holds tools, calls, template arguments or reasoning that a pair or template has no place for",
+    "no_place": "tools, calls, images, template arguments or reasoning in the row have no place in a pair or template",
     "special_tokens": "a text contains a control token, such as the end-of-sequence token or a mark of the template",
     "template_refused": "the chat template does not take the conversation, or changes the words of a response",
     "too_long": "prompt head, response and EOS do not fit into max_length, or a prompt into max_prompt_length",

@@ -8,13 +8,72 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from rlhf_lightning.data.conversations import BadRow, exchange, is_conversation, parsed_json
+from rlhf_lightning.data.conversations import BadRow, exchange, parsed_json
 
 _WINNERS = {"model_a": 1.0, "model_b": -1.0} | dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "bothbad"), 0.0)
 _LABEL_NAME = re.compile(
     r"(?:^|_)(?:labels?|preference|preferred|winner|verdict|votes?|(?:better|safer|chosen|preferred|best)_\w*id)(?:_|$)"
 )
 _JUDGED_NAME = re.compile(r"(?:^|_)(?:better|best|safer|choice|rank(?:ing)?|judg\w*|scores?|ratings?|rewards?)(?:_|$)")
+
+
+class Ranking(NamedTuple):
+    """A column that holds a list of responses, each with what tells how good it is."""
+
+    column: str
+    text: str
+    """Key of a response's text."""
+    measures: tuple[Callable[[Mapping[str, Any]], float | None], ...]
+    """How good a response is, greater is better, or None: the first that judges two responses of a row is taken."""
+
+    def lists(self, value: Any) -> bool:
+        """Whether a value is such a list."""
+        items = _decoded(value)
+        return isinstance(items, list) and any(isinstance(item, Mapping) and self.text in item for item in items)
+
+    def extremes(self, values: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
+        """The best and the worst response of a row and their scores, of several equals the first.
+
+        Raises `BadRow` where fewer than two have one.
+        """
+        listed = _decoded(_present(values, self.column))
+        items = [item for item in listed if isinstance(item, Mapping)] if isinstance(listed, list) else []
+        for measure in self.measures:
+            scored = [(score, item) for item in items if (score := measure(item)) is not None]
+            if len(scored) > 1:
+                return [best(scored, key=lambda one: one[0]) for best in (max, min)]
+        raise BadRow("bad_label", f"{self.column} holds no two responses with a score, of which to make a pair")
+
+    def spread(self, values: Mapping[str, Any]) -> float:
+        """How much better the best response is than the worst. Raises `BadRow` where other scores say the opposite."""
+        (high, best), (low, worst) = self.extremes(values)
+        details = [as_number(item.get("fine-grained_score")) for item in (best, worst)]
+        if details[0] is not None and details[1] is not None and details[0] < details[1]:
+            raise BadRow(
+                "bad_label",
+                f"of {self.column}, the best by its score, {high:g}, has the fine-grained_score {details[0]:g}, and "
+                f"the worst, {low:g}, has {details[1]:g}",
+            )
+        return high - low
+
+
+def _mean_rating(item: Mapping[str, Any]) -> float | None:
+    """UltraFeedback: the mean of the ratings of a response's aspects."""
+    ratings = item.get("annotations")
+    given = ratings.values() if isinstance(ratings, Mapping) else ()
+    numbers = [as_number(one.get("Rating")) for one in given if isinstance(one, Mapping)]
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _place(item: Mapping[str, Any]) -> float | None:
+    """Nectar: rank 1 is the best."""
+    rank = as_number(item.get("rank"))
+    return None if rank is None else -rank
+
+
+_COMPLETIONS = Ranking("completions", "response", (lambda item: as_number(item.get("overall_score")), _mean_rating))
+_ANSWERS = Ranking("answers", "answer", (_place,))
 
 
 class Layout(NamedTuple):
@@ -31,6 +90,8 @@ class Layout(NamedTuple):
     `BadRow`."""
     graded: bool = False
     """Whether the size of the preference says how much better, and so makes a margin."""
+    ranking: Ranking | None = None
+    """Where a column holds a list of responses, of which the best is the first response and the worst the second."""
 
 
 def _choice(column: str, meaning: Mapping[float, float]) -> Callable[[Mapping[str, Any]], float]:
@@ -45,12 +106,16 @@ def _choice(column: str, meaning: Mapping[float, float]) -> Callable[[Mapping[st
     return preference
 
 
-def _strength(values: Mapping[str, Any]) -> float:
-    """HelpSteer3: -3, the first is much better, to 3, the second is."""
-    number = _number(values, "overall_preference")
-    if not -3 <= number <= 3:
-        raise BadRow("bad_label", f"overall_preference is {number:g}, not between -3 and 3")
-    return -number
+def _strength(column: str) -> Callable[[Mapping[str, Any]], float]:
+    """HelpSteer: -3, the first is much better, to 3, the second is."""
+
+    def preference(values: Mapping[str, Any]) -> float:
+        number = _number(values, column)
+        if not -3 <= number <= 3:
+            raise BadRow("bad_label", f"{column} is {number:g}, not between -3 and 3")
+        return -number
+
+    return preference
 
 
 def _votes(values: Mapping[str, Any]) -> float:
@@ -96,7 +161,32 @@ LAYOUTS = (
         ("better_response_id",),
         _choice("better_response_id", {0: 1.0, 1: -1.0}),
     ),
-    Layout("HelpSteer3", "context", ("response1", "response2"), ("overall_preference",), _strength, graded=True),
+    Layout(
+        "HelpSteer3",
+        "context",
+        ("response1", "response2"),
+        ("overall_preference",),
+        _strength("overall_preference"),
+        graded=True,
+    ),
+    Layout(
+        "HelpSteer2, preferences",
+        "prompt",
+        ("response_1", "response_2"),
+        ("preference_strength",),
+        _strength("preference_strength"),
+        graded=True,
+    ),
+    Layout(
+        "UltraFeedback",
+        "instruction",
+        ("completions", "completions"),
+        ("completions",),
+        _COMPLETIONS.spread,
+        graded=True,
+        ranking=_COMPLETIONS,
+    ),
+    Layout("Nectar", "prompt", ("answers", "answers"), ("answers",), _ANSWERS.spread, ranking=_ANSWERS),
     Layout("SHP", "history", ("human_ref_A", "human_ref_B"), ("labels",), _votes),
     Layout("AlpacaFarm", "instruction", ("output_1", "output_2"), ("preference",), _half_way),
     Layout("Chatbot Arena", None, ("conversation_a", "conversation_b"), ("winner",), _winner),
@@ -109,19 +199,29 @@ LAYOUTS = (
     ),
     Layout("LMArena", "prompt", ("response_a", "response_b"), ("winner",), _winner),
 )
-"""Columns and meanings as the cards of PKU-Alignment/PKU-SafeRLHF, nvidia/HelpSteer3, stanfordnlp/SHP,
-tatsu-lab/alpaca_farm, lmsys/chatbot_arena_conversations, lmarena-ai/arena-human-preference-140k and
+"""Columns and meanings as the cards of PKU-Alignment/PKU-SafeRLHF, nvidia/HelpSteer3, nvidia/HelpSteer2,
+openbmb/UltraFeedback, berkeley-nest/Nectar, stanfordnlp/SHP, tatsu-lab/alpaca_farm,
+lmsys/chatbot_arena_conversations, lmarena-ai/arena-human-preference-140k and
 lmsys/lmsys-arena-human-preference-55k have them."""
 
 
-def layout_of(columns: Collection[str]) -> Layout | None:
-    """The layout whose responses and labels are all among some columns."""
-    return next((one for one in LAYOUTS if {*one.responses, *one.labels} <= set(columns)), None)
+def layout_of(found: Mapping[str, Any]) -> Layout | None:
+    """The layout whose responses and labels are all among some columns, given a value of each."""
+    return next((one for one in LAYOUTS if _is_laid_out(found, one)), None)
+
+
+def _is_laid_out(found: Mapping[str, Any], layout: Layout) -> bool:
+    if not {*layout.responses, *layout.labels} <= found.keys():
+        return False
+    return layout.ranking is None or layout.ranking.lists(found[layout.ranking.column])
 
 
 def responses_of(layout: Layout, values: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Prompt, first and second response of a row; no prompt (None) where the responses are conversations."""
     prompt = None if layout.prompt is None else values.get(layout.prompt)
+    if layout.ranking:
+        (_, best), (_, worst) = layout.ranking.extremes(values)
+        return prompt, best.get(layout.ranking.text), worst.get(layout.ranking.text)
     first, second = (values.get(name) for name in layout.responses)
     if layout.prompt is None:
         turns = values.get("turn")
@@ -139,9 +239,9 @@ def responses_of(layout: Layout, values: Mapping[str, Any]) -> tuple[Any, Any, A
 
 
 def _decoded(value: Any) -> Any:
-    """A conversation that a file holds as JSON inside a string."""
-    turns = parsed_json(value) if isinstance(value, str) else None
-    return turns if is_conversation(turns) else value
+    """A list of mappings, such as a conversation, that a file holds as JSON inside a string."""
+    items = parsed_json(value) if isinstance(value, str) else None
+    return items if isinstance(items, list) and items and isinstance(items[0], Mapping) else value
 
 
 def _judged_turns(conversation: Any, turns: Any) -> Any:

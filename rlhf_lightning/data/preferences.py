@@ -52,8 +52,9 @@ def load_preferences(
     - conversations: `prompt` a list of messages, responses a string, a message or a list that ends with the reply;
     - ShareGPT-like: `conversations` as the prompt, and turns of `{from, value}` for `{role, content}`;
     - Alpaca-like: `instruction` and `input` as the prompt;
-    - labelled: two responses and a label that says which is better, as PKU-SafeRLHF, HelpSteer3, SHP, AlpacaFarm and
-      Chatbot Arena lay them out (see `LAYOUTS`). Ties are counted, and left out under either policy.
+    - labelled: two responses and a label that says which is better, or a list of responses with scores, of which the
+      best and the worst make the pair, as PKU-SafeRLHF, HelpSteer, UltraFeedback, Nectar, SHP, AlpacaFarm and Chatbot
+      Arena lay them out (see `LAYOUTS`). Ties are counted, and left out under either policy.
     Optional columns: `system` or `system_prompt` (a system message), `history` (earlier turns), `margin` (a finite
     number), `id` (kept as `example_id`) and `source` (a name, by which accuracy is told apart). A response's
     `reasoning_content` is put before its text as `<think>...</think>`. The report names every column that was not used.
@@ -144,8 +145,9 @@ def _example(row: Row, columns: SourceColumns) -> PreferenceExample:
     source = _source(columns.take(row, columns.name("source")), mapped="source" in columns.mapped)
     parts = row_parts(row, columns)
     if columns.layout:
-        for name in columns.layout.labels:
-            columns.take(row, name)
+        if not columns.layout.ranking:
+            for name in columns.layout.labels:
+                columns.take(row, name)
         preference = columns.layout.preference(row.values)
         if preference == 0:
             raise BadRow("tie", BAD_ROW_REASONS["tie"])
@@ -188,8 +190,9 @@ def row_parts(row: Row, columns: SourceColumns) -> RowParts:
         prompt = prompt_value(row, columns) if own else None
         chosen, rejected = (columns.take(row, columns.name(side)) for side in SIDES)
         return RowParts(prompt, chosen, rejected, has_prompt=own)
-    for name in (layout.prompt or "turn", *layout.responses):
-        columns.take(row, name)
+    columns.take(row, layout.prompt or "turn")
+    for name in layout.responses:
+        columns.used.add(name) if layout.ranking else columns.take(row, name)
     prompt, first, second = responses_of(layout, row.values)
     inside = prompt is None and not any(isinstance(side, str | None) for side in (first, second))
     return RowParts(_with_input(prompt, row, columns, name=layout.prompt), first, second, has_prompt=not inside)

@@ -85,7 +85,7 @@ def _example(row: Row, columns: SourceColumns) -> PromptExample:
 
 def _prompt(row: Row, columns: SourceColumns) -> list[Message]:
     """The prompt that a row has itself, without what its other columns put before it."""
-    if columns.layout:
+    if columns.layout and not columns.layout.ranking:
         parts = row_parts(row, columns)
         return _own_prompt(parts.prompt) if parts.has_prompt else implicit_prompt(parts.chosen, parts.rejected)[0]
     sides = [columns.name(side) for side in SIDES]

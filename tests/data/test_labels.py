@@ -64,6 +64,28 @@ def arena_texts(winner, **more):
     return {"prompt": "Q", "response_a": "first", "response_b": "second", "winner": winner} | more
 
 
+def rated(first, second, third=5.0, **more):
+    """openbmb/UltraFeedback: a list of responses, each with an overall score and ratings of its aspects."""
+
+    def one(text, score):
+        return {"model": "m", "response": text, "overall_score": score, "annotations": {"honesty": {"Rating": "3"}}}
+
+    texts = (one("third", third), one("first", first), one("second", second))
+    return {"source": "evol", "instruction": "Q", "models": ["m"], "completions": list(texts)} | more
+
+
+def ranked(first, second, **more):
+    """berkeley-nest/Nectar: a list of answers, each with a rank, 1 the best."""
+    answers = [{"answer": text, "rank": rank} for text, rank in (("first", first), ("other", 3.0), ("second", second))]
+    return {"prompt": "\n\nHuman: Q\n\nAssistant: ", "answers": answers, "num_responses": 3} | more
+
+
+def strength(preference, **more):
+    """nvidia/HelpSteer2, preferences."""
+    row = {"split": "train", "prompt": "Q", "response_1": "first", "response_2": "second"}
+    return row | {"preference_strength": preference, "preference_statement": "x"} | more
+
+
 LAYOUTS = {
     # first is better, second is better, ties; columns not used
     "PKU-SafeRLHF": (safer(0), safer(1), [], ["is_response_0_safe", "is_response_1_safe", "safer_response_id"]),
@@ -81,6 +103,9 @@ LAYOUTS = {
         *(arena_lists(1, 0, 0), arena_lists(0, 1, 0), [arena_lists(0, 0, 1)]),
         ["model_a"],
     ),
+    "HelpSteer2": (strength(-3), strength(1), [strength(0)], ["split", "preference_statement"]),
+    "UltraFeedback": (rated(8.5, 2), rated(1, 7), [rated(5, 5)], ["models"]),
+    "Nectar": (ranked(1.0, 7.0), ranked(5.0, 2.0), [ranked(3, 3)], ["num_responses"]),
     "LMArena, texts": (arena_texts("model_a"), arena_texts("model_b"), [arena_texts("tie")], []),
 }
 
@@ -142,7 +167,7 @@ def test_the_prompts_are_read_whoever_wins(write, name):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_mapping_that_overrules_the_label_is_refused(write, name):
     first, second, _, _ = LAYOUTS[name]
-    sides = [key for key, value in first.items() if "first" in str(value) or "second" in str(value)]
+    sides = [key for key, value in first.items() if "first" in str(value) or "second" in str(value)] * 2
     for columns in ({"chosen": sides[0], "rejected": sides[1]}, {"chosen": sides[1], "rejected": sides[0]}):
         with pytest.raises(DataError, match="leave chosen and rejected out of columns"):
             load_preferences(write(first, second), columns=columns)
@@ -177,7 +202,7 @@ def test_conversations_of_the_arena(write):
     (pair,), _ = load_preferences(write(row))
     assert (list(pair.prompt), pair.chosen) == ([user("Q")], "second")
     picture = [{"type": "text", "text": "Q", "image": "x.png"}]
-    with pytest.raises(DataError, match=r"row 0: .*no \{role, content\} with text"):
+    with pytest.raises(DataError, match=r"row 0: .* a part of image"):
         load_preferences(write(row | {"conversation_a": [{"role": "user", "content": picture}, says("first")]}))
     longer = {
         f"conversation_{side}": [user("Q"), says(text), user("More"), says(text * 2)]
@@ -207,7 +232,49 @@ def test_lists_of_texts_inside_strings_are_exchanges(write):
             load_preferences(write(good, good | wrong))
 
 
+def test_the_best_and_the_worst_of_a_list_make_the_pair_and_their_scores_the_margin(write):
+    (pair,), _ = load_preferences(write(rated(8, 2.5, 5)))
+    assert (pair.chosen, pair.rejected, pair.margin, pair.source) == ("first", "second", 5.5, "evol")
+    (pair,), _ = load_preferences(write(ranked(2, 6)))
+    assert (pair.chosen, pair.rejected, pair.margin) == ("first", "second", None)
+
+
+def test_ratings_stand_in_for_an_overall_score_that_is_missing(write):
+    row = rated(None, None, None)
+    for item, ratings in zip(row["completions"], (("3", "N/A"), ("5", "4"), ("1", "2")), strict=True):
+        item["annotations"] = {str(number): {"Rating": rating} for number, rating in enumerate(ratings)}
+    (pair,), _ = load_preferences(write(row))
+    assert (pair.chosen, pair.rejected, pair.margin) == ("first", "second", 3.0)
+
+
+def test_parts_of_text_are_one_text_and_a_developer_is_a_system_message(write):
+    parts = [{"type": "text", "text": "Is 7 "}, {"type": "text", "text": "odd?"}]
+    prompt = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    (pair,), _ = load_preferences(write({"prompt": prompt, "chosen": [says([parts[1]])], "rejected": "No."}))
+    assert list(pair.prompt) == [{"role": "system", "content": "Be brief."}, user("Is 7 odd?")]
+    assert pair.chosen == "odd?"
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text"}, "text", None])
+def test_a_part_that_is_no_text_is_a_reason_of_refusal(write, part):
+    content = [{"type": "text", "text": "What is this?"}, part]
+    row = {"prompt": [{"role": "user", "content": content}], "chosen": "a", "rejected": "b"}
+    _, report = load_preferences(
+        write(row, strength(1), {"prompt": "Q", "chosen": "a", "rejected": "b"}), on_bad_rows="drop"
+    )
+    assert report.bad_rows["no_place"] == [f"{report.source}, row 0"]
+
+
 WRONG = {
+    "the best by score is the worst by its ratings": rated(10, 2)
+    | {
+        "completions": [
+            {"response": "first", "overall_score": 10, "fine-grained_score": 1.5},
+            {"response": "second", "overall_score": 7, "fine-grained_score": 4.0},
+        ]
+    },
+    "one response with a score": rated(1, 2) | {"completions": [{"response": "first", "overall_score": 8}, {}]},
+    "answers without ranks": ranked(1, 2) | {"answers": [{"answer": "first"}, {"answer": "second"}]},
     "an id of no response": safer(2),
     "no number": safer("left"),
     "a strength beyond the scale": helpsteer(4),
