@@ -25,20 +25,11 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.commands.pipeline import processes
+from rlhf_lightning.commands.pipeline import parsing, processes
 from rlhf_lightning.commands.pipeline import stages as pipeline_stages
+from rlhf_lightning.commands.pipeline.parsing import Settings, read_stages, remember, split_arguments
 from rlhf_lightning.commands.pipeline.runs import State
-from rlhf_lightning.commands.pipeline.stages import (
-    Settings,
-    Stage,
-    check_order,
-    content_hash,
-    difference,
-    inputs_of,
-    paths_in,
-    read_stages,
-    split_arguments,
-)
+from rlhf_lightning.commands.pipeline.stages import Stage, check_order, content_hash, difference, inputs_of, paths_in
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.models.storage import replaced_model
 from tests.patience import PATIENCE
@@ -569,6 +560,72 @@ def test_the_quickstart_can_be_run():
         assert {settings[name][key] for key in keys} < written
 
 
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Reads a pipeline of one fit, and says whether its stage was parsed or remembered."""
+    monkeypatch.chdir(tmp_path)
+    Path("fit.yaml").write_text(
+        "model: {class_path: RewardModel, init_args: {backbone: 'builtin:tiny'}}\ndata: data.yaml"
+    )
+    Path("data.yaml").write_text(
+        "{class_path: PreferenceDataModule, init_args: {train: 'builtin:tiny', max_length: 7}}"
+    )
+    Path("all.yaml").write_text("{directory: state, stages: {it: {command: fit, config: fit.yaml}}}")
+    parsed, parse = [], parsing._parsed
+
+    def counted(*given):
+        parsed.append(given)
+        return parse(*given)
+
+    monkeypatch.setattr(parsing, "_parsed", counted)
+
+    def read(**of_stages):
+        parsed.clear()
+        stages = read_stages(parse_settings(Settings, "pipeline", "", ["--config", "all.yaml"]), of_stages)
+        remember(stages, Path("state"))
+        return stages, len(parsed)
+
+    Path("state").mkdir()
+    read()
+    return read
+
+
+@pytest.mark.parametrize(
+    ("change", "parses"),
+    [
+        (lambda: None, 0),
+        (change_text("data.yaml", "7", "8"), 1),
+        (change_text("fit.yaml", "model", "seed_everything: 3\nmodel"), 1),
+        (change_text("all.yaml", "config", "set: {trainer.max_steps: 2}, config"), 1),
+        (change_text("state/parsed.json", '"data.max_length": 7', '"data.max_length": 8'), 1),
+        (lambda: Path("state/parsed.json").unlink(), 1),
+    ],
+    ids=["nothing", "a file that a configuration names", "configuration", "set", "a damaged digit", "gone"],
+)
+def test_settings_are_parsed_again_only_when_what_they_come_from_has_changed(small, change, parses):
+    change()
+    stages, counted = small()
+    assert counted == parses
+    assert stages == small()[0], "what is remembered is what was parsed"
+    assert small()[1] == 0
+
+
+def test_settings_of_a_class_of_the_users_own_are_parsed_each_time(small):
+    Path("mine.py").write_text(
+        "from rlhf_lightning import RewardModel\n\nclass Mine(RewardModel):\n"
+        "    def __init__(self, word: str = 'a', **keys):\n        super().__init__(**keys)\n"
+    )
+    change_text("fit.yaml", "RewardModel", "mine.Mine")()
+    sys.path.insert(0, "")
+    assert small()[1] == 1
+    assert small()[1] == 1
+
+
+def test_a_library_that_was_installed_since_is_no_change():
+    assert difference({"torch": "1"}, {"torch": "1", "peft": "2"}) == ""
+    assert difference({"torch": "1", "peft": "1"}, {"torch": "1", "peft": "2"}) == "peft 1 -> 2"
+
+
 def test_arguments_are_the_pipelines_own_or_a_stages():
     given = ["--config", "a.yaml", "--sft.model.word", "x.y", "--only", "sft", "--ppo-2.data.train=c.d", "-c=b.yaml"]
     own, of_stages = split_arguments(given)
@@ -577,7 +634,7 @@ def test_arguments_are_the_pipelines_own_or_a_stages():
 
 
 def test_an_evaluation_depends_on_the_logs_of_a_run_and_not_on_its_checkpoints_or_its_own_report(tmp_path):
-    settings, outputs = pipeline_stages._evaluate(("--runs", "[run]", "--out", "report", "--policy", "policy"))
+    settings, outputs = parsing._evaluate(("--runs", "[run]", "--out", "report", "--policy", "policy"))
     assert outputs == ["report"]
     stage = Stage("evaluation", "evaluate", [], settings, outputs)
     for name in ("run", "report", "policy"):

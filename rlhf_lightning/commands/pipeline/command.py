@@ -6,16 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.commands.pipeline.parsing import Settings, read_stages, refuse_duplicates, remember, split_arguments
 from rlhf_lightning.commands.pipeline.processes import Terminated, terminated
 from rlhf_lightning.commands.pipeline.runs import StageFailed, State, run_stage
-from rlhf_lightning.commands.pipeline.stages import (
-    Settings,
-    Stage,
-    check_order,
-    read_stages,
-    refuse_duplicates,
-    split_arguments,
-)
+from rlhf_lightning.commands.pipeline.stages import Stage, check_order
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.locks import alone
@@ -61,6 +55,7 @@ def _run(settings: Settings, stages: Sequence[Stage]) -> None:
     busy = f"{home}: another pipeline is running there; wait for its end, or give another --directory"
     with alone(home / "lock", busy):
         state = State(home / "state.json")
+        remember(stages, home)
         chosen = [stage for stage in stages if settings.only in (None, stage.name)]
         with Terminal().status("") as status:
             for stage in chosen:

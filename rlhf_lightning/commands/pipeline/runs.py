@@ -14,8 +14,9 @@ from typing import Any
 from rich.status import Status
 from rich.text import Text
 
+from rlhf_lightning.commands.pipeline.parsing import parsed_fit
 from rlhf_lightning.commands.pipeline.processes import Terminated, run_program
-from rlhf_lightning.commands.pipeline.stages import Stage, content_hash, difference, inputs_of, parsed_fit
+from rlhf_lightning.commands.pipeline.stages import Stage, content_hash, difference, inputs_of
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.terminal import say, silenced
