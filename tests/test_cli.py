@@ -393,11 +393,9 @@ def logged_scalars(run: Path) -> set[str]:
 
 def documented_scalars(name: str) -> set[str]:
     """The names in docs/metrics.md of what one class logs; those of CUDA or of 16-mixed alone are left out."""
-    logged = (ROOT / "docs" / "metrics.md").read_text()
-    (section,) = [part for part in logged.split("\n## ") if part.startswith(f"{name}\n")]
     names = set()
-    for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
-        names |= set(re.findall(r"`((?:train|val)/[\w/]+)`", row))
+    for row, classes in re.findall(r"^\| (`.*?) \| (.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE):
+        names |= set(re.findall(r"`((?:train|val)/[\w/]+)`", row)) if name in classes.split(", ") else set()
     return names - {"train/peak_memory_gib", "train/loss_scale", "train/skipped_steps"}
 
 

@@ -15,6 +15,8 @@ import torch
 import yaml
 
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
+from rlhf_lightning.data import load_preferences, load_prompts
+from tests.test_cli import documented_scalars, logged_scalars
 from tests.test_configs import ROOT
 
 PAGES = {
@@ -111,6 +113,27 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
         assert namespace["network"](namespace["batch"].input_ids, namespace["batch"].attention_mask).shape == (1,)
 
 
+def example_rows(heading: str) -> list[str]:
+    """The JSON rows in the tables of a section of docs/data.md."""
+    (section,) = [part for part in PAGES[ROOT / "docs" / "data.md"].split("\n## ") if part.startswith(heading)]
+    return re.findall(r"^\| .* \| `({.*})` \|$", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", example_rows("Preference pairs"))
+def test_example_rows_of_pairs_prefer_yes_to_no(tmp_path, row):
+    (tmp_path / "one.jsonl").write_text(row)
+    (pair,), _ = load_preferences(tmp_path / "one.jsonl")
+    assert "7" in pair.prompt[-1]["content"]
+    assert (pair.chosen, pair.rejected) == ("Yes.", "No.")
+
+
+@pytest.mark.parametrize("row", example_rows("Preference pairs") + example_rows("Prompts"))
+def test_example_rows_of_prompts_ask_about_seven(tmp_path, row):
+    (tmp_path / "one.jsonl").write_text(row)
+    (prompt,), _ = load_prompts(tmp_path / "one.jsonl")
+    assert "7" in prompt.prompt[-1]["content"]
+
+
 def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):
     exec(example("messages("), {})
     assert re.fullmatch(r"\[\d+, \d+\] \[\{'role': 'user', 'content': '.+[.?]'\}\]\n", capsys.readouterr().out)
@@ -166,6 +189,8 @@ def test_functions_and_classes_of_the_users_own_train(capsys, tmp_path, monkeypa
     small += ["--trainer.max_epochs", "1", "--data.batch_size", "4", "--trainer.callbacks", "[]"]
     small += ["--model.max_new_tokens", "6"] if "ppo" in command[2] else []
     assert main([*command, *small]) == 0, capsys.readouterr().err
+    (run,) = (tmp_path / "runs").glob("quickstart_*")
+    assert logged_scalars(run) <= documented_scalars("PPO" if "ppo" in command[2] else "DPO")
 
 
 def test_the_script_with_a_function_as_reward_trains(tmp_path, monkeypatch):
