@@ -403,7 +403,7 @@ def documented_scalars(name: str) -> set[str]:
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
 def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_its_numbers(capsys, tmp_path, adapters):
     lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else WHOLE
-    few = ["--data.max_train_pairs", "128", "--trainer.val_check_interval", "1.0", *lora]
+    few = ["--data.limit", "128", "--trainer.val_check_interval", "1.0", *lora]
     assert main(["fit", "--config", DPO, *TINY, *few]) == 0
     text = capsys.readouterr().out
     fitted = table_values(text)
@@ -426,7 +426,7 @@ def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_it
 
 
 def test_sft_runs_on_the_cpu_with_a_tiny_model_and_dpo_goes_on_from_its_directory(capsys, tmp_path):
-    few = ["--data.max_train_pairs", "64", "--trainer.val_check_interval", "1.0", "--model.warmup_ratio", "0"]
+    few = ["--data.limit", "64", "--trainer.val_check_interval", "1.0", "--model.warmup_ratio", "0"]
     assert main(["fit", "--config", SFT, *TINY, *few]) == 0
     assert list(table_values(capsys.readouterr().out)) == ["loss", "perplexity", "token accuracy"]
     (run,) = (tmp_path / "runs" / "sft").iterdir()

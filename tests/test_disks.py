@@ -28,7 +28,7 @@ from tests.test_configs import ROOT
 
 FIT = [
     *("fit", "--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")),
-    *("--data.max_train_pairs", "16", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
+    *("--data.limit", "16", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
 ]
 
 

@@ -187,6 +187,8 @@ class Program(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, ProcessStates):
                 callback.replace = self._replace
+        if isinstance(self.model, TrainedModule):
+            self.model.check_data(self.datamodule)
         self.datamodule.setup(self.subcommand)
         if isinstance(self.model, TrainedModule):
             self._check_model(self.model)

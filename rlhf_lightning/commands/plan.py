@@ -112,6 +112,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
     if not (isinstance(module, TrainedModule) and module.learns_from_pairs):
         raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
     machine = machine_of(trainer, gpu=gpu)
+    module.check_data(data)
     unread = _unread(data) if read_data else "--no_data"
     module.check_data(data)
     described = run_of(module, data, trainer, planned.callbacks, machine)

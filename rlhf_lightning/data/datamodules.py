@@ -44,10 +44,12 @@ Rows = TypeVar("Rows", bound=TokenizedRows)
 
 
 @runtime_checkable
-class HasTokenizer(Protocol):
-    """A module that says which tokenizer its model has, for data that names none."""
+class Learner(Protocol):
+    """A module that knows its model: which tokenizer it has, for data that names none, and whether data suits it."""
 
     tokenizer: TokenizerSource | None
+
+    def check_data(self, data: LightningDataModule | None) -> None: ...
 
 
 class DataModule(LightningDataModule, Generic[Rows]):
@@ -73,8 +75,12 @@ class DataModule(LightningDataModule, Generic[Rows]):
             when not given (`transcript` where it has none).
         chat_template_kwargs: Handed to the template: `{enable_thinking: false}` or `{date_string: 26 Jul 2024}`.
         val_fraction: Share of the prompts held out when no validation data is given.
+        limit: Train on so many rows, drawn at random by the seed, after validation rows are held out; all when not
+            given. A larger limit takes the same rows and more.
+        val_limit: The same for validation; the rows are the same for any seed.
+        test_limit: The same for `test` and `predict`.
         shuffle: A new order each epoch, from the seed and the epoch; false keeps the file's order.
-        seed: Of the order and of a random selection of rows; the run's `seed_everything` when not given, else 0.
+        seed: Of the order and of the rows that `limit` draws; the run's `seed_everything` when not given, else 0.
         num_workers: Processes that make batches; 0 makes them in the training process.
         cache_dir: Where token ids are kept between runs; `~/.cache/rlhf_lightning/tokens` when not given.
         trust_remote_code: Run code that comes with the tokenizer.
@@ -95,6 +101,9 @@ class DataModule(LightningDataModule, Generic[Rows]):
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         val_fraction: OpenUnitInterval = 0.1,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
+        test_limit: PositiveInt | None = None,
         shuffle: bool = True,
         seed: NonNegativeInt | None = None,
         num_workers: NonNegativeInt = 0,
@@ -111,6 +120,7 @@ class DataModule(LightningDataModule, Generic[Rows]):
         self.chat_template = chat_template
         self.chat_template_kwargs = chat_template_kwargs
         self.val_fraction = val_fraction
+        self.limits: dict[Role, int | None] = {"train": limit, "val": val_limit, "test": test_limit}
         self.shuffle = shuffle
         self.group_by_length = False
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -139,9 +149,11 @@ class DataModule(LightningDataModule, Generic[Rows]):
         """
         if stage == "fit":
             self._train_loader = self._resume_position = None  # of an earlier run
-        if self.tokenizer is None and self.chat_format is None:
-            module = getattr(self.trainer, "lightning_module", None)
-            self.tokenizer = module.tokenizer if isinstance(module, HasTokenizer) else None
+        module = getattr(self.trainer, "lightning_module", None)
+        if isinstance(module, Learner):
+            module.check_data(self)
+            if self.tokenizer is None and self.chat_format is None:
+                self.tokenizer = module.tokenizer
         if self.read(roles_of(stage)) and stage == "fit":
             shared = len(shared_prompts(self.rows["train"], self.rows["val"]))
             leak = leak_in_words(shared, self.rows["val"])
@@ -152,9 +164,27 @@ class DataModule(LightningDataModule, Generic[Rows]):
         self._format()
         new = [role for role in roles if role not in self.rows]
         for role in new:
-            rows, report = self.rows[role], self.reports[role] = self._select(role)
-            log.info(counts_in_words(role, rows, report, weights=self._weights() if role == "train" else None))
+            whole, report = self._select(role)
+            seed = self.seed if role == "train" else 0
+            rows = whole.sample(self.limits[role], seed=seed)
+            self.rows[role], self.reports[role] = rows, report
+            drawn = f"{role}_limit {len(rows)}" if role != "train" else f"limit {len(rows)}, seed {seed}"
+            weights = self._weights() if role == "train" else None
+            log.info(counts_in_words(role, rows, report, weights=weights, drawn=drawn if rows is not whole else None))
         return new
+
+    def lower_limit(self, tokens: int) -> bool:
+        """Set the limit of a row's tokens to `tokens` where it is greater, and say whether it was.
+
+        Rows that were read under the greater one are selected anew when they are asked for.
+        """
+        key = self.rows_class.limit_key
+        if getattr(self, key) <= tokens:
+            return False
+        setattr(self, key, tokens)
+        self.rows.clear()
+        self.reports.clear()
+        return True
 
     def role_sources(self, role: Role) -> RoleSources:
         """Sources of a role, the split to read of them, and the part of it where they are divided by prompt."""
@@ -273,7 +303,6 @@ class PreferenceDataModule(DataModule[TokenizedPairs]):
         max_length: Longest row in tokens: prompt, response and EOS.
         truncation: For pairs over max_length. `left` truncates the prompt from the left and drops what still does
             not fit; `drop` drops the pair; `error` refuses the source.
-        max_train_pairs: Train on so many pairs, chosen at random by the seed; all when not given.
         group_by_length: Put pairs of like length into one forward pass, within an optimizer step. Changes no result.
     """
 
@@ -287,14 +316,12 @@ class PreferenceDataModule(DataModule[TokenizedPairs]):
         tokenizer: TokenizerSource | None = None,
         max_length: PositiveInt = 1024,
         truncation: Truncation = "left",
-        max_train_pairs: PositiveInt | None = None,
         group_by_length: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(train, val, test, tokenizer, **kwargs)
         self.max_length = max_length
         self.truncation = truncation
-        self.max_train_pairs = max_train_pairs
         self.group_by_length = group_by_length
 
     @property
@@ -315,8 +342,7 @@ class PreferenceDataModule(DataModule[TokenizedPairs]):
         return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
 
     def _select(self, role: Role) -> tuple[TokenizedPairs, LoadReport]:
-        pairs, report = self._fitting(role, max_length=self.max_length, truncation=self.truncation)
-        return pairs.sample(self.max_train_pairs if role == "train" else None, seed=self.seed), report
+        return self._fitting(role, max_length=self.max_length, truncation=self.truncation)
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], PreferenceBatch]:
         return functools.partial(collate_pairs, pairs=self.rows[role], pad_id=self._format().pad_id)
@@ -339,7 +365,6 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
             from the left, after the template's head, for policy and reward model alike; `error` refuses the source.
         unique: Take each prompt once, however often it occurs in a role's sources; prompts that differ only in case,
             blanks or Unicode forms are the same.
-        max_train_prompts: Train on so many prompts, chosen at random by the seed; all when not given.
     """
 
     rows_class = TokenizedPrompts
@@ -353,7 +378,6 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
         max_prompt_length: PositiveInt = 512,
         truncation: Truncation = "drop",
         unique: bool = True,
-        max_train_prompts: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
         # Nothing is grouped by length: nothing is padded, and a process with all the long prompts would see other
@@ -362,7 +386,6 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
         self.max_prompt_length = max_prompt_length
         self.truncation = truncation
         self.unique = unique
-        self.max_train_prompts = max_train_prompts
 
     @property
     def prompts(self) -> dict[Role, TokenizedPrompts]:
@@ -385,7 +408,7 @@ class PromptDataModule(DataModule[TokenizedPrompts]):
         prompts, report = self._fitting(role, max_length=self.max_prompt_length, truncation=self.truncation)
         if self.unique:
             prompts, report.rows_repeated = prompts.once()
-        return prompts.sample(self.max_train_prompts if role == "train" else None, seed=self.seed), report
+        return prompts, report
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:
         return functools.partial(collate_prompts, prompts=self.rows[role])

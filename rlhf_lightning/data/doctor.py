@@ -185,7 +185,8 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
     not usable at all, `ModelError` when the tokenizer is not.
     """
     max_length, truncation = data.max_length, data.truncation
-    data.max_length, data.on_bad_rows, data.max_train_pairs = UNLIMITED, "drop", None
+    data.max_length, data.on_bad_rows = UNLIMITED, "drop"
+    data.limits = dict.fromkeys(data.limits)
     if data.tokenizer is None:
         data.chat_format, max_length = Words(), None  # type: ignore[assignment]  # takes the place of one
     data.read(roles)

@@ -43,9 +43,17 @@ def leak_in_words(shared: int, val: TokenizedRows) -> str:
 
 
 def counts_in_words(
-    role: str, rows: TokenizedRows, report: LoadReport, *, weights: Sequence[float] | None = None
+    role: str,
+    rows: TokenizedRows,
+    report: LoadReport,
+    *,
+    weights: Sequence[float] | None = None,
+    drawn: str | None = None,
 ) -> str:
-    """One line on what a role takes of its sources, and, by their `weights` where not all are 1, of its epoch."""
+    """One line on what a role takes of its sources, and, by their `weights` where not all are 1, of its epoch.
+
+    `drawn` says by which settings the rows were drawn at random, where they are a part.
+    """
     epoch = cut = ""
     if weights is not None and set(weights) != {1}:
         sizes = np.bincount(rows.source, minlength=len(weights))
@@ -53,6 +61,7 @@ def counts_in_words(
         epoch = f", {count} an epoch by their weights"
     if report.rows_cut:
         cut = f"; {len(report.rows_cut)} prompts cut to fit {rows.limit_key} {rows.max_length}"
+    epoch += f", drawn at random ({drawn})" if drawn else ""
     return f"{role}: {len(rows)} {rows.kind}{epoch} ({report.summary()}{cut})"
 
 

@@ -375,9 +375,10 @@ def _limit(name: str, max_length: int | None, positions: int | None) -> int | No
     if max_length is not None and max_length < 2:
         raise ConfigurationError(f"max_length: {max_length} leaves no room for a prompt and a response")
     if max_length is not None and positions is not None and max_length > positions:
-        raise ConfigurationError(
-            f"max_length: {max_length} is more than the {positions} positions of {name}; leave it out, or lower it"
+        log.warning(
+            "max_length is %d, but %s has positions for %d tokens: it is set to that", max_length, name, positions
         )
+        return positions
     return positions if max_length is None else max_length
 
 

@@ -41,8 +41,9 @@ _FALLEN = -1.0
 def check_tokens_fit(
     data: LightningDataModule | None, config: PretrainedConfig, name: str, *, new_tokens: int | None = None
 ) -> None:
-    """Check that the data is pairs, or with `new_tokens` prompts, and that its rows and token ids fit a model.
+    """Check that the data is pairs, or with `new_tokens` prompts, and that its token ids fit a model.
 
+    Where the data's limit of tokens is beyond the model's positions, it is lowered to them, with a line that says so.
     `new_tokens` are those that the model adds to a prompt. Raises `ConfigurationError`.
     """
     wanted = PreferenceDataModule if new_tokens is None else PromptDataModule
@@ -54,12 +55,22 @@ def check_tokens_fit(
         return
     limit, key = max_positions(config), data.rows_class.limit_key
     room = None if limit is None else limit - (new_tokens or 0)
-    longest = data.max_prompt_length if isinstance(data, PromptDataModule) else data.max_length
-    if room is not None and longest > room:
-        beside = "" if new_tokens is None else f" beside the {new_tokens} of model.max_new_tokens"
+    if room is not None and room < 1:
         raise ConfigurationError(
-            f"data.{key} is {longest}, but {name} has positions for {limit} tokens{beside}; set {key} to "
-            f"{max(room, 1)} or less"
+            f"model.max_new_tokens is {new_tokens}, but {name} has positions for {limit} tokens, which leaves no room "
+            f"for a prompt; set max_new_tokens to less"
+        )
+    longest = getattr(data, key)
+    if room is not None and data.lower_limit(room):
+        beside = "" if new_tokens is None else f", {new_tokens} of them for model.max_new_tokens"
+        log.warning(
+            "data.%s is %d, but %s has positions for %d tokens%s: it is set to %d",
+            key,
+            longest,
+            name,
+            limit,
+            beside,
+            room,
         )
     if data.chat_format is not None and len(data.chat_format.tokenizer) > config.vocab_size:
         raise ConfigurationError(

@@ -152,7 +152,7 @@ def test_a_prompt_on_both_sides_is_warned_about(make, tmp_path, caplog):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_max_train_pairs_takes_a_random_part_in_the_order_of_the_file(make, tmp_path):
+def test_limit_takes_a_random_part_in_the_order_of_the_file(make, tmp_path):
     train, val = write(tmp_path / "a.jsonl", *numbered("prompt", 60)), write(tmp_path / "b.jsonl", *numbered("v", 9))
 
     def chosen(**options):
@@ -161,14 +161,35 @@ def test_max_train_pairs_takes_a_random_part_in_the_order_of_the_file(make, tmp_
         assert len(data.pairs["val"]) == 9
         return [int(i.partition(":")[2]) for i in ids_of(data, "train")]
 
-    part = chosen(max_train_pairs=20, seed=1)
+    part = chosen(limit=20, seed=1)
     assert len(part) == 20
     assert part == sorted(part)
     assert part != list(range(20))
-    assert part == chosen(max_train_pairs=20, seed=1)
-    assert part != chosen(max_train_pairs=20, seed=2)
-    assert set(part) < set(chosen(max_train_pairs=30, seed=1))
-    assert chosen(max_train_pairs=60) == chosen(max_train_pairs=99) == list(range(60))
+    assert part == chosen(limit=20, seed=1)
+    assert part != chosen(limit=20, seed=2)
+    assert set(part) < set(chosen(limit=30, seed=1))
+    assert chosen(limit=60) == chosen(limit=99) == list(range(60))
+
+
+def test_each_role_has_a_limit_of_its_own_after_the_split_by_prompt(make, tmp_path, caplog):
+    source = write(tmp_path / "a.jsonl", *numbered("prompt", 200))
+
+    def taken(**options):
+        data = make(source, **options)
+        data.setup("fit")
+        data.setup("test")
+        return {role: ids_of(data, role) for role in ("train", "val", "test")}
+
+    whole = taken()
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        few = taken(limit=20, val_limit=5, test_limit=3, seed=7)
+    assert {role: len(ids) for role, ids in few.items()} == {"train": 20, "val": 5, "test": 3}
+    assert all(set(few[role]) < set(whole[role]) for role in few)
+    other = taken(limit=20, val_limit=5, test_limit=3, seed=8)
+    assert other["train"] != few["train"]
+    assert (other["val"], other["test"]) == (few["val"], few["test"])
+    assert "train: 20 pairs, drawn at random (limit 20, seed 7)" in caplog.text
+    assert "val: 5 pairs, drawn at random (val_limit 5)" in caplog.text
 
 
 def test_bad_rows_follow_the_policy_from_the_file_to_the_tokens(make, tmp_path):

@@ -282,18 +282,18 @@ def test_a_mixture_counts_each_source_by_its_weight(make, tmp_path):
         make(a, val=[WeightedSource(b, weight=2)])
 
 
-def test_max_train_prompts_takes_a_random_part_in_the_order_of_the_file(make, shared_file):
+def test_limit_takes_a_random_part_in_the_order_of_the_file(make, shared_file):
     def chosen(**options):
         data = make(shared_file.prompts, val=shared_file.pairs, **options)
         data.setup("fit")
         assert len(data.prompts["val"]) == shared_file.count
         return [int(i.partition(":")[2]) for i in data.example_ids("train")]
 
-    part = chosen(max_train_prompts=20, seed=1)
+    part = chosen(limit=20, seed=1)
     assert len(part) == 20
     assert part == sorted(part) != list(range(20))
-    assert part != chosen(max_train_prompts=20, seed=2)
-    assert chosen(max_train_prompts=99) == list(range(shared_file.count))
+    assert part != chosen(limit=20, seed=2)
+    assert chosen(limit=99) == list(range(shared_file.count))
 
 
 def test_bad_rows_follow_the_policy_from_the_file_to_the_tokens(make, tmp_path):

@@ -27,7 +27,7 @@ def test_the_true_shape_draws_learns_and_goes_on(
     arguments = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", str(qwen2_half_billion)]
     arguments += ["--model.reward_model", "tests.training.test_ppo:length", "--model.lora", "null"]
     arguments += ["--model.value_model", value_model, "--model.max_new_tokens", "64", "--data.batch_size", "32"]
-    arguments += ["--data.train", "builtin:courtesy", "--data.max_train_prompts", "64", "--trainer.devices", "1"]
+    arguments += ["--data.train", "builtin:courtesy", "--data.limit", "64", "--trainer.devices", "1"]
     arguments += ["--trainer.accelerator", "gpu", "--trainer.strategy", strategy, "--trainer.precision", precision]
     arguments += ["--trainer.val_check_interval", "1.0"]
     torch.cuda.reset_peak_memory_stats()

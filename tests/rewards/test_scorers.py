@@ -248,10 +248,15 @@ def test_what_gives_no_score_is_refused(tiny_qwen2, tiny_bert, reward_network, t
         RewardScorer(str(saved_classifier(tiny_qwen2, tmp_path / "two", labels=2)))
     with pytest.raises(ModelError, match="reward network"):
         ImplicitScorer(str(reward_network))
-    with pytest.raises(ConfigurationError, match="more than the 2048 positions"):
-        ImplicitScorer(str(tiny_qwen2), max_length=4096)
     with pytest.raises(ConfigurationError, match="no room"):
         RewardScorer(str(reward_network), max_length=1)
+
+
+def test_a_max_length_beyond_the_positions_is_set_to_them(tiny_qwen2, caplog):
+    assert ImplicitScorer(str(tiny_qwen2), max_length=2048).limit == 2048
+    assert not caplog.text
+    assert ImplicitScorer(str(tiny_qwen2), max_length=4096).limit == 2048
+    assert "max_length is 4096" in caplog.text
 
 
 def test_a_reference_of_another_tokenizer_is_refused(tiny_qwen2, tmp_path):

@@ -64,7 +64,7 @@ def build_ppo(tiny_qwen2):
         plain = {"backbone": str(tiny_qwen2), "reward_model": f"{HERE}:length", "optimizer": optimizer}
         module = PPO(**plain | {"lr_scheduler_type": "constant", "max_new_tokens": 6, "value_lr": 1e-3} | settings)
         prompts = {"train": "builtin:courtesy", "tokenizer": str(tiny_qwen2), "batch_size": 6, "seed": 3}
-        return module, PromptDataModule(**prompts | {"max_train_prompts": 18} | (data or {}))
+        return module, PromptDataModule(**prompts | {"limit": 18} | (data or {}))
 
     return make
 
@@ -224,7 +224,7 @@ def test_the_rule_is_learned(build_ppo, trainer):
     """The reward of longer replies rises by far more than its noise."""
     optimizer = functools.partial(torch.optim.AdamW, lr=6e-3, eps=1e-5)
     settings = {"optimizer": optimizer, "value_lr": 3e-3, "kl_coef": 0.0, "missing_eos_penalty": 0.0}
-    prompts = {"batch_size": 36, "max_train_prompts": 36}
+    prompts = {"batch_size": 36, "limit": 36}
     module, recorder, _ = fitted(trainer, build_ppo(data=prompts, **settings), max_epochs=14)
     rewards = [row["reward"] for row in recorder.rows]
     noise = recorder.rows[0]["reward_std"] / 36**0.5
@@ -423,10 +423,21 @@ def test_settings_that_contradict_each_other_are_refused(build_ppo, settings, wo
         build_ppo(**settings)
 
 
-def test_replies_that_do_not_fit_behind_the_prompts_are_refused(build_ppo, trainer):
-    module, data = build_ppo(max_new_tokens=100_000)
-    with pytest.raises(ConfigurationError, match="max_prompt_length"):
+def test_replies_that_leave_no_room_for_a_prompt_are_refused(build_ppo, trainer):
+    module, data = build_ppo(max_new_tokens=2048)
+    with pytest.raises(ConfigurationError, match=r"max_new_tokens is 2048.*positions for 2048 tokens"):
         trainer().fit(module, data)
+
+
+def test_a_prompt_has_the_positions_that_the_replies_leave(build_ppo, caplog):
+    module, data = build_ppo(max_new_tokens=2000, data={"max_prompt_length": 64})
+    module.check_data(data)
+    assert data.max_prompt_length == 48
+    assert "max_prompt_length is 64" in caplog.text
+    module, data = build_ppo(max_new_tokens=2000, data={"max_prompt_length": 48})
+    module.check_data(data)
+    assert data.max_prompt_length == 48
+    assert caplog.text.count("max_prompt_length is") == 1
 
 
 @pytest.mark.parametrize(
@@ -513,7 +524,7 @@ def rollout_lines(directory: Path, *settings: str, processes: int = 1) -> list[s
     """What PPO on 24 prompts prints of its rollouts of 12 and its validation."""
     always = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
     always += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
-    always += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.max_train_prompts", "24"]
+    always += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.limit", "24"]
     always += ["--model.max_new_tokens", "6", "--trainer.val_check_interval", "1.0", "--trainer.logger", "false"]
     always += ["--trainer.callbacks", "[]", "--model.optimizer.lr", "1e-3"]
     always += ["--data.batch_size", str(12 // processes), "--trainer.devices", str(processes)]

@@ -90,7 +90,7 @@ def test_c27_c28_advantages_of_a_rollout_equal_their_definition(rollout):
     assert (logprobs - reference)[mask].abs().max() > 1e-3
 
 
-GROUPS = {"num_generations": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "max_train_prompts": 12}}
+GROUPS = {"num_generations": 3, "missing_eos_penalty": 0.7, "data": {"batch_size": 4, "limit": 12}}
 
 
 def group_scores(module, experience):

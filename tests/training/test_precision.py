@@ -80,7 +80,7 @@ def test_ppo_is_judged_by_replies_scores_and_kl_of_float32(build, trainer, tiny_
     def make():
         torch.manual_seed(0)
         module = PPO(str(tiny_qwen2), reward_model=name, max_new_tokens=6, value_model="shared")
-        prompts = {"train": "builtin:courtesy", "max_train_prompts": 18, "batch_size": 6, "seed": 3}
+        prompts = {"train": "builtin:courtesy", "limit": 18, "batch_size": 6, "seed": 3}
         return module, PromptDataModule(**prompts, tokenizer=str(tiny_qwen2))
 
     same_numbers(make, trainer, "test")

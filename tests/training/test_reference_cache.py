@@ -75,7 +75,7 @@ def test_what_is_known_is_not_computed_again_whatever_the_order_or_the_learning_
     again, computed = run(data={"batch_size": 4, "seed": 11, "eval_batch_size": 5}, model={"beta": 0.3})
     assert computed == 0
     assert again.reference._sums["train"].equal(first.reference._sums["train"])
-    assert run(data={"max_train_pairs": 3})[1] == 0
+    assert run(data={"limit": 3})[1] == 0
     assert run(max_epochs=1, accumulate_grad_batches=2, model={"loss_type": "ipo", "warmup_ratio": 0.5})[1] == 0
 
 

@@ -366,7 +366,7 @@ def test_without_a_checkpoint_last_begins_at_step_0_and_says_so(tmp_path, unbrok
     [
         (["--data.batch_size", "1"], "its run had data.batch_size 2, this one has 1"),
         (["--trainer.accumulate_grad_batches", "1"], "its run had trainer.accumulate_grad_batches 2, this one has 1"),
-        (["--data.max_train_pairs", "10"], "its run had rows in an epoch 11, this one has 10"),
+        (["--data.limit", "10"], "its run had rows in an epoch 11, this one has 10"),
         (["--model.hidden_size", "7"], "weights are those of another model"),
         (["--trainer.strategy", "zero2"], "is no checkpoint of DeepSpeed"),
     ],

@@ -6,6 +6,7 @@ import copy
 import csv
 import functools
 import json
+import logging
 import math
 
 import lightning.pytorch as pl
@@ -351,11 +352,27 @@ def test_an_encoder_backbone_trains(build, trainer, tiny_bert):
     assert not torch.equal(weights(before), after)
 
 
-def test_rows_longer_than_the_backbones_positions_are_refused_before_its_weights_are_loaded(build, trainer):
-    module, datamodule = build(data={"max_length": 2049})
-    with pytest.raises(ConfigurationError, match=r"max_length is 2049.*positions for 2048 tokens"):
-        trainer().fit(module, datamodule)
-    assert not list(module.parameters())
+def test_a_max_length_beyond_the_backbones_positions_is_lowered_to_them_in_one_line(build, trainer, pairs, caplog):
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "x " * 5000
+    module, datamodule = build(data={"train": rows, "val": rows, "max_length": 4096, "batch_size": 1})
+    with caplog.at_level(logging.WARNING, "rlhf_lightning"):
+        trainer(max_steps=1, limit_val_batches=1).fit(module, datamodule)
+    lines = [record.getMessage() for record in caplog.records if "max_length is 4096" in record.getMessage()]
+    assert len(lines) == 1
+    assert "2048" in lines[0]
+    assert datamodule.max_length == datamodule.pairs["train"].lengths.max() == 2048
+    assert len(datamodule.reports["train"].rows_cut) == 1
+
+
+def test_rows_read_beforehand_are_cut_to_the_positions_as_well(build, trainer, pairs):
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "x " * 5000
+    module, datamodule = build(data={"train": rows, "val": rows, "max_length": 4096, "batch_size": 1})
+    datamodule.setup("fit")
+    assert datamodule.pairs["train"].lengths.max() == 4096
+    trainer(max_steps=1, limit_val_batches=1).fit(module, datamodule)
+    assert {int(rows.lengths.max()) for rows in datamodule.pairs.values()} == {2048}
 
 
 def test_a_tokenizer_of_a_larger_model_is_refused(build, trainer, tiny_qwen2, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import SFT
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import TrainingError
 from tests.training.conftest import VAL_PAIRS, weights
 from tests.training.test_dpo import LORA
 from tests.training.test_reward_model import LossLog
@@ -113,10 +113,3 @@ def test_a_loss_that_is_no_number_stops_the_run(build_sft, trainer):
         next(module.policy.parameters()).fill_(math.nan)
     with pytest.raises(TrainingError, match=r"step 0: the loss is nan for the examples courtesy-train-.*no checkpoint"):
         trainer().fit(module, datamodule)
-
-
-def test_rows_longer_than_the_models_positions_are_refused(build_sft, trainer):
-    module, datamodule = build_sft(data={"max_length": 2049})
-    with pytest.raises(ConfigurationError, match=r"max_length is 2049"):
-        trainer().fit(module, datamodule)
-    assert not list(module.parameters()), "nothing is loaded"
