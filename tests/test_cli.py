@@ -12,13 +12,16 @@ import torch
 import yaml
 
 from rlhf_lightning import __version__
+from rlhf_lightning.commands.fit import ParsedRun, run
 from rlhf_lightning.commands.main import COMMANDS, main
+from rlhf_lightning.commands.refusals import OTHER_NAMES
 from rlhf_lightning.errors import ConfigurationError
 from tests.test_configs import CONFIGS, ROOT
 
 QUICKSTART = str(ROOT / "configs" / "quickstart" / "reward_model.yaml")
 DPO = str(ROOT / "configs" / "dpo.yaml")
 SFT = str(ROOT / "configs" / "sft.yaml")
+PPO = str(ROOT / "configs" / "ppo.yaml")
 CPU = ["--config", str(ROOT / "configs" / "hardware" / "cpu.yaml")]
 TINY = [*CPU, "--model.backbone", "builtin:tiny", "--data.train", "builtin:courtesy"]
 WHOLE = ["--model.lora", "null", "--model.reference", "null"]
@@ -90,7 +93,8 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", DPO, *TINY, "--model.lora.r", "0"], ["lora", "r must be 1 or more"]),
         (["fit", "--config", DPO, *TINY, "--model.attn_implementation", "flash_attention_2"], ["use sdpa"]),
         (["fit", "--config", SFT, *TINY, "--model.backbone", "./absent"], ["./absent", "no directory here"]),
-        (["fit"], ["required", "model"]),
+        (["fit"], ["no model class", "--config"]),
+        (["fit", "--data.train", "a.jsonl"], ["no model class", "--config"]),
         (["fit", "--config", "absent.yaml"], ["absent.yaml", "does not exist"]),
         (["fit", "--config", QUICKSTART, "--model.betaa", "3"], ["model", "'betaa' is not accepted"]),
         (["fit", "--config", QUICKSTART, "--trainer.max_step", "4"], ["--trainer.max_step"]),
@@ -113,7 +117,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", QUICKSTART, "--model.backbone", "./absent"], ["./absent", "no directory here"]),
         (["fit", "--config", QUICKSTART, "--model.backbone", "."], ["config.json", "no model"]),
         (["fit", "--config", QUICKSTART, "--data.max_length", "4096"], ["max_length is 4096", "2048"]),
-        (["fit", "--config", QUICKSTART, "--trainer.accelerator", "gpu"], ["gpu"]),
+        (["fit", "--config", QUICKSTART, "--trainer.accelerator", "gpu"], ["accelerator", "gpu", "hardware/cpu.yaml"]),
         (["fit", "--config", QUICKSTART, "--trainer.precision", "bf16-true"], ["rotary", "use bf16-mixed"]),
         (["fit", "--config", QUICKSTART, "--model.optimizer.lr", "-1"], ["model.optimizer", "-1"]),
         (["fit", "--config", QUICKSTART, "--trainer.logger.save_dir", "/proc/x"], ["/proc/x"]),
@@ -125,7 +129,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
 def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, arguments, words):
     line = refusal(capsys, *arguments)
     assert all(word in line for word in words), line
-    assert len(line) < 400
+    assert len(line) < 300
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
 
 
@@ -195,7 +199,62 @@ def test_an_unknown_key_in_a_file_is_refused(capsys, tmp_path):
 
 def test_a_file_that_is_no_yaml_is_refused(capsys, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: [1\n  class_path")
-    assert "parsing" in refusal(capsys, "fit", "--config", "broken.yaml")
+    assert "broken.yaml: not valid YAML: line 3, column 1: " in refusal(capsys, "fit", "--config", "broken.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--model.learning_rate=1", "model: Option 'learning_rate' is not accepted; did you mean model.optimizer.lr?"),
+        ("--model.optimizer.learning_rate=1", "did you mean model.optimizer.lr?"),
+        ("--model.maxNewTokens=1", "model: Option 'maxNewTokens' is not accepted; did you mean model.max_new_tokens?"),
+        ("--model.lora.targets=all-linear", "model.lora: Option 'targets' is not accepted; did you mean model.lora.t"),
+        ("--trainer.epochs=1", "did you mean trainer.max_epochs?"),
+        ("--trainer.max_epoch=1", "did you mean trainer.max_epochs?"),
+        ("--output_dir=x", "did you mean trainer.callbacks.directory"),
+        ("--lr=1", "did you mean model.optimizer.lr?"),
+        ("--model=Sft", "model: no such class: Sft; did you mean SFT?"),
+        ("--model.optimizer=Adamw", "model.optimizer: no such class: Adamw; did you mean AdamW?"),
+        ("--model.optimizer.lr=5e-6x", "model.optimizer.lr: expected a number, not '5e-6x'"),
+        ("--trainer.max_epochs=three", "trainer.max_epochs: expected an integer, not 'three'"),
+        ("--trainer.precision=fp16", "'bf16', not 'fp16'; did you mean 16-mixed?"),
+        ("--model.lr_scheduler_type=cosinus", "'cosine', not 'cosinus'; did you mean cosine?"),
+    ],
+)
+def test_a_refused_key_names_the_one_that_was_meant(capsys, argument, line):
+    said = refusal(capsys, "fit", "--config", PPO, argument)
+    assert line in said
+    assert said.count("did you mean") <= 1
+
+
+def test_what_a_refusal_names_are_keys():
+    """Of a policy's run, or of a reward model's where a policy has none of the name."""
+    named = {
+        *("model.optimizer.lr=1", "model.optimizer.weight_decay=1", "model.optimizer=SGD"),
+        *("model.lr_scheduler_type=linear", "model.backbone=x", "model.warmup_ratio=0.1", "model.lora={r: 2}"),
+        *("model.lora.target_modules=all-linear", "model.lora.lora_alpha=1", "model.lora.r=1"),
+        *("model.temperature=1", "model.max_new_tokens=1", "model.attn_implementation=packed"),
+        *("data.train=a", "data.val=a", "data.batch_size=1", "data.eval_batch_size=1", "data.max_length=1"),
+        *("trainer.max_epochs=1", "trainer.max_steps=1", "trainer.accumulate_grad_batches=1"),
+        *("trainer.gradient_clip_val=1", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1"),
+        *("trainer.devices=1", "trainer.precision=16-mixed", "trainer.precision=bf16-mixed", "trainer.strategy=zero2"),
+        *("trainer.logger=false", "trainer.logger.save_dir=x", "trainer.callbacks.directory=x"),
+        *("ckpt_path=last", "seed_everything=1"),
+    }
+    keys = {each.partition(" (")[0].replace(" ", "=") for text in OTHER_NAMES.values() for each in text.split(", ")}
+    assert {each.partition("=")[0] for each in keys} == {each.partition("=")[0] for each in named}
+    assert {each for each in keys if "=" in each} <= named
+    of_reward_model = [f"--{each}" for each in named if each.startswith("data.max_length")]
+    run(["fit", "--config", QUICKSTART, *of_reward_model], program=ParsedRun)
+    rest = [f"--{each}" for each in sorted(named) if each not in ("data.max_length=1", "ckpt_path=last")]
+    run(["fit", "--config", PPO, *rest], program=ParsedRun)
+
+
+def test_the_file_that_a_command_without_classes_takes_names_near_keys_too(capsys):
+    assert "unrecognized arguments: --reward_modle x; did you mean reward_model?" in refusal(
+        capsys, "evaluate", "--reward_modle", "x"
+    )
+    assert "did you mean" not in refusal(capsys, "evaluate", "--learning_rate", "1")
 
 
 @pytest.mark.parametrize(

@@ -456,17 +456,17 @@ def test_ctrl_c_while_all_is_imported_ends_the_program_as_a_user_has_it():
 MISTAKES = [
     ({"stage": {"first": {"command": "fit"}}}, "stage"),
     ({"stages": {}}, "no stages"),
-    ({"stages": [1]}, "stages: Expected a dict"),
+    ({"stages": [1]}, "stages: expected a mapping"),
     ({"stages": {"a b": {"command": "fit"}}}, "stage a b"),
-    ({"stages": {"a": {"command": "train"}}}, "command: Expected one of ['fit', 'evaluate']. Got value: train"),
+    ({"stages": {"a": {"command": "train"}}}, "stages.command: expected one of 'fit', 'evaluate', not 'train'"),
     ({"stages": {"a": {"config": "first.yaml"}}}, "command"),
     ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "'confg' is not accepted"),
     ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "nowhere.yaml"),
-    ({"stages": {"a": {"command": "fit", "set": [1]}}}, "set: Expected a dict"),
+    ({"stages": {"a": {"command": "fit", "set": [1]}}}, "stages.set: expected a mapping"),
     ({"stages": {"a": {"command": "fit", "set": {"model": {"x": 1}}}}}, "stage a"),
     ({"directory": None}, "directory"),
     ("- a list", "Unexpected config"),
-    ("a: [", "is no YAML"),
+    ("a: [", "not valid YAML"),
     ("directory: d\nstages:\n  a: {command: fit}\n  a: {command: fit}\n", "duplicate stage a"),
 ]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.settings import essence
+from rlhf_lightning.commands.refusals import OTHER_NAMES, OneLineParser
 from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
 from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
@@ -60,15 +60,14 @@ bound_parsers()
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
-class Parser(LightningArgumentParser):
+class Parser(OneLineParser, LightningArgumentParser):
     """Refuses abbreviated keys, and says what is wrong in one line, without a page of usage before it."""
+
+    other_names = OTHER_NAMES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigurationError(essence(message)) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -274,6 +273,12 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     quieten()
     arguments = _in_order(sys.argv[1:] if arguments is None else arguments)
     check_configurations(arguments)
+    given = {argument.partition("=")[0] for argument in arguments[1:]}
+    if given.isdisjoint({"-c", "--config", "--model", "--model.class_path", "-h", "--help", "--model.help"}):
+        raise ConfigurationError(
+            f"{arguments[0]}: no model class was chosen; give --config FILE.yaml, as configs/reward_model.yaml, or "
+            "--model RewardModel --data PreferenceDataModule"
+        )
     try:
         return program(
             LightningModule,
@@ -309,6 +314,11 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
 
 def _refusal(error: Exception) -> UserError | None:
     """What a user can mend of what a library raised; None where it is a fault of ours."""
+    if isinstance(error, MisconfigurationException) and "No supported gpu backend" in str(error):
+        return ConfigurationError(
+            "trainer.accelerator: gpu, and torch sees no GPU here; add --config configs/hardware/cpu.yaml or "
+            "--trainer.accelerator cpu (which has no zero2), or install the torch build for your driver"
+        )
     if isinstance(error, MisconfigurationException):
         return ConfigurationError(str(error))
     if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned"):

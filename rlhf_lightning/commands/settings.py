@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -57,42 +56,21 @@ def parse_settings(kind: type[Settings], command: str, usage: str, arguments: Se
     Raises SystemExit after `--help` and `--print_config`, which print, and `ConfigurationError` for an unknown key or a
     wrong value.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile
 
+    from rlhf_lightning.commands.refusals import OneLineParser, essence
     from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations
 
     bound_parsers()
     check_configurations(arguments)
-    parser = ArgumentParser(prog=f"rlhf-lightning {command}", description=usage, exit_on_error=False)
+    parser = OneLineParser(prog=f"rlhf-lightning {command}", description=usage, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with these keys; several are layered.")
     parser.add_class_arguments(kind, nested_key=None)
     try:
         parsed = parser.parse_args(list(arguments))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{command}: {error}") from error
     except Exception as error:
         raise ConfigurationError(f"{command}: {essence(str(error))[:400]}") from error
     parsed.pop("config", None)
     return kind(**parser.instantiate_classes(parsed).as_dict())
-
-
-def essence(message: str) -> str:
-    """The parser's message without the frames that it puts around what is wrong.
-
-    `Parser key "model": Does not validate against any of the Union subtypes ... Errors: - Option 'x' is not accepted
-    - Expected a <class 'NoneType'> ...` becomes `model: Option 'x' is not accepted`.
-    """
-    frames = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
-    parts: list[str] = []
-    for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
-        line = re.sub(r'Parser key "([^"]+)":', r"\1:", line.strip().removeprefix("-")).strip()
-        line = re.sub(r"<class '(\w+)'>", r"\1", line).replace("a typing.Literal", "one of ")
-        line = line.replace("Expected a dot import path string:", "no such class:")
-        noise = line.startswith(frames) or "NoneType" in line or "Expected a path" in line
-        if line and not noise and line not in parts:
-            parts.append(line)
-    given = re.search(r"Given value: (?!NestedArg)(.*)", message)
-    if given and parts and parts[-1].startswith("Expected"):
-        parts.append(f"given {given[1]!r}")
-    text = ""
-    for part in parts:
-        text += ("" if not text else " " if text.endswith(":") else "; ") + part
-    return text or message

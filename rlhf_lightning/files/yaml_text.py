@@ -108,5 +108,10 @@ def check_configurations(arguments: Sequence[str]) -> None:
                     raise ConfigurationError("is empty; give another file, or leave it out")
             except UserError as error:
                 raise ConfigurationError(f"{path}: {error}") from error
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ConfigurationError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
+            except UnicodeDecodeError as error:
+                raise ConfigurationError(f"{path}: not YAML, since it is not text in UTF-8 ({error})") from error
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+                problem = getattr(error, "problem", None) or " ".join(str(error).split())
+                raise ConfigurationError(f"{path}: not valid YAML: {where}{problem}") from error

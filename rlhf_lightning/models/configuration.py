@@ -39,7 +39,9 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistake
-        raise ModelError(f"{name_or_path}: no model could be found under this name ({reason_of(error)})") from error
+        found = Path(path).exists()
+        what = "no model can be loaded from it" if found else "no such directory here, and no such model on the hub"
+        raise ModelError(f"{name_or_path}: {what} ({reason_of(error)})") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name_or_path}: an encoder-decoder model ({config.model_type}); use a decoder or an encoder")
     switch_dropout_off(config)

@@ -1,0 +1,171 @@
+"""What the parser of a command line refuses, in one line: which key, what is wrong with it, and which key was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from rlhf_lightning.errors import ConfigurationError
+
+OTHER_NAMES = {
+    "learning_rate": "model.optimizer.lr",
+    "lr": "model.optimizer.lr",
+    "weight_decay": "model.optimizer.weight_decay",
+    "optim": "model.optimizer",
+    "optimizer": "model.optimizer",
+    "scheduler": "model.lr_scheduler_type",
+    "model_name_or_path": "model.backbone",
+    "model_name": "model.backbone",
+    "warmup_steps": "model.warmup_ratio",
+    "target_modules": "model.lora.target_modules",
+    "lora_alpha": "model.lora.lora_alpha",
+    "lora_r": "model.lora.r",
+    "rank": "model.lora.r",
+    "targets": "model.lora.target_modules",
+    "use_peft": "model.lora",
+    "temperature": "model.temperature",
+    "max_new_tokens": "model.max_new_tokens",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.val",
+    "per_device_train_batch_size": "data.batch_size",
+    "per_device_eval_batch_size": "data.eval_batch_size",
+    "batch_size": "data.batch_size",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "packing": "model.attn_implementation packed",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "max_steps": "trainer.max_steps",
+    "steps": "trainer.max_steps",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "logging_steps": "trainer.log_every_n_steps",
+    "eval_steps": "trainer.val_check_interval",
+    "gpus": "trainer.devices",
+    "num_gpus": "trainer.devices",
+    "fp16": "trainer.precision 16-mixed",
+    "bf16": "trainer.precision bf16-mixed",
+    "deepspeed": "trainer.strategy zero2",
+    "report_to": "trainer.logger",
+    "logging_dir": "trainer.logger.save_dir",
+    "output_dir": "trainer.callbacks.directory (the model that ExportBest writes), trainer.logger.save_dir (the rest)",
+    "resume_from_checkpoint": "ckpt_path last",
+    "seed": "seed_everything",
+}
+"""What other trainers call a key, and the key of `fit` that does it, perhaps with its value."""
+
+_OTHER_VALUES = {"fp16": "16-mixed", "float16": "16-mixed", "bfloat16": "bf16-mixed", "fp32": "32-true"}
+
+_WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping"}
+
+_UNKNOWN = re.compile(
+    r"Option '(?P<option>[^']+)' is not accepted|Subcommand '\w+' does not accept option '(?P<key>[^']+)'|"
+    r"unrecognized arguments: --(?P<argument>[\w.-]+)|Key '(?P<name>[^']+)' is not expected"
+)
+
+
+class OneLineParser(ArgumentParser):
+    """Raises `ConfigurationError` of one line where jsonargparse prints a page."""
+
+    other_names: Mapping[str, str] = {}
+    """As `OTHER_NAMES`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigurationError(essence(message) + meant(message, self._keys(), self.other_names)) from ex
+
+    def _keys(self) -> list[str]:
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        options = [*self._option_string_actions, *(key for each in commands for key in each._option_string_actions)]
+        return [key[2:] for key in options if key.startswith("--") and not key.endswith((".help", "+"))]
+
+
+def meant(message: str, keys: Iterable[str], others: Mapping[str, str]) -> str:
+    """`; did you mean KEY?` for the message of a parser with these keys that does not know one; else nothing."""
+    if (found := _UNKNOWN.search(message)) is None or "did you mean" in message:
+        return ""
+    unknown = next(filter(None, found.groups())).removesuffix(".class_path")
+    known = {_plain(key): key for key in keys}
+    last = {_plain(key.rpartition(".")[2]): key for key in keys}
+    place, _, name = _plain(unknown).rpartition(".")
+    if name in others and others[name] != unknown:
+        return f"; did you mean {others[name]}?"
+    if close := difflib.get_close_matches(_plain(unknown), known, n=1, cutoff=0.75):
+        return f"; did you mean {known[close[0]]}?"
+    if name in last and place == "":
+        return f"; did you mean {last[name]}?"
+    return ""
+
+
+def _plain(key: str) -> str:
+    """A key as it is looked for: `maxLength` and `max-length` are `max_length`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).replace("-", "_").lower()
+
+
+def essence(message: str) -> str:
+    """The parser's message without the frames that it puts around what is wrong.
+
+    `Parser key "model": Does not validate against any of the Union subtypes ... Errors: - Option 'x' is not accepted
+    - Expected a <class 'NoneType'> ...` becomes `model: Option 'x' is not accepted`; what is wrong deeper within has
+    been through here before, and its key is put behind this one: `model.optimizer.lr: '5x' is not a number`.
+    """
+    frames = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
+    keys: list[str] = []
+    parts: list[str] = []
+    for line in message.replace("Does not validate", "\nDoes not validate").splitlines():
+        line = line.strip().removeprefix("-").strip()
+        while key := re.match(r'Parser key "([^"]+)":\s*', line):
+            keys.append(key[1])
+            line = line[key.end() :]
+        noise = line.startswith(frames) or "NoneType" in line or line.startswith("Expected a path")
+        if line and not noise and line not in parts:
+            parts.append(line)
+    given = re.search(r"(?:Given value|Got value): (?!NestedArg)(.*)", message)
+    text = "; ".join(part for part in parts if not part.startswith("Expected")) or _expected(parts, given)
+    path = ".".join(keys)
+    nested = re.match(r"[a-z]\w*(\.[\w\[\]]+)*: ", text) if keys else None
+    return f"{path}{'.' if nested else ': ' if path else ''}{text or message}"
+
+
+def _expected(parts: list[str], given: re.Match[str] | None) -> str:
+    """What a value should have been, out of the parser's lines that begin with `Expected`."""
+    text = " ".join(parts)
+    choices = [choice for each in re.findall(r"Literal\[([^\]]*)\]", text) for choice in each.split(", ")]
+    words = [_WORDS.get(kind, f"a {kind}") for kind in re.findall(r"<class '(?:\w+\.)*(\w+)'>", text)]
+    value = given[1].strip() if given else ""
+    if "dot import path" in text and not words:
+        name = text.rpartition(": ")[2]
+        return f"no such class: {name}{_close(name, _class_names())}"
+    if choices:
+        words = [f"one of {', '.join(dict.fromkeys(choices))}"]
+    if not words:
+        return "; ".join(parts)
+    close = _OTHER_VALUES.get(value.lower()) or value
+    advice = _close(close, [choice.strip("'") for choice in choices])
+    return f"expected {' or '.join(dict.fromkeys(words))}, not {value[:100]!r}{advice}"
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.75)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
+
+
+def _class_names() -> list[str]:
+    """Names that a class path may be: of what is imported, as the parser resolves bare names."""
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule
+    from lightning.pytorch.loggers import Logger
+    from torch.optim import Optimizer
+
+    found: list[type] = []
+    waiting: list[type] = [LightningModule, LightningDataModule, Callback, Logger, Optimizer]
+    while waiting:
+        found += (below := waiting.pop().__subclasses__())
+        waiting += below
+    return [each.__name__ for each in found if not each.__name__.startswith("_")]
