@@ -51,7 +51,7 @@ def test_every_command_refuses_such_a_file_by_its_name(command, tmp_path, monkey
     (tmp_path / "aliases.yaml").write_text(ALIASES)
     (tmp_path / "broken.yaml").write_text("a: [")
     monkeypatch.chdir(tmp_path)
-    for file, reason in (("aliases.yaml", "line 3: aliases expand it"), ("broken.yaml", "is no YAML")):
+    for file, reason in (("aliases.yaml", "line 3: aliases expand it"), ("broken.yaml", "not valid YAML")):
         assert main([command, "--config", file]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{file}: {reason}" in line

@@ -274,7 +274,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     arguments = _in_order(sys.argv[1:] if arguments is None else arguments)
     check_configurations(arguments)
     given = {argument.partition("=")[0] for argument in arguments[1:]}
-    if given.isdisjoint({"-c", "--config", "--model", "--model.class_path", "-h", "--help", "--model.help"}):
+    if not any(key in ("-c", "--config", "--model", "-h") or key.endswith(("class_path", "help")) for key in given):
         raise ConfigurationError(
             f"{arguments[0]}: no model class was chosen; give --config FILE.yaml, as configs/reward_model.yaml, or "
             "--model RewardModel --data PreferenceDataModule"

@@ -166,6 +166,7 @@ def _class_names() -> list[str]:
     found: list[type] = []
     waiting: list[type] = [LightningModule, LightningDataModule, Callback, Logger, Optimizer]
     while waiting:
-        found += (below := waiting.pop().__subclasses__())
+        below: list[type] = waiting.pop().__subclasses__()
+        found += below
         waiting += below
     return [each.__name__ for each in found if not each.__name__.startswith("_")]
