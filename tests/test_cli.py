@@ -650,3 +650,20 @@ def test_of_several_processes_one_says_that_it_was_interrupted(capsys, monkeypat
         monkeypatch.setenv("LOCAL_RANK", rank)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == words
+
+
+def test_a_builtin_configuration_is_named_like_a_file(capsys):
+    given = printed_config(capsys, "fit", "--config", "builtin:reward_model", "--config=builtin:hardware/cpu")
+    assert given == printed_config(capsys, "fit", "--config", str(ROOT / "configs" / "reward_model.yaml"), *CPU)
+    assert "did you mean quickstart/sft?" in refusal(capsys, "fit", "--config", "builtin:quikstart/sft")
+
+
+def test_configs_copies_over_nothing(capsys, tmp_path):
+    assert main(["configs", "copy", "sft", "sub/mine.yaml"]) == 0
+    assert (tmp_path / "sub" / "mine.yaml").read_text() == Path(SFT).read_text()
+    (tmp_path / "all.yaml").write_text("mine")
+    for file in ("sub/mine.yaml", "all.yaml", "sub"):
+        assert f"{file} exists" in refusal(capsys, "configs", "copy", "quickstart", file)
+    assert (tmp_path / "all.yaml").read_text() == "mine"
+    assert not (tmp_path / "quickstart").exists()
+    assert "copy NAME FILE" in refusal(capsys, "configs", "show", "sft")

@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "doctor",
     "plan": "plan",
     "export": "export",
+    "configs": "configs",
 }
 """Each command and its module below `rlhf_lightning.commands`, whose `run` takes the arguments after its name and
 returns an exit code; that of the Trainer's commands takes the name as well."""
@@ -42,9 +43,10 @@ commands:
   plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it
              --ckpt_path FILE --out DIRECTORY [--merge true|false]
+  configs    list the configurations that come with the program, or copy one   [copy NAME FILE]
 
 examples:
-  rlhf-lightning pipeline --config configs/quickstart.yaml
+  rlhf-lightning pipeline --config builtin:quickstart
   rlhf-lightning fit --config configs/quickstart/reward_model.yaml
   rlhf-lightning fit --config configs/reward_model.yaml --data.train pairs.jsonl --model.optimizer.lr 1e-5
   rlhf-lightning fit --config configs/dpo.yaml --model.backbone models/sft --data.train pairs.jsonl
@@ -58,6 +60,7 @@ examples:
   rlhf-lightning doctor --config configs/reward_model.yaml
   rlhf-lightning plan --config configs/dpo.yaml --config configs/hardware/zero2.yaml --gpu 4xA10
   rlhf-lightning export --ckpt_path CHECKPOINT --out models/policy
+  rlhf-lightning configs copy reward_model mine.yaml
 
 options:
   -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
@@ -96,9 +99,13 @@ def _run(argv: Sequence[str] | None) -> int:
     if OF_A_PIPELINE in os.environ:
         end_with_pipeline()
     try:
+        if any("builtin:" in argument for argument in arguments):
+            from rlhf_lightning.commands.configs import with_paths
+
+            arguments = [command, *with_paths(arguments[1:])]
         run = importlib.import_module(f"rlhf_lightning.commands.{COMMANDS[command]}").run
         if command in TRAINER_COMMANDS:
-            run(None if argv is None else arguments)
+            run(arguments)
             return 0
         return run(arguments[1:])
     except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
