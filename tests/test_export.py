@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from rlhf_lightning import DPO, RewardModel, RewardNetwork
 from rlhf_lightning.commands.export import export_checkpoint
@@ -18,6 +18,7 @@ from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.results import Results
 from tests.training.conftest import build, build_dpo, pairs, sgd, trainer  # noqa: F401 (fixtures)
@@ -95,10 +96,43 @@ def test_a_reward_model_is_exported_too(checkpoint, tmp_path, capsys, tiny_qwen2
     rows = probe.probe_rows(900)
     with torch.no_grad():
         assert torch.equal(network(*rows), own(*rows))
-    assert "from rlhf_lightning import RewardNetwork" in (out / "README.md").read_text()
     written = json.loads((out / "config.json").read_text())
     assert written["pad_token_id"] == AutoTokenizer.from_pretrained(out).pad_token_id
     assert (written["attention_dropout"], written["use_cache"]) == (0.5, settings["use_cache"])
+
+
+@pytest.mark.usefixtures("forked_proof")
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+@pytest.mark.parametrize("template", [None, "after the end"])
+def test_the_card_of_a_reward_model_loads_it_with_our_score(checkpoint, tmp_path, monkeypatch, head, template):
+    """Also with a template that writes a line end after the token that ends a response, as most do."""
+    data = {}
+    if template:
+        file = tmp_path / "mine.jinja"
+        file.write_text(
+            "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        )
+        data = {"chat_template": str(file)}
+    path, out = checkpoint("build", model={"head": head}, data=data), tmp_path / "exported"
+    export_checkpoint(path, out)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    card = (out / "README.md").read_text()
+    namespace = {}
+    exec(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], namespace)
+    user, assistant = namespace["conversation"]
+    (ours,) = RewardScorer(str(out))([[user]], [assistant["content"]])
+    assert namespace["score"] == pytest.approx(ours.score, abs=1e-5)
+    line = re.search(r"`(pipeline\(.*?\))\(text, (.*?)\)`", card)
+    (found,) = eval(f"{line[1]}(text, {line[2]})", namespace | {"pipeline": pipeline})
+    assert found["score"] == pytest.approx(ours.score, abs=1e-5)
+    assert namespace["text"].endswith("<|im_end|>")
+    pair = [{"role": "query", "content": user["content"]}, {"role": "document", "content": assistant["content"]}]
+    assert namespace["tokenizer"].apply_chat_template(pair, tokenize=False) == namespace["text"]
+    with_trust = "trust_remote_code=True" in card
+    assert with_trust is (head == "mlp")
 
 
 @pytest.mark.parametrize("merge", [True, False])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,11 @@ from torch import Tensor
 import rlhf_lightning
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import Arguments
+from rlhf_lightning.commands.usage import policy_usage, reward_usage
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.disks import check_room
-from rlhf_lightning.models.backbones import counts_from_padding
-from rlhf_lightning.models.causal_lm import decoder
 from rlhf_lightning.models.probe import log_probs, probe_rows
-from rlhf_lightning.models.storage import check_free, check_other, pad_with, replaced_model
+from rlhf_lightning.models.storage import check_free, check_other, replaced_model
 from rlhf_lightning.terminal import say
 from rlhf_lightning.training.callbacks import exported_bytes
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint
@@ -28,16 +27,9 @@ from rlhf_lightning.training.checks import trained_module
 from rlhf_lightning.training.module import PolicyModule, TrainedModule
 from rlhf_lightning.training.results import TABLE_ROWS
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
 
-_HOW_TO_USE = {
-    "policy": "Ask it with the chat template of the tokenizer beside it, as in training. Adapters alone need peft.",
-    "reward": "Plain `AutoModelForSequenceClassification` would load it with a random head; use the class above.",
-}
 _UNITS = {"policy": "nats", "reward": "units of score"}
 
 
@@ -85,8 +77,6 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     check_room(directory, exported_bytes(module, merge=merge), "the model")
     with replaced_model(directory) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
-        if module.chat_format is not None and not counts_from_padding(_backbone(module)):
-            pad_with(made, module.chat_format.pad_id)
         difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
         if not difference < _LARGEST_DIFFERENCE:
             raise ModelError(
@@ -96,10 +86,6 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
         card = _model_card(made, Path(directory).resolve().name, stored, kind, difference, merged=merge)
         (made / "README.md").write_text(card, encoding="utf-8")
     return difference, _UNITS[kind]
-
-
-def _backbone(module: TrainedModule) -> PreTrainedModel:
-    return decoder(module.trained_network.model) if isinstance(module, PolicyModule) else module.network.backbone
 
 
 @torch.no_grad()
@@ -130,8 +116,10 @@ def _model_card(
     """README.md of the directory: what it is, the settings, what was measured, and the proof."""
     settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
     measured = metrics_of(stored)
-    loader = "RewardNetwork" if kind == "reward" else "AutoModelForCausalLM"
-    origin = "rlhf_lightning" if kind == "reward" else "transformers"
+    if kind == "policy":
+        usage = policy_usage(name)
+    else:
+        usage = reward_usage(name, json.loads((directory / "config.json").read_text(encoding="utf-8")))
     what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"
     if settings.get("lora") and merged:
         what += ", LoRA adapters merged"
@@ -140,7 +128,7 @@ def _model_card(
     training = {k: v for k, v in stored[ORIGIN].get("training", {}).items() if v is not None}
     return f"""---
 base_model: {settings["backbone"]}
-library_name: {origin}
+library_name: transformers
 ---
 
 # {name}
@@ -148,12 +136,7 @@ library_name: {origin}
 {stored[ORIGIN]["class"]} of rlhf_lightning {rlhf_lightning.__version__}, from {settings["backbone"]}, optimizer step \
 {stored["global_step"]}; {what}, safetensors, float32.
 
-```python
-from {origin} import {loader}
-
-model = {loader}.from_pretrained("{name}")
-```
-{_HOW_TO_USE[kind]}
+{usage}
 
 Settings of the model: `{json.dumps(settings, default=str, sort_keys=True)}`
 

@@ -92,6 +92,11 @@ class ChatText:
             self._measure()
 
     @property
+    def after_end(self) -> str:
+        """What the template writes after the token that ends the last reply."""
+        return "" if self.end is None else self._closing.removeprefix(self.end)
+
+    @property
     def knows_thoughts(self) -> bool:
         """Whether thoughts in `<think>...</think>` have a place in the template."""
         return self.template is not None and _END_THINK in self.template

@@ -185,11 +185,16 @@ def _states(
 
 def _position_ids(backbone: PreTrainedModel, attention_mask: Tensor) -> Tensor | None:
     """Positions [R, T] counted over the mask, as the backbone counts; None where it is given none."""
+    first = first_position(backbone)
+    return None if first is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first
+
+
+def first_position(backbone: PreTrainedModel) -> int | None:
+    """The position of a row's first token; None where the backbone is given no positions."""
     if backbone not in _first_positions:
         takes_them = "position_ids" in inspect.signature(backbone.forward).parameters
         _first_positions[backbone] = declared_first_position(backbone) if takes_them else None
-    first = _first_positions[backbone]
-    return None if first is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first
+    return _first_positions[backbone]
 
 
 def counts_from_padding(backbone: nn.Module) -> bool:

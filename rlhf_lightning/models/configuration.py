@@ -18,6 +18,9 @@ from rlhf_lightning.tiny import resolve_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+HEAD_KEY = "reward_head"
+"""Entry of config.json with the shape of a reward network's head; its presence marks a directory as one."""
+
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model by hub name or directory, with dropout off.
@@ -44,6 +47,8 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
         raise ModelError(f"{name_or_path}: {what} ({reason_of(error)})") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name_or_path}: an encoder-decoder model ({config.model_type}); use a decoder or an encoder")
+    if hasattr(config, HEAD_KEY):
+        config.transformers_weights = None  # the sentence that stops a class that would make up a head
     switch_dropout_off(config)
     config.use_cache = False
     return config

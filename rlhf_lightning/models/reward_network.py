@@ -1,21 +1,29 @@
-"""A reward model's network: a transformer backbone and a small MLP that reads one number off its hidden states.
+"""A reward model's network: a transformer backbone and a small head that reads one number off its hidden states.
 
 R rows, T tokens, H hidden size.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ModelError
+from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.functional.reductions import last_token_index, masked_mean
-from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states, layer_states, load_backbone
-from rlhf_lightning.models.configuration import load_config, write_published_settings
+from rlhf_lightning.models.backbones import (
+    AttentionImplementation,
+    first_position,
+    hidden_states,
+    layer_states,
+    load_backbone,
+)
+from rlhf_lightning.models.configuration import HEAD_KEY, load_config, rope_limits, write_published_settings
+from rlhf_lightning.models.linear_head import LinearHead, check_classifier, classifier_without_weights
 from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:
@@ -26,18 +34,21 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "s
 Pooling = Literal["last", "mean", "layers"]
 """What the head reads: the hidden state of the last true token, the mean over all true tokens, or the means of all
 layers side by side."""
-_HEAD_KEY = "reward_head"
-"""Entry of config.json with the head's shape; its presence marks a directory as a reward network."""
+HeadKind = Literal["mlp", "linear"]
+"""Two layers (`RewardHead`), or one (`LinearHead`), which transformers and all that stand on it load by themselves."""
+_OWN_CLASS = "RewardModelForSequenceClassification"
+_OWN_CLASS_MAP = {"AutoModelForSequenceClassification": f"modeling_reward.{_OWN_CLASS}"}
 
 
 def is_reward_network(config: PretrainedConfig | None) -> bool:
     """Whether a model's configuration is that of a saved `RewardNetwork`."""
-    return getattr(config, _HEAD_KEY, None) is not None
+    return getattr(config, HEAD_KEY, None) is not None
 
 
 def pooling_of(config: PretrainedConfig) -> Pooling | None:
     """How a saved `RewardNetwork` pools; None for the configuration of any other model."""
-    return getattr(config, _HEAD_KEY).get("pooling", "last") if is_reward_network(config) else None
+    saved = saved_head(config)
+    return None if saved is None else saved["pooling"]
 
 
 def head_input_size(config: PretrainedConfig, pooling: Pooling) -> int:
@@ -91,6 +102,51 @@ class RewardHead(nn.Sequential):
         return x.squeeze(-1)
 
 
+class HeadSettings(TypedDict, total=False):
+    """Keys of a head: the `mlp` has all of them, a `linear` one none but its own name."""
+
+    head: HeadKind
+    hidden_size: int | None
+    """The backbone's when not given."""
+    activation: Activation
+    dropout: float
+    pooling: Pooling
+
+
+_USUAL: HeadSettings = {"head": "mlp", "hidden_size": None, "activation": "relu", "dropout": 0.0, "pooling": "last"}
+
+
+def saved_head(config: PretrainedConfig) -> HeadSettings | None:
+    """The head of a saved `RewardNetwork`; None for the configuration of any other model."""
+    return {**_USUAL, **getattr(config, HEAD_KEY)} if is_reward_network(config) else None
+
+
+def check_head(settings: HeadSettings) -> None:
+    """Raise `ConfigurationError` where a `linear` head is to have what it has not."""
+    if settings.get("head") == "linear":
+        for key, value in settings.items():
+            if key != "head" and value != _USUAL.get(key):
+                raise ConfigurationError(
+                    f"model.{key}: {value} goes with model.head: mlp; a linear head is one layer on the last token's "
+                    f"state. Leave model.{key} out"
+                )
+
+
+def new_head(config: PretrainedConfig, **settings: Unpack[HeadSettings]) -> RewardHead | LinearHead:
+    """A head for a backbone of this configuration. Raises `ConfigurationError` as `check_head` does."""
+    check_head(settings)
+    given: HeadSettings = {**_USUAL, **settings}
+    width = head_input_size(config, "last")
+    if given["head"] == "linear":
+        return LinearHead(width)
+    return RewardHead(
+        head_input_size(config, given["pooling"]),
+        hidden_size=given["hidden_size"] or width,
+        activation=given["activation"],
+        dropout=given["dropout"],
+    )
+
+
 class RewardNetwork(nn.Module):
     """Scores whole rows: `backbone -> one hidden state of the row -> score`.
 
@@ -101,42 +157,31 @@ class RewardNetwork(nn.Module):
     left, right or any padding, and a pad id equal to the EOS id, give the same score.
     """
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        *,
-        hidden_size: int | None = None,
-        activation: Activation = "relu",
-        dropout: float = 0.0,
-        pooling: Pooling = "last",
-    ) -> None:
+    def __init__(self, backbone: PreTrainedModel, **head: Unpack[HeadSettings]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.pooling = pooling
-        self.score = RewardHead(
-            head_input_size(backbone.config, pooling),
-            hidden_size=hidden_size or head_input_size(backbone.config, "last"),
-            activation=activation,
-            dropout=dropout,
-        )
+        self.pooling: Pooling = head.get("pooling", "last")
+        self.score = new_head(backbone.config, **head)
+        if isinstance(self.score, LinearHead):
+            check_classifier(backbone, self.score)
 
     @classmethod
     def from_backbone(
         cls,
         name_or_path: str | PreTrainedModel,
         *,
-        hidden_size: int | None = None,
-        activation: Activation = "relu",
-        dropout: float = 0.0,
-        pooling: Pooling = "last",
         attn_implementation: AttentionImplementation | None = None,
         trust_remote_code: bool = False,
+        **head: Unpack[HeadSettings],
     ) -> RewardNetwork:
-        """A pretrained backbone (hub name, directory or prepared object) with a fresh head. Raises `ModelError`."""
+        """A pretrained backbone (hub name, directory or prepared object) with a fresh head, of the keys of `new_head`.
+
+        Raises `ModelError`, and `ConfigurationError` as `check_head` does.
+        """
         backbone = load_backbone(
             name_or_path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-        return cls(backbone, hidden_size=hidden_size, activation=activation, dropout=dropout, pooling=pooling)
+        return cls(backbone, **head)
 
     @classmethod
     def from_pretrained(
@@ -154,12 +199,12 @@ class RewardNetwork(nn.Module):
         config = load_config(str(directory), trust_remote_code=trust_remote_code)
         if not is_reward_network(config):
             raise ModelError(
-                f"{directory}: a {config.model_type} model without a reward head (no {_HEAD_KEY} in config.json); "
+                f"{directory}: a {config.model_type} model without a reward head (no {HEAD_KEY} in config.json); "
                 "train one with `rlhf-lightning fit`, or use it as a backbone"
             )
         network = cls.from_backbone(
             str(directory),
-            **getattr(config, _HEAD_KEY),
+            **getattr(config, HEAD_KEY),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
@@ -182,8 +227,10 @@ class RewardNetwork(nn.Module):
         """Write `config.json` and safetensors; the weights are named as a sequence classifier's.
 
         The backbone's tensors stand under its own prefix (`model.` for Qwen2), the head's under `score.0` and `score.2`
-        (`score.3` with dropout). Written beside the directory first, so that it is never half there; what
-        the directory held under other names stays. Returns the directory.
+        (`score.3` with dropout), or `score.weight`. Transformers loads a linear head by itself, and an MLP with
+        `trust_remote_code=True`, by a module that is written beside it; without that it stops with an error. Written
+        beside the directory first, so that it is never half there; what the directory held under other names stays.
+        Returns the directory.
         """
         prefix = self.backbone.base_model_prefix or "model"
         tensors = {f"{prefix}.{key}": value for key, value in self.backbone.state_dict().items()}
@@ -192,10 +239,53 @@ class RewardNetwork(nn.Module):
             self.backbone.save_pretrained(made, state_dict=tensors, max_shard_size="5GB")
             write_published_settings(self.backbone, made)
             with edited_settings(made / "config.json") as config:
-                config["architectures"] = [f"{type(self.backbone).__name__.removesuffix('Model')}ForRewardModel"]
-                config["num_labels"] = 1
-                config[_HEAD_KEY] = self.score.settings | {"pooling": self.pooling}
+                _forget_other_head(config)
+                config |= self._settings_to_save()
+                if isinstance(self.score, LinearHead):
+                    _forget_padding_that_ends_rows(config)
+                else:
+                    config["auto_map"] = config.get("auto_map", {}) | _OWN_CLASS_MAP
+                    shutil.copy(Path(__file__).with_name("modeling_reward.py"), made)
         return Path(directory).expanduser()
+
+    def _settings_to_save(self) -> dict[str, Any]:
+        """What config.json says besides what it says of the backbone."""
+        settings: dict[str, Any] = {"num_labels": 1, HEAD_KEY: self.score.settings | {"pooling": self.pooling}}
+        # Who loads it shall give the score as it is: pipelines, CrossEncoder and vLLM take a sigmoid of it else.
+        settings |= {"problem_type": "regression"}
+        settings |= {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+        architecture = type(self.backbone).__name__.removesuffix("Model")
+        if isinstance(self.score, LinearHead):
+            name = type(classifier_without_weights(self.backbone.config)).__name__
+            return settings | {"architectures": [name]}
+        from rlhf_lightning.models.modeling_reward import STOP
+
+        limits = [limit for _, limit in rope_limits(self.backbone.config)]
+        rows = {"first_position": first_position(self.backbone), "longest": min(limits, default=None)}
+        settings |= {"reward_rows": rows, "transformers_weights": STOP}
+        return settings | {"architectures": [f"{architecture}ForRewardModel" if self._is_vllms else _OWN_CLASS]}
+
+    @property
+    def _is_vllms(self) -> bool:
+        """Whether vLLM's `*ForRewardModel` computes this head; it looks at the name, and not at the other settings."""
+        width = head_input_size(self.backbone.config, "last")
+        own = {"hidden_size": width, "activation": "relu", "dropout": 0.0}
+        return self.pooling == "last" and self.score.settings == own
+
+
+def _forget_other_head(config: dict[str, Any]) -> None:
+    """Remove what the configuration of the backbone says of a head that it was saved with before."""
+    for key in ("reward_rows", "transformers_weights"):
+        config.pop(key, None)
+    for name in _OWN_CLASS_MAP:
+        config.get("auto_map", {}).pop(name, None)
+
+
+def _forget_padding_that_ends_rows(config: dict[str, Any]) -> None:
+    """Without a padding id, transformers refuses batches; with one that ends rows, it would read the token before."""
+    ends = config.get("eos_token_id")
+    if config.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+        config["pad_token_id"] = None
 
 
 def _head_tensors(directory: Path) -> dict[str, Tensor]:

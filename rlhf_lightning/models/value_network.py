@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states
 from rlhf_lightning.models.configuration import load_config
+from rlhf_lightning.models.linear_head import LinearHead
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def has_head_for_tokens(config: PretrainedConfig) -> bool:
     return pooling_of(config) in ("last", "mean")
 
 
-def zero_last_layer(head: RewardHead) -> None:
+def zero_last_layer(head: RewardHead | LinearHead) -> None:
     """Let a head begin with the value 0 for every state."""
-    for parameter in head[-1].parameters():
+    last = head[-1] if isinstance(head, RewardHead) else head
+    for parameter in last.parameters():
         nn.init.zeros_(parameter)

@@ -29,6 +29,7 @@ from rlhf_lightning.planning.memory import (
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def run_of(
             packed=hparams.attn_implementation == "packed",
             gradient_checkpointing=hparams.gradient_checkpointing and not hparams.get("freeze_backbone", False),
             trust_remote_code=hparams.trust_remote_code,
-            pooling=hparams.get("pooling", "last"),
+            head=module.head_settings if isinstance(module, RewardModel) else {},
             freeze_backbone=hparams.get("freeze_backbone", False),
         ),
         eval_rows=data.eval_batch_size * rows_per_pair,

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from rlhf_lightning.models.backbones import hidden_states, layer_states, normali
 from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
 from rlhf_lightning.models.configuration import no_pooler
 from rlhf_lightning.models.precision import widened_at_once
-from rlhf_lightning.models.reward_network import Pooling, RewardHead, head_input_size
+from rlhf_lightning.models.reward_network import HeadSettings, new_head
 from rlhf_lightning.terminal import silenced
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Shape:
     autocast: bool = False
     """Operations in half precision, as the mixed precisions of the Trainer have it."""
     trust_remote_code: bool = False
-    pooling: Pooling = "last"
+    head: HeadSettings = field(default_factory=HeadSettings)
     """Of a reward network."""
     freeze_backbone: bool = False
 
@@ -186,7 +186,7 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:
                 backbone = decoder(model) if head is None else inner_model(model)
-                every_layer = shape.pooling == "layers"
+                every_layer = shape.head.get("pooling") == "layers"
                 if shape.packed:  # one kernel over all rows takes as much as over one row of their length
                     output = backbone(input_ids=ids, use_cache=False, output_hidden_states=every_layer)
                     states = normalised(output.hidden_states) if every_layer else [output.last_hidden_state]
@@ -235,8 +235,7 @@ def _model(config: PretrainedConfig, shape: Shape) -> tuple[nn.Module, nn.Module
         else:
             model = AutoModel.from_config(config, **options, **no_pooler(config))
             model.requires_grad_(not shape.freeze_backbone)
-            width = head_input_size(config, "last")
-            head = RewardHead(head_input_size(config, shape.pooling), hidden_size=width).to(dtype)
+            head = new_head(config, **shape.head).to(dtype)
         if shape.lora is not None:
             model = with_adapters(model, shape.lora).to(dtype)
     if shape.gradient_checkpointing:

@@ -283,9 +283,9 @@ def chat_format_of_run(
     )
 
 
-def save_format(chat_format: ChatFormat, directory: str | Path) -> None:
-    """Write a tokenizer beside a model, which ends its responses where training did."""
-    save_tokenizer(chat_format, directory)
+def save_format(chat_format: ChatFormat, directory: str | Path, *, scored: bool = False) -> None:
+    """Write a tokenizer beside a model, which ends its responses where training did; see `save_tokenizer`."""
+    save_tokenizer(chat_format, directory, scored=scored)
     end_at(directory, chat_format.eos_id)
 
 

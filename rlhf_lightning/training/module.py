@@ -30,11 +30,11 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
-from rlhf_lightning.models.backbones import AttentionImplementation, check_attention
-from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, counts_from_padding
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, decoder, load_causal_config
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
-from rlhf_lightning.models.storage import replaced_model
+from rlhf_lightning.models.storage import pad_with, replaced_model
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
     chat_format_of_run,
@@ -341,7 +341,11 @@ class TrainedModule(LightningModule):
             if chat_format is None:
                 log.warning("%s: the model is written without a tokenizer; give the module one", directory)
             else:
-                save_format(chat_format, made)
+                self.save_chat_format(chat_format, made)
+
+    def save_chat_format(self, chat_format: ChatFormat, directory: Path) -> None:
+        """Write the tokenizer of the training beside the network, and what the network has to know of it."""
+        save_format(chat_format, directory)
 
     def format_to_export(self) -> ChatFormat | None:
         """The chat format of the data, of the run of the checkpoint that was loaded, or of `tokenizer`."""
@@ -437,3 +441,8 @@ class PolicyModule(TrainedModule):
 
     def save_network(self, directory: Path, *, merge: bool) -> None:
         self.policy.save_pretrained(directory, merge=merge)
+
+    def save_chat_format(self, chat_format: ChatFormat, directory: Path) -> None:
+        super().save_chat_format(chat_format, directory)
+        if not counts_from_padding(decoder(self.policy.model)):
+            pad_with(directory, chat_format.pad_id)

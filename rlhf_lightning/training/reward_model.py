@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.data.chat_export import padding_of_scored
+from rlhf_lightning.data.chat_format import ChatFormat
+from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.losses import bradley_terry_loss
@@ -26,10 +30,23 @@ from rlhf_lightning.metrics import (
     PairwiseCalibrationError,
     PooledAUROC,
 )
+from rlhf_lightning.models.backbones import counts_from_padding
+from rlhf_lightning.models.linear_head import classifier_without_weights
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
-from rlhf_lightning.models.reward_network import Activation, Pooling, RewardNetwork, is_reward_network, pooling_of
+from rlhf_lightning.models.reward_network import (
+    Activation,
+    HeadKind,
+    HeadSettings,
+    Pooling,
+    RewardNetwork,
+    check_head,
+    is_reward_network,
+    saved_head,
+)
+from rlhf_lightning.models.storage import pad_with
 from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.checkpoints import save_format
 from rlhf_lightning.training.checks import check_finite
 from rlhf_lightning.training.module import Measured, TrainedModule, means
 from rlhf_lightning.training.optimization import Fraction, Smoothing
@@ -38,12 +55,16 @@ log = logging.getLogger(__name__)
 
 
 class RewardModel(TrainedModule):
-    """Reward model: a transformer backbone with a two-layer MLP head, trained with -log sigmoid(r_chosen - r_rejected).
+    """Reward model: a transformer backbone with a small head, trained with -log sigmoid(r_chosen - r_rejected).
 
     Args:
         backbone: Hub name or directory of any decoder or encoder, of a saved reward network (its head is kept), or
             `builtin:tiny`.
-        hidden_size: Width of the head's hidden layer; the backbone's hidden size when not given.
+        head: `mlp`, two layers, or `linear`, one without bias on the last token's state. What is exported with an
+            `mlp`, transformers loads with `trust_remote_code=True`, and refuses without; with `linear` it is a
+            `*ForSequenceClassification` of transformers itself, which pipelines, CrossEncoder, TRL and vLLM load.
+            Encoders have no such class. Of a saved reward network, its own is kept.
+        hidden_size: Width of the hidden layer of an `mlp` head; the backbone's hidden size when not given.
         activation: Of the head's hidden layer.
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
         pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `layers`, the
@@ -67,6 +88,7 @@ class RewardModel(TrainedModule):
     def __init__(
         self,
         backbone: ModelSource,
+        head: HeadKind = "mlp",
         hidden_size: PositiveInt | None = None,
         activation: Activation = "relu",
         dropout: Fraction = 0.0,
@@ -83,25 +105,39 @@ class RewardModel(TrainedModule):
             raise ConfigurationError(
                 "model.backbone: a saved reward network as an object has no head; give its directory"
             )
-        self.hparams.pooling = pooling_of(self.backbone_config) or pooling
-        if pooling not in ("last", self.hparams.pooling):
-            log.warning("model.pooling: %s keeps its own, %s, not %s", backbone, self.hparams.pooling, pooling)
+        self._keep_own_head(head=head, pooling=pooling)
+        check_head(self.head_settings)
+        if self.hparams.head == "linear":
+            classifier_without_weights(self.backbone_config)
         self.train_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy()} | means("loss", "margin", "reward"))
         self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
+
+    def _keep_own_head(self, **given: str) -> None:
+        """A saved reward network keeps its head, and says so where another was asked for."""
+        usual = {"head": "mlp", "pooling": "last"}
+        for key, value in (saved_head(self.backbone_config) or {}).items():
+            if key in given and given[key] not in (usual[key], value):
+                log.warning("model.%s: %s keeps its own, %s, not %s", key, self.hparams.backbone, value, given[key])
+            self.hparams[key] = value
+
+    @property
+    def head_settings(self) -> HeadSettings:
+        """Those of the head that is trained."""
+        settings = self.hparams
+        return {
+            "head": settings.head,
+            "hidden_size": settings.hidden_size,
+            "activation": settings.activation,
+            "dropout": settings.dropout,
+            "pooling": settings.pooling,
+        }
 
     def build_network(self) -> None:
         settings = self.hparams
         if is_reward_network(self.backbone_config):
             self.network = RewardNetwork.from_pretrained(settings.backbone, **self.loading).train()
         else:
-            self.network = RewardNetwork.from_backbone(
-                self.backbone,
-                hidden_size=settings.hidden_size,
-                activation=settings.activation,
-                dropout=settings.dropout,
-                pooling=settings.pooling,
-                **self.loading,
-            )
+            self.network = RewardNetwork.from_backbone(self.backbone, **self.head_settings, **self.loading)
         self.network.backbone.requires_grad_(not settings.freeze_backbone)
         if settings.gradient_checkpointing and not settings.freeze_backbone:
             self.network.backbone.activation_checkpointing_enable()
@@ -110,7 +146,7 @@ class RewardModel(TrainedModule):
         super().on_fit_start()
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
         head = head if self.trainer.ckpt_path is None else "the checkpoint's"
-        log.info("reward: %s head, pooling %s", head, self.hparams.pooling)
+        log.info("reward: %s %s head, pooling %s", head, self.hparams.head, self.hparams.pooling)
 
     def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows."""
@@ -144,12 +180,13 @@ class RewardModel(TrainedModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Raises `ConfigurationError` when the head would read other states, or go on with an optimizer of others."""
         super().on_load_checkpoint(checkpoint)
-        pooling = checkpoint["hyper_parameters"].get("pooling", "last")
-        if pooling != self.hparams.pooling:
-            raise ConfigurationError(
-                f"ckpt_path: its run had model.pooling {pooling}, this one has {self.hparams.pooling}, so its head "
-                "would read other states; give the model.backbone and the model.pooling of its run"
-            )
+        for key, usual in (("head", "mlp"), ("pooling", "last")):
+            value = checkpoint["hyper_parameters"].get(key, usual)
+            if value != self.hparams[key]:
+                raise ConfigurationError(
+                    f"ckpt_path: its run had model.{key} {value}, this one has {self.hparams[key]}, so its head is "
+                    f"another one; give the model.backbone and the model.{key} of its run"
+                )
         before, now = checkpoint["hyper_parameters"].get("freeze_backbone", False), self.hparams.freeze_backbone
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and before != now:
@@ -160,6 +197,22 @@ class RewardModel(TrainedModule):
 
     def save_network(self, directory: Path, *, merge: bool) -> None:
         self.network.save_pretrained(directory)
+
+    def check_data(self, data: LightningDataModule | None) -> None:
+        super().check_data(data)
+        chat_format = chat_format_of(data)
+        if self.hparams.head == "linear" and chat_format is not None and padding_of_scored(chat_format) is None:
+            raise ConfigurationError(
+                "model.head: linear is a class of transformers that finds the last token by the padding, and the "
+                "tokenizer has no special token to pad with but the one that ends the responses; give it one "
+                "(tokenizer.pad_token), or use model.head: mlp"
+            )
+
+    def save_chat_format(self, chat_format: ChatFormat, directory: Path) -> None:
+        save_format(chat_format, directory, scored=True)
+        padding = padding_of_scored(chat_format)
+        if padding is not None and not counts_from_padding(self.network.backbone):
+            pad_with(directory, padding)
 
     def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
         with float32_arithmetic(self.network):

@@ -118,9 +118,10 @@ def test_a_reply_is_the_text_whose_ids_it_has(kind, template):
 
 @pytest.mark.parametrize("template", ["chatml", "llama 2", "zephyr", "vicuna", "qwen 3", "r1", "transcript"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_tokenizer_has_the_ids_of_the_training(kind, template, tmp_path):
+@pytest.mark.parametrize("scored", [False, True], ids=["asked", "scored"])
+def test_an_exported_tokenizer_has_the_ids_of_the_training(kind, template, scored, tmp_path):
     form = chat_format(kind, template)
-    save_tokenizer(form, tmp_path)
+    save_tokenizer(form, tmp_path, scored=scored)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     again = ChatFormat(tokenizer)
     for messages in ([USER], TALK):
@@ -133,8 +134,19 @@ def test_an_exported_tokenizer_has_the_ids_of_the_training(kind, template, tmp_p
             row = encoded(form, messages, response)
             whole = [*messages, {"role": "assistant", "content": response}]
             written = tokenizer.apply_chat_template(whole, return_dict=False)
-            assert written[: len(row.prompt) + len(row.responses[0])] == [*row.prompt, *row.responses[0]]
+            assert written[: None if scored else len(row.prompt) + len(row.responses[0])] == [
+                *row.prompt,
+                *row.responses[0],
+            ]
             assert encoded(again, messages, response) == row
+            if scored:
+                pair = [
+                    {**turn, "role": role} for turn, role in zip([USER, whole[-1]], ("query", "document"), strict=True)
+                ]
+                alone = tokenizer.apply_chat_template([USER, whole[-1]], return_dict=False)
+                assert tokenizer.apply_chat_template(pair, return_dict=False) == alone
+    if scored:
+        assert tokenizer.pad_token_id not in (None, form.eos_id)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_saving_over_the_directory_loaded_from_is_safe(tmp_path, tiny_qwen2):
 def test_the_backbone_of_a_saved_network_loads_with_transformers(tmp_path, tiny_qwen2):
     from transformers import AutoModel
 
-    network = RewardNetwork.from_backbone(str(tiny_qwen2)).eval()
+    network = RewardNetwork.from_backbone(str(tiny_qwen2), head="linear").eval()
     backbone = AutoModel.from_pretrained(network.save_pretrained(tmp_path / "saved")).eval()
     ids = rows((7,))[0][None]
     assert torch.equal(backbone(ids).last_hidden_state, network.backbone(ids).last_hidden_state)

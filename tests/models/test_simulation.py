@@ -45,10 +45,13 @@ def _frozen_linear(model):
     ]
 
 
-def test_a_reward_network_s_weights_include_its_head(tiny_bert):
-    network = RewardNetwork.from_backbone(str(tiny_bert))
-    config = AutoConfig.from_pretrained(tiny_bert)
-    counted = count_weights(config, shape(policy=False))
+@pytest.mark.parametrize(
+    "head", [{}, {"hidden_size": 9, "dropout": 0.1}, {"pooling": "layers"}, {"head": "linear"}], ids=str
+)
+def test_a_reward_network_s_weights_include_its_head(tiny_llama, head):
+    network = RewardNetwork.from_backbone(str(tiny_llama), **head)
+    config = AutoConfig.from_pretrained(tiny_llama)
+    counted = count_weights(config, shape(policy=False, head=head))
     assert counted.total == counted.trained == sum(p.numel() for p in network.parameters())
 
 

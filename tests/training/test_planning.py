@@ -119,7 +119,7 @@ def test_a_frozen_backbone_leaves_the_gradients_and_states_of_the_head(estimator
     """The head reads the states of one layer, or of the embeddings and both layers; none of them is kept for long."""
     read = 4096 * (3 if pooling == "layers" else 1)
     head = 4096 * read + 4096 + 4096 + 1
-    shape = {"policy": False, "pooling": pooling, "freeze_backbone": True}
+    shape = {"policy": False, "head": {"pooling": pooling}, "freeze_backbone": True}
     footprint = estimator.footprint(run(shape=shape, reference="none"))
     assert footprint.weights.trained == head
     assert footprint.device["gradients"] == 2 * head
@@ -289,6 +289,18 @@ def test_the_quickstart_fits_and_its_steps_are_counted(capsys, tmp_path):
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert numbers["steps"]["steps"] == 375
     assert numbers["footprint"]["weights"]["total"] == 140_801
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "head"),
+    [("head", "linear", 64), ("hidden_size", "9", 64 * 9 + 9 + 9 + 1)],
+    ids=["linear", "narrow"],
+)
+def test_the_plan_counts_the_head_that_is_trained(capsys, tmp_path, key, value, head):
+    arguments = (*QUICKSTART, f"--model.{key}", value, "--json", str(tmp_path / "plan.json"))
+    assert plan_of(capsys, *arguments)[0] == 0
+    footprint = json.loads((tmp_path / "plan.json").read_text())["footprint"]
+    assert footprint["weights"]["total"] == 140_801 - (64 * 64 + 64 + 64 + 1) + head
 
 
 def test_the_plan_of_a_frozen_backbone_counts_its_head(capsys):

@@ -339,11 +339,11 @@ def test_advantages_are_whitened_over_the_rollout(build_ppo, trainer, whiten):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["policy", "reward"])
+@pytest.mark.parametrize("source", ["policy", "mlp", "linear"])
 def test_a_value_is_read_off_the_state_before_its_token(tiny_qwen2, tmp_path, source):
     directory = tiny_qwen2
-    if source == "reward":
-        directory = RewardNetwork.from_backbone(str(tiny_qwen2)).save_pretrained(tmp_path / "reward")
+    if source != "policy":
+        directory = RewardNetwork.from_backbone(str(tiny_qwen2), head=source).save_pretrained(tmp_path / "reward")
     value = ValueNetwork.from_pretrained(str(directory))
     torch.nn.init.normal_(value.network.score[-1].weight) if source == "policy" else None
     ids, mask = (

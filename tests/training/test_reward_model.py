@@ -312,7 +312,7 @@ def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_
     assert "keeps its own, layers, not mean" in caplog.text
     with caplog.at_level("INFO", logger="rlhf_lightning"):
         trainer(max_epochs=1).fit(going_on, datamodule)
-    assert "reward: its own head, pooling layers" in caplog.messages
+    assert "reward: its own mlp head, pooling layers" in caplog.messages
 
 
 def test_every_training_pair_is_seen_once_an_epoch(build, trainer):
