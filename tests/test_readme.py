@@ -16,6 +16,8 @@ import yaml
 
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
 from rlhf_lightning.data import load_preferences, load_prompts
+from rlhf_lightning.functional import advantages, losses
+from rlhf_lightning.models.causal_lm import Lora
 from tests.test_cli import documented_scalars, logged_scalars
 from tests.test_configs import ROOT
 
@@ -90,6 +92,19 @@ def test_every_command_parses(capsys, monkeypatch, command):
         return
     extra = [] if {"--print_config", "--model.help", "--data.help"} & set(command) else ["--print_config"]
     assert main([*command, *extra]) == 0, capsys.readouterr().err
+
+
+RECIPES = re.findall(r"\| `(configs/\w+\.yaml)` \| `(--.*?)` \|", PAGES[ROOT / "docs" / "papers.md"])
+
+
+@pytest.mark.parametrize(("config", "keys"), RECIPES, ids=lambda text: text)
+def test_the_keys_of_a_paper_make_its_model(capsys, monkeypatch, config, keys):
+    monkeypatch.chdir(ROOT)
+    assert main(["fit", "--config", config, *shlex.split(keys), "--print_config"]) == 0, capsys.readouterr().err
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    settings = {name: value for name, value in model["init_args"].items() if name not in ("optimizer", "backbone")}
+    settings |= {"lora": settings["lora"] and Lora(**settings["lora"])} if "lora" in settings else {}
+    assert resolve_name(model["class_path"])("builtin:tiny", **settings)
 
 
 def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeypatch):
@@ -191,6 +206,19 @@ def test_functions_and_classes_of_the_users_own_train(capsys, tmp_path, monkeypa
     assert main([*command, *small]) == 0, capsys.readouterr().err
     (run,) = (tmp_path / "runs").glob("quickstart_*")
     assert logged_scalars(run) <= documented_scalars("PPO" if "ppo" in command[2] else "DPO")
+
+
+def test_the_loss_and_the_estimator_of_contributing_do_what_they_say():
+    loss, estimator = re.findall(r"```py\n(.*?)```", PAGES[ROOT / "CONTRIBUTING.md"], re.DOTALL)
+    exec(loss, found := vars(losses) | {"PREFERENCE_LOSSES": {}})
+    sides = torch.tensor([[-1.0, -4.0], [-3.0, -2.0], [-1.0, -4.0], [-2.0, -4.0]])
+    assert found["PREFERENCE_LOSSES"]["squared_hinge"].function(*sides, beta=0.5).tolist() == [0.25, 4.0]
+    exec(estimator, found := vars(advantages) | {"ADVANTAGES": {}})
+    rewards, mask = torch.tensor([[0.0, 1.0], [3.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+    settings = {"group_size": 2, "gamma": 1.0, "gae_lambda": 0.95}
+    made, returns = found["ADVANTAGES"]["centered"](rewards, torch.zeros(2, 2), mask, **settings)
+    assert made.tolist() == [[-1.0, -1.0], [1.0, 0.0]]
+    assert not returns.any()
 
 
 def test_the_script_with_a_function_as_reward_trains(tmp_path, monkeypatch):

@@ -1,77 +1,36 @@
-"""A benchmark is one file: this one, added to the list, comes out in every place of an evaluation."""
+"""A benchmark is one file: that of docs/python.md, added to the list, comes out in every place of an evaluation."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import dataclass
+import re
+import sys
 
 import pytest
 
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
-from rlhf_lightning.evaluation.benchmarks.base import (
-    Benchmark,
-    ScoredResult,
-    is_right,
-    pair_row,
-    rates,
-    read_columns,
-    score_rows,
-)
-from rlhf_lightning.evaluation.blocks import Column, Table
-from rlhf_lightning.evaluation.estimates import Estimate
 from tests.evaluation.conftest import write
+from tests.test_configs import ROOT
 from tests.test_evaluate import evaluated  # noqa: F401 (a fixture)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PunsResult(ScoredResult):
-    title = "puns"
-    official_kind = "puns"
-    whole = True
-
-    subsets: dict[str, Estimate]
-
-    def subset_scores(self):
-        return self.subsets
-
-    def metrics(self):
-        return {f"puns/{name}": value for name, value in self.subsets.items()}
-
-    def blocks(self):
-        yield Table(["puns", Column("accuracy")], [list(each) for each in self.subsets.items()], "Which pun is better")
-
-    def summary(self):
-        return f"puns {len(self.rows)}"
-
-
-class Puns(Benchmark):
-    name = "puns"
-    title = "puns"
-
-    def load(self, settings):
-        source = self.source(settings)
-        return [pair_row(row, row.values["kind"]) for row in read_columns(source, ("prompt", "chosen", "rejected"))]
-
-    def notes(self, rows):
-        return [f"{len(rows)} puns were read."]
-
-    def run(self, by, rows, settings, *, file=None, ranks=None):
-        scored = score_rows(by, rows, file)
-        subsets = rates((row.subset, is_right(row.scores)) for row in scored)
-        return PunsResult(**ScoredResult.about(by, rows, scored), subsets=subsets)
-
-
 @pytest.fixture
-def puns(here):
+def puns(here, monkeypatch):
     """The benchmark in the list, and its rows in a file."""
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (here / "puns.py").write_text(re.search(r"```py\n(# puns.py\n.*?)```", text, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(str(here))
+    benchmark = importlib.import_module("puns").Puns()
     rows = [
         {"kind": kind, "prompt": f"{kind} {i}?", "chosen": f"a fine answer {i}", "rejected": "no", "id": f"{kind}{i}"}
         for kind in ("short", "long")
         for i in range(3)
     ]
-    BENCHMARKS.append(Puns())
+    BENCHMARKS.append(benchmark)
     yield write(here / "puns.jsonl", rows)
     BENCHMARKS.pop()
+    sys.modules.pop("puns")
 
 
 def test_its_metrics_rows_section_note_line_and_files_come_out(evaluated, puns, capsys):  # noqa: F811
