@@ -204,8 +204,8 @@ def test_functions_and_classes_of_the_users_own_train(capsys, tmp_path, monkeypa
     small += ["--trainer.max_epochs", "1", "--data.batch_size", "4", "--trainer.callbacks", "[]"]
     small += ["--model.max_new_tokens", "6"] if "ppo" in command[2] else []
     assert main([*command, *small]) == 0, capsys.readouterr().err
-    (run,) = (tmp_path / "runs").glob("quickstart_*")
-    assert logged_scalars(run) <= documented_scalars("PPO" if "ppo" in command[2] else "DPO")
+    (run,) = (tmp_path / "runs").glob("quickstart_*/version_0")
+    assert set() < logged_scalars(run) <= documented_scalars("PPO" if "ppo" in command[2] else "DPO")
 
 
 def test_the_loss_and_the_estimator_of_contributing_do_what_they_say():
