@@ -14,12 +14,23 @@ _PUBLIC = {
     "RewardModel": "rlhf_lightning.training.reward_model",
     "RewardNetwork": "rlhf_lightning.models.reward_network",
     "PreferenceDataModule": "rlhf_lightning.data.datamodules",
+    "SFTDataModule": "rlhf_lightning.data.sft_datamodule",
     "PromptDataModule": "rlhf_lightning.data.datamodules",
 }
-__all__ = ["DPO", "PPO", "SFT", "PreferenceDataModule", "PromptDataModule", "RewardModel", "RewardNetwork"]
+__all__ = [
+    "DPO",
+    "PPO",
+    "SFT",
+    "PreferenceDataModule",
+    "PromptDataModule",
+    "RewardModel",
+    "RewardNetwork",
+    "SFTDataModule",
+]
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
+    from rlhf_lightning.data.sft_datamodule import SFTDataModule
     from rlhf_lightning.models.reward_network import RewardNetwork
     from rlhf_lightning.training.dpo import DPO
     from rlhf_lightning.training.ppo import PPO

@@ -68,6 +68,31 @@ class PreferenceBatch(NamedTuple):
         """Number of pairs B."""
         return self.margin.shape[0]
 
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, attention mask and response mask of the chosen rows, [B, T] each."""
+        return self.input_ids[: self.pairs], self.attention_mask[: self.pairs], self.response_mask[: self.pairs]
+
+
+class SFTBatch(NamedTuple):
+    """B conversations as padded rows."""
+
+    input_ids: Tensor
+    """[B, T] int64: the conversation up to its last assistant turn and the EOS after it, padding."""
+    attention_mask: Tensor
+    """[B, T] bool, True on every token of the row, EOS included."""
+    response_mask: Tensor
+    """[B, T] bool, True on the assistant turns that are learned, each with its EOS."""
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
+    """[B] int64, position of the conversation in its data set."""
+    weight: Tensor
+    """[] float32, as that of a `PreferenceBatch`."""
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, attention mask and response mask of what SFT learns: all of it."""
+        return self[:3]
+
 
 class PromptBatch(NamedTuple):
     """B prompts, each as long as it is: nothing is padded."""

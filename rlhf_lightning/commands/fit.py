@@ -22,6 +22,7 @@ from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.refusals import OTHER_NAMES, OneLineParser
 from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
 from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.sft_datamodule import SFTDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
@@ -52,7 +53,8 @@ from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-CLASSES = (RewardModel, DPO, SFT, PPO, PreferenceDataModule, PromptDataModule, ExportBest, PredictionWriter, Samples)
+DATA = (PreferenceDataModule, SFTDataModule, PromptDataModule)
+CLASSES = (RewardModel, DPO, SFT, PPO, *DATA, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
 bound_parsers()

@@ -151,9 +151,9 @@ def _unread(data: LightningDataModule) -> str | None:
 
 
 def _steps(data: Any, described: Run, trainer: Any) -> Steps:
-    pairs = data.pairs["train"]
+    pairs = data.rows["train"]
     segments = pairs.segment_lengths
-    rows = [segments[:, 0] + segments[:, side] for side in (1, 2)][: described.rows_per_pair]
+    rows = [segments[:, 0] + side for side in segments.T[1:]][: described.rows_per_pair]
     per_step = data.batch_size * described.accumulate * described.processes
     per_epoch = math.ceil(len(pairs) / per_step)
     ends = [trainer.max_epochs * per_epoch] if trainer.max_epochs not in (None, -1) else []

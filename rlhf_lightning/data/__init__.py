@@ -1,8 +1,9 @@
 """Rows -> validated examples -> tokens -> batches."""
 
-from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, PreferenceExample, PromptExample
+from rlhf_lightning.data.examples import BAD_ROW_REASONS, LoadReport, PreferenceExample, PromptExample, SFTExample
 from rlhf_lightning.data.preferences import load_preferences
 from rlhf_lightning.data.prompts import load_prompts
+from rlhf_lightning.data.sft import load_sft
 from rlhf_lightning.errors import DataError
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "LoadReport",
     "PreferenceExample",
     "PromptExample",
+    "SFTExample",
     "load_preferences",
     "load_prompts",
+    "load_sft",
 ]

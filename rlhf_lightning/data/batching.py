@@ -12,10 +12,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch, collate_rows
-from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SFTBatch, collate_rows
+from rlhf_lightning.data.selection import TokenizedConversations, TokenizedPairs, TokenizedPrompts
 from rlhf_lightning.errors import ConfigurationError
 
 
@@ -281,6 +282,21 @@ def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int
     return PreferenceBatch(
         *inputs.text,
         margin=torch.from_numpy(pairs.margin[indices]),
+        index=torch.from_numpy(indices),
+        weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
+    )
+
+
+def collate_conversations(micro_batch: MicroBatch, conversations: TokenizedConversations, *, pad_id: int) -> SFTBatch:
+    """Right-padded rows of a micro-batch, B conversations."""
+    indices = np.asarray(micro_batch.indices, dtype=np.int64)
+    rows = [torch.from_numpy(np.concatenate(conversations.segments(i), dtype=np.int64)) for i in indices]
+    inputs = collate_rows(rows, [0] * len(rows), pad_id=pad_id)
+    masks = [torch.from_numpy(conversations.response_mask(i)) for i in indices]
+    return SFTBatch(
+        inputs.input_ids,
+        inputs.attention_mask,
+        response_mask=pad_sequence(masks, batch_first=True, padding_value=False),
         index=torch.from_numpy(indices),
         weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
     )

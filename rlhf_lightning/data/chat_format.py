@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlhf_lightning.data.assistant_turns import text_spans, token_spans
 from rlhf_lightning.data.chat_text import PROBE, REPLY_PROBE, USER_PROBE, ChatText, no_end
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.data.tokenizer import TokenizerSource, load_tokenizer
@@ -80,6 +81,8 @@ class EncodedPrompt(NamedTuple):
     ids: list[int]
     turns: list[int]
     """Where in the ids each user's words begin (see `ChatFormat.encode_turns`)."""
+    encoding: Encoding | None = None
+    """Where in the text its ids stand, of several messages by a fast tokenizer."""
 
 
 class EncodedResponses(NamedTuple):
@@ -174,8 +177,24 @@ class ChatFormat(ChatText):
         for messages, text in prompts:
             encoding = next(encodings) if core is not None and len(messages) > 1 else None
             ids = self._started(next(others) if encoding is None else encoding.ids)
-            found.append(EncodedPrompt(messages, text, ids, self._turns(messages, text, ids, encoding)))
+            found.append(EncodedPrompt(messages, text, ids, self._turns(messages, text, ids, encoding), encoding))
         return found
+
+    def assistant_turns(self, prompt: EncodedPrompt) -> list[tuple[int, int]]:
+        """First and one past the last id of each assistant turn within a prompt, EOS included (see `text_spans`).
+
+        Raises `DataError` where they cannot be told.
+        """
+        if all(message["role"] != "assistant" for message in prompt.messages):
+            return []
+        if prompt.encoding is None:
+            raise DataError(
+                "the tokenizer does not say where in a text its tokens are, so earlier assistant turns cannot be "
+                "learned; use a fast tokenizer, or rows of one prompt and one response"
+            )
+        added = len(prompt.ids) - len(prompt.encoding.ids)
+        spans = token_spans(text_spans(self, prompt.messages, prompt.text), prompt.encoding, eos_id=self.eos_id)
+        return [(start + added, stop + added) for start, stop in spans]
 
     def encode_responses(
         self,

@@ -12,6 +12,12 @@ from rlhf_lightning.data.sources import Row
 from rlhf_lightning.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "system", "history", "margin", "id", "source")
+SFT_COLUMNS = ("response", "messages")
+"""What is mapped beside `COLUMNS` where rows are for SFT."""
+RESPONSE_COLUMNS = ("response", "completion", "output")
+"""Columns that the response of an SFT row is looked for in, in this order, where none is mapped."""
+CONVERSATION_COLUMNS = ("messages", "conversations")
+"""Columns that may hold a whole conversation."""
 PROMPT_COLUMNS = ("prompt", "conversations", "instruction")
 """Columns that a prompt is looked for in, in this order, where none is mapped."""
 SIDES = ("chosen", "rejected")
@@ -28,14 +34,19 @@ _NUMBER = re.compile(r"\s*[-+]?[\d.]+(?:[eE][-+]?\d+)?\s*")
 class SourceColumns:
     """The columns of one source, as its rows are met.
 
-    `mapped` are our names (`COLUMNS`) to the source's, `fallback` is a column that is the prompt where nothing else is.
-    Raises `DataError` for a name that is none of ours.
+    `mapped` are our names (`COLUMNS` and `others`) to the source's, `fallback` is a column that is the prompt where
+    nothing else is. Raises `DataError` for a name that is none of ours.
     """
 
-    def __init__(self, mapped: Mapping[str, str] | None, *, fallback: str | None = None) -> None:
+    def __init__(
+        self, mapped: Mapping[str, str] | None, *, fallback: str | None = None, others: Sequence[str] = ()
+    ) -> None:
         self.mapped = dict(mapped or {})
-        if unknown := sorted(self.mapped.keys() - set(COLUMNS)):
-            raise DataError(f"columns: unknown name {unknown[0]!r}; it maps {', '.join(COLUMNS)} to the file's columns")
+        self._names = (*COLUMNS, *others)
+        if unknown := sorted(self.mapped.keys() - set(self._names)):
+            raise DataError(
+                f"columns: unknown name {unknown[0]!r}; it maps {', '.join(self._names)} to the file's columns"
+            )
         self.fallback = fallback
         self.found: dict[str, Any] = {}
         """Every column met so far, with the first of its values that says something."""
@@ -109,7 +120,7 @@ class SourceColumns:
 
     def has_own_prompt(self, row: Row) -> bool:
         """Whether a row's prompt has, or should have, a column of its own, and is no part of the responses."""
-        own = "prompt" in self.mapped or any(name in row.values for name in PROMPT_COLUMNS)
+        own = "prompt" in self.mapped or any(row.values.get(name) is not None for name in PROMPT_COLUMNS)
         return own or (self.have_prompts and self.has_guessed_prompt(row))
 
     def check(self, source: object, *, needed: Sequence[str]) -> None:
@@ -118,7 +129,7 @@ class SourceColumns:
         It is a mistake in the settings or the file, not in the rows.
         """
         names = {*needed, *self.mapped}
-        missing = [name for name in COLUMNS if name in names and self.name(name) not in self.found]
+        missing = [name for name in self._names if name in names and self.name(name) not in self.found]
         if not missing:
             return
         absent = ", ".join(f"{self.name(name)!r} for {name}" for name in missing)
@@ -128,6 +139,13 @@ class SourceColumns:
             raise DataError(
                 f"{said}. {' and '.join(labels)} may say which response is better, so that no mapping of columns would "
                 f"be right for every row; write chosen and rejected by it (read as they are: the layouts of {read})"
+            )
+        if not {*SIDES}.isdisjoint(missing) and not self.found.keys().isdisjoint(
+            {*RESPONSE_COLUMNS, *CONVERSATION_COLUMNS}
+        ):
+            raise DataError(
+                f"{said}, which look like rows of one response, for SFT: read them with --data SFTDataModule. For "
+                f"pairs, map them with columns: {{{', '.join(f'{name}: COLUMN' for name in missing)}}}"
             )
         if "prompt" not in names and "prompt" not in self.found:
             missing.insert(0, "prompt")

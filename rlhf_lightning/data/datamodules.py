@@ -69,7 +69,8 @@ class DataModule(LightningDataModule, Generic[Rows]):
         tokenizer: Hub name or directory. The command line fills in the model's backbone.
         batch_size: Rows in one batch on one device; a pair is one row, and two in the forward pass.
         eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
-        columns: Our names (prompt, chosen, rejected, system, history, margin, id, source) to the file's columns.
+        columns: Our names (prompt, chosen, rejected, system, history, margin, id, source; for SFT also response and
+            messages) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
             when not given (`transcript` where it has none).
@@ -296,17 +297,15 @@ class DataModule(LightningDataModule, Generic[Rows]):
         raise NotImplementedError
 
 
-class PreferenceDataModule(DataModule[TokenizedPairs]):
-    """Preference pairs as right-padded `PreferenceBatch`es, chosen and rejected in one forward.
+class ResponseDataModule(DataModule[Rows]):
+    """What the data modules of rows with responses share; a child gives `rows_class`, `_collate` and `_statistics`.
 
     Args:
-        max_length: Longest row in tokens: prompt, response and EOS.
-        truncation: For pairs over max_length. `left` truncates the prompt from the left and drops what still does
-            not fit; `drop` drops the pair; `error` refuses the source.
-        group_by_length: Put pairs of like length into one forward pass, within an optimizer step. Changes no result.
+        max_length: Longest row in tokens: prompt, response and EOS; lowered to what the model has positions for.
+        truncation: For rows over max_length. `left` truncates the prompt from the left, the oldest turns first, and
+            drops what still does not fit; `drop` drops the row; `error` refuses the source.
+        group_by_length: Put rows of like length into one forward pass, within an optimizer step. Changes no result.
     """
-
-    rows_class = TokenizedPairs
 
     def __init__(
         self,
@@ -324,25 +323,31 @@ class PreferenceDataModule(DataModule[TokenizedPairs]):
         self.truncation = truncation
         self.group_by_length = group_by_length
 
-    @property
-    def pairs(self) -> dict[Role, TokenizedPairs]:
-        """Tokenized pairs by role, once `setup` has run."""
-        return self.rows
-
-    def batches(self, role: Role, positions: np.ndarray) -> Iterator[PreferenceBatch]:
-        """Some of the pairs of a role once, the longest first, outside of any loader."""
+    def batches(self, role: Role, positions: np.ndarray) -> Iterator[Any]:
+        """Some of the rows of a role once, the longest first, outside of any loader."""
         collate, order = self._collate(role), self.rows[role].longest_first(positions)
         for start in range(0, len(order), self.eval_batch_size):
             yield collate(MicroBatch(order[start : start + self.eval_batch_size], 1.0))
 
-    def longest_batch(self) -> PreferenceBatch:
-        """The training pairs with the longest rows, as many as a batch has."""
-        pairs = self.rows["train"]
-        order = pairs.longest_first(np.arange(len(pairs)))
+    def longest_batch(self) -> Any:
+        """The longest training rows, as many as a batch has."""
+        rows = self.rows["train"]
+        order = rows.longest_first(np.arange(len(rows)))
         return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
 
-    def _select(self, role: Role) -> tuple[TokenizedPairs, LoadReport]:
+    def _select(self, role: Role) -> tuple[Rows, LoadReport]:
         return self._fitting(role, max_length=self.max_length, truncation=self.truncation)
+
+
+class PreferenceDataModule(ResponseDataModule[TokenizedPairs]):
+    """Preference pairs as right-padded `PreferenceBatch`es, chosen and rejected in one forward."""
+
+    rows_class = TokenizedPairs
+
+    @property
+    def pairs(self) -> dict[Role, TokenizedPairs]:
+        """Tokenized pairs by role, once `setup` has run."""
+        return self.rows
 
     def _collate(self, role: Role) -> Callable[[MicroBatch], PreferenceBatch]:
         return functools.partial(collate_pairs, pairs=self.rows[role], pad_id=self._format().pad_id)

@@ -20,6 +20,7 @@ BAD_ROW_REASONS: dict[str, str] = {
     "bad_unicode": "a text holds half of a surrogate pair, which no tokenizer can read",
     "bad_messages": "a conversation is malformed: unknown role, no content, or the wrong turn at its end",
     "empty_prompt": "the prompt has no text",
+    "no_response": "a conversation has no assistant turn to learn from",
     "empty_response": "a response has no text",
     "identical_pair": "chosen and rejected are the same text, so the pair states no preference",
     "prompts_differ": "chosen and rejected answer different prompts",
@@ -55,9 +56,40 @@ class PreferenceExample:
     """Whether a response begins with `<think>...</think>` taken from `reasoning_content`."""
 
     @property
+    def responses(self) -> tuple[str, ...]:
+        return self.chosen, self.rejected
+
+    @property
     def texts(self) -> list[str]:
         """Every text of the pair: the prompt's turns, chosen, rejected."""
-        return [*(message["content"] for message in self.prompt), self.chosen, self.rejected]
+        return [*(message["content"] for message in self.prompt), *self.responses]
+
+
+@dataclass(frozen=True, slots=True)
+class SFTExample:
+    """A conversation that ends with an assistant turn, to be learned by heart."""
+
+    prompt: Sequence[Message]
+    """The conversation up to its last assistant turn."""
+    response: str
+    """The last assistant turn."""
+    every_turn: bool
+    """Whether the assistant turns in `prompt` are learned as well, or the response alone."""
+    example_id: str
+    """The row's own `id`, or `file:row`."""
+    origin: str
+    """Where the row is, for messages: `file, row 17` (rows counted from 0)."""
+    has_reasoning: bool = False
+    """Whether the response begins with `<think>...</think>` taken from `reasoning_content`."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return (self.response,)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each turn."""
+        return [*(message["content"] for message in self.prompt), self.response]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +102,8 @@ class PromptExample:
     """The row's own `id`, or `file:row`."""
     origin: str
     """Where the row is, for messages: `file, row 17` (rows counted from 0)."""
+    has_reasoning: bool = False
+    responses: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:

@@ -96,7 +96,7 @@ def iterate_preferences(
     Raises `DataError` when the source cannot be read, or, after its last row, when it lacks a column.
     """
     known = SourceColumns(columns)
-    yield from validated_rows(source, report, _example, columns=known, split=split)
+    yield from validated_rows(source, report, preference_of, columns=known, split=split)
     known.check(source, needed=() if known.layout else SIDES)
 
 
@@ -140,7 +140,8 @@ def validated_rows(
     report.label = label if label in columns.used else None  # prompts are read whoever wins
 
 
-def _example(row: Row, columns: SourceColumns) -> PreferenceExample:
+def preference_of(row: Row, columns: SourceColumns) -> PreferenceExample:
+    """The pair that a row holds. Raises `BadRow`."""
     margin = _margin(columns.take(row, columns.name("margin")))
     source = _source(columns.take(row, columns.name("source")), mapped="source" in columns.mapped)
     parts = row_parts(row, columns)
@@ -240,8 +241,10 @@ def id_of(row: Row, columns: SourceColumns) -> str:
 
 
 def prompt_value(row: Row, columns: SourceColumns) -> Any:
-    """The value of the prompt's column: the mapped one, else the first of `PROMPT_COLUMNS`."""
-    name = columns.mapped.get("prompt") or next((n for n in PROMPT_COLUMNS if n in row.values), "")
+    """The value of the prompt's column: the mapped one, else the first of `PROMPT_COLUMNS` that says something."""
+    present = [name for name in PROMPT_COLUMNS if name in row.values]
+    said = (name for name in present if row.values[name] is not None)
+    name = columns.mapped.get("prompt") or next(said, next(iter(present), ""))
     return _with_input(columns.take(row, name), row, columns, name=name)
 
 

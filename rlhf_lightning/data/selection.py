@@ -196,6 +196,25 @@ class TokenizedPairs(TokenizedRows):
         return np.nan_to_num(self.numbers("margin"), nan=0.0)
 
 
+class TokenizedConversations(TokenizedRows):
+    """P conversations out of one or more stores, each truncated to fit into `max_length`."""
+
+    kind, limit_key = "conversations", "max_length"
+
+    def response_mask(self, index: int) -> np.ndarray:
+        """[T] bool of the ids of one row, truncated: True on those of the assistant turns that are learned, with EOS.
+
+        A turn that truncation has left out is not among them.
+        """
+        store, row = self._place(index)
+        prompt, response = store.segments(row)
+        learned: np.ndarray = np.zeros(len(prompt), dtype=bool)
+        for start, stop in store.learned(row):
+            learned[start:stop] = True
+        learned = truncate_left(learned, store.turns(row), room=self.max_length - len(response))
+        return np.concatenate([learned, np.ones(len(response), dtype=bool)])
+
+
 class TokenizedPrompts(TokenizedRows):
     """P prompts out of one or more stores, each truncated to fit into `max_length`."""
 

@@ -12,9 +12,9 @@ from rlhf_lightning.data.selection import TokenizedPairs, TokenizedRows
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))  # odd
 
 
-def duplicates(pairs: TokenizedPairs) -> np.ndarray:
-    """Positions of pairs that repeat the prompt, chosen and rejected response of an earlier one, outer blanks aside."""
-    keys = _pair_keys(pairs)
+def duplicates(rows: TokenizedRows) -> np.ndarray:
+    """Positions of rows that repeat the prompt and every response of an earlier one, outer blanks aside."""
+    keys = _pair_keys(rows) if isinstance(rows, TokenizedPairs) else _pair_keys(rows, ("response", "response"))
     first = np.unique(keys, return_index=True)[1]
     return np.setdiff1d(np.arange(len(keys)), first)
 
@@ -76,7 +76,7 @@ def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float
     return 1 - real / padded if padded else 0.0
 
 
-def _pair_keys(pairs: TokenizedPairs, sides: tuple[str, str] = ("chosen", "rejected")) -> np.ndarray:
+def _pair_keys(pairs: TokenizedRows, sides: tuple[str, str] = ("chosen", "rejected")) -> np.ndarray:
     """[P] uint64, equal for pairs of the same prompt and the same texts."""
     columns = (pairs.numbers(f"{name}_hash") for name in ("prompt_text", *sides))
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""Validated pairs or prompts -> token ids, and the Arrow file on disk that holds those of a source.
+"""Validated pairs, conversations or prompts -> token ids, and the Arrow file on disk that holds those of a source.
 
 The ids of a source are written once, untruncated, and the file is then mapped into memory, so that a data set may be
 larger than the memory. What a run takes of them is decided by `selection`.
@@ -11,7 +11,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -22,17 +22,18 @@ import pyarrow as pa
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.chat_text import TURN_MARKERS
 from rlhf_lightning.data.conversations import BadRow, plain_form
-from rlhf_lightning.data.examples import LoadReport, PreferenceExample, PromptExample, Refusal
+from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, PromptExample, Refusal, SFTExample
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.prompts import iterate_prompts
 from rlhf_lightning.data.reading import watched
+from rlhf_lightning.data.sft import iterate_sft
 from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint, row_count
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.data.token_cache import cached_directory, content_key
 from rlhf_lightning.errors import DataError
 
-Kind = Literal["pairs", "prompts"]
-Example = PreferenceExample | PromptExample
+Kind = Literal["pairs", "conversations", "prompts"]
+Example = PreferenceExample | SFTExample | PromptExample
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 4_000_000
 _IDS = pa.list_(pa.int32())
 _FILE, _REPORT = "rows.arrow", "report.json"
@@ -55,6 +56,20 @@ PAIR_SCHEMA = pa.schema(
         "origin": pa.string(),
     }
 )
+SFT_SCHEMA = pa.schema(
+    {
+        "prompt": _IDS,
+        "response": _IDS,
+        "turns": _IDS,
+        "learned": _IDS,  # first and one past the last id of each earlier assistant turn that is learned
+        "prompt_hash": pa.uint64(),
+        "prompt_text_hash": pa.uint64(),
+        "response_hash": pa.uint64(),
+        "foreign_tokens": pa.bool_(),
+        "example_id": pa.string(),
+        "origin": pa.string(),
+    }
+)
 PROMPT_SCHEMA = pa.schema(
     {
         "prompt": _IDS,
@@ -66,6 +81,13 @@ PROMPT_SCHEMA = pa.schema(
         "origin": pa.string(),
     }
 )
+
+_SCHEMAS: dict[Kind, pa.Schema] = {"pairs": PAIR_SCHEMA, "conversations": SFT_SCHEMA, "prompts": PROMPT_SCHEMA}
+_READERS: dict[Kind, Callable[..., Iterator[Example | Refusal]]] = {
+    "pairs": iterate_preferences,
+    "conversations": iterate_sft,
+    "prompts": iterate_prompts,
+}
 
 
 def tokenize_source(
@@ -88,8 +110,7 @@ def tokenize_source(
 
     def make(directory: Path) -> None:
         report = LoadReport(source=described(source.source, split=split))
-        iterate = iterate_preferences if kind == "pairs" else iterate_prompts
-        rows = iterate(source.source, report, columns=columns, split=split)
+        rows = _READERS[kind](source.source, report, columns=columns, split=split)
         shown = watched(rows, report.source, lambda: row_count(source.source, split=split))
         with _collecting_little():
             write_store(directory, shown, report, chat_format, kind=kind)
@@ -121,7 +142,7 @@ def write_store(
     Refused are rows that hold a control token, that the chat template does not take, or whose responses are empty or
     the same to the tokenizer. Of `report` the number of rows read, the label and the unused columns are kept.
     """
-    schema = PAIR_SCHEMA if kind == "pairs" else PROMPT_SCHEMA
+    schema = _SCHEMAS[kind]
     ordered = LoadReport(source=report.source)
     with pa.OSFile(str(directory / _FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for chunk in _chunks(rows):
@@ -165,15 +186,17 @@ def _tokenize(examples: dict[int, Example], refused: dict[int, Refusal], chat_fo
     encoded = chat_format.encode_turns([(prompt, text) for text, prompt in unique.items()])
     by_text = dict(zip(unique, encoded, strict=True))
     prompts = {place: by_text[text] for place, text in texts.items()}
-    pairs = {place: pair for place in prompts if isinstance(pair := examples[place], PreferenceExample)}
-    sides = [(pair.chosen, pair.rejected) for pair in pairs.values()]
-    responses = dict(zip(pairs, chat_format.encode_responses([prompts[place] for place in pairs], sides), strict=True))
+    answers = {place: its for place in prompts if (its := examples[place].responses)}
+    encoded_answers = chat_format.encode_responses([prompts[place] for place in answers], list(answers.values()))
+    responses = dict(zip(answers, encoded_answers, strict=True))
     rows = []
     for place, prompt in prompts.items():
         example = examples[place]
         try:
             if isinstance(example, PreferenceExample):
                 rows.append(_pair_values(example, prompt, responses[place], chat_format))
+            elif isinstance(example, SFTExample):
+                rows.append(_sft_values(example, prompt, responses[place], chat_format))
             else:
                 rows.append(_prompt_values(example, prompt, head=len(chat_format.head_ids)))
         except (BadRow, DataError) as error:
@@ -188,7 +211,7 @@ def _refusal(error: BadRow | DataError, origin: str) -> Refusal:
 
 def _prompt_text(example: Example, chat_format: ChatFormat) -> str:
     """The text of a prompt. Raises `BadRow`, or `DataError` as the template does."""
-    if isinstance(example, PreferenceExample) and example.has_reasoning and not chat_format.knows_thoughts:
+    if example.has_reasoning and not chat_format.knows_thoughts:
         raise BadRow(
             "no_place",
             "reasoning_content has no place in the chat template; write it into the content, or remove it",
@@ -209,7 +232,6 @@ def _pair_values(
         raise BadRow("empty_response", "a response has no text that the tokenizer knows")
     if chosen == rejected:
         raise BadRow("identical_pair", "chosen and rejected are the same text to the tokenizer")
-    words = "\x1e".join(f"{message['role']}\x1f{plain_form(message['content'])}" for message in pair.prompt)
     return {
         "prompt": ids.prompt,
         "turns": prompt.turns,
@@ -217,7 +239,7 @@ def _pair_values(
         "rejected": rejected,
         "margin": pair.margin,
         "prompt_hash": prompt_hash(pair.prompt),
-        "prompt_text_hash": _text_hash(words),
+        "prompt_text_hash": _turns_hash(pair.prompt),
         "chosen_hash": _text_hash(pair.chosen),
         "rejected_hash": _text_hash(pair.rejected),
         "chosen_characters": len(pair.chosen),
@@ -225,6 +247,30 @@ def _pair_values(
         "foreign_tokens": any(map(TURN_MARKERS.search, pair.texts)),
         "example_id": pair.example_id,
         "origin": pair.origin,
+    }
+
+
+def _sft_values(
+    example: SFTExample, prompt: EncodedPrompt, ids: EncodedResponses | DataError, chat_format: ChatFormat
+) -> dict[str, object]:
+    """The values of one conversation by `SFT_SCHEMA`. Raises `BadRow`, and `ids` where the template did not take it."""
+    if isinstance(ids, DataError):
+        raise ids
+    (response,) = ids.responses
+    learned = chat_format.assistant_turns(prompt) if example.every_turn else []
+    if chat_format.says_nothing(example.response, response) or any(start >= stop for start, stop in learned):
+        raise BadRow("empty_response", "an assistant turn has no text that the tokenizer knows")
+    return {
+        "prompt": ids.prompt,
+        "turns": prompt.turns,
+        "response": response,
+        "learned": [place for span in learned for place in span],
+        "prompt_hash": prompt_hash(example.prompt),
+        "prompt_text_hash": _turns_hash(example.prompt),
+        "response_hash": _text_hash(example.response),
+        "foreign_tokens": any(map(TURN_MARKERS.search, example.texts)),
+        "example_id": example.example_id,
+        "origin": example.origin,
     }
 
 
@@ -248,6 +294,11 @@ def _prompt_values(example: PromptExample, prompt: EncodedPrompt, *, head: int) 
     }
 
 
+def _turns_hash(messages: Sequence[Message]) -> int:
+    """The same of the texts and roles of some turns."""
+    return _text_hash("\x1e".join(f"{turn['role']}\x1f{plain_form(turn['content'])}" for turn in messages))
+
+
 def _text_hash(text: str) -> int:
     """64 bits of a text's plain form (see `plain_form`). Case may be all that a pair is about, so it counts."""
     return int.from_bytes(hashlib.sha256(plain_form(text).encode()).digest()[:8], "big")
@@ -256,8 +307,8 @@ def _text_hash(text: str) -> int:
 class TokenStore:
     """R tokenized rows in an Arrow file that is mapped into memory, untruncated.
 
-    C of its columns hold token ids: the prompt first, then, for pairs, the chosen and the rejected response, which end
-    with the EOS token.
+    C of its columns hold token ids: the prompt first, then, for pairs, the chosen and the rejected response, for
+    conversations the last assistant turn; responses end with the EOS token.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -270,7 +321,7 @@ class TokenStore:
         self._columns = {
             field.name: _id_lists(self._table.column(field.name)) for field in self._table.schema if field.type == _IDS
         }
-        self.id_columns = tuple(name for name in self._columns if name != "turns")
+        self.id_columns = tuple(name for name in self._columns if name not in ("turns", "learned"))
 
     def __reduce__(self):
         return type(self), (self.directory,)
@@ -317,6 +368,10 @@ class TokenStore:
     def turns(self, row: int) -> list[int]:
         """Where in a row's prompt each user's words begin (see `ChatFormat.encode_turns`)."""
         return self._ids("turns", row).tolist()
+
+    def learned(self, row: int) -> np.ndarray:
+        """[..., 2]: first and one past the last id of each assistant turn in a row's prompt that is learned."""
+        return self._ids("learned", row).reshape(-1, 2)
 
     def _ids(self, name: str, row: int) -> np.ndarray:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1

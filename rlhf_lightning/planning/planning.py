@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning.data.datamodules import PreferenceDataModule
+from rlhf_lightning.data.datamodules import ResponseDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.planning.memory import (
     CONTEXT,
@@ -100,7 +100,7 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
 
 
 def run_of(
-    module: TrainedModule, data: PreferenceDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
+    module: TrainedModule, data: ResponseDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
 ) -> Run:
     """What the memory of a run depends on, from its module, its data module and the Trainer's settings.
 
@@ -109,7 +109,7 @@ def run_of(
     """
     hparams, rows_per_pair = module.hparams, module.rows_per_pair
     strategy, offload = _strategy(settings.strategy, machine.devices * machine.machines)
-    read = data.pairs.get("train")
+    read = data.rows.get("train")
     tokens = int(read.lengths.max()) if read is not None else data.max_length
     states, temporary = optimizer_bytes(module.optimizer_factory, foreach=not machine.on_cpu)
     samples = [callback.max_new_tokens for callback in callbacks if isinstance(callback, Samples)]
@@ -151,7 +151,7 @@ def refuse_what_cannot_fit(
     """
     if not module.learns_from_pairs:
         return
-    if not isinstance(data, PreferenceDataModule):
+    if not isinstance(data, ResponseDataModule):
         log.info("memory: not counted beforehand (the rows of a %s are not known)", type(data).__name__)
         return
     try:

@@ -42,6 +42,15 @@ class PairScores(NamedTuple):
     """[B] float32."""
 
 
+class ResponseScores(NamedTuple):
+    """What a policy says of B conversations, as `predict` returns it."""
+
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
+    """[B] int64, position of the conversation in the evaluated data."""
+    logprob: Tensor
+    """[B] float32, of all learned tokens of each, in nats."""
+
+
 def print_results(trainer: Trainer) -> None:
     """Print the table of what a run measured, and where its files lie.
 
@@ -172,7 +181,8 @@ def exported_bytes(module: LightningModule, *, merge: bool) -> int:
 class PredictionWriter(BasePredictionWriter):
     """Writes the scores of `predict` as JSON lines, in the order of the data.
 
-    Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference).
+    Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference); of a conversation
+    `example_id` and `logprob`.
 
     Args:
         path: The file; `predictions.jsonl` in the run's log directory when not given.
@@ -191,22 +201,20 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         path = Path(self.path) if self.path else directory / "predictions.jsonl"
-        index, chosen, rejected = torch.cat(parts, dim=1)
-        example_ids = trainer.datamodule.pairs["test"].example_ids
+        index, *scores = torch.cat(parts, dim=1)
+        rows, names = trainer.datamodule.rows["test"], list(predictions[0]._fields[1:])
+        if isinstance(predictions[0], PairScores):
+            names, scores = [*names, "margin"], [*scores, scores[0] - scores[1]]
         lines = [
             json.dumps(
-                {
-                    "example_id": example_ids[int(index[row])],
-                    "chosen": chosen[row].item(),
-                    "rejected": rejected[row].item(),
-                    "margin": (chosen[row] - rejected[row]).item(),
-                }
+                {"example_id": rows.example_ids[int(index[row])]}
+                | {name: score[row].item() for name, score in zip(names, scores, strict=True)}
             )
             for row in index.argsort().tolist()
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "\n".join(lines) + "\n")
-        say(f"predictions: {_relative(path)} ({len(lines)} pairs)")
+        say(f"predictions: {_relative(path)} ({len(lines)} {rows.kind})")
 
 
 def _relative(path: str | Path) -> str:

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from rlhf_lightning.data.chat_export import save_tokenizer
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TRANSCRIPT
-from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, chat_format_of
+from rlhf_lightning.data.datamodules import DataModule, ResponseDataModule, chat_format_of
 from rlhf_lightning.data.tokenizer import TokenizerSource, load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, reason_of, unwrapped
 from rlhf_lightning.files.disks import free_bytes, full_disk, size
@@ -244,9 +244,10 @@ def store_origin(module: TrainedModule, checkpoint: dict[str, Any]) -> None:
             "optimizer": type(trainer.optimizers[0]).__name__,
             "lr": float(group.get("initial_lr", group["lr"])),
         }
-    if isinstance(data, PreferenceDataModule) and "train" in data.pairs:
+    if isinstance(data, ResponseDataModule) and "train" in data.rows:
         sources = [str(source.source) for source in data.sources["train"] or ()]
-        training |= {"data": sources, "pairs": len(data.pairs["train"]), "batch_size": int(data.batch_size)}
+        rows = data.rows["train"]
+        training |= {"data": sources, rows.kind: len(rows), "batch_size": int(data.batch_size)}
     checkpoint[ORIGIN] = {
         "class": type(module).__name__,
         "tokenizer": data.tokenizer_source if isinstance(data, DataModule) else None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import PreferenceBatch, SFTBatch
 from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.sft_datamodule import SFTDataModule
+from rlhf_lightning.data.tokenized import Kind
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.advantages import AdvantageEstimator
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -39,17 +42,26 @@ _FALLEN = -1.0
 
 
 def check_tokens_fit(
-    data: LightningDataModule | None, config: PretrainedConfig, name: str, *, new_tokens: int | None = None
+    data: LightningDataModule | None,
+    config: PretrainedConfig,
+    name: str,
+    *,
+    kinds: Sequence[Kind],
+    new_tokens: int | None = None,
 ) -> None:
-    """Check that the data is pairs, or with `new_tokens` prompts, and that its token ids fit a model.
+    """Check that the data is of one of some kinds, and that its token ids fit a model.
 
     Where the data's limit of tokens is beyond the model's positions, it is lowered to them, with a line that says so.
     `new_tokens` are those that the model adds to a prompt. Raises `ConfigurationError`.
     """
-    wanted = PreferenceDataModule if new_tokens is None else PromptDataModule
-    if data is not None and isinstance(data, PromptDataModule) != (new_tokens is not None):
+    kind = data.rows_class.kind if isinstance(data, DataModule) else "pairs"
+    if data is not None and kind not in kinds:
+        known = [
+            each for each in (PreferenceDataModule, SFTDataModule, PromptDataModule) if each.rows_class.kind in kinds
+        ]
         raise ConfigurationError(
-            f"data: this model learns from {wanted.rows_class.kind}; use {wanted.__name__}, not {type(data).__name__}"
+            f"data: this model learns from {' or '.join(kinds)}; use {' or '.join(each.__name__ for each in known)}, "
+            f"not {type(data).__name__}"
         )
     if not isinstance(data, DataModule):
         return
@@ -79,14 +91,14 @@ def check_tokens_fit(
         )
 
 
-def check_finite(module: LightningModule, batch: PreferenceBatch, losses: Tensor) -> None:
+def check_finite(module: LightningModule, batch: PreferenceBatch | SFTBatch, losses: Tensor) -> None:
     """Stop before a NaN or infinite loss, [B], reaches the weights. Raises `TrainingError` naming step and examples."""
     wrong = ~losses.detach().isfinite()
     if not wrong.any():
         return
     data, kept = module.trainer.datamodule, best_checkpoint(module.trainer)
     positions = batch.index[wrong].tolist()
-    examples = [str(i) if data is None else data.pairs["train"].example_ids[i] for i in positions[:8]]
+    examples = [str(i) if data is None else data.rows["train"].example_ids[i] for i in positions[:8]]
     more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
     raise TrainingError(
         f"step {module.trainer.global_step}: the loss is {losses.detach()[wrong][0].item()} for the examples "

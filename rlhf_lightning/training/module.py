@@ -23,10 +23,10 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, i
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
+from rlhf_lightning.data.tokenized import Kind
 from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
@@ -121,6 +121,8 @@ class TrainedModule(LightningModule):
     learns_from_pairs: ClassVar[bool] = True
     """Whether a training step is one pass over a batch of pairs, forward and backward. The memory of other steps is
     neither tried out before training nor counted by `plan`, and they have no `trial_loss`."""
+    data_kinds: ClassVar[tuple[Kind, ...]] = ("pairs",)
+    """What its data may be."""
     shown: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics of a validation in the progress bar."""
     log_line: ClassVar[dict[str, str]] = {"loss": "loss"}
@@ -206,9 +208,10 @@ class TrainedModule(LightningModule):
 
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check that the data's tokens fit the backbone. Raises `ConfigurationError` when they cannot."""
-        check_tokens_fit(data, self.backbone_config.get_text_config(), self.hparams.backbone)
+        config = self.backbone_config.get_text_config()
+        check_tokens_fit(data, config, self.hparams.backbone, kinds=self.data_kinds)
 
-    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+    def trial_loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch of training pairs, of which nothing is logged."""
         raise NotImplementedError
 
@@ -423,7 +426,7 @@ class PolicyModule(TrainedModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.throughput is not None:
-            tokens = batch.attention_mask[: self.rows_per_pair * batch.pairs].sum()
+            tokens = batch.attention_mask[: self.rows_per_pair * len(batch.index)].sum()
             self.throughput.update(tokens, time.perf_counter() - self._batch_began)
         self.log_numbers()
 

@@ -72,6 +72,7 @@ class OnlineModule(PolicyModule):
 
     objects = (*PolicyModule.objects, "reward_model")
     learns_from_pairs = False
+    data_kinds = ("prompts",)
     shown = ("reward", "reward_with_kl", "kl")
     reference: Reference
 
@@ -119,7 +120,7 @@ class OnlineModule(PolicyModule):
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check that the data is prompts that fit the policy. Raises `ConfigurationError` when they do not."""
         settings, config = self.hparams, self.backbone_config.get_text_config()
-        check_tokens_fit(data, config, settings.backbone, new_tokens=settings.max_new_tokens)
+        check_tokens_fit(data, config, settings.backbone, kinds=self.data_kinds, new_tokens=settings.max_new_tokens)
         if (chat_format := chat_format_of(data)) is not None:
             self.reference.check_tokenizer(chat_format.tokenizer)
 

@@ -27,7 +27,7 @@ class Samples(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two tables; there is one at the start and one at the end.
-        prompts: How many, spread over the validation pairs.
+        prompts: How many, spread over the validation rows.
         max_new_tokens: Longest reply.
     """
 
@@ -66,9 +66,9 @@ class Samples(Callback):
         if not boards or not trainer.is_global_zero or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        pairs, chat_format = trainer.datamodule.pairs["val"], trainer.datamodule.chat_format
-        positions = np.linspace(0, len(pairs) - 1, min(self.prompts, len(pairs))).astype(int)
-        prompts = [torch.from_numpy(pairs.segments(i)[0].astype(np.int64)).to(pl_module.device) for i in positions]
+        rows, chat_format = trainer.datamodule.rows["val"], trainer.datamodule.chat_format
+        positions = np.linspace(0, len(rows) - 1, min(self.prompts, len(rows))).astype(int)
+        prompts = [torch.from_numpy(rows.segments(i)[0].astype(np.int64)).to(pl_module.device) for i in positions]
         with float32_arithmetic(pl_module.policy):
             replies = greedy_responses(
                 pl_module.policy,
@@ -83,10 +83,10 @@ class Samples(Callback):
         ]
         self._first = self._first or now
         columns = zip([chat_format.tokenizer.decode(prompt) for prompt in prompts], self._first, now, strict=True)
-        rows = ["| prompt | at the start | now |", "|---|---|---|"]
-        rows += [f"| {' | '.join(map(cell, row))} |" for row in columns]
+        lines = ["| prompt | at the start | now |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(cell, row))} |" for row in columns]
         for board in boards:
-            board.experiment.add_text("samples", "\n".join(rows), trainer.global_step)
+            board.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
 
 
 def cell(text: str) -> str:

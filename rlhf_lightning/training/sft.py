@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: a policy that learns the chosen responses by heart, the usual start of DPO and PPO.
+"""Supervised fine-tuning: a policy that learns responses by heart, the usual start of DPO and PPO.
 
-B pairs, T padded tokens.
+B conversations, T padded tokens.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import PreferenceBatch, SFTBatch
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.metrics import PairCount, Perplexity, TokensPerSecond
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
-from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.callbacks import PairScores, ResponseScores
 from rlhf_lightning.training.checks import check_finite
 from rlhf_lightning.training.module import Measured, PolicyModule, means
 from rlhf_lightning.training.optimization import Schedule
 
 
 class SFT(PolicyModule):
-    """SFT: a causal language model trained with cross-entropy on the chosen response of each preference pair.
+    """SFT: a causal language model trained with cross-entropy on the assistant's turns of conversations.
 
-    The loss is the mean over pairs of the mean negative log-likelihood per token of the chosen response, EOS token
-    included, prompt excluded: every response counts the same, whatever its length and its batch. Rejected responses are
-    read by `predict` alone.
+    The loss is the mean over conversations of the mean negative log-likelihood per learned token (see `SFTDataModule`),
+    EOS tokens included, all other turns excluded: every conversation counts the same, whatever its length and its
+    batch. Of preference pairs the chosen response is learned; rejected ones are read by `predict` alone.
 
     Args:
         backbone: Model to start from: hub name or directory of any causal language model, or `builtin:tiny`.
@@ -38,6 +38,7 @@ class SFT(PolicyModule):
     """
 
     rows_per_pair = 1
+    data_kinds = ("pairs", "conversations")
     shown = ("loss", "token_accuracy")
 
     def __init__(
@@ -52,11 +53,11 @@ class SFT(PolicyModule):
         self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
         self.throughput = TokensPerSecond()
 
-    def forward(self, batch: PreferenceBatch) -> ResponseLogprobs:
-        """Log-probabilities of the B chosen responses."""
-        return self.policy(*_chosen_rows(batch))
+    def forward(self, batch: PreferenceBatch | SFTBatch) -> ResponseLogprobs:
+        """Log-probabilities of what is learned of B conversations."""
+        return self.policy(*batch.chosen)
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> Tensor:
         responses = self(batch)
         losses = -responses.averages
         check_finite(self, batch, losses)
@@ -64,19 +65,21 @@ class SFT(PolicyModule):
         measured.feed(self.train_metrics)
         return batch.weight * losses.mean()
 
-    def trial_loss(self, batch: PreferenceBatch) -> Tensor:
+    def trial_loss(self, batch: PreferenceBatch | SFTBatch) -> Tensor:
         """The mean loss of a batch, of which nothing is logged."""
         return -self(batch).averages.mean()
 
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
-        """Log-probabilities of both responses of each pair."""
+    def predict_step(self, batch: PreferenceBatch | SFTBatch, batch_idx: int) -> PairScores | ResponseScores:
+        """Log-probabilities of both responses of each pair, or of what is learned of each conversation."""
         with float32_arithmetic(self.policy):
             responses = self.policy(batch.input_ids, batch.attention_mask, batch.response_mask)
+        if isinstance(batch, SFTBatch):
+            return ResponseScores(batch.index, responses.sums)
         return PairScores(batch.index, *responses.sums.chunk(2))
 
-    def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
+    def measure(self, batch: PreferenceBatch | SFTBatch, stage: Role) -> Measured:
         with float32_arithmetic(self.policy):
-            states = self.policy.states(*_chosen_rows(batch))
+            states = self.policy.states(*batch.chosen)
             responses = self.policy.logprobs(states)
             most_likely = self.policy.most_likely(states)
         values: dict[str, Tensor | tuple[Tensor, ...]] = {
@@ -86,12 +89,6 @@ class SFT(PolicyModule):
             "perplexity": (-responses.sums, responses.lengths),
         }
         return Measured(values, (responses.sums, responses.sums))
-
-
-def _chosen_rows(batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention mask and response mask of the chosen rows, [B, T] each."""
-    pairs = batch.pairs
-    return batch.input_ids[:pairs], batch.attention_mask[:pairs], batch.response_mask[:pairs]
 
 
 def _evaluation_metrics() -> nn.ModuleDict:

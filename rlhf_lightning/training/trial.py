@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.data.datamodules import PreferenceDataModule
+from rlhf_lightning.data.datamodules import ResponseDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.module import TrainedModule
 
@@ -25,7 +25,7 @@ class TrialStep(Callback):
         device = pl_module.device
         if not (isinstance(pl_module, TrainedModule) and pl_module.learns_from_pairs):
             return
-        if not isinstance(trainer.datamodule, PreferenceDataModule) or (device.type == "cpu" and not self.on_cpu):
+        if not isinstance(trainer.datamodule, ResponseDataModule) or (device.type == "cpu" and not self.on_cpu):
             return
         batch = trainer.strategy.batch_to_device(trainer.datamodule.longest_batch())
         first = next(parameter for parameter in pl_module.parameters() if parameter.requires_grad)

@@ -97,6 +97,33 @@ def test_the_ids_of_a_row_are_those_of_its_whole_text(kind, template):
     assert merged == (0 if sentencepiece and template != "blank at the border" else MERGED.get(template, 0))
 
 
+NO_END = ("alpaca", "glm", "transcript")
+"""Nothing ends an assistant turn that another follows."""
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_earlier_assistant_turn_has_the_ids_that_a_policy_would_have_sampled(kind, template):
+    form = chat_format(kind, template)
+    for words in ("Slowly.", "1. One\n2. Two", "é ü 中文 🙂"):
+        messages = [USER, {"role": "assistant", "content": words}, {"role": "user", "content": "and then?"}]
+        (prompt,) = form.encode_turns([(messages, form.generation_text(messages))])
+        ((start, stop),) = form.assistant_turns(prompt)
+        found, alone = prompt.ids[start:stop], encoded(form, [USER], words).responses[0]
+        if template in NO_END:
+            assert form.eos_id not in found
+            alone = alone[:-1]
+        else:
+            assert found[-1] == form.eos_id
+        if template == "blank at the border":  # the token of the first word begins in the header
+            assert words.endswith(form.tokenizer.decode(found[:-1]).strip())
+        elif template.startswith(("qwen 3", "r1", "glm")):  # the last turn has a thought, if an empty one
+            assert alone[-len(found) :] == found
+            assert words in form.tokenizer.decode(found)
+        else:
+            assert found == alone
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reply_is_the_text_whose_ids_it_has(kind, template):

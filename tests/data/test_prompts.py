@@ -184,7 +184,7 @@ def test_a_prompt_that_cannot_be_guessed_is_refused(load):
 
 def test_every_reason_that_a_prompt_can_be_refused_for_is_tested():
     later = {"special_tokens", "template_refused", "too_long"}
-    of_responses = {"empty_response", "identical_pair", "bad_margin", "bad_label", "tie"}
+    of_responses = {"no_response", "empty_response", "identical_pair", "bad_margin", "bad_label", "tie"}
     assert {reason for reason, _, _ in BAD.values()} == set(BAD_ROW_REASONS) - later - of_responses
 
 

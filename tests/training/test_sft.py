@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning import SFT
-from rlhf_lightning.errors import TrainingError
+from rlhf_lightning import DPO, SFT, RewardModel, SFTDataModule
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.training.callbacks import PredictionWriter
 from tests.training.conftest import VAL_PAIRS, weights
 from tests.training.test_dpo import LORA
 from tests.training.test_reward_model import LossLog
@@ -113,3 +116,99 @@ def test_a_loss_that_is_no_number_stops_the_run(build_sft, trainer):
         next(module.policy.parameters()).fill_(math.nan)
     with pytest.raises(TrainingError, match=r"step 0: the loss is nan for the examples courtesy-train-.*no checkpoint"):
         trainer().fit(module, datamodule)
+
+
+USER, REPLY = {"role": "user", "content": "How do I boil an egg?"}, {"role": "assistant", "content": "Good question."}
+CONVERSATIONS = [
+    {"messages": [USER, REPLY, {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Enjoy!"}]},
+    {"prompt": "How do I clean a window?", "response": "Of course, here is how. Wipe off the dust."},
+    {"instruction": "Hang a picture.", "output": "Begin."},
+    {"messages": [USER, {"role": "assistant", "content": "You can do it. Let me know how it goes!"}]},
+    {"prompt": "How do I sew on a button?", "chosen": "Gladly.", "rejected": "Whatever."},
+    {"messages": [USER, REPLY, USER, REPLY, USER, {"role": "assistant", "content": "Everybody knows that."}]},
+]
+
+
+@pytest.fixture
+def build_conversations(build_sft, tiny_qwen2):
+    """Make an SFT module and data of conversations, in their order."""
+
+    def make(*, model=None, data=None):
+        module, _ = build_sft(model=model)
+        settings = {"val": CONVERSATIONS, "tokenizer": str(tiny_qwen2), "batch_size": 2, "seed": 3}
+        return module, SFTDataModule(CONVERSATIONS, **settings | (data or {}))
+
+    return make
+
+
+@torch.no_grad()
+def twin(module, batch) -> list[torch.Tensor]:
+    """NLL of each learned token of each row by itself, float64, from the logits of the row alone."""
+    policy = copy.deepcopy(module.policy.model).double()
+    found = []
+    for ids, real, learned in zip(batch.input_ids, batch.attention_mask, batch.response_mask, strict=True):
+        row = ids[real]
+        logits = policy(input_ids=row[None]).logits[0]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        places = learned[real].nonzero().flatten().tolist()
+        found.append(torch.stack([-logprobs[place - 1, row[place]] for place in places]))
+    return found
+
+
+@pytest.mark.parametrize("attention", [None, "packed"])
+def test_the_loss_of_conversations_is_that_of_their_assistant_turns(build_conversations, trainer, attention):
+    module, data = build_conversations(model={"attn_implementation": attention}, data={"eval_batch_size": 4})
+    (metrics,) = trainer().validate(module, data, verbose=False)
+    rows = [row for batch in data.val_dataloader() for row in twin(module, batch)]
+    expected = torch.stack([row.mean() for row in rows]).mean().item()
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["val/perplexity"] == pytest.approx(torch.cat(rows).mean().exp().item(), rel=1e-6)
+    assert metrics["val/lengths/chosen"] == pytest.approx(sum(map(len, rows)) / len(rows))
+    whole = SFTDataModule([CONVERSATIONS[0]], val=[CONVERSATIONS[0]], tokenizer=data.tokenizer)
+    turns = [message for message in CONVERSATIONS[0]["messages"] if message["role"] == "assistant"]
+    whole.setup("validate")
+    assert len(twin(module, next(iter(whole.val_dataloader())))[0]) == sum(
+        len(whole.chat_format.token_ids([turn["content"]])[0]) + 1 for turn in turns
+    )
+
+
+def test_padded_and_packed_conversations_train_the_same_weights(build_conversations, trainer):
+    trained_weights = []
+    for attention in (None, "packed"):
+        module, data = build_conversations(model={"attn_implementation": attention}, data={"batch_size": 3})
+        trainer(max_epochs=2, limit_val_batches=0).fit(module, data)
+        trained_weights.append(weights(module))
+    start, _ = build_conversations()
+    start.configure_model()
+    assert (trained_weights[0] - weights(start)).abs().max() > 1e-3
+    torch.testing.assert_close(trained_weights[1], trained_weights[0], rtol=0, atol=1e-5)
+
+
+def test_a_run_on_conversations_resumes_exactly(build_conversations, trainer, tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    module, data = build_conversations(data={"batch_size": 1})
+    trainer(max_epochs=2, callbacks=[save], enable_checkpointing=True).fit(module, data)
+    resumed, data = build_conversations(data={"batch_size": 1})
+    run = trainer(max_epochs=2)
+    run.fit(resumed, data, ckpt_path=tmp_path / "step=8.ckpt")
+    assert run.global_step == 2 * len(CONVERSATIONS)
+    assert torch.equal(weights(resumed), weights(module))
+
+
+def test_predict_gives_the_log_probability_of_each_conversation(build_conversations, trainer, tmp_path):
+    module, data = build_conversations(data={"eval_batch_size": 4})
+    writer = PredictionWriter(str(tmp_path / "scores.jsonl"))
+    trainer(callbacks=[writer]).predict(module, data)
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"example_id", "logprob"}] * len(CONVERSATIONS)
+    expected = torch.zeros(len(lines)).double()
+    for batch in data.test_dataloader():
+        expected[batch.index] = torch.stack([-row.sum() for row in twin(module, batch)])
+    assert [line["logprob"] for line in lines] == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [DPO, RewardModel])
+def test_conversations_are_no_data_of_what_learns_from_pairs(build_conversations, tiny_qwen2, kind):
+    _, data = build_conversations()
+    with pytest.raises(ConfigurationError, match="use PreferenceDataModule, not SFTDataModule"):
+        kind(str(tiny_qwen2)).check_data(data)
