@@ -1,6 +1,6 @@
-"""The data doctor: what is in preference data, row by row, before a run meets it.
+"""The data doctor: what is in pairs or conversations, row by row, before a run meets it.
 
-It looks through the eyes of `PreferenceDataModule`: same reading, same tokens, same reasons for leaving a row out.
+It looks through the eyes of the run's data module: same reading, same tokens, same reasons for leaving a row out.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ import numpy as np
 
 from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
-from rlhf_lightning.data.datamodules import PreferenceDataModule
-from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample
-from rlhf_lightning.data.preferences import iterate_preferences
+from rlhf_lightning.data.datamodules import ResponseDataModule
+from rlhf_lightning.data.examples import LoadReport, Message, Refusal
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.data.selection import TokenizedPairs, Truncation, fit_rows
+from rlhf_lightning.data.selection import (
+    TokenizedConversations,
+    TokenizedPairs,
+    TokenizedRows,
+    Truncation,
+    fit_rows,
+)
 from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
+from rlhf_lightning.data.tokenized import READERS
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 """Percent."""
@@ -45,11 +51,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One pair as the model gets it."""
+    """One row as the model gets it."""
 
     origin: str
-    chosen: list[Piece]
-    rejected: list[Piece]
+    sides: dict[str, list[Piece]]
+    """Of a pair `chosen` and `rejected`, of a conversation `response`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,9 @@ class Limit:
 
     max_length: int
     cut: int
-    """Pairs whose prompt would lose its beginning."""
+    """Rows whose prompt would lose its beginning."""
     too_long: int
-    """Pairs that would be left out."""
+    """Rows that would be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +75,14 @@ class Layout:
 
     name: str
     tokens_per_pair: float
+    """Of a conversation, per conversation."""
     padding: float
     """Share of the tokens that are padding."""
 
 
 @dataclass(frozen=True)
 class RoleDiagnosis:
-    """Findings on the pairs of one role. Rows are named by origin (`file, row 17`, counted from 0)."""
+    """Findings on the rows of one role. Rows are named by origin (`file, row 17`, counted from 0)."""
 
     role: Role
     source: str
@@ -90,21 +97,23 @@ class RoleDiagnosis:
     """Column that says which of two responses is better, where the rows are laid out so."""
     columns_unused: list[str]
     """Columns, and keys of turns such as `prompt[].name`, that nothing was made of."""
+    kind: str
+    """`pairs` or `conversations`."""
     pairs: int
-    """Pairs that would be used."""
+    """Rows that would be used."""
     rows_cut: list[str]
     quantiles: dict[str, dict[int, int]]
-    """Lengths of prompt, chosen, rejected and the pair's longer row by percent (`QUANTILES`), before any cut, in the
-    unit, of all rows that are no bad rows."""
+    """Lengths of prompt, each response and the (longer) row by percent (`QUANTILES`), before any cut, in the unit, of
+    all rows that are no bad rows."""
     limits: list[Limit] | None
     layouts: list[Layout] | None
     duplicates: list[str]
-    """Used pairs, as in the fields below, that stand more than once: all but the first."""
+    """Used rows, as in the fields below, that stand more than once: all but the first."""
     contradictions: list[str]
     shared_prompts: list[str] | None
-    """Validation pairs whose prompt is also trained on; None for training pairs."""
+    """Validation rows whose prompt is also trained on; None for training rows."""
     longer_chosen: float | None
-    """Share of the used pairs whose chosen response has more characters, ties one half; None where none is used."""
+    """Share of the used pairs whose chosen response has more characters, ties one half; None where there is none."""
     foreign_tokens: list[str]
     """Rows with what looks like a control token or role marker of some model written out in a text."""
     samples: list[Sample]
@@ -166,6 +175,9 @@ class Words:
         sides = [[[*ids, self.eos_id] for ids in self.encode(its)] for its in responses]
         return [EncodedResponses(prompt.ids, its) for prompt, its in zip(prompts, sides, strict=True)]
 
+    def assistant_turns(self, prompt: EncodedPrompt) -> list[tuple[int, int]]:
+        return []
+
     def says_nothing(self, response: str, ids: Sequence[int]) -> bool:
         return len(ids) == 1
 
@@ -178,7 +190,7 @@ def _word_ids(words: list[str]) -> list[int]:
     return [digest & 0x7FFFFFFF, digest >> 31 & 0x7FFFFFFF, *[0] * (len(words) - 2)][: len(words)]
 
 
-def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "val"), accumulate: int = 1) -> Diagnosis:
+def diagnose(data: ResponseDataModule, *, roles: Sequence[Role] = ("train", "val"), accumulate: int = 1) -> Diagnosis:
     """Read, validate and tokenize the data of a run, and say what is in them.
 
     `data` must not have been set up; it is changed (no row is refused any more). Raises `DataError` when a source is
@@ -211,9 +223,9 @@ def diagnose(data: PreferenceDataModule, *, roles: Sequence[Role] = ("train", "v
 
 
 def _diagnose_role(
-    data: PreferenceDataModule, role: Role, *, max_length: int | None, truncation: Truncation, accumulate: int
+    data: ResponseDataModule, role: Role, *, max_length: int | None, truncation: Truncation, accumulate: int
 ) -> RoleDiagnosis:
-    everything, report, form = data.pairs[role], data.reports[role], data.chat_format
+    everything, report, form = data.rows[role], data.reports[role], data.chat_format
     sources, split, _ = data.role_sources(role)
     kept, limits, layouts = everything, None, None
     bad_rows, messages, rows_cut = dict(report.bad_rows), list(report.first_messages), []
@@ -224,14 +236,14 @@ def _diagnose_role(
             bad_rows["too_long"] = everything.origins(too_long)
             lengths = everything.lengths[too_long[: 10 - len(messages)]]
             messages += [
-                f"{origin}: the longer row has {length} tokens, max_length is {max_length}"
+                f"{origin}: the row has {length} tokens, max_length is {max_length}"
                 for origin, length in zip(bad_rows["too_long"], lengths, strict=False)
             ]
         sizes = sorted({*LIMITS, max_length})
         limits = [Limit(size, *map(len, _fitted(everything, size, truncation)[1:])) for size in sizes]
         layouts = _layouts(kept, data.batch_size, accumulate) if len(kept) else None
     is_val = role != "train"
-    trained = data.pairs["train"]
+    trained = data.rows["train"]
     if is_val and max_length is not None:
         trained, _, _ = _fitted(trained, max_length, truncation)
     return RoleDiagnosis(
@@ -243,24 +255,25 @@ def _diagnose_role(
         messages=messages,
         label=report.label,
         columns_unused=report.columns_unused,
+        kind=kept.kind,
         pairs=len(kept),
         rows_cut=rows_cut,
         quantiles=_quantiles(everything, eos=max_length is not None),
         limits=limits,
         layouts=layouts,
         duplicates=kept.origins(duplicates(kept)),
-        contradictions=kept.origins(contradictions(kept)),
+        contradictions=kept.origins(contradictions(kept)) if isinstance(kept, TokenizedPairs) else [],
         shared_prompts=kept.origins(shared_prompts(trained, kept)) if is_val else None,
-        longer_chosen=longer_chosen(kept) if len(kept) else None,
+        longer_chosen=longer_chosen(kept) if len(kept) and isinstance(kept, TokenizedPairs) else None,
         foreign_tokens=kept.origins(np.flatnonzero(kept.numbers("foreign_tokens"))),
         samples=_token_samples(kept, form) if isinstance(form, ChatFormat) else _text_samples(data, role),
     )
 
 
 def _fitted(
-    pairs: TokenizedPairs, max_length: int, truncation: Truncation
-) -> tuple[TokenizedPairs, np.ndarray, np.ndarray]:
-    """The pairs that fit into `max_length`, and the positions of those cut and of those left out."""
+    pairs: TokenizedRows, max_length: int, truncation: Truncation
+) -> tuple[TokenizedRows, np.ndarray, np.ndarray]:
+    """The rows that fit into `max_length`, and the positions of those cut and of those left out."""
     kept: np.ndarray = np.empty(len(pairs), dtype=bool)
     cut: np.ndarray = np.empty(len(pairs), dtype=bool)
     for number, store in enumerate(pairs.stores):
@@ -268,69 +281,81 @@ def _fitted(
         fit = fit_rows(store, max_length=max_length, truncation=truncation)
         kept[own], cut[own] = fit.kept[pairs.rows[own]], fit.cut[pairs.rows[own]]
     rows = [pairs.rows[kept & (pairs.source == number)] for number in range(len(pairs.stores))]
-    return TokenizedPairs(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)
+    return type(pairs)(pairs.stores, rows, max_length=max_length), np.flatnonzero(cut), np.flatnonzero(~kept)
 
 
-def _quantiles(pairs: TokenizedPairs, *, eos: bool) -> dict[str, dict[int, int]]:
-    prompt, chosen, rejected = (pairs.segment_lengths - ([0, 0, 0] if eos else [0, 1, 1])).T
-    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": prompt + np.maximum(chosen, rejected)}
+def _quantiles(rows: TokenizedRows, *, eos: bool) -> dict[str, dict[int, int]]:
+    parts = rows.segment_lengths.copy()
+    parts[:, 1:] -= 0 if eos else 1
+    columns = dict(zip(_parts(rows), parts.T, strict=True)) | {"row": parts[:, 0] + parts[:, 1:].max(axis=1)}
     return {
         name: dict(zip(QUANTILES, np.percentile(lengths, QUANTILES, method="inverted_cdf").tolist(), strict=True))
         for name, lengths in columns.items()
     }
 
 
-def _layouts(pairs: TokenizedPairs, batch_size: int, accumulate: int) -> list[Layout]:
+def _parts(rows: TokenizedRows) -> tuple[str, ...]:
+    """What the columns of ids hold: `prompt`, then the responses."""
+    return rows.stores[0].id_columns
+
+
+def _layouts(rows: TokenizedRows, batch_size: int, accumulate: int) -> list[Layout]:
     """Tokens that a training epoch computes, in the ways of making batches."""
-    prompt, chosen, rejected = pairs.segment_lengths.sum(axis=0) / len(pairs)
-    needed, layouts = 2 * prompt + chosen + rejected, []
+    prompt, *sides = rows.segment_lengths.sum(axis=0) / len(rows)
+    needed, layouts = len(sides) * prompt + sum(sides), []
     for name, grouped in (("padded, random order", False), ("padded, grouped by length in each step", True)):
-        plan = TrainingPlan(pairs.lengths, batch_size=batch_size, accumulate=accumulate, group_by_length=grouped)
-        share = padding_share(pairs, (batch.indices for batch in plan.epoch(0)))
+        plan = TrainingPlan(rows.lengths, batch_size=batch_size, accumulate=accumulate, group_by_length=grouped)
+        share = padding_share(rows, (batch.indices for batch in plan.epoch(0)))
         layouts.append(Layout(name, needed / (1 - share), share))
     layouts.append(Layout("packed", needed, 0.0))
-    layouts.append(Layout("packed, the prompt once for both", needed - prompt, 0.0))
+    if len(sides) > 1:
+        layouts.append(Layout("packed, the prompt once for both", needed - prompt, 0.0))
     return layouts
 
 
-def _token_samples(pairs: TokenizedPairs, chat_format: ChatFormat) -> list[Sample]:
-    """The first pair, one of middle length and the longest, decoded."""
-    if not len(pairs):
+def _token_samples(rows: TokenizedRows, chat_format: ChatFormat) -> list[Sample]:
+    """The first row, one of middle length and the longest, decoded."""
+    if not len(rows):
         return []
-    order = np.argsort(pairs.lengths, kind="stable")
+    order = np.argsort(rows.lengths, kind="stable")
     positions = dict.fromkeys([0, int(order[len(order) // 2]), int(order[-1])])
-    origins = pairs.origins(np.array(list(positions)))
+    origins = rows.origins(np.array(list(positions)))
     samples = []
     for position, origin in zip(positions, origins, strict=True):
-        prompt, *sides = pairs.segments(position)
-        before = _decoded([], prompt.tolist(), chat_format, "prompt")
-        rows = [[*before, *_decoded(prompt.tolist(), ids.tolist(), chat_format, "response")] for ids in sides]
-        samples.append(Sample(origin, *rows))
+        prompt, *sides = rows.segments(position)
+        decoded = {}
+        for name, side in zip(_parts(rows)[1:], sides, strict=True):
+            mask = np.arange(len(prompt) + len(side)) >= len(prompt)
+            if isinstance(rows, TokenizedConversations):
+                mask = rows.response_mask(position)
+            decoded[name] = _decoded(np.concatenate([prompt, side]).tolist(), mask.tolist(), chat_format)
+        samples.append(Sample(origin, decoded))
     return samples
 
 
-def _decoded(before: list[int], ids: list[int], chat_format: ChatFormat, kind: Kind) -> list[Piece]:
-    """Texts of a row's stretch that comes after other ids, its control tokens apart."""
-    pieces = []
-    for is_control, group in itertools.groupby(ids, key=lambda token: token in chat_format.control_ids):
-        run = list(group)
-        for part in [[token] for token in run] if is_control else [run]:
-            text = chat_format.decode_after(before, part)
-            pieces.append(Piece(text, "control" if is_control else kind, kind == "response"))
-            before = [*before, *part]
+def _decoded(ids: list[int], mask: list[bool], chat_format: ChatFormat) -> list[Piece]:
+    """Texts of a row's stretches inside and outside of its response mask, control tokens apart."""
+    pieces: list[Piece] = []
+    kinds = [(learned, token in chat_format.control_ids) for token, learned in zip(ids, mask, strict=True)]
+    begin = 0
+    for (learned, is_control), group in itertools.groupby(kinds):
+        end = begin + len(list(group))
+        for start, stop in [(place, place + 1) for place in range(begin, end)] if is_control else [(begin, end)]:
+            text = chat_format.decode_after(ids[:start], ids[start:stop])
+            pieces.append(Piece(text, "control" if is_control else "response" if learned else "prompt", learned))
+        begin = end
     return pieces
 
 
-def _text_samples(data: PreferenceDataModule, role: Role) -> list[Sample]:
-    """The first pairs as texts, where there is no tokenizer to show tokens."""
+def _text_samples(data: ResponseDataModule, role: Role) -> list[Sample]:
+    """The first rows as texts, where there is no tokenizer to show tokens."""
     sources, split, _ = data.role_sources(role)
-    source = sources[0]
-    rows = iterate_preferences(source.source, LoadReport(""), columns=source.columns or data.columns, split=split)
-    pairs = itertools.islice((row for row in rows if isinstance(row, PreferenceExample)), SAMPLES)
+    source, kind = sources[0], data.rows_class.kind
+    rows = READERS[kind](source.source, LoadReport(""), columns=source.columns or data.columns, split=split)
     samples = []
-    for pair in pairs:
-        turns = "".join(f"[{message['role']}] {message['content']}\n\n" for message in pair.prompt)
+    for example in itertools.islice((row for row in rows if not isinstance(row, Refusal)), SAMPLES):
+        turns = "".join(f"[{message['role']}] {message['content']}\n\n" for message in example.prompt)
         prompt = Piece(f"{turns}[assistant] ", "prompt", False)
-        sides = [[prompt, Piece(text, "response", True)] for text in (pair.chosen, pair.rejected)]
-        samples.append(Sample(pair.origin, *sides))
+        sides = [[prompt, Piece(text, "response", True)] for text in example.responses]
+        samples.append(Sample(example.origin, dict(zip(_parts(data.rows[role])[1:], sides, strict=True))))
     return samples

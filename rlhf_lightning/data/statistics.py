@@ -65,10 +65,9 @@ def counts_in_words(
     return f"{role}: {len(rows)} {rows.kind}{epoch} ({report.summary()}{cut})"
 
 
-def padding_share(pairs: TokenizedPairs, batches: Iterable[np.ndarray]) -> float:
-    """Share of padding among the tokens of batches (arrays of positions) of right-padded rows, two rows a pair."""
-    prompt, chosen, rejected = pairs.segment_lengths.T
-    rows = np.stack([prompt + chosen, prompt + rejected], axis=1)
+def padding_share(pairs: TokenizedRows, batches: Iterable[np.ndarray]) -> float:
+    """Share of padding among the tokens of batches (arrays of positions) of right-padded rows, one for a response."""
+    rows = pairs.segment_lengths[:, :1] + pairs.segment_lengths[:, 1:]
     real = padded = 0
     for batch in batches:
         lengths = rows[batch]

@@ -83,7 +83,7 @@ PROMPT_SCHEMA = pa.schema(
 )
 
 _SCHEMAS: dict[Kind, pa.Schema] = {"pairs": PAIR_SCHEMA, "conversations": SFT_SCHEMA, "prompts": PROMPT_SCHEMA}
-_READERS: dict[Kind, Callable[..., Iterator[Example | Refusal]]] = {
+READERS: dict[Kind, Callable[..., Iterator[Example | Refusal]]] = {
     "pairs": iterate_preferences,
     "conversations": iterate_sft,
     "prompts": iterate_prompts,
@@ -110,7 +110,7 @@ def tokenize_source(
 
     def make(directory: Path) -> None:
         report = LoadReport(source=described(source.source, split=split))
-        rows = _READERS[kind](source.source, report, columns=columns, split=split)
+        rows = READERS[kind](source.source, report, columns=columns, split=split)
         shown = watched(rows, report.source, lambda: row_count(source.source, split=split))
         with _collecting_little():
             write_store(directory, shown, report, chat_format, kind=kind)

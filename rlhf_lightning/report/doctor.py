@@ -10,7 +10,7 @@ from rich import table
 from rich.console import Console
 from rich.text import Text
 
-from rlhf_lightning.data.doctor import QUANTILES, Diagnosis, Piece, RoleDiagnosis, Sample
+from rlhf_lightning.data.doctor import QUANTILES, Diagnosis, Limit, Piece, RoleDiagnosis, Sample
 from rlhf_lightning.data.examples import BAD_ROW_REASONS
 from rlhf_lightning.evaluation import blocks
 from rlhf_lightning.evaluation.blocks import Document, Pieces, Section, Table
@@ -41,22 +41,76 @@ class Finding(NamedTuple):
 
 
 _NO_TOKENIZER = "Not measured: it needs a tokenizer."
+_BIASED, _MANY = 0.75, 0.01
+"""Shares from which on a finding is a judgement: of pairs in which length decides, and of rows of any other kind."""
+_MUCH_PADDING = 0.2
 
 
 def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
-    """Everything but the samples, as tables."""
+    """Everything but the samples: what is judged, then tables; those that have nothing to show are left out."""
+    yield Finding("Judgement", (), (), list(judgements(diagnosis)) or ["Nothing that would spoil a run was found."])
     yield _rows(diagnosis)
-    yield _rows_left_out(diagnosis.roles)
     unused = [(role.role, ", ".join(role.columns_unused)) for role in diagnosis.roles if role.columns_unused]
-    yield Finding("Columns not used", ("role", "columns"), unused, [] if unused else ["None."])
-    yield _rows_to_look_at(diagnosis.roles)
     unseen = [(name, _UNSEEN[name]) for name in diagnosis.unseen or ()]
-    none = _NO_TOKENIZER if diagnosis.unseen is None else "None of line breaks and capitals."
-    header = ("difference", "what to do")
-    yield Finding("What the tokenizer does not see", header, unseen, [] if unseen else [none])
+    for finding in (
+        _rows_left_out(diagnosis.roles),
+        Finding("Columns not used", ("role", "columns"), unused),
+        _rows_to_look_at(diagnosis.roles),
+        Finding("What the tokenizer does not see", ("difference", "what to do"), unseen),
+    ):
+        if finding.rows:
+            yield finding
     yield _lengths(diagnosis)
     yield _limits(diagnosis)
-    yield _layouts(diagnosis)
+    if diagnosis.max_length is not None:
+        yield _layouts(diagnosis)
+
+
+def judgements(diagnosis: Diagnosis) -> Iterator[str]:
+    """What a run should not begin with, or what would make it better, worst first, each in a sentence or two."""
+    for role in diagnosis.roles:
+        yield from _judged(role, diagnosis)
+    paddings = [layout.padding for role in diagnosis.roles if role.role == "train" for layout in role.layouts or ()]
+    if paddings and paddings[1] > _MUCH_PADDING:
+        yield (
+            f"{_percent(paddings[1])} of the tokens of a training batch are padding: model.attn_implementation packed "
+            "computes nothing on it."
+        )
+
+
+def _judged(role: RoleDiagnosis, diagnosis: Diagnosis) -> Iterator[str]:
+    share, where = role.longer_chosen, f"of the {role.kind} of {role.role}"
+    if share is not None and role.pairs >= _FEW and max(share, 1 - share) >= _BIASED:
+        which = "longer" if share > 0.5 else "shorter"
+        yield (
+            f"The {which} response is chosen in {_percent(max(share, 1 - share))} {where}: a reward model can learn "
+            "length and nothing else. Add pairs in which it is the other way, and read its accuracy at equal length."
+        )
+    total = max(role.pairs, 1)
+    counts = [
+        (role.contradictions, "state the opposite of another one, so they teach nothing", "remove one of each two"),
+        (
+            role.shared_prompts or (),
+            "have a prompt that is also trained on, so they are not held out",
+            "split by prompt",
+        ),
+        (role.duplicates, "are copies of an earlier one and count twice", "remove them"),
+        (role.foreign_tokens, "hold what looks like another model's control token", "look at them in the table below"),
+    ]
+    for rows, what, advice in counts:
+        if len(rows) > _MANY * total:
+            yield f"{len(rows)} {where} ({_percent(len(rows) / total)}) {what}: {advice}."
+    if len(role.rows_cut) > _MANY * total:
+        yield (
+            f"{len(role.rows_cut)} {where} ({_percent(len(role.rows_cut) / total)}) lose the beginning of their "
+            f"prompt: data.max_length is {diagnosis.max_length}."
+        )
+    if role.dropped > _MANY * max(role.rows_read, 1):
+        yield f"{role.dropped} of {role.rows_read} rows of {role.role} cannot be used: the table says why."
+
+
+_FEW = 20
+"""Pairs below which nothing is said of a share."""
 
 
 def _rows(diagnosis: Diagnosis) -> Finding:
@@ -67,17 +121,28 @@ def _rows(diagnosis: Diagnosis) -> Finding:
             f"{role.pairs}",
             f"{role.dropped}",
             NOT_MEASURED if diagnosis.max_length is None else f"{len(role.rows_cut)}",
-            NOT_MEASURED if role.longer_chosen is None else _percent(role.longer_chosen),
+            *_longer(role),
         )
         for role in diagnosis.roles
     ]
+    pairs = any(role.kind == "pairs" for role in diagnosis.roles)
     remarks = [
         *(f"{role.role}: {role.source}" for role in diagnosis.roles),
         *(f"{role.role}: {role.label} says which response is chosen." for role in diagnosis.roles if role.label),
-        "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
-        "model has to beat.",
     ]
-    return Finding("Rows", ("role", "rows read", "used", "left out", "prompt cut", "longer is chosen"), rows, remarks)
+    if pairs:
+        remarks.append(
+            "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
+            "model has to beat."
+        )
+    header = ("role", "rows read", "used", "left out", "prompt cut", *(["longer is chosen"] if pairs else []))
+    return Finding("Rows", header, rows, remarks)
+
+
+def _longer(role: RoleDiagnosis) -> list[str]:
+    if role.kind != "pairs":
+        return []
+    return [NOT_MEASURED if role.longer_chosen is None else _percent(role.longer_chosen)]
 
 
 def _rows_left_out(roles: Sequence[RoleDiagnosis]) -> Finding:
@@ -88,7 +153,7 @@ def _rows_left_out(roles: Sequence[RoleDiagnosis]) -> Finding:
     ]
     messages = [message for role in roles for message in role.messages if "max_length is" not in message]
     header = ("role", "reason", "rows", "which (from 0)", "meaning")
-    return Finding("Rows left out", header, rows, messages[:_ROWS_SHOWN] if rows else ["None."])
+    return Finding("Rows left out", header, rows, messages[:_ROWS_SHOWN])
 
 
 def _rows_to_look_at(roles: Sequence[RoleDiagnosis]) -> Finding:
@@ -98,18 +163,13 @@ def _rows_to_look_at(roles: Sequence[RoleDiagnosis]) -> Finding:
         for what, rows in _oddities(role)
         if rows
     ]
-    remark = "None: no copies, contradictions, prompts on both sides, cut prompts or control tokens of other models."
-    if odd:
-        remark = (
-            "They are used. A copy counts a pair twice, contradictions teach nothing, a prompt on both sides is not "
-            "held out."
-        )
+    remark = "They are used. A copy counts twice, contradictions teach nothing, a prompt on both sides is not held out."
     return Finding("Rows to look at", ("role", "what", "rows", "which (from 0)"), odd, [remark])
 
 
 def _lengths(diagnosis: Diagnosis) -> Finding:
     rows = [
-        (role.role, "longer row" if part == "row" else part, *map(str, values.values()))
+        (role.role, "longer row" if part == "row" and role.kind == "pairs" else part, *map(str, values.values()))
         for role in diagnosis.roles
         for part, values in role.quantiles.items()
     ]
@@ -123,15 +183,24 @@ def _limits(diagnosis: Diagnosis) -> Finding:
     rows = []
     for role in diagnosis.roles:
         total = role.pairs + len(role.bad_rows.get("too_long", ()))
-        for row in role.limits or ():
+        for row in _telling(role.limits or (), diagnosis.max_length):
             length = f"{row.max_length}{' *' if row.max_length == diagnosis.max_length else ''}"
             rows.append((role.role, length, _share(row.cut, total), _share(row.too_long, total)))
     remarks = [_NO_TOKENIZER]
     if diagnosis.max_length is not None:
         remarks = ["* as set"]
-        remarks += ["A run refuses the data while pairs are left out."] if diagnosis.truncation == "error" else []
+        remarks += ["A run refuses the data while rows are left out."] if diagnosis.truncation == "error" else []
     title = f"What max_length would do (truncation: {diagnosis.truncation})"
-    return Finding(title, ("role", "max_length", "prompts cut", "pairs left out"), rows, remarks)
+    return Finding(title, ("role", "max_length", "prompts cut", "rows left out"), rows, remarks)
+
+
+def _telling(limits: Sequence[Limit], chosen: int | None) -> Iterator[Limit]:
+    """Limits up to the first that would change no row, and the one that is set."""
+    whole = False
+    for limit in limits:
+        if not whole or limit.max_length == chosen:
+            yield limit
+        whole = whole or not (limit.cut or limit.too_long)
 
 
 def _layouts(diagnosis: Diagnosis) -> Finding:
@@ -140,15 +209,15 @@ def _layouts(diagnosis: Diagnosis) -> Finding:
         for role in diagnosis.roles
         for layout in role.layouts or ()
     ]
-    limit = "any length" if diagnosis.max_length is None else f"max_length {diagnosis.max_length}"
+    limit = f"max_length {diagnosis.max_length}"
     batches = f"batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}"
     remark = (
         "The trainer pads and groups by length within a step; with accumulation 1 there is nothing to group. "
-        "Packing is what could still be saved."
+        "Packed: with model.attn_implementation packed."
     )
-    title = f"Tokens computed per pair, {limit}, {batches}"
-    header = ("role", "batches", "tokens per pair", "padding")
-    return Finding(title, header, rows, [_NO_TOKENIZER if diagnosis.max_length is None else remark])
+    one = diagnosis.roles[0].kind.removesuffix("s")
+    title = f"Tokens computed per {one}, {limit}, {batches}"
+    return Finding(title, ("role", "batches", f"tokens per {one}", "padding"), rows, [remark])
 
 
 def verdict(diagnosis: Diagnosis) -> str:
@@ -205,7 +274,7 @@ def html_page(diagnosis: Diagnosis) -> str:
         for title, pieces in _sample_rows(diagnosis)
     ]
     sections.append(Section("Examples as the model gets them", samples, _LEGEND))
-    return to_html(Document("Preference data", sections, subtitle=verdict(diagnosis)))
+    return to_html(Document("Data", sections, subtitle=verdict(diagnosis)))
 
 
 def row_numbers(origins: Sequence[str], *, files: int) -> str:
@@ -223,7 +292,7 @@ def visible(text: str) -> str:
 
 
 def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
-    yield "copies of an earlier pair", role.duplicates
+    yield f"copies of an earlier {role.kind.removesuffix('s')}", role.duplicates
     yield "contradicted by another pair", role.contradictions
     if role.shared_prompts is not None:
         yield "prompt is also trained on", role.shared_prompts
@@ -234,8 +303,8 @@ def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
 def _sample_rows(diagnosis: Diagnosis) -> Iterator[tuple[str, list[Piece]]]:
     samples: list[Sample] = diagnosis.roles[0].samples
     for sample in samples:
-        for side in ("chosen", "rejected"):
-            yield f"{sample.origin}: {side}", [part for piece in getattr(sample, side) for part in _shortened(piece)]
+        for side, pieces in sample.sides.items():
+            yield f"{sample.origin}: {side}", [part for piece in pieces for part in _shortened(piece)]
 
 
 def _shortened(piece: Piece) -> Iterator[Piece]:

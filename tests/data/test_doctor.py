@@ -19,7 +19,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import PreferenceDataModule
 from rlhf_lightning.data.doctor import LIMITS, diagnose
 from rlhf_lightning.data.tokenizer import load_tokenizer
-from rlhf_lightning.report.doctor import html_page, print_diagnosis, row_numbers, verdict, visible
+from rlhf_lightning.report.doctor import findings, html_page, judgements, print_diagnosis, row_numbers, verdict, visible
 from tests.test_readme import example
 
 ROWS = [
@@ -139,14 +139,14 @@ def test_layouts_count_the_tokens_of_the_trainers_batches(examine):
 
 def test_samples_show_the_whole_row_and_mark_the_response_with_its_terminator(examine):
     sample = examine(ROWS).roles[0].samples[0]
-    text = "".join(piece.text for piece in sample.chosen)
+    text = "".join(piece.text for piece in sample.sides["chosen"])
     assert text == "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nyes sir<|im_end|>"
-    assert "".join(piece.text for piece in sample.chosen if piece.in_response) == "yes sir<|im_end|>"
-    assert [piece.text for piece in sample.rejected if piece.kind == "control"] == [
+    assert "".join(piece.text for piece in sample.sides["chosen"] if piece.in_response) == "yes sir<|im_end|>"
+    assert [piece.text for piece in sample.sides["rejected"] if piece.kind == "control"] == [
         *("<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"),
     ]
     (words,) = examine(ROWS, roles=("train",), tokenizer=None).roles
-    assert "".join(piece.text for piece in words.samples[0].chosen) == "[user] one\n\n[assistant] yes sir"
+    assert "".join(piece.text for piece in words.samples[0].sides["chosen"]) == "[user] one\n\n[assistant] yes sir"
 
 
 def test_without_a_tokenizer_what_needs_one_is_not_measured(examine):
@@ -155,7 +155,8 @@ def test_without_a_tokenizer_what_needs_one_is_not_measured(examine):
     assert (diagnosis.unit, role.limits, role.layouts) == ("words", None, None)
     assert rows_of(role.bad_rows["empty_response"]) == [1]
     assert role.dropped == 1
-    assert printed(diagnosis).count("Not measured: it needs a tokenizer.") == 3
+    assert printed(diagnosis).count("Not measured: it needs a tokenizer.") == 1
+    assert "padding" not in printed(diagnosis)
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_what_the_tokenizer_does_not_see_is_said_and_the_readme_gives_it_line_br
     examine, uncased, tmp_path, monkeypatch
 ):
     assert examine(ROWS).unseen == []
-    assert "None of line breaks and capitals." in printed(examine(ROWS))
+    assert "the tokenizer does not see" not in printed(examine(ROWS))
     diagnosis = examine(ROWS, tokenizer=uncased)
     assert diagnosis.unseen == ["line breaks", "capitals"]
     assert "lists and paragraphs look like running text" in printed(diagnosis)
@@ -216,7 +217,11 @@ def test_findings_survive_json(examine):
     assert found["bad_rows"]["too_long"][0].endswith("row 8")
     assert set(found["limits"][0]) == {"max_length", "cut", "too_long"}
     assert set(found["layouts"][0]) == {"name", "tokens_per_pair", "padding"}
-    assert found["samples"][0]["chosen"][0] == {"text": "<|im_start|>", "kind": "control", "in_response": False}
+    assert found["samples"][0]["sides"]["chosen"][0] == {
+        "text": "<|im_start|>",
+        "kind": "control",
+        "in_response": False,
+    }
 
 
 def printed(diagnosis) -> str:
@@ -234,6 +239,37 @@ def test_the_terminal_shows_every_number_that_the_findings_hold(examine):
     assert "row 1: chosen has no text" in text
     assert verdict(diagnosis) in text
     assert "3 of 9 rows" in verdict(examine(ROWS, roles=("train",)))
+
+
+def pairs_of(count, chosen, rejected):
+    numbers = range(count)
+    return [{"prompt": f"{n} {chosen[:1]}", "chosen": f"{chosen} {n}", "rejected": f"{rejected} {n}"} for n in numbers]
+
+
+def test_what_it_judges_stands_above_the_tables_and_names_the_keys(examine):
+    rows = [*pairs_of(39, "a long answer", "no"), *pairs_of(1, "no", "a long answer")]
+    diagnosis = examine(rows, val=[{"prompt": "other", "chosen": "no", "rejected": "no sir"}] * 30)
+    found = list(judgements(diagnosis))
+    assert [line for line in found if "longer response is chosen in 97.5 %" in line] == found[:1]
+    assert any("shorter response is chosen in 100.0 %" in line for line in found)
+    assert any("29 of the pairs of val" in line for line in found)  # copies
+    text = printed(diagnosis)
+    assert text.index("97.5 %") < text.index("rows read")
+    rows = [*pairs_of(20, "a long answer", "no"), *pairs_of(20, "no", "a long answer")]
+    assert list(judgements(examine(rows, roles=("train",)))) == []
+    uneven = [*pairs_of(20, "word " * 20, "no"), *pairs_of(20, "no", "word " * 20)]
+    (line,) = judgements(examine(uneven, roles=("train",)))
+    assert "model.attn_implementation packed" in line
+    few = examine(pairs_of(3, "a long answer", "no"), roles=("train",))
+    assert "longer response is chosen" not in " ".join(judgements(few))
+
+
+def test_tables_without_contents_are_left_out(examine):
+    diagnosis = examine(ROWS[:1], roles=("train",))
+    titles = [finding.title for finding in findings(diagnosis)]
+    assert not {"Rows left out", "Columns not used", "Rows to look at"} & set(titles)
+    (limits,) = [finding for finding in findings(diagnosis) if "max_length would do" in finding.title]
+    assert [row[1] for row in limits.rows] == ["64 *"]  # of those above it none would change a row
 
 
 HOSTILE = "<script>alert('&')</script>\x1b[31mred\x07 [bold]x[/bold] ‮txet"

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from rlhf_lightning import PreferenceDataModule, SFTDataModule
+from rlhf_lightning.commands.main import main
 from rlhf_lightning.data import DataError, load_sft
+from rlhf_lightning.data.doctor import diagnose
 from rlhf_lightning.data.tokenizer import load_tokenizer
 
 U1, A1 = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "yes"}
@@ -211,3 +213,30 @@ def test_the_ids_of_a_row_do_not_depend_on_its_shape(make):
     preferences = PreferenceDataModule(pairs, val=pairs, tokenizer=make(pairs).chat_format.tokenizer)
     preferences.setup("fit")
     assert np.concatenate(preferences.pairs["train"].segments(0)[:2]).tolist() == whole
+
+
+def test_the_doctor_knows_conversations(make, tiny_qwen2):
+    rows = [{"messages": [U1, A1, U2, A2]}, SHAPES["messages"], SHAPES["messages"], {"messages": [U1]}]
+    data = SFTDataModule(rows, val=[SHAPES["messages"]], tokenizer=str(tiny_qwen2), max_length=64)
+    train, val = diagnose(data).roles
+    assert (train.rows_read, train.pairs, list(train.bad_rows)) == (4, 3, ["no_response"])
+    assert len(train.duplicates) == len(val.shared_prompts) == 1
+    assert (train.longer_chosen, train.contradictions) == (None, [])
+    assert set(train.quantiles) == {"prompt", "response", "row"}
+    (pieces,) = train.samples[0].sides.values()
+    assert "".join(piece.text for piece in pieces if piece.in_response) == "yes<|im_end|>no sir<|im_end|>"
+    (words,) = diagnose(SFTDataModule(rows), roles=("train",)).roles
+    assert [piece.text for piece in words.samples[1].sides["response"]] == ["[user] one two\n\n[assistant] ", "yes"]
+
+
+def test_the_doctor_command_sees_by_the_first_row_what_it_is_given(tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text(json.dumps(SHAPES["messages"]) + "\n" + json.dumps({"messages": [U1]}) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(SHAPES["a pair"]) + "\n")
+    assert main(["doctor", str(tmp_path / "sft.jsonl")]) == 1
+    assert "no_response" in capsys.readouterr().out
+    assert (
+        main(["doctor", "--data.train", str(tmp_path / "sft.jsonl"), "--data.val", str(tmp_path / "pairs.jsonl")]) == 1
+    )
+    assert "longer is chosen" not in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "pairs.jsonl")]) == 0
+    assert "longer is chosen" in capsys.readouterr().out
