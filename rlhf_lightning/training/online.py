@@ -223,4 +223,4 @@ class OnlineModule(PolicyModule):
 
 def _evaluation_metrics() -> nn.ModuleDict:
     names = ("reward", "reward_with_kl", "kl", "response_length", "missing_eos")
-    return nn.ModuleDict(means(*names) | {"replies": ResponseCount()})
+    return nn.ModuleDict(means(*names) | {"responses": ResponseCount()})

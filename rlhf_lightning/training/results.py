@@ -25,8 +25,8 @@ TABLE_ROWS = {
     "kl": "log-ratio (k1)",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
-    "response_length": "tokens of a reply",
-    "missing_eos": "replies not ended",
+    "response_length": "response length",
+    "missing_eos": "truncated",
 }
 """Rows of the results table: metric and its name in words. A run has those that its module measures."""
 
@@ -86,7 +86,7 @@ class Results(Callback):
 
 def table_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Metrics of a table and their names in words; a reward model's mean reward says nothing by itself."""
-    hidden = () if "replies" in metrics else ("reward",)
+    hidden = () if "responses" in metrics else ("reward",)
     return [(name, words) for name, words in TABLE_ROWS.items() if name in metrics and name not in hidden]
 
 

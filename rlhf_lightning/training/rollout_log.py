@@ -69,17 +69,17 @@ class RolloutLog:
             )
 
     def samples(self, responses: Responses, scores: Tensor, kl: Tensor) -> None:
-        """A few responses with their rewards, as the text `replies`."""
+        """A few responses with their rewards, as the text `responses`."""
         chat_format = self.module.trainer.datamodule.chat_format
         for board in self._boards():
-            lines = ["| prompt | reply | reward | KL |", "|---|---|---|---|"]
+            lines = ["| prompt | response | reward | KL |", "|---|---|---|---|"]
             for i in range(min(_SAMPLES, len(responses.rows))):
                 ids, start = responses.rows[i].tolist(), responses.prompt_lengths[i]
                 prompt = chat_format.tokenizer.decode(ids[:start])
                 response = chat_format.decode_after(ids[:start], ids[start:])
-                response += "" if responses.ended[i] else " [not ended]"
+                response += "" if responses.ended[i] else " [truncated]"
                 lines.append(f"| {cell(prompt)} | {cell(response)} | {scores[i]:.3f} | {kl[i]:.2f} |")
-            board.experiment.add_text("replies", "\n".join(lines), self.module.trainer.global_step)
+            board.experiment.add_text("responses", "\n".join(lines), self.module.trainer.global_step)
 
     def _boards(self) -> list[TensorBoardLogger]:
         """Where pictures and texts go, every `log_every_n_steps` rollouts; nowhere in between."""

@@ -194,7 +194,7 @@ def test_a_run_begins_with_a_validation_that_changes_nothing_else(build_ppo, tra
     module, results, other = validated(trainer, build_ppo(), num_sanity_val_steps=2)
     assert list(results.by_step) == [0, 12]
     assert results.by_step[0]["kl"] == pytest.approx(0, abs=1e-3)
-    assert results.by_step[0]["replies"] == 6
+    assert results.by_step[0]["responses"] == 6
     assert other.curve == one.curve
     assert torch.equal(weights(module), weights(plain))
 
@@ -511,7 +511,7 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     arguments += ["--model.max_new_tokens", "8", "--trainer.val_check_interval", "1.0"]
     assert main(["fit", *arguments]) == 0
     printed = capsys.readouterr()
-    assert "replies" in printed.out
+    assert "responses" in printed.out
     assert "reward" in printed.out
     assert "value model: models/quickstart_reward_model, with its own head" in printed.err
     checkpoint = next(line.split()[-1] for line in printed.out.splitlines() if line.startswith("checkpoint:  runs/ppo"))
