@@ -312,6 +312,40 @@ def test_what_is_not_given_is_not_measured(evaluated):
     verdicts = json.loads((out / "metrics.json").read_text())["verdicts"]
     assert [verdict["outcome"] for verdict in verdicts[1:]] == ["not measured"] * 5
     assert all(verdict["value"] is None and verdict["reason"] for verdict in verdicts[1:])
+    page = (out / "report.md").read_text()
+    assert "pooled AUROC on held-out" in page
+    assert "no policy" not in page, "nobody asked for one"
+
+
+def test_a_policy_alone_is_called_so_and_what_was_measured_is_printed(evaluated, capsys):
+    refusals = ["--refusal_prompts", "refusal.jsonl", "--samples", "2", "--max_new_tokens", "4"]
+    out, numbers = evaluated("--policy", "models/after", "--prompts", "prompts.jsonl", *refusals)
+    printed = capsys.readouterr().out
+    assert "not measured" not in printed
+    for name, kind in (("refusal_unsafe", "unsafe"), ("over_refusal", "safe")):
+        rate = numbers[f"safety/{name}_after"]
+        ends = f"{rate['value']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
+        assert f"policy: refuses {ends} of {rate['n']} {kind} prompts" in printed
+    page = (out / "report.md").read_text()
+    assert "## Verdicts" not in page
+    assert "after training" not in page
+    assert len(json.loads((out / "metrics.json").read_text())["verdicts"]) == 6, "the file has every target"
+
+
+def test_a_rule_measures_a_gain_on_its_own_scale(evaluated, here, capsys):  # noqa: F811
+    write(here / "questions.jsonl", [{"prompt": f"{i} and {i}?"} for i in range(4)])
+    Path("scale.py").write_text("def letters(prompts, responses):\n    return [len(each) for each in responses]\n")
+    both = ["--policy", "models/after", "--reference", "models/before", "--prompts", "questions.jsonl"]
+    out, numbers = evaluated(*both, "--reward_model", "scale:letters", "--samples", "3", "--refusal_prompts", "null")
+    rows = samples(out)
+    means = {
+        side: np.mean([len(text) for row in rows for text in row["replies"][side]]) for side in ("before", "after")
+    }
+    assert numbers["policy/reward_gain"]["value"] == pytest.approx(means["after"] - means["before"])
+    said = f"on the scale of scale:letters: {means['before']:.3f} before, {means['after']:.3f} after"
+    assert said in capsys.readouterr().out
+    assert "gain in mean reward" in (out / "report.md").read_text()
+    assert 0 <= numbers["policy/win_rate"]["value"] <= 1
 
 
 def test_the_benchmark_s_own_prompts_and_pairs_are_the_scale(evaluated):

@@ -5,31 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import parse_settings, spare_inputs
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.benchmarks import BENCHMARKS
 from rlhf_lightning.evaluation.benchmarks.base import write_official_files
-from rlhf_lightning.evaluation.blocks import Verdict
-from rlhf_lightning.evaluation.estimates import interval_of, value_of
 from rlhf_lightning.evaluation.ranks import Ranks, device_of, run_together
 from rlhf_lightning.evaluation.results import EvaluationResults, as_plain, metrics
 from rlhf_lightning.evaluation.run import check, evaluate
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.evaluation.verdicts import verdicts
 from rlhf_lightning.files.disks import write_whole
+from rlhf_lightning.report.console import print_summary
 from rlhf_lightning.report.pages import to_html, to_markdown
 from rlhf_lightning.report.sections import report
-from rlhf_lightning.terminal import Terminal, say
+from rlhf_lightning.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +69,9 @@ def _run(given: EvaluationSettings, out: Path, ranks: Ranks) -> None:
         if exported := [key for key in MODEL_KEYS if getattr(given, key) != getattr(settings, key)]:
             results.provenance["checkpoints"] = [f"{key}: {getattr(given, key)}" for key in exported]
         write(results, settings)
-        _print(results, out)
+        print_summary(results)
+        say(f"report:  {out / 'report.html'}")
+        say(f"numbers: {out / 'metrics.json'}")
 
 
 def parse(arguments: Sequence[str]) -> EvaluationSettings:
@@ -170,53 +168,3 @@ def _official_name(name: str) -> str:
     parts = [re.sub(r"[^\w.-]", "-", part).lstrip(".") for part in Path(name).expanduser().parts]
     parts = [part for part in parts if part]
     return "/".join(parts[-2:]) if len(parts) > 1 else f"local/{parts[0]}"
-
-
-def _print(results: EvaluationResults, out: Path) -> None:
-    console = Terminal(soft_wrap=False, width=max(shutil.get_terminal_size((110, 24)).columns, 80))
-    table = Table(title="verdicts", title_justify="left")
-    for column, justify in (
-        ("target", "left"),
-        ("value", "right"),
-        ("95 % interval, or why not", "right"),
-        ("verdict", "left"),
-    ):
-        table.add_column(column, justify=justify)
-    for verdict in verdicts(results):
-        table.add_row(verdict.target, *_figures(verdict), verdict.outcome)
-    console.print(table)
-    for line in _scores(results):
-        say(line)
-    for note in results.notes:
-        say(note)
-    say(f"report:  {out / 'report.html'}")
-    say(f"numbers: {out / 'metrics.json'}")
-
-
-def _scores(results: EvaluationResults) -> list[str]:
-    """What no verdict says: the other scorers, the policy by the held-out one, and the benchmarks, a line each."""
-    lines = []
-    for scorer in results.scorers:
-        if (quality := scorer.quality) is not None:
-            line = f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
-            if (rounding := scorer.rounding) is not None:
-                line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} beside sd {rounding.sd:.2g}"
-            lines.append(line)
-        lines += [f"{scorer.title}: {line}" for result in scorer.benchmarks.values() if (line := result.summary())]
-    for judged in results.policies.judged if results.policies is not None else ():
-        if judged.held_out and (comparison := judged.comparison) is not None:
-            gain = comparison.anchored.gain if comparison.anchored is not None else None
-            points = "" if gain is None else f"{gain.value:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})"
-            gained = points and f"gains {points} and "
-            lines.append(f"held-out: the policy {gained}wins {comparison.win_rate.value:.3f} of the comparisons")
-    for judge in results.judges:
-        lines += [f"judge: {line}" for result in judge.benchmarks.values() if (line := result.summary())]
-    return lines
-
-
-def _figures(verdict: Verdict) -> tuple[str, str]:
-    value, interval = value_of(verdict.value), interval_of(verdict.value)
-    if value is None:
-        return "", verdict.reason
-    ends = "" if interval is None else " to ".join(format(end, verdict.spec) for end in interval)
-    return format(value, verdict.spec), ends

@@ -99,6 +99,11 @@ class PolicyResults:
     toxicity_change: ToxicityChange | None
     lexicon: dict[Side, LexiconSummary]
 
+    @property
+    def titles(self) -> dict[Side, str]:
+        """What the report calls each: a single policy is neither before nor after."""
+        return {side: f"{side} training" if "before" in self.names else "policy" for side in self.names}
+
 
 @dataclass(frozen=True)
 class CurvePoint:

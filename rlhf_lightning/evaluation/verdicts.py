@@ -22,6 +22,14 @@ def verdicts(results: EvaluationResults) -> list[Verdict]:
     ]
 
 
+def asked(results: EvaluationResults) -> list[Verdict]:
+    """The verdicts on what was given: none on a reward model without pairs, none on a change without a before."""
+    of_reward_model, *of_change = verdicts(results)
+    of_pairs = any(scorer.quality is not None for scorer in results.scorers)
+    compared = results.policies is not None and "before" in results.policies.names
+    return [*([of_reward_model] if of_pairs else []), *(of_change if compared else [])]
+
+
 def _auroc(scorers: Sequence[ScorerResults]) -> Verdict:
     target = f"Reward model: pooled AUROC on held-out pairs of at least {AUROC_TARGET:.0%}"
     quality = next((scorer.quality for scorer in scorers if scorer.quality is not None), None)

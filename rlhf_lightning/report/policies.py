@@ -28,14 +28,14 @@ from rlhf_lightning.evaluation.estimates import Quantity
 from rlhf_lightning.evaluation.policy import PolicyComparison, fit_gao
 from rlhf_lightning.evaluation.refusal import RefusalChange, RefusalSummary
 from rlhf_lightning.evaluation.results import Judged, PolicyResults, RunCurves
-from rlhf_lightning.report.wording import HEADS, SIDE_WORDS
+from rlhf_lightning.report.wording import HEADS
 
 
 def policy_sections(policies: PolicyResults, runs: Sequence[RunCurves]) -> Iterator[Section]:
     """The policy by its judges, and its safety; `runs` are training's own curves."""
     if policies.judged:
         few = len(policies.prompts[0].replies["after"])
-        names = " and ".join(f"{SIDE_WORDS[side]} {name}" for side, name in policies.names.items())
+        names = " and ".join(f"{policies.titles[side]} {name}" for side, name in policies.names.items())
         judges = "; ".join(f"{_head(judged)}: {judged.name}" for judged in policies.judged)
         path = _path(runs[0]) if runs else []
         series = [*_best_of_n(policies.judged[0]), *_measured_here(policies)]
@@ -96,6 +96,7 @@ _RATES: tuple[tuple[str, Callable[[PolicyComparison], Quantity], str], ...] = (
     ("gain in standard deviations", lambda c: c.gain_sd, "of the responses to one prompt"),
     ("mean reward before", lambda c: c.reward_before, "in the reward model's own unit, without a zero"),
     ("mean reward after", lambda c: c.reward_after, ""),
+    ("gain in mean reward", lambda c: c.reward_gain, "over the same prompts"),
     ("score after / score before - 1", _anchored("relative_gain"), ""),
 )
 
@@ -110,7 +111,7 @@ def _reservations(comparison: PolicyComparison) -> Iterator[str]:
 
 def _responses(policies: PolicyResults) -> Iterator[Block]:
     rows = [
-        (SIDE_WORDS[side], float(np.mean([row.tokens[side] for row in policies.prompts])), share)
+        (policies.titles[side], float(np.mean([row.tokens[side] for row in policies.prompts])), share)
         for side, share in policies.unended.items()
     ]
     yield Table(["", Column("tokens, mean", ".1f"), Column("cut at the longest length", ".1%")], rows, "Responses")
@@ -127,7 +128,7 @@ def _responses(policies: PolicyResults) -> Iterator[Block]:
 
 def _rewards(policies: PolicyResults) -> Histogram:
     sides = [
-        Distribution(SIDE_WORDS[side], [value for row in policies.prompts for value in row.rewards[side]])
+        Distribution(policies.titles[side], [value for row in policies.prompts for value in row.rewards[side]])
         for side in policies.names
     ]
     judge = _head(policies.judged[0]).lower()
@@ -140,7 +141,7 @@ def _rewards(policies: PolicyResults) -> Histogram:
 def _best_of_n(judged: Judged) -> Iterator[Series]:
     curve = [Point(math.sqrt(each.kl), each.reward, f"best of {each.n}") for each in judged.best_of_n]
     if len(curve) > 1:
-        yield Series("best of n, policy before", curve)
+        yield Series("best of n" + ("" if judged.comparison is None else ", policy before"), curve)
 
 
 def _measured_here(policies: PolicyResults) -> Iterator[Series]:
@@ -195,12 +196,14 @@ def _refusal(policies: PolicyResults) -> Iterator[Block]:
     if not (refusal := policies.refusal):
         return
     groups = [
-        BarGroup(label, [Bar(SIDE_WORDS[side], getattr(each, name)) for side, each in refusal.items()])
+        BarGroup(label, [Bar(policies.titles[side], getattr(each, name)) for side, each in refusal.items()])
         for label, name in (("refuses safe prompts", "over_refusal"), ("refuses unsafe prompts", "refusal_unsafe"))
     ]
     method = refusal["after"].method
     yield Bars(groups, "prompts", f"Refusals, detected by: {method}", spec=".1%")
-    lines: list[tuple[str, RefusalSummary | RefusalChange]] = [(SIDE_WORDS[side], of) for side, of in refusal.items()]
+    lines: list[tuple[str, RefusalSummary | RefusalChange]] = [
+        (policies.titles[side], of) for side, of in refusal.items()
+    ]
     lines += [] if policies.refusal_change is None else [("change", policies.refusal_change)]
     rows = [(name, each.over_refusal, each.refusal_unsafe, each.balanced) for name, each in lines]
     columns = (Column("refuses safe", ".1%"), Column("refuses unsafe", ".1%"), "balanced")
@@ -212,7 +215,7 @@ def _toxicity(policies: PolicyResults) -> Iterator[Block]:
         rows: list[list[str | Quantity]] = []
         for side, summary in policies.toxicity.items():
             each = summary.all
-            rows.append([SIDE_WORDS[side], each.mean, each.rate, each.expected_max, each.prob_any, each.failed])
+            rows.append([policies.titles[side], each.mean, each.rate, each.expected_max, each.prob_any, each.failed])
         if (changed := policies.toxicity_change) is not None:
             rows.append(["change", changed.mean, changed.rate, changed.expected_max, changed.prob_any, None])
         numbers = [Column("mean", ".4f"), Column("rate", ".1%"), Column("expected maximum"), Column("any", ".1%")]
@@ -221,6 +224,6 @@ def _toxicity(policies: PolicyResults) -> Iterator[Block]:
     else:
         yield Note("Toxicity: not measured, no toxicity_model was given.")
     if policies.lexicon:
-        rates = [(SIDE_WORDS[side], found.lexicon_rate) for side, found in policies.lexicon.items()]
+        rates = [(policies.titles[side], found.lexicon_rate) for side, found in policies.lexicon.items()]
         caption = f"Responses with a word of {policies.lexicon['after'].lexicon}; this is no toxicity"
         yield Table(["", Column("share of responses", ".1%")], rates, caption)

@@ -9,7 +9,6 @@ import numpy as np
 
 from rlhf_lightning.evaluation.blocks import Sample, Samples, SampleText, Section
 from rlhf_lightning.evaluation.results import PolicyResults, PromptRow
-from rlhf_lightning.report.wording import SIDE_WORDS
 
 RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 5, 3, 10
 """Shown of each kind; all of them are in samples.jsonl."""
@@ -17,7 +16,7 @@ RANDOM_SAMPLES, EXTREME_SAMPLES, REFUSAL_SAMPLES = 5, 3, 10
 
 def samples(policies: PolicyResults) -> Iterator[Section]:
     """Prompts by the hashes of their ids, those with the largest gains and losses, and refusals of safe prompts."""
-    columns = [SIDE_WORDS[side] for side in policies.names]
+    columns = [policies.titles[side] for side in policies.names]
     if policies.prompts:
         blocks = [
             Samples(columns, [_sample(row, policies) for row in rows], caption)

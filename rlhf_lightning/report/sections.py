@@ -31,7 +31,7 @@ from rlhf_lightning.evaluation.blocks import (
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, wilson
 from rlhf_lightning.evaluation.results import EvaluationResults, PairScores, RunCurves, ScorerResults
 from rlhf_lightning.evaluation.reward_quality import RewardQuality
-from rlhf_lightning.evaluation.verdicts import verdicts
+from rlhf_lightning.evaluation.verdicts import asked
 from rlhf_lightning.report.policies import policy_sections
 from rlhf_lightning.report.samples import samples
 from rlhf_lightning.report.wording import HEADS
@@ -43,7 +43,10 @@ SOURCES_SHOWN = 15
 
 def report(results: EvaluationResults) -> Document:
     """The whole page: verdicts, samples, reward models, benchmarks, policies, safety, curves, provenance."""
-    sections = [Section("Verdicts", [Verdicts(verdicts(results)), *map(Note, results.notes)], _VERDICTS)]
+    targets, notes = asked(results), [*map(Note, results.notes)]
+    sections = [Section("Verdicts", [Verdicts(targets), *notes], _VERDICTS)] if targets else []
+    if notes and not targets:
+        sections = [Section("Notes", notes)]
     if results.policies is not None:
         sections += samples(results.policies)
     if measured := list(_measured(results.scorers)):

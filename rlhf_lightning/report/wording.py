@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 from rlhf_lightning.evaluation.blocks import Reference
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, interval_of, value_of
-from rlhf_lightning.evaluation.results import Side
 from rlhf_lightning.terminal import JOINERS, visible
 
 NOT_MEASURED, NO_INTERVAL, NO_N = "not measured", "no interval", "not given"
 HEADS = {"reward model": "Reward model", "held-out": "Held-out reward model", "implicit reward": "Implicit reward"}
 """What the report calls a scorer, by the title of its results."""
-SIDE_WORDS: dict[Side, str] = {"before": "before training", "after": "after training"}
 MINUS, THIN, HARD = "\u2212", "\u202f", "\u00a0"
 """The minus sign, the thin space between thousands, and a space at which no line breaks."""
 
