@@ -173,6 +173,24 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path):
     assert "another model" in refusal(capsys, *arguments)
 
 
+def test_a_checkpoint_brings_the_settings_of_its_run(capsys, tmp_path):
+    few = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--model.warmup_ratio", "0"]
+    assert main(["fit", "--config", QUICKSTART, *few, "--data.max_length", "77"]) == 0
+    (checkpoint,) = (tmp_path / "runs").rglob("*.ckpt")
+    given = printed_config(capsys, "test", "--ckpt_path", str(checkpoint))
+    assert given["data"]["init_args"]["max_length"] == 77
+    assert given["ckpt_path"] == str(checkpoint)
+    assert (
+        printed_config(capsys, "predict", f"--ckpt_path={checkpoint}", "--data.max_length", "66")["data"]["init_args"][
+            "max_length"
+        ]
+        == 66
+    )
+    moved = checkpoint.rename(tmp_path / "moved.ckpt")
+    assert "no model class" in refusal(capsys, "test", "--ckpt_path", str(moved))
+    assert "no model class" in refusal(capsys, "fit", "--ckpt_path", str(moved)), "a run is not begun by accident"
+
+
 def test_scores_of_an_untrained_head_are_called_so(capsys):
     assert main(["validate", "--config", QUICKSTART, "--trainer.limit_val_batches", "1"]) == 0
     assert "the head is untrained" in capsys.readouterr().err

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -273,14 +274,8 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
     Raises `UserError` for everything that the user can mend.
     """
     quieten()
-    arguments = _in_order(sys.argv[1:] if arguments is None else arguments)
+    arguments = _in_order(_with_settings(sys.argv[1:] if arguments is None else arguments))
     check_configurations(arguments)
-    given = {argument.partition("=")[0] for argument in arguments[1:]}
-    if not any(key in ("-c", "--config", "--model", "-h") or key.endswith(("class_path", "help")) for key in given):
-        raise ConfigurationError(
-            f"{arguments[0]}: no model class was chosen; give --config FILE.yaml, as configs/reward_model.yaml, or "
-            "--model RewardModel --data PreferenceDataModule"
-        )
     try:
         return program(
             LightningModule,
@@ -341,6 +336,31 @@ def _refusal(error: Exception) -> UserError | None:
             return ConfigurationError(str(cause)[:400])
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _with_settings(arguments: Sequence[str]) -> list[str]:
+    """Arguments that choose a model: by themselves, or by the settings beside the checkpoint that is to be tested."""
+    command, *rest = arguments or [""]
+    given = {argument.partition("=")[0] for argument in rest}
+    if any(key in ("-c", "--config", "--model", "-h") or key.endswith(("class_path", "help")) for key in given):
+        return list(arguments)
+    named = [value or following for key, value, following in _pairs(rest) if key == "--ckpt_path"]
+    beside = [directory / "config.yaml" for name in named for directory in Path(name).absolute().parents[:2]]
+    if command != "fit" and (found := next(filter(Path.is_file, beside), None)) is not None:
+        log.info("settings: those of the run, %s", found)
+        return [command, "--config", str(found), *rest]
+    raise ConfigurationError(
+        f"{command}: no model class was chosen; give --config FILE.yaml, as configs/reward_model.yaml, or "
+        "--model RewardModel --data PreferenceDataModule"
+        + ("" if command == "fit" else "; or the --ckpt_path of a run that has its config.yaml beside the checkpoints")
+    )
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Of each argument what stands before and behind its `=`, and the argument that follows."""
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        key, _, value = argument.partition("=")
+        yield key, value, following
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:
