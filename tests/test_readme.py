@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from textwrap import dedent
@@ -13,7 +14,9 @@ from textwrap import dedent
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 
+from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
 from rlhf_lightning.data import load_preferences, load_prompts
 from rlhf_lightning.functional import advantages, losses
@@ -33,7 +36,15 @@ def blocks(language: str) -> list[str]:
     return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", TEXT, re.DOTALL | re.MULTILINE)]
 
 
-EXAMPLES = ("RewardNetwork", "messages(", "SFT(", "backbone=network", "lambda prompts, responses", "AddedToken")
+EXAMPLES = (
+    "def fit(",
+    "RewardNetwork",
+    "messages(",
+    "SFT(",
+    "backbone=network",
+    "lambda prompts, responses",
+    "AddedToken",
+)
 """A word that tells each Python block from the others; each is run by one test."""
 
 
@@ -176,6 +187,15 @@ def test_the_python_example_of_training_on_rows_in_memory_runs(tmp_path, monkeyp
     assert len(namespace["trainer"].datamodule.pairs["val"]) > 0
 
 
+def test_the_python_example_goes_from_pairs_to_ppo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Is {n} even?", "chosen": "Yes." if n % 2 else "No.", "rejected": "Maybe."} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    exec(example("def fit("), namespace := {})
+    assert namespace["policy"].rollouts_done == 3
+    assert all((tmp_path / "models" / f"mine_{name}" / "config.json").exists() for name in ("reward", "dpo", "ppo"))
+
+
 def test_the_python_example_of_a_model_object_trains_and_exports_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -296,3 +316,22 @@ NAMED = sorted(set(re.findall(r"`(rlhf_lightning(?:\.\w+)+(?::\w+)?)", TEXT)) - 
 def test_names_of_the_code_are_there(name):
     """`rlhf_lightning.module:function`, or with a dot in place of the colon."""
     assert resolve_name(name) is not None
+
+
+def parameters(*classes: type) -> set[str]:
+    """Names of the arguments of constructors, their parents' included."""
+    return {name for kind in classes for parent in kind.__mro__ for name in signature(parent.__init__).parameters}
+
+
+KEYS = {
+    "model": parameters(RewardModel, SFT, DPO, PPO),
+    "data": parameters(PreferenceDataModule, PromptDataModule),
+    "trainer": parameters(Trainer),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_are_those_of_the_classes(page):
+    found = re.findall(r"(?:`|--)(model|data|trainer)\.(\w+)", PAGES[page])
+    others = {"help", "power"}  # of the command line; of an example
+    assert {(group, key) for group, key in found if key not in KEYS[group] | others} == set()
