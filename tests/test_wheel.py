@@ -60,3 +60,12 @@ def test_a_configuration_is_listed_run_and_copied_without_a_clone(program, insta
     original = installed / "rlhf_lightning" / "configs"
     assert (tmp_path / "mine" / "all.yaml").read_text() == (original / "quickstart.yaml").read_text()
     assert (tmp_path / "mine" / "quickstart" / "ppo.yaml").is_file(), "where the pipeline names it"
+
+
+def test_the_source_distribution_has_the_documentation():
+    from hatchling.builders.sdist import SdistBuilder
+
+    packed = {file.distribution_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
+    pages = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*")]}
+    assert len(pages) > 10
+    assert packed >= pages | {"LICENSE", "configs/quickstart.yaml"}
