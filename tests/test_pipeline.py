@@ -332,11 +332,11 @@ def test_a_failed_run_goes_on_from_its_checkpoint_and_one_with_other_inputs_begi
     ran(*failing, code=1)
     ran(*failing, code=1)
     log = Path("state/first.log").read_text()
-    assert "going on from runs/first/version_0/checkpoints/best-12.ckpt (step 12)" in log
+    assert "resuming from runs/first/version_0/checkpoints/best-12.ckpt (step 12)" in log
     assert log.count("step 1/18") == 1, "the log is one, of all its runs"
     assert ran() == BOTH
     log = Path("state/first.log").read_text()
-    assert "going on" not in log
+    assert "resuming" not in log
     assert log.count("step 1/18") == log.count("step 18/18") == 1
     assert written("first") == "data\nword 18\n"
 
@@ -345,7 +345,7 @@ def test_again_begins_a_broken_run_anew(ran):
     failing = ["--first.model.act", "raise", "--first.model.at", "15"]
     ran(*failing, code=1)
     ran(*failing, "--again", "first", code=1)
-    assert "going on" not in Path("state/first.log").read_text()
+    assert "resuming" not in Path("state/first.log").read_text()
 
 
 @pytest.mark.usefixtures("finished")
@@ -356,7 +356,7 @@ def test_a_checkpoint_from_before_is_not_gone_on_from(ran):
     assert not list(Path("runs/first/version_1").rglob("*.ckpt"))
     ran(*failing, code=1)
     log = Path("state/first.log").read_text()
-    assert "going on" not in log
+    assert "resuming" not in log
     assert log.count("step 1/18") == 2
 
 
@@ -421,7 +421,7 @@ def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, 
     assert ended.code == code
     if name != "SIGKILL":
         assert states(ended.out) == {"first": "done", "second": "interrupted"}
-        assert ended.error == "rlhf-lightning: interrupted; the same command goes on from here\n"
+        assert ended.error == "rlhf-lightning: interrupted; the same command resumes from here\n"
         assert ("--ckpt_path last" in log_of("second")) == saves, "it was given time to say so"
     wait_until(lambda: processes_of(tmp_path) in ([], [os.getpid()]))
     assert not json.loads(Path("state/state.json").read_text())["stages"]["second"]["done"]
@@ -429,7 +429,7 @@ def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, 
     assert ran() == {"first": "unchanged", "second": "done"}
     log = log_of("second")
     newest, again = ("interrupted-15.ckpt (step 15)", 1) if saves else ("best-12.ckpt (step 12)", 2)
-    assert f"going on from runs/second/version_0/checkpoints/{newest}" in log
+    assert f"resuming from runs/second/version_0/checkpoints/{newest}" in log
     assert (log.count("step 1/18"), log.count("step 15/18")) == (1, again)
     assert written("second") == "data\nword 18\nword 18\n"
     assert len(list(Path("runs/first").iterdir())) == 1, "the finished stage was not run again"
@@ -448,7 +448,7 @@ def test_ctrl_c_while_all_is_imported_ends_the_program_as_a_user_has_it():
         out, error = program.communicate(timeout=PATIENCE)
     assert (program.returncode, out) == (130, "")
     assert error in (
-        "rlhf-lightning: interrupted; the same command goes on from here\n",
+        "rlhf-lightning: interrupted; the same command resumes from here\n",
         "rlhf-lightning: interrupted\n",  # before it has come to reading the file
     )
 

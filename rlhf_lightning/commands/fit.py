@@ -74,7 +74,7 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` once the run has begun: a refused one leaves that of the run that it would go on with."""
+    """Writes `config.yaml` once the run has begun: a refused one leaves that of the run that it would resume."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
@@ -97,7 +97,7 @@ class Program(LightningCLI):
     """`LightningCLI` with the package's own callbacks, and the tokenizer taken from the model where none is named."""
 
     _replace = False
-    """Whether the run goes on from its last checkpoint, found by the program."""
+    """Whether the run resumes from its last checkpoint, found by the program."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -129,7 +129,7 @@ class Program(LightningCLI):
         if config.get("ckpt_path") in ("best", "hpc"):
             raise ConfigurationError(
                 f"ckpt_path: {config.ckpt_path} names no checkpoint of an earlier run; give the file that fit named, "
-                "or `last` to go on with a run"
+                "or `last` to resume a run"
             )
         config.trainer.strategy, line = corrected(config.trainer.strategy)
         if line:
@@ -174,7 +174,7 @@ class Program(LightningCLI):
     def _how_to_go_on(self, ended: Interrupted) -> str:
         if self.subcommand != "fit":
             return "interrupted"
-        kept = "go on with --ckpt_path last" + (f" (saved {ended.saved})" if ended.saved else "")
+        kept = "resume with --ckpt_path last" + (f" (saved {ended.saved})" if ended.saved else "")
         if not (ended.saved or self.config.fit.ckpt_path or any_checkpoint(self.trainer)):
             kept = "no checkpoint was saved yet"
         return f"interrupted at step {self.trainer.global_step}; {kept}"
@@ -225,7 +225,7 @@ class Program(LightningCLI):
         check_class(ckpt_path, self.model)
         if self.subcommand == "fit" and not has_states(read_checkpoint(ckpt_path, weights=False)):
             raise ConfigurationError(
-                f"ckpt_path: {ckpt_path} holds weights alone (save_weights_only), and no run can go on from them; "
+                f"ckpt_path: {ckpt_path} holds weights alone (save_weights_only), and no run can resume from them; "
                 "export it and begin a new run with that as model.backbone"
             )
         if isinstance(self.trainer.strategy, ZeroStrategy):

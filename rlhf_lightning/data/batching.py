@@ -239,7 +239,7 @@ class BatchLoader:
             before = position.get(name, now)
             if before != now and (position["epoch"] > 0 or position["batches"] > 0):
                 raise ConfigurationError(
-                    f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot go on where it "
+                    f"ckpt_path: its run had {name} {before}, this one has {now}, so the data cannot resume where it "
                     "was; give the same, or export the checkpoint and begin a new run with that as model.backbone"
                 )
         self.load_state_dict(position)

@@ -1,4 +1,4 @@
-"""Results on disk, appended as they come, so that a run that was cut off goes on and pays for nothing twice."""
+"""Results on disk, appended as they come, so that an interrupted run resumes and computes nothing twice."""
 
 from __future__ import annotations
 

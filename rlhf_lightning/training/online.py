@@ -64,7 +64,7 @@ class OnlineModule(PolicyModule):
         missing_eos_penalty: Taken off the score of a response that did not end in `max_new_tokens` tokens.
         validate_at_start: Validate before the first step, in place of Lightning's sanity check: the "before" of a run,
             whose weights may be the best checkpoint. It costs one response to each held-out prompt, as every validation
-            does; a run that goes on from a checkpoint does not repeat it.
+            does; a resumed run does not repeat it.
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
             given.

@@ -125,9 +125,9 @@ def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:
 
 
 def warn_of_another_schedule(trainer: Trainer) -> None:
-    """Say what a run that goes on from a checkpoint changes, or cannot change, of its learning rate.
+    """Say what a resumed run changes, or cannot change, of its learning rate.
 
-    The optimizer goes on with the settings of its checkpoint, whatever the configuration says; the schedule is laid
+    The optimizer continues with the settings of its checkpoint, whatever the configuration says; the schedule is laid
     over all steps of the run as it is now. Call once the states of the checkpoint have been restored. Of a module with
     optimizers and schedules of its own nothing is said.
     """
@@ -140,7 +140,7 @@ def warn_of_another_schedule(trainer: Trainer) -> None:
     plain = {name: given for name, given in defaults.items() if isinstance(given, (int, float))}
     kept = {name: group.get("initial_lr" if name == "lr" else name, given) for name, given in plain.items()}
     if other := [f"{name} {kept[name]:g}, not {plain[name]:g}" for name in plain if kept[name] != plain[name]]:
-        log.warning("ckpt_path: the optimizer goes on as in its run, with %s", ", ".join(other))
+        log.warning("ckpt_path: the optimizer continues with the settings of its run: %s", ", ".join(other))
     now, then = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch), group["lr"]
     if not math.isclose(now, then, rel_tol=1e-6, abs_tol=1e-12):
         log.warning(

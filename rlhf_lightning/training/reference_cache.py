@@ -2,7 +2,7 @@
 
 A pair is found by the hash of its token ids, a reference by the hash of its weights and of how it computes: what is
 found is what would be computed. So any part, order or mixture of the data shares the entries, a run that was killed
-goes on where it was, and a directory copied to another machine serves there.
+resumes where it was, and a directory copied to another machine serves there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Going on with a run that was killed, as if it had not been: where it was, and every number that it held in memory."""
+"""Resuming a run that was killed, as if it had not been: its position, and every number that it held in memory."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ def is_requeued() -> bool:
 
 
 def resolve_last(config: Namespace, *, job: str | None = None) -> None:
-    """Put the newest whole checkpoint of a run in the place of `ckpt_path: last`; the run goes on in its directory.
+    """Put the newest whole checkpoint of a run in the place of `ckpt_path: last`; the run resumes in its directory.
 
     `config` holds the settings of a subcommand. Without any checkpoint the run begins anew. One that is not whole is
     named, and the one before it taken. With `job`, checkpoints of that job of SLURM alone count.
@@ -378,7 +378,7 @@ def resolve_last(config: Namespace, *, job: str | None = None) -> None:
             log.warning("%s: is not whole (cannot be read); looking for the one before it", path)
             continue
         if not has_states(stored):
-            log.warning("%s: holds weights alone, from which no run goes on; looking for another one", path)
+            log.warning("%s: holds weights alone and cannot be resumed; looking for another one", path)
             continue
         if job is None or stored.get(_JOB) == job:
             found.append((stored["global_step"], path.stat().st_mtime, path))
@@ -387,13 +387,13 @@ def resolve_last(config: Namespace, *, job: str | None = None) -> None:
         if (fault := fault_of(path)) is not None:
             log.warning("%s: is not whole (%s); looking for the one before it", path, fault)
             continue
-        log.info("going on from %s (step %d)", path, step)
+        log.info("resuming from %s (step %d)", path, step)
         config.ckpt_path = str(path)
         return
     if candidates and job is None:
         raise ConfigurationError(
-            f"ckpt_path: last: none of the {len(candidates)} checkpoints in {candidates[0].parent} can be gone on from "
-            "(see above); leave ckpt_path out to begin anew at step 0"
+            f"ckpt_path: last: none of the {len(candidates)} checkpoints in {candidates[0].parent} can be resumed "
+            "(see above); leave ckpt_path out to start over at step 0"
         )
     log.warning("ckpt_path: last: no checkpoint of this run yet; beginning at step 0")
 

@@ -78,7 +78,7 @@ class Samples(Callback):
                 pad_id=chat_format.pad_id,
             )
         now = [
-            chat_format.decode_after(prompt, reply) + ("" if reply[-1] == chat_format.eos_id else " [not ended]")
+            chat_format.decode_after(prompt, reply) + ("" if reply[-1] == chat_format.eos_id else " [truncated]")
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         self._first = self._first or now

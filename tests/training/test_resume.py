@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kin
     assert code == -signal.SIGKILL, error[-3000:]
     code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
-    assert re.search(r"going on from runs/run/version_0/checkpoints/(last|best)-\d+\.ckpt \(step \d+\)", error)
+    assert re.search(r"resuming from runs/run/version_0/checkpoints/(last|best)-\d+\.ckpt \(step \d+\)", error)
     assert "not whole" not in error, "a checkpoint is in its place when it is complete"
     check_same(tmp_path / "run", whole, CURVES.get(kind, LOGGED))
 
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, unb
     code, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert code == 0, error[-3000:]
     assert re.search(rf"{newest.name}: is not whole \(.* is damaged at .*\); looking for the one before it", error)
-    assert re.search(r"going on from (\S+)", error)[1] != str(newest)
+    assert re.search(r"resuming from (\S+)", error)[1] != str(newest)
     assert digest(last_checkpoint(tmp_path / "run")) == digest(last_checkpoint(whole))
 
 
@@ -202,10 +202,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_just_there(tmp_path, unbr
     file, whole = unbroken("RewardModel")
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, count), *where)
     assert ended == code, error[-3000:]
-    assert re.search(rf"interrupted at step {step}; go on with --ckpt_path last \(saved .*last-{step}\.ckpt\)", error)
+    assert re.search(rf"interrupted at step {step}; resume with --ckpt_path last \(saved .*last-{step}\.ckpt\)", error)
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert ended == 0, error[-3000:]
-    assert f"(step {step})" in re.search(r"going on from .*", error)[0]
+    assert f"(step {step})" in re.search(r"resuming from .*", error)[0]
     check_same(tmp_path / "run", whole)
 
 
@@ -260,7 +260,7 @@ def test_of_two_processes_one_gets_the_signal_and_both_save(tmp_path, unbroken):
     told = [*killer("SIGTERM", 9), "--trainer.callbacks.rank", "1"]
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *told, processes=2)
     assert ended == 143, error[-3000:]
-    assert re.search(r"interrupted at step \d; go on with --ckpt_path last \(saved ", error)
+    assert re.search(r"interrupted at step \d; resume with --ckpt_path last \(saved ", error)
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
     assert ended == 0, error[-3000:]
     check_same(tmp_path / "run", whole)

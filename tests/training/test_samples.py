@@ -47,7 +47,7 @@ def test_replies_stand_beside_the_first_ones_and_change_nothing(sampled, model):
         assert len(rows) == 2 + 3
         assert [row[:2] for row in rows[2:]] == [row[:2] for row in found[0][2:]]
         assert "&lt;\\|im\\_start\\|&gt;user" in rows[2][0]
-        assert all(row[2].endswith("\\[not ended\\] ") or "im\\_end" in row[2] for row in rows[2:])
+        assert all(row[2].endswith("\\[truncated\\] ") or "im\\_end" in row[2] for row in rows[2:])
         if step == 0:
             assert all(row[1] == row[2] for row in rows[2:])
     without, _ = sampled([], model=model, max_epochs=1)

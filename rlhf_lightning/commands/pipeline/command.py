@@ -19,11 +19,11 @@ _USAGE = """rlhf-lightning pipeline --config FILE.yaml [--STAGE.KEY VALUE ...] [
 
 Runs the stages of a file after each other, each in a process of its own. A stage that was done is not run again while
 nothing that it was made from has changed: its settings, the files and directories that they name (by content), this
-program, and while what it wrote is as it left it. A `fit` that was interrupted goes on from its last checkpoint.
+program, and while what it wrote is as it left it. An interrupted `fit` resumes from its last checkpoint.
 --STAGE.KEY is a key of one stage, as on its own command line: --ppo.model.kl_coef 0.1
 
 Exit code 0: all stages are done, 2: the file or a setting cannot be used, 128 and the number of a signal (Ctrl-C: 130,
-SIGTERM: 143): interrupted; the same command goes on. Else that of the stage which failed.
+SIGTERM: 143): interrupted; the same command resumes. Else that of the stage which failed.
 """
 
 
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         with terminated():
             _run(settings, read_stages(settings, of_stages))
     except Terminated as termination:
-        say("rlhf-lightning: interrupted; the same command goes on from here", file=sys.stderr)
+        say("rlhf-lightning: interrupted; the same command resumes from here", file=sys.stderr)
         return 128 + termination.number
     except StageFailed as failure:
         say(f"rlhf-lightning: error: {failure}", file=sys.stderr)
