@@ -40,6 +40,13 @@ responses to one prompt, not on a score. The text has to end with the token that
 | vLLM | $vllm |
 | rlhf_lightning | `RewardNetwork.from_pretrained("$name")`, `evaluate --reward_model $name` |""")
 
+_OURS = Template("""```python
+from rlhf_lightning import RewardNetwork
+
+model = RewardNetwork.from_pretrained("$name", trust_remote_code=True)
+```
+The backbone has code of its own, and transformers has no class of it with this head, and stops with an error.""")
+
 _ABOUT = {
     "linear": "a class of transformers itself",
     "mlp": "`modeling_reward.py`, which lies here, is run; without `trust_remote_code` loading stops with an error",
@@ -55,6 +62,8 @@ def reward_usage(name: str, config: dict[str, Any]) -> str:
     """Of a reward model in a directory of this name, whose config.json is given."""
     head, architecture = config[HEAD_KEY].get("head", "mlp"), config["architectures"][0]
     trusted = head == "mlp"
+    if trusted and "AutoModelForSequenceClassification" not in config["auto_map"]:
+        return _OURS.substitute(name=name)
     vllm = f'`LLM("{name}", runner="pooling")`, as `{architecture}`'
     if trusted:
         vllm = f"{vllm}, which it knows for Qwen2 alone" if architecture.endswith("ForRewardModel") else "no"

@@ -38,8 +38,7 @@ class RewardModelForSequenceClassification(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: Any) -> None:
-        own_code = {"trust_remote_code": True} if "AutoModel" in config.auto_map else {}
-        backbone = AutoModel.from_config(config, **own_code)
+        backbone = AutoModel.from_config(config)
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # reads the first token alone, and was not trained
         super().__init__(config)

@@ -228,9 +228,9 @@ class RewardNetwork(nn.Module):
 
         The backbone's tensors stand under its own prefix (`model.` for Qwen2), the head's under `score.0` and `score.2`
         (`score.3` with dropout), or `score.weight`. Transformers loads a linear head by itself, and an MLP with
-        `trust_remote_code=True`, by a module that is written beside it; without that it stops with an error. Written
-        beside the directory first, so that it is never half there; what the directory held under other names stays.
-        Returns the directory.
+        `trust_remote_code=True`, by a module that is written beside it, unless the backbone has code of its own;
+        else it stops with an error. Written beside the directory first, so that it is never half there; what the
+        directory held under other names stays. Returns the directory.
         """
         prefix = self.backbone.base_model_prefix or "model"
         tensors = {f"{prefix}.{key}": value for key, value in self.backbone.state_dict().items()}
@@ -243,7 +243,7 @@ class RewardNetwork(nn.Module):
                 config |= self._settings_to_save()
                 if isinstance(self.score, LinearHead):
                     _forget_padding_that_ends_rows(config)
-                else:
+                elif "AutoModel" not in config.get("auto_map", {}):
                     config["auto_map"] = config.get("auto_map", {}) | _OWN_CLASS_MAP
                     shutil.copy(Path(__file__).with_name("modeling_reward.py"), made)
         return Path(directory).expanduser()

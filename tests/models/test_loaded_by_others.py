@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -165,6 +166,31 @@ def test_a_directory_of_before_there_were_two_heads_is_loaded(tmp_path, tiny_qwe
     (tmp_path / "config.json").write_text(json.dumps(written))
     rows = batch("right", 0)
     assert torch.equal(RewardNetwork.from_pretrained(tmp_path)(*rows), network(*rows))
+
+
+_OWN_BACKBONE = """
+from transformers import LlamaConfig, LlamaModel
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineModel(LlamaModel):
+    config_class = MineConfig
+"""
+
+
+@torch.no_grad()
+def test_a_backbone_that_comes_with_code_of_its_own_is_loaded_by_this_package_alone(tmp_path, tiny_llama):
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    (source / "mine.py").write_text(_OWN_BACKBONE)
+    settings = json.loads((source / "config.json").read_text()) | {"model_type": "mine"}
+    settings["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModel": "mine.MineModel"}
+    (source / "config.json").write_text(json.dumps(settings))
+    network = RewardNetwork.from_backbone(str(source), trust_remote_code=True).eval()
+    network.save_pretrained(tmp_path / "saved")
+    rows = batch("left", 0)
+    assert torch.equal(RewardNetwork.from_pretrained(tmp_path / "saved", trust_remote_code=True)(*rows), network(*rows))
+    for trust in (True, False):
+        with pytest.raises(ValueError, match=r"Unrecognized configuration class|trust_remote_code"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", trust_remote_code=trust)
 
 
 def test_a_linear_head_is_a_classifier_of_transformers(tmp_path, tiny_qwen2):

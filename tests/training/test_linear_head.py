@@ -73,6 +73,8 @@ def test_rows_are_padded_with_a_token_that_ends_none(build, trainer, tiny_llama,
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(source)
+    settings = json.loads((source / "config.json").read_text()) | {"pad_token_id": tokenizer.eos_token_id}
+    (source / "config.json").write_text(json.dumps(settings))
     module, datamodule = build(model={"backbone": str(source), **LINEAR}, data={"tokenizer": str(source)})
     trainer().validate(module, datamodule, verbose=False)
     module.export(tmp_path / "model")
