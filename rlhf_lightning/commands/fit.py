@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
@@ -118,6 +119,9 @@ class Program(LightningCLI):
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfig):
                 callback.config = self._to_save
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger._default_hp_metric = False  # a curve of one point, -1; `Results` logs what was reached
         states = next(callback for callback in trainer.callbacks if isinstance(callback, ProcessStates))
         trainer.callbacks.append(SaveAtSignal(states))  # behind those that save after a batch
         return trainer

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -75,6 +77,16 @@ class Results(Callback):
                 logger.log_metrics({f"val/{k}": v for k, v in self.metrics.items()}, step=trainer.global_step)
             numbers = ", ".join(f"{words} {self.metrics[name]:.4f}" for name, words in table_rows(self.metrics))
             log.info("validation at step %d: %s", trainer.global_step, numbers)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let TensorBoard's page of hyperparameters compare runs by what their best checkpoint was chosen for."""
+        kept = trainer.checkpoint_callback
+        if not trainer.is_global_zero or not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                best = {f"best/{kept.monitor}": kept.best_model_score.item()}
+                logger.log_hyperparams(logger.hparams, best, trainer.global_step)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics = _metrics(trainer, "test/")

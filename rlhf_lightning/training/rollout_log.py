@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from rlhf_lightning.charts import RolloutPoint, reward_against_kl
 from rlhf_lightning.rollouts import Responses
-from rlhf_lightning.training.samples import cell
+from rlhf_lightning.training.media import log_picture, log_table, taking_media
 
 if TYPE_CHECKING:
     from rlhf_lightning.training.online import OnlineModule
@@ -58,9 +58,8 @@ class RolloutLog:
             )
         self.path.append(RolloutPoint(trainer.global_step, numbers["sqrt_kl"], numbers["reward"]))
         module.log_values({f"train/{name}": value for name, value in numbers.items() if name != "moved"})
-        for board in self._boards():
-            picture = reward_against_kl(self.path)
-            board.experiment.add_image("reward_against_sqrt_kl", picture, trainer.global_step, dataformats="HWC")
+        if loggers := self._loggers():
+            log_picture(loggers, "reward_against_sqrt_kl", reward_against_kl(self.path), trainer.global_step)
         if not sys.stderr.isatty():
             log.info(
                 "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f",
@@ -69,21 +68,23 @@ class RolloutLog:
             )
 
     def samples(self, responses: Responses, scores: Tensor, kl: Tensor) -> None:
-        """A few responses with their rewards, as the text `responses`."""
+        """A few responses with their rewards, as the table `responses`."""
+        if not (loggers := self._loggers()):
+            return
         chat_format = self.module.trainer.datamodule.chat_format
-        for board in self._boards():
-            lines = ["| prompt | response | reward | KL |", "|---|---|---|---|"]
-            for i in range(min(_SAMPLES, len(responses.rows))):
-                ids, start = responses.rows[i].tolist(), responses.prompt_lengths[i]
-                prompt = chat_format.tokenizer.decode(ids[:start])
-                response = chat_format.decode_after(ids[:start], ids[start:])
-                response += "" if responses.ended[i] else " [truncated]"
-                lines.append(f"| {cell(prompt)} | {cell(response)} | {scores[i]:.3f} | {kl[i]:.2f} |")
-            board.experiment.add_text("responses", "\n".join(lines), self.module.trainer.global_step)
+        rows = []
+        for i in range(min(_SAMPLES, len(responses.rows))):
+            ids, start = responses.rows[i].tolist(), responses.prompt_lengths[i]
+            prompt = chat_format.tokenizer.decode(ids[:start])
+            response = chat_format.decode_after(ids[:start], ids[start:])
+            response += "" if responses.ended[i] else " [truncated]"
+            rows.append((prompt, response, f"{scores[i]:.3f}", f"{kl[i]:.2f}"))
+        columns = ("prompt", "response", "reward", "KL")
+        log_table(loggers, "responses", columns, rows, self.module.trainer.global_step)
 
-    def _boards(self) -> list[TensorBoardLogger]:
+    def _loggers(self) -> list[Logger]:
         """Where pictures and texts go, every `log_every_n_steps` rollouts; nowhere in between."""
         trainer, every = self.module.trainer, self.module.trainer.log_every_n_steps
         if not trainer.is_global_zero or not every or self.module.rollouts_done % every:
             return []
-        return [logger for logger in self.module.loggers if isinstance(logger, TensorBoardLogger)]
+        return taking_media(self.module.loggers)

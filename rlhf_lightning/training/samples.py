@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import html
 import logging
 
 import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.training.media import log_table, taking_media
 from rlhf_lightning.training.module import PolicyModule
 
 log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
-    """Writes the policy's replies to fixed validation prompts to TensorBoard, as the text `samples`.
+    """Writes the policy's responses to fixed validation prompts to the loggers, as the table `samples`.
 
-    Greedy replies, beside those of the policy that the run began with; a reply that did not come to its end is marked.
+    Greedy responses, beside those of the policy that the run began with; a truncated one is marked. TensorBoard shows
+    the table as a text, MLflow as an artifact `samples/step_N.md`, W&B (and a logger with its methods) as a table.
     Nothing is drawn at random, so the run is the same with and without it.
 
     Args:
         every_n_steps: Optimizer steps between two tables; there is one at the start and one at the end.
         prompts: How many, spread over the validation rows.
-        max_new_tokens: Longest reply.
+        max_new_tokens: Longest response.
     """
 
     def __init__(
@@ -62,8 +62,7 @@ class Samples(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards or not trainer.is_global_zero or trainer.global_step == self._step:
+        if not taking_media(trainer.loggers) or not trainer.is_global_zero or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         rows, chat_format = trainer.datamodule.rows["val"], trainer.datamodule.chat_format
@@ -82,16 +81,6 @@ class Samples(Callback):
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         self._first = self._first or now
-        columns = zip([chat_format.tokenizer.decode(prompt) for prompt in prompts], self._first, now, strict=True)
-        lines = ["| prompt | at the start | now |", "|---|---|---|"]
-        lines += [f"| {' | '.join(map(cell, row))} |" for row in columns]
-        for board in boards:
-            board.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
-
-
-def cell(text: str) -> str:
-    """A text that stays within its cell of a Markdown table, and is text there, whatever it holds."""
-    escaped = html.escape(text).replace("\\", "\\\\")
-    for mark in "|*_`[]#~":
-        escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped.replace("\n", "<br>")
+        texts = [chat_format.tokenizer.decode(prompt) for prompt in prompts]
+        rows = list(zip(texts, self._first, now, strict=True))
+        log_table(trainer.loggers, "samples", ("prompt", "at the start", "now"), rows, trainer.global_step)

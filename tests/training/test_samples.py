@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.generation import greedy_responses
-from rlhf_lightning.training.samples import Samples, cell
+from rlhf_lightning.training.media import cell
+from rlhf_lightning.training.samples import Samples
 
 
 def tables(logger) -> dict[int, list[list[str]]]:
