@@ -17,6 +17,7 @@ from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import Arguments
 from rlhf_lightning.commands.usage import policy_usage, reward_usage
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files.adapters import check_base_of_others, hub_name
 from rlhf_lightning.files.disks import check_room
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.models.storage import check_free, check_other, replaced_model
@@ -69,6 +70,8 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     check_other(directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
     if not merge and not settings.get("lora"):
         raise ConfigurationError(f"--merge false: the checkpoint {ckpt_path} has no adapters; leave it out")
+    if not merge:
+        check_base_of_others(settings["backbone"])
     module, _ = trained_module(getattr(rlhf_lightning, origin["class"]), ckpt_path)
     module.eval()
     expected, kind = _outputs(module)
@@ -126,9 +129,10 @@ def _model_card(
     words = {name: f" ({TABLE_ROWS[name]})" if name in TABLE_ROWS else "" for name in measured}
     numbers = "\n".join(f"| `{name}`{words[name]} | {value:.6g} |" for name, value in sorted(measured.items()))
     training = {k: v for k, v in stored[ORIGIN].get("training", {}).items() if v is not None}
+    base = hub_name(settings["backbone"])
+    base_line = f"base_model: {base}\n" if base else ""  # a path would mean nothing elsewhere
     return f"""---
-base_model: {settings["backbone"]}
-library_name: transformers
+{base_line}library_name: transformers
 ---
 
 # {name}

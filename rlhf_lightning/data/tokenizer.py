@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.files.adapters import adapter_base, adapters_alone
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.hub import use_cache_without_network
 from rlhf_lightning.tiny import resolve_model
@@ -24,10 +25,13 @@ _FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by hub name or directory. Raises `ModelError` when there is none, or a damaged one."""
+    """Load a tokenizer by hub name or directory; with adapters that have none, that of their base model.
+
+    Raises `ModelError` when there is none, or a damaged one.
+    """
     from transformers import AutoTokenizer
 
-    path = resolve_model(name_or_path)
+    path = _tokenizer_place(name_or_path)
     check_seal(path, weights=False)
     if not Path(path).exists():
         use_cache_without_network()
@@ -50,8 +54,19 @@ def different_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokeni
 
 def has_tokenizer(model: str) -> bool:
     """Whether a model has a tokenizer beside it; transformers makes up an empty one from the kind of model else."""
-    path = Path(resolve_model(model)).expanduser()
-    return not path.is_dir() or any(any(path.glob(pattern)) for pattern in _FILES)
+    path = Path(_tokenizer_place(model)).expanduser()
+    return not path.is_dir() or _has_files(path)
+
+
+def _has_files(directory: Path) -> bool:
+    return any(any(directory.glob(pattern)) for pattern in _FILES)
+
+
+def _tokenizer_place(model: str) -> str:
+    """The directory or hub name that the tokenizer of a model is loaded from."""
+    while (adapters := adapters_alone(model)) is not None and not _has_files(adapters):
+        model = adapter_base(adapters)
+    return resolve_model(model)
 
 
 def check_reference_tokenizer(
@@ -61,13 +76,11 @@ def check_reference_tokenizer(
 
     Raises `ConfigurationError`, or `ModelError` where its tokenizer cannot be loaded; `key` names the setting.
     """
-    path = Path(resolve_model(reference)).expanduser()
     if not has_tokenizer(reference):
         log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
         return
-    name = str(path) if path.is_dir() else reference
     try:
-        other = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        other = load_tokenizer(reference, trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from error
     if different := different_tokens(tokenizer, other):

@@ -22,7 +22,6 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 from rlhf_lightning.models.precision import move
-from rlhf_lightning.rewards.scorers import load_policy
 from rlhf_lightning.rollouts import Rollouts
 
 
@@ -47,7 +46,7 @@ def load_frozen_policy(
     name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[CausalLM, ChatFormat]:
     """A policy in eval mode and without gradients, and its tokenizer's format. Raises `ModelError`."""
-    policy = load_policy(name, trust_remote_code=trust_remote_code)
+    policy = CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
     move(policy.eval().requires_grad_(False), torch.device(device), dtype)
     return policy, ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
 

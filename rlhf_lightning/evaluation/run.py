@@ -111,7 +111,7 @@ def _check_models(settings: EvaluationSettings) -> None:
     """Check each model by its configuration, hours before it is loaded; checkpoints are checked when exported."""
     trust = {"trust_remote_code": settings.trust_remote_code}
     for name in filter(None, (settings.policy, settings.reference, settings.judge)):
-        if not name.endswith(".ckpt") and not (Path(name).expanduser() / "adapter_config.json").is_file():
+        if not name.endswith(".ckpt"):
             load_causal_config(name, **trust)
     for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
         if names_function(name):

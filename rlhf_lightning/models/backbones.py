@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError, reason_of
+from rlhf_lightning.files.adapters import adapter_base, adapters_alone, adapters_beside_weights
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.functional.shapes import at_least_float32
+from rlhf_lightning.models.adapters import auto_class_of, merged, names_of_whole_layers
 from rlhf_lightning.models.configuration import (
     declared_first_position,
     load_config,
@@ -28,7 +30,6 @@ from rlhf_lightning.models.configuration import (
 )
 from rlhf_lightning.models.packed_attention import PACKED, check_windows, packed_hidden_states, register
 from rlhf_lightning.models.row_check import Probe, exact_arithmetic, probe_of, rounding
-from rlhf_lightning.models.storage import adapters_beside_weights
 from rlhf_lightning.terminal import silenced
 from rlhf_lightning.tiny import resolve_model
 
@@ -53,26 +54,29 @@ def load_backbone(
 ) -> PreTrainedModel:
     """A pretrained transformer without head, float32, in train mode, dropout off; or that of a prepared model object.
 
+    Adapters are put on the model with the head that they were made on, and then that head is left out.
+
     float32 because these are the master weights: mixed precision is the Trainer's business. Raises `ModelError`.
     """
     if not isinstance(name_or_path, str):
-        backbone = name_or_path.base_model
-        if getattr(backbone, "pooler", None) is not None:
-            backbone.pooler = None  # see `no_pooler`
-        check_rows(backbone, type(name_or_path).__name__)
-        return backbone
+        return _without_head(name_or_path, type(name_or_path).__name__)
     from transformers import AutoModel
 
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
-    backbone = load_weights(
-        AutoModel,
-        name_or_path,
-        config,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        **no_pooler(config),
-    )
+    loading: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    if (adapters := adapters_alone(name_or_path)) is not None:
+        return _without_head(load_weights(auto_class_of(adapters), name_or_path, config, **loading), name_or_path)
+    backbone = load_weights(AutoModel, name_or_path, config, **loading | no_pooler(config))
     check_rows(backbone, name_or_path)
+    return backbone
+
+
+def _without_head(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    backbone = model.base_model
+    vars(backbone).setdefault("published_settings", getattr(model, "published_settings", {}))
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # see `no_pooler`
+    check_rows(backbone, name)
     return backbone
 
 
@@ -83,14 +87,20 @@ def load_weights(
     *,
     attn_implementation: AttentionImplementation | None = None,
     trust_remote_code: bool = False,
+    brought: Set[str] = frozenset(),
     **arguments: Any,
 ) -> PreTrainedModel:
-    """The model that `auto_class` makes of a directory or hub name, float32, in train mode.
+    """The model that `auto_class` makes of a directory or hub name, float32, in train mode; adapters merged into it.
 
-    Raises `ModelError` when the weights cannot be loaded, or some are missing or damaged.
+    The weights `brought`, by adapters that are put on it, may be missing. Raises `ModelError` when the weights cannot
+    be loaded, or some are missing or damaged.
     """
     check_attention(attn_implementation)
     check_seal(resolve_model(name_or_path))
+    if (adapters := adapters_alone(name_or_path)) is not None:
+        arguments |= {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        arguments["brought"] = brought | names_of_whole_layers(adapters)
+        return merged(load_weights(auto_class, adapter_base(adapters), config, **arguments), adapters, name_or_path)
     if attn_implementation == PACKED:
         register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.
@@ -109,7 +119,7 @@ def load_weights(
         raise ModelError(f"{name_or_path}: its weights could not be loaded ({reason_of(error)})") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # a hub model: its files cannot be looked at
         raise ModelError(adapters_beside_weights(name_or_path))
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(info["missing_keys"] - brought):
         raise ModelError(
             f"{name_or_path}: {len(missing)} weights of a {config.model_type} model are not in its files, the first "
             f"{missing[0]}; they would stay random. Give the directory or name of a whole model"

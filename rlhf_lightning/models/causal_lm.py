@@ -18,6 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ModelError, reason_of
+from rlhf_lightning.files.adapters import (
+    BASE,
+    CONFIG,
+    LANGUAGE_MODEL,
+    adapter_task,
+    adapters_alone,
+    check_base_of_others,
+)
 from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
@@ -25,7 +33,7 @@ from rlhf_lightning.models.backbones import AttentionImplementation, check_rows,
 from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.reward_network import is_reward_network
-from rlhf_lightning.models.storage import replaced_model
+from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -133,6 +141,8 @@ class CausalLM(nn.Module):
 
         if load_in_4bit and lora is None:
             raise ModelError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
+        if load_in_4bit and isinstance(name_or_path, str):
+            check_not_adapters(name_or_path)
         if isinstance(name_or_path, str):
             config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
             model = load_weights(
@@ -212,6 +222,8 @@ class CausalLM(nn.Module):
         Raises `ModelError` when adapters on 4-bit weights are to be merged.
         """
         model = self.model
+        if self.has_adapters and not merge:
+            check_base_of_others(inner_model(model).name_or_path)
         if self.has_adapters and merge:
             if getattr(inner_model(model), "is_quantized", False):
                 raise ModelError(
@@ -222,6 +234,9 @@ class CausalLM(nn.Module):
             model.save_pretrained(made, max_shard_size="5GB")
             write_published_settings(inner_model(model), made)
             (made / "README.md").unlink(missing_ok=True)  # peft's model card, a form to be filled in
+            with edited_settings(made / CONFIG) as settings:  # peft looks for a relative path where it is run
+                if Path(base := settings.get(BASE) or "").is_dir() and base:
+                    settings[BASE] = str(Path(base).resolve())
         return Path(directory).expanduser()
 
     def save_copy(self, directory: str | Path, *, dtype: torch.dtype) -> None:
@@ -263,6 +278,9 @@ def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) ->
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
     if is_reward_network(config):
         raise ModelError(f"{name_or_path}: a reward network, which gives scores, not tokens; give a language model")
+    adapters = adapters_alone(name_or_path)
+    if adapters is not None and adapter_task(adapters) != LANGUAGE_MODEL:
+        raise ModelError(f"{name_or_path}: adapters of task_type {adapter_task(adapters)}; give a language model's")
     return config
 
 
@@ -382,6 +400,15 @@ def _check_adapters(model: PreTrainedModel, lora: Lora) -> None:
             f"{inner_model(model).config.model_type} model ({reason_of(error)}); name other layers, such as "
             "[q_proj, v_proj]"
         ) from error
+
+
+def check_not_adapters(backbone: str) -> None:
+    """Refuse 4-bit weights below adapters that are to be merged into them. Raises `ModelError`."""
+    if adapters_alone(backbone) is not None:
+        raise ModelError(
+            f"model.load_in_4bit: the adapters of {backbone} cannot be merged into 4-bit weights without rounding; "
+            "merge them first (CausalLM.from_pretrained(DIR).save_pretrained(OUT)), and give that directory"
+        )
 
 
 def four_bits() -> Any:

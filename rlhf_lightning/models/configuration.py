@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import ModelError, reason_of
+from rlhf_lightning.files.adapters import adapter_base, adapters_alone, is_local, without_adapters
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.storage import adapters_alone, edited_settings
+from rlhf_lightning.models.adapters import describe_classifier
+from rlhf_lightning.models.storage import edited_settings
 from rlhf_lightning.tiny import resolve_model
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ HEAD_KEY = "reward_head"
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a model by hub name or directory, with dropout off.
+    """The configuration of a model by hub name or directory, with dropout off; for adapters that of their base.
 
     Raises `ModelError` when there is no model, or it is damaged or of a kind that has no one hidden state per token.
     """
@@ -31,11 +33,12 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
 
     path = resolve_model(name_or_path)
     check_seal(path, weights=False)
-    alone = adapters_alone(path)
-    if is_local(path) and (alone or not (Path(path) / "config.json").is_file()):
+    if (adapters := adapters_alone(name_or_path)) is not None:
+        config = load_config(adapter_base(adapters), trust_remote_code=trust_remote_code)
+        describe_classifier(config, adapters)
+        return config
+    if is_local(path) and not (Path(path) / "config.json").is_file():
         what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"
-        if alone:
-            what = "LoRA adapters alone; export their checkpoint with --merge true"
         raise ModelError(f"{name_or_path}: {what}; give a Hugging Face model directory or the name of a hub model")
     if not Path(path).exists():
         use_cache_without_network()
@@ -121,9 +124,8 @@ def published_settings(name_or_path: str, *, trust_remote_code: bool) -> dict[tu
     """What `load_config` changes, as it stands in the model's own configuration."""
     from transformers import AutoConfig
 
-    return changed_settings(
-        AutoConfig.from_pretrained(resolve_model(name_or_path), trust_remote_code=trust_remote_code)
-    )
+    path = resolve_model(without_adapters(name_or_path))
+    return changed_settings(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def changed_settings(config: PretrainedConfig) -> dict[tuple[str, ...], Any]:
@@ -152,7 +154,3 @@ def no_pooler(config: PretrainedConfig) -> dict[str, bool]:
     model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
     takes_it = model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if takes_it else {}
-
-
-def is_local(path: str) -> bool:
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.files.adapters import without_adapters
 from rlhf_lightning.files.disks import writing_to
 from rlhf_lightning.files.leftovers import held_directory, remove_abandoned
 from rlhf_lightning.files.seals import MARK, seal
@@ -26,35 +27,6 @@ _OLD = "old"
 """What a model under way is to replace, where the system cannot exchange two directories in one step."""
 _under_way: set[Path] = set()
 """Directories in which this process is making a model."""
-
-_WEIGHTS = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "model*.safetensors.index.json",
-    "pytorch_model*.bin.index.json",
-)
-
-
-def adapters_alone(directory: str | Path) -> bool:
-    """Whether a directory holds adapters of another model, and no whole weights.
-
-    Raises `ModelError` where it holds both: transformers would put the adapters on weights that may have them already.
-    """
-    directory = Path(directory).expanduser()
-    if not (directory / "adapter_config.json").is_file():
-        return False
-    if any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
-        raise ModelError(adapters_beside_weights(str(directory)))
-    return True
-
-
-def adapters_beside_weights(name: str) -> str:
-    """Why a model with both is refused, and what to do."""
-    return (
-        f"{name}: holds whole weights and adapters beside them, and does not say whether the weights have the adapters "
-        "in them already; remove adapter_config.json if they have, or else the whole weights, so that the adapters are "
-        "put on the model that adapter_config.json names"
-    )
 
 
 def check_free(directory: str | Path) -> bool:
@@ -86,8 +58,10 @@ def check_other(directory: str | Path, **models: str | None) -> None:
 
     Raises `ConfigurationError`.
     """
+    place = Path(directory).expanduser().resolve()
     for key, name in models.items():
-        if name and Path(name).expanduser().resolve() == Path(directory).expanduser().resolve():
+        below = {name, without_adapters(name)} if name and Path(name).expanduser().exists() else {name}
+        if place in {Path(each).expanduser().resolve() for each in below if each}:
             raise ConfigurationError(
                 f"{directory}: is model.{key} of this run, without which its checkpoints are worth nothing; give "
                 "another directory to export to"

@@ -6,12 +6,8 @@ R rows (a prompt and one response each), T padded tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import pickle
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
@@ -24,15 +20,13 @@ from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.data.tokenizer import check_reference_tokenizer, load_tokenizer
 from rlhf_lightning.data.truncation import truncate_left
-from rlhf_lightning.errors import ConfigurationError, DataError, ModelError, reason_of
-from rlhf_lightning.files.seals import check_seal
+from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
-from rlhf_lightning.models.storage import adapters_alone
 from rlhf_lightning.rewards.texts import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
 from rlhf_lightning.tiny import resolve_model
 
@@ -239,11 +233,11 @@ class ImplicitScorer:
         self.batch_size = batch_size
         tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.chat_format = ChatFormat(tokenizer)
-        self.policy = load_policy(policy, trust_remote_code=trust_remote_code)
+        self.policy = CausalLM.from_pretrained(policy, trust_remote_code=trust_remote_code)
         self.reference = None
         if reference is not None:
             check_reference_tokenizer(reference, tokenizer, trust_remote_code=trust_remote_code)
-            self.reference = load_policy(reference, trust_remote_code=trust_remote_code)
+            self.reference = CausalLM.from_pretrained(reference, trust_remote_code=trust_remote_code)
         self.models = [model for model in (self.policy, self.reference) if model is not None]
         sizes = [model.config.get_text_config().vocab_size for model in self.models]
         if min(sizes) < len(tokenizer):
@@ -323,40 +317,6 @@ def padded(rows: Sequence[EncodedRow], pad_id: int) -> ModelInputs:
     """Rows for a forward pass, right-padded."""
     ids = [torch.tensor([*row.prompt, *row.response]) for row in rows]
     return collate_rows(ids, [len(row.prompt) for row in rows], pad_id=pad_id)
-
-
-def load_policy(name: str, *, trust_remote_code: bool = False) -> CausalLM:
-    """A causal language model, float32, by hub name or directory; also one that holds LoRA adapters alone.
-
-    Adapters are put on the model that their `adapter_config.json` names. Raises `ModelError`.
-    """
-    path = Path(resolve_model(name)).expanduser()
-    if not adapters_alone(path):
-        return CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
-    check_seal(path)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(f"{name}: LoRA adapters need the package peft; pip install peft") from error
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{name}: its adapter_config.json names no base model; export with --merge true")
-    try:
-        network = CausalLM.from_pretrained(base, trust_remote_code=trust_remote_code)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
-            wrapped = PeftModel.from_pretrained(network.model, str(path))
-            loaded = wrapped.load_adapter(str(path), wrapped.active_adapter)  # again, since this one tells
-    except (ModelError, OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
-    for what, keys in (
-        ("of its adapters are not in its file", loaded.missing_keys),
-        ("in its file have no place in the model", loaded.unexpected_keys),
-    ):
-        if keys:
-            raise ModelError(f"{name}: {len(keys)} weights {what}, the first {sorted(keys)[0]}; give whole adapters")
-    return CausalLM(wrapped, temperature=network.temperature)
 
 
 def _in_batches(

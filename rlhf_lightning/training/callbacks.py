@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.files.adapters import check_base_of_others
 from rlhf_lightning.files.disks import check_room, write_whole
 from rlhf_lightning.models.objects import is_nameless
 from rlhf_lightning.models.storage import check_free, check_other, replaced_model
@@ -139,6 +140,8 @@ class ExportBest(Callback):
                 "ExportBest: loads the best checkpoint again, which needs model.backbone by name, and the model object "
                 "has none; call `export` of the module after `fit`, or save_pretrained the model and load it from there"
             )
+        if not self.merge and settings.get("lora"):
+            check_base_of_others(settings.backbone)
         check_other(self.directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
         if check_free(self.directory):
             log.info("%s: the model there will be replaced when the run ends", self.directory)

@@ -31,7 +31,7 @@ from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, counts_from_padding
-from rlhf_lightning.models.causal_lm import CausalLM, Lora, decoder, load_causal_config
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_not_adapters, decoder, load_causal_config
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
 from rlhf_lightning.models.storage import pad_with, replaced_model
@@ -386,6 +386,8 @@ class PolicyModule(TrainedModule):
         if isinstance(lora, Lora):  # a checkpoint holds plain values
             self.save_hyperparameters({"lora": asdict(lora)})
         self.lora = None if lora is None else Lora(**self.hparams.lora)
+        if load_in_4bit and isinstance(backbone, str):
+            check_not_adapters(backbone)
         check_attention(self.hparams.attn_implementation)
         self._batch_began = 0.0
 

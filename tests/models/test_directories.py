@@ -20,7 +20,6 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.storage import check_free, end_at, replaced_model
-from rlhf_lightning.rewards.scorers import load_policy
 from rlhf_lightning.tiny import resolve_model
 from tests.training.killer import signal_at_line
 
@@ -177,7 +176,7 @@ def test_a_flipped_bit_in_written_weights_is_refused_until_the_mark_is_removed(t
         "policy": CausalLM.from_pretrained,
         "backbone": load_backbone,
         "reward": RewardNetwork.from_pretrained,
-        "adapters": load_policy,
+        "adapters": CausalLM.from_pretrained,
     }[kind]
     load(str(directory))
     (file,) = directory.glob("*.safetensors")

@@ -27,7 +27,7 @@ from rlhf_lightning.models.classifiers import load_classifier, token_head
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
-from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer, load_policy
+from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
 
 SIZE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZE |= {"initializer_range": 0.3}
@@ -88,16 +88,16 @@ def test_a_model_without_its_embeddings_is_refused(tiny_qwen2, tmp_path, load):
 def test_adapters_that_lack_a_weight_or_have_one_too_many_are_refused(tiny_qwen2, tmp_path, lora, missing):
     policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=lora)
     policy.save_pretrained(tmp_path, merge=False)
-    load_policy(str(tmp_path))
+    CausalLM.from_pretrained(str(tmp_path))
     file = tmp_path / "adapter_model.safetensors"
     weights = load_file(file)
     (tmp_path / "rlhf_lightning.json").unlink()  # as who changes the weights on purpose is told to do
     save_file(weights | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(ModelError, match=r"in its file have no place in the model, the first .*lm_head"):
-        load_policy(str(tmp_path))
+        CausalLM.from_pretrained(str(tmp_path))
     save_file({name: weight for name, weight in weights.items() if not name.endswith(missing)}, file)
     with pytest.raises(ModelError, match=f"not (in its file|be put on).*{missing.removesuffix('.weight')}"):
-        load_policy(str(tmp_path))
+        CausalLM.from_pretrained(str(tmp_path))
 
 
 def test_a_pickle_of_adapters_that_holds_more_than_tensors_is_refused_in_a_line(tiny_qwen2, tmp_path):
@@ -107,10 +107,10 @@ def test_a_pickle_of_adapters_that_holds_more_than_tensors_is_refused_in_a_line(
     weights = load_file(file)
     file.unlink()
     torch.save(weights, tmp_path / "adapter_model.bin")
-    load_policy(str(tmp_path))
+    CausalLM.from_pretrained(str(tmp_path))
     torch.save({"harmless": fractions.Fraction(1, 2)}, tmp_path / "adapter_model.bin")
-    with pytest.raises(ModelError, match="its adapters could not be put on"):
-        load_policy(str(tmp_path))
+    with pytest.raises(ModelError, match="its adapters could not be read"):
+        CausalLM.from_pretrained(str(tmp_path))
 
 
 # ---- adapters beside weights -------------------------------------------------------------------------------
@@ -140,12 +140,11 @@ def both(tiny_qwen2, tmp_path_factory):
     [
         CausalLM.from_pretrained,
         load_backbone,
-        load_policy,
         ImplicitScorer,
         RewardScorer,
         lambda name: PolicyJudge(name, max_new_tokens=2),
     ],
-    ids=["policy", "backbone", "evaluated", "implicit", "reward", "judge"],
+    ids=["policy", "backbone", "implicit", "reward", "judge"],
 )
 def test_adapters_beside_whole_weights_are_refused(both, load):
     with pytest.raises(ModelError, match="holds whole weights and adapters beside them"):
@@ -156,9 +155,8 @@ def test_adapters_beside_a_configuration_alone_are_put_on_their_base(tiny_qwen2,
     policy = CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(r=2))
     policy.save_pretrained(tmp_path, merge=False)
     (tmp_path / "config.json").write_bytes((tiny_qwen2 / "config.json").read_bytes())
-    assert load_policy(str(tmp_path)).has_adapters
-    with pytest.raises(ModelError, match="adapters alone"):
-        load_backbone(str(tmp_path))
+    assert CausalLM.from_pretrained(str(tmp_path)).model.name_or_path == str(tmp_path)
+    assert load_backbone(str(tmp_path)).config.model_type == "qwen2"
 
 
 # ---- company ------------------------------------------------------------------------------------------------
