@@ -141,8 +141,7 @@ class CausalLM(nn.Module):
 
         if load_in_4bit and lora is None:
             raise ModelError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
-        if load_in_4bit and isinstance(name_or_path, str):
-            check_not_adapters(name_or_path)
+        check_four_bits(name_or_path, load_in_4bit)
         if isinstance(name_or_path, str):
             config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)
             model = load_weights(
@@ -402,9 +401,9 @@ def _check_adapters(model: PreTrainedModel, lora: Lora) -> None:
         ) from error
 
 
-def check_not_adapters(backbone: str) -> None:
+def check_four_bits(backbone: str | PreTrainedModel, load_in_4bit: bool) -> None:
     """Refuse 4-bit weights below adapters that are to be merged into them. Raises `ModelError`."""
-    if adapters_alone(backbone) is not None:
+    if load_in_4bit and isinstance(backbone, str) and adapters_alone(backbone) is not None:
         raise ModelError(
             f"model.load_in_4bit: the adapters of {backbone} cannot be merged into 4-bit weights without rounding; "
             "merge them first (CausalLM.from_pretrained(DIR).save_pretrained(OUT)), and give that directory"

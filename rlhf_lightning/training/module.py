@@ -31,7 +31,7 @@ from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, counts_from_padding
-from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_not_adapters, decoder, load_causal_config
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_four_bits, decoder, load_causal_config
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
 from rlhf_lightning.models.storage import pad_with, replaced_model
@@ -246,8 +246,7 @@ class TrainedModule(LightningModule):
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments with which any model of the module is loaded."""
-        names = ("attn_implementation", "trust_remote_code")
-        return {name: self.hparams[name] for name in names}
+        return {name: self.hparams[name] for name in ("attn_implementation", "trust_remote_code")}
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self)
@@ -386,8 +385,7 @@ class PolicyModule(TrainedModule):
         if isinstance(lora, Lora):  # a checkpoint holds plain values
             self.save_hyperparameters({"lora": asdict(lora)})
         self.lora = None if lora is None else Lora(**self.hparams.lora)
-        if load_in_4bit and isinstance(backbone, str):
-            check_not_adapters(backbone)
+        check_four_bits(backbone, load_in_4bit)
         check_attention(self.hparams.attn_implementation)
         self._batch_began = 0.0
 
