@@ -18,7 +18,7 @@ from lightning import Trainer
 
 from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
-from rlhf_lightning.data import load_preferences, load_prompts
+from rlhf_lightning.data import DataError, load_preferences, load_prompts, load_sft
 from rlhf_lightning.functional import advantages, losses
 from rlhf_lightning.models.causal_lm import Lora
 from tests.test_cli import documented_scalars, logged_scalars
@@ -44,6 +44,7 @@ EXAMPLES = (
     "backbone=network",
     "lambda prompts, responses",
     "AddedToken",
+    "helpsteer2.jsonl",
 )
 """A word that tells each Python block from the others; each is run by one test."""
 
@@ -141,25 +142,36 @@ def test_the_python_example_scores_as_the_trainer_does(capsys, tmp_path, monkeyp
         assert namespace["network"](namespace["batch"].input_ids, namespace["batch"].attention_mask).shape == (1,)
 
 
-def example_rows(heading: str) -> list[str]:
-    """The JSON rows in the tables of a section of docs/data.md."""
-    (section,) = [part for part in PAGES[ROOT / "docs" / "data.md"].split("\n## ") if part.startswith(heading)]
-    return re.findall(r"^\| .* \| `({.*})` \|$", section, re.MULTILINE)
+SHAPES = re.findall(r"^\| .* \| ([\w, ]+) \| `({.*})` \|$", PAGES[ROOT / "docs" / "data.md"], re.MULTILINE)
+"""What each example row of the table in docs/data.md is read as, and the row."""
 
 
-@pytest.mark.parametrize("row", example_rows("Preference pairs"))
-def test_example_rows_of_pairs_prefer_yes_to_no(tmp_path, row):
+def test_the_table_of_rows_has_rows_of_every_kind():
+    assert {kinds for kinds, _ in SHAPES} == {"pairs, SFT, prompts", "SFT, prompts", "prompts"}
+    assert len(SHAPES) >= 26
+
+
+@pytest.mark.parametrize(("kinds", "row"), SHAPES)
+def test_an_example_row_is_read_as_what_the_table_says_and_as_nothing_else(tmp_path, kinds, row):
     (tmp_path / "one.jsonl").write_text(row)
-    (pair,), _ = load_preferences(tmp_path / "one.jsonl")
-    assert "7" in pair.prompt[-1]["content"]
-    assert (pair.chosen, pair.rejected) == ("Yes.", "No.")
+    for name, load in {"pairs": load_preferences, "SFT": load_sft, "prompts": load_prompts}.items():
+        if name not in kinds.split(", "):
+            with pytest.raises(DataError):
+                load(tmp_path / "one.jsonl")
+            continue
+        (found,), _ = load(tmp_path / "one.jsonl")
+        assert "7" in found.prompt[-1]["content"]
+        assert found.responses == {"pairs": ("Yes.", "No."), "SFT": ("Yes.",), "prompts": ()}[name]
 
 
-@pytest.mark.parametrize("row", example_rows("Preference pairs") + example_rows("Prompts"))
-def test_example_rows_of_prompts_ask_about_seven(tmp_path, row):
-    (tmp_path / "one.jsonl").write_text(row)
-    (prompt,), _ = load_prompts(tmp_path / "one.jsonl")
-    assert "7" in prompt.prompt[-1]["content"]
+def test_the_python_example_of_helpsteer2_makes_pairs_of_its_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rated = [("a", "good", 4), ("a", "bad", 1), ("b", "x", 2), ("b", "y", 2), ("c", "worse", 0), ("c", "better", 3)]
+    rows = [{"prompt": prompt, "response": text, "helpfulness": score} for prompt, text, score in rated]
+    (tmp_path / "helpsteer2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exec(example("helpsteer2.jsonl"), {})
+    pairs, _ = load_preferences(tmp_path / "pairs.jsonl")
+    assert [(pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [("good", "bad", 3), ("better", "worse", 3)]
 
 
 def test_the_python_example_of_prompts_shows_a_batch_and_a_conversation(capsys):

@@ -53,7 +53,10 @@ class _Planned(program.ParsedRun):
 class Steps:
     """How long a run is, as far as the data could be read."""
 
+    kind: str
+    """`pairs` or `conversations`."""
     pairs: int
+    """How many of them."""
     longest: int
     tokens_per_pair: float
     per_step: int
@@ -159,6 +162,7 @@ def _steps(data: Any, described: Run, trainer: Any) -> Steps:
     ends = [trainer.max_epochs * per_epoch] if trainer.max_epochs not in (None, -1) else []
     ends += [trainer.max_steps] if trainer.max_steps != -1 else []
     return Steps(
+        kind=pairs.kind,
         pairs=len(pairs),
         longest=int(pairs.lengths.max()),
         tokens_per_pair=float(sum(row.mean() for row in rows)),
@@ -177,7 +181,7 @@ def _print(made: Plan, console: Terminal) -> None:
     say(f"model:       {weights.total:,} parameters, {weights.trained:,} of them trained")
     say(f"machine:     {processes}; {gb(machine.device_memory)} for each {where}")
     batch = f"{run.shape.rows} rows of {run.shape.tokens} tokens"
-    known = "the longest of the training pairs" if made.steps else f"max_length; {made.unread}"
+    known = "the longest of the training data" if made.steps else f"max_length; {made.unread}"
     say(f"batch:       {batch} ({known})")
     table = Table(title=f"memory of each {where}", title_justify="left")
     table.add_column("what")
@@ -200,7 +204,7 @@ def _print(made: Plan, console: Terminal) -> None:
         s = made.steps
         count = "without an end" if s.steps is None else f"{s.steps:,} optimizer steps"
         say(
-            f"steps:       {s.pairs:,} pairs, {s.per_step} a step, {count}; "
+            f"steps:       {s.pairs:,} {s.kind}, {s.per_step} a step, {count}; "
             f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average"
         )
     for line in verdict_lines(made):

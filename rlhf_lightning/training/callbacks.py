@@ -97,7 +97,7 @@ def _print_table(title: str, metrics: dict[str, float]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    noun = "pairs" if "pairs" in metrics else "responses"
+    noun = next(noun for noun in ("pairs", "conversations", "responses") if noun in metrics)
     table.add_column(noun, justify="right")
     for name, words in table_rows(metrics):
         table.add_row(words, f"{metrics[name]:.4f}", f"{metrics[noun]:.0f}")

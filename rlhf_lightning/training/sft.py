@@ -92,5 +92,5 @@ class SFT(PolicyModule):
 
 
 def _evaluation_metrics() -> nn.ModuleDict:
-    ours = {"perplexity": Perplexity(), "pairs": PairCount()}
+    ours = {"perplexity": Perplexity(), "conversations": PairCount()}
     return nn.ModuleDict(means("loss", "token_accuracy", "lengths/chosen") | ours)

@@ -80,7 +80,7 @@ def test_any_evaluation_batch_size_gives_the_metrics_of_the_whole_split(build_sf
         "val/perplexity": torch.cat(responses).mean().exp().item(),
         "val/token_accuracy": torch.cat([hits(module, batch) for batch in batches]).double().mean().item(),
         "val/lengths/chosen": lengths.mean().item(),
-        "val/pairs": VAL_PAIRS,
+        "val/conversations": VAL_PAIRS,
     }
     assert lengths.unique().numel() > 1
     for metrics in measured:
