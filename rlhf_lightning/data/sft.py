@@ -138,4 +138,10 @@ def _learned_part(name: str, value: Any) -> Any:
     places = [place for place, role in enumerate(roles) if role in ("assistant", "gpt")]
     if not places:
         raise BadRow("no_response", f"{name} holds no assistant turn")
+    if any(turns[place].get("weight") == 0 or turns[place].get("train") is False for place in places):
+        raise BadRow(
+            "no_place",
+            f"{name} marks an assistant turn as one that is not learned (weight 0), for which there is no place; give "
+            "the turn that is learned as response, and those before it as prompt",
+        )
     return list(turns[: places[-1] + 1])

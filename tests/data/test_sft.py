@@ -121,6 +121,7 @@ BAD = {
     "no_place": [
         {"messages": [U1, A1 | {"reasoning_content": "hm"}, U2, A2]},
         {"messages": [U1, A1], "tools": [{}, "x"]},
+        {"messages": [U1, A1 | {"weight": 0}, U2, A2 | {"weight": 1}]},
     ],
 }
 
