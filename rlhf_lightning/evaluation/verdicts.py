@@ -37,7 +37,7 @@ def _auroc(scorers: Sequence[ScorerResults]) -> Verdict:
         reason = "no held-out pairs were given" if scorers else "no reward model was given"
         return Verdict(target, "not measured", None, "pairs", reason)
     reason = (
-        f"beside it: pairwise accuracy {quality.accuracy.value:.3f}, margin AUROC {quality.auroc_margin.value:.3f}; "
+        f"pairwise accuracy {quality.accuracy.value:.3f}, margin AUROC {quality.auroc_margin.value:.3f}; "
         "pooled AUROC is the strictest of the three"
     )
     return Verdict(target, quality.target, quality.auroc, "pairs", reason)
