@@ -23,7 +23,7 @@ def samples(policies: PolicyResults) -> Iterator[Section]:
             for caption, rows in _taken(policies)
             if rows
         ]
-        yield Section("Samples", blocks, "Taken by rule and never by hand; the first of each policy's responses.")
+        yield Section("Samples", blocks, "Selected by rule, never by hand; each policy's first response.")
     refused = [row for row in policies.refusal_prompts if row.safety == "safe" and any(row.refused.values())]
     if refused:
         shown = [_sample(row, policies) for row in refused[:REFUSAL_SAMPLES]]
@@ -34,7 +34,7 @@ def samples(policies: PolicyResults) -> Iterator[Section]:
 def _taken(policies: PolicyResults) -> Iterator[tuple[str, list[PromptRow]]]:
     rows = policies.prompts
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
-    yield f"{min(RANDOM_SAMPLES, len(rows))} prompts in the order of their ids' hashes", by_hash[:RANDOM_SAMPLES]
+    yield f"{min(RANDOM_SAMPLES, len(rows))} prompts, in the order of their ids' hashes", by_hash[:RANDOM_SAMPLES]
     if not all(len(row.rewards) == 2 for row in rows):
         return
     ordered = sorted(rows, key=_gain)

@@ -166,7 +166,7 @@ def _calibration(scorers: Sequence[_Measured]) -> Lines:
         [Series(scorer.head, _reliability(scorer.margins)) for scorer in scorers],
         "confidence: sigmoid(|margin|)",
         "accuracy",
-        "Calibration: on the diagonal, a confidence means what it says",
+        "Reliability diagram: on the diagonal, a confidence is the accuracy",
         diagonal="calibrated",
         domain=(0.5, 1.0),
         range=(0.5, 1.0),
