@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
+import time
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 JOINERS = "\u200c\u200d"
 """Zero-width, but part of how Persian, Hindi and many emoji are spelled."""
@@ -63,6 +71,34 @@ class Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+@contextmanager
+def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """How far a work of `total` parts is, on stderr; call what it gives with the number of parts just done.
+
+    A bar on a terminal; in a log, a line every `_SECONDS_BETWEEN_LINES` with the time that is left at this speed.
+    """
+    if not shown:
+        yield lambda parts: None
+        return
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Terminal(stderr=True), transient=True, refresh_per_second=1) as bar:
+            task = bar.add_task(escape(visible(what)), total=total)
+            yield lambda parts: bar.advance(task, parts)
+        return
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(parts: int) -> None:
+        nonlocal done, said
+        done, now = done + parts, time.monotonic()
+        if now - said > _SECONDS_BETWEEN_LINES and done < total:
+            said = now
+            log.info("%s: %d of %d, about %.0f s left", what, done, total, (now - began) / done * (total - done))
+
+    yield advance
 
 
 _written = warnings.formatwarning

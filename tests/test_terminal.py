@@ -5,13 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Table
 
+from rlhf_lightning import terminal
+from rlhf_lightning.commands.fit import Program, run
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import reason_of
 from rlhf_lightning.terminal import Terminal, VisibleLines, say
+from rlhf_lightning.training.progress_bar import ShortProgressBar
+from tests.test_configs import ROOT
 
 NAME = "x\x1b]0;owned\x07\x1b[2J\u202e"
 SHOWN = "x⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+001B⟩[2J⟨U+202E⟩"
@@ -73,3 +80,45 @@ def test_an_error_that_says_nothing_is_named():
     assert reason_of(MemoryError()) == "not enough memory"
     assert reason_of(KeyError()) == "KeyError"
     assert reason_of(ValueError("first\nsecond")) == "first"
+
+
+def test_progress_is_a_line_now_and_then_with_the_time_that_is_left(caplog, monkeypatch):
+    clock = iter([0.0, 4.0, 12.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    caplog.set_level("INFO")
+    with terminal.progress("responses", 100) as advance:
+        for parts in (10, 20, 10, 30, 30):
+            advance(parts)
+    assert [record.getMessage() for record in caplog.records] == [
+        "responses: 30 of 100, about 28 s left",
+        "responses: 70 of 100, about 13 s left",
+    ]
+    with terminal.progress("responses", 100, shown=False) as advance:
+        advance(50)
+    assert len(caplog.records) == 2
+
+
+def test_the_bar_is_short_and_one_of_the_users_own_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainers: list[Trainer] = []
+    monkeypatch.setattr(Program, "_run_subcommand", lambda self, _: trainers.append(self.trainer))
+    quickstart = ["fit", "--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
+    for extra in ([], ["--trainer.callbacks+=RichProgressBar"], ["--trainer.enable_progress_bar=false"]):
+        run([*quickstart, *extra])
+    kinds = [type(trainer.progress_bar_callback) for trainer in trainers]
+    assert kinds == [ShortProgressBar, RichProgressBar, type(None)]
+    bar = trainers[0].progress_bar_callback
+    trainers[0].progress_bar_metrics.update({"train/loss": 0.5, "val/loss": 0.25})
+    assert bar.get_metrics(trainers[0], trainers[0].lightning_module) == {"loss": 0.5, "val/loss": 0.25}
+
+
+@pytest.mark.parametrize(("every", "lines"), [(1, [2, 4, 6, 8]), (3, [3, 6])])
+def test_a_log_has_few_lines_of_a_training(tmp_path, monkeypatch, caplog, every, lines):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf_lightning.training.module._LINES", 4)
+    quickstart = ["fit", "--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml")]
+    few = ["--trainer.max_steps=8", "--trainer.limit_val_batches=1", f"--trainer.log_every_n_steps={every}"]
+    caplog.set_level("INFO")
+    run([*quickstart, *few])
+    found = [re.match(r"step (\d+)/8: loss", record.getMessage()) for record in caplog.records]
+    assert [int(match[1]) for match in found if match] == lines

@@ -42,6 +42,7 @@ from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.ppo import PPO
+from rlhf_lightning.training.progress_bar import shorten
 from rlhf_lightning.training.results import Results
 from rlhf_lightning.training.resume import LAST, ProcessStates, go_on_beside, is_requeued, resolve_last
 from rlhf_lightning.training.reward_model import RewardModel
@@ -116,6 +117,8 @@ class Program(LightningCLI):
         trainer = super().instantiate_trainer(
             plugins=[*(plugins if isinstance(plugins, list) else [plugins]), WholeFileIO()], **kwargs
         )
+        if "ProgressBar" not in str(self._get(self.config, "trainer.callbacks")):
+            shorten(trainer)
         for callback in trainer.callbacks:
             if isinstance(callback, SaveConfig):
                 callback.config = self._to_save

@@ -107,7 +107,7 @@ def generate_responses(
 
     ledger = Ledger(file, _hash(settings), Response, ranks)
     order = sorted(wanted, key=lambda key: len(encoded[wanted[key][0]]))  # prompts of like length share a batch
-    ledger.fill(order, sample, at_a_time=keep_every)
+    ledger.fill("responses", order, sample, at_a_time=keep_every)
     return [ledger.known[key] for key in wanted]
 
 

@@ -137,7 +137,7 @@ def ask(judge: Judge, questions: Sequence[str], file: str | Path | None = None, 
         return [_Kept(reply) for reply in replies]
 
     ledger = Ledger(file, judge.fingerprint, _Kept, ranks)
-    ledger.fill(keys, replies_to, at_a_time=_QUESTIONS_AT_A_TIME)
+    ledger.fill("judgements", keys, replies_to, at_a_time=_QUESTIONS_AT_A_TIME)
     return [ledger.known[key].reply for key in keys]
 
 

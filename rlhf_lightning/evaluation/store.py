@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.files.disks import write_whole, writing_to
+from rlhf_lightning.terminal import progress
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,16 +53,21 @@ class Ledger(Generic[Entry]):
         self.ranks = ranks
         self.known: dict[str, Entry] = ranks.once(self._read)
 
-    def fill(self, keys: Iterable[str], make: Callable[[Sequence[str]], Sequence[Entry]], *, at_a_time: int) -> None:
-        """Make the entries of those keys that are not known, in their order, each process a share.
+    def fill(
+        self, what: str, keys: Iterable[str], make: Callable[[Sequence[str]], Sequence[Entry]], *, at_a_time: int
+    ) -> None:
+        """Make the entries of those keys that are not known, in their order, each process a share; the first shows how
+        far it is with `what`.
 
         They are kept after so many of each process.
         """
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         step = at_a_time * self.ranks.size
-        for start in range(0, len(missing), step):
-            part = missing[start : start + step]
-            self.add(dict(zip(part, self.ranks.each(part, make), strict=True)))
+        with progress(what, len(missing), shown=self.ranks.rank == 0) as advance:
+            for start in range(0, len(missing), step):
+                part = missing[start : start + step]
+                self.add(dict(zip(part, self.ranks.each(part, make), strict=True)))
+                advance(len(part))
 
     def add(self, entries: Mapping[str, Entry]) -> None:
         """Keep entries by their keys, the same in every process; they are on the disk when it returns."""

@@ -7,6 +7,7 @@ from one of them.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
+
+_LINES = 50
+"""At most so many of a training in a log file, whatever `log_every_n_steps` is."""
 
 
 class Measured(NamedTuple):
@@ -282,9 +286,11 @@ class TrainedModule(LightningModule):
         self.log_values(values)
         if "loss" in metrics:
             trainer.progress_bar_metrics.update({"loss": values["train/loss"]})
-        if not sys.stderr.isatty():  # a log file shows no progress bar
+        steps = trainer.estimated_stepping_batches
+        apart = every * max(1, math.ceil(steps / every / _LINES)) if math.isfinite(steps) else every
+        if not sys.stderr.isatty() and step % apart == 0:  # a log file shows no progress bar
             numbers = ", ".join(f"{words} {values[f'train/{name}']:.4f}" for name, words in self.log_line.items())
-            log.info("step %d/%d: %s", step, int(trainer.estimated_stepping_batches), numbers)
+            log.info("step %d/%d: %s", step, int(steps), numbers)
         for metric in metrics.values():
             metric.reset()
         return values

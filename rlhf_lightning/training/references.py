@@ -20,6 +20,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs, load_causal_config
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import float32_arithmetic, move
+from rlhf_lightning.terminal import progress
 from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import start_tolerance
 from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
@@ -204,12 +205,15 @@ class Reference:
             done: list[int] = []
             began = time.monotonic()
             # By position, since what is missing differs from process to process once one of them has begun to write.
-            for positions, sums in computed(missing[missing % trainer.world_size == trainer.global_rank]):
-                values[positions] = sums
-                done += positions
-                if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost
-                    cache.add([hashes[position] for position in done], values[done])
-                    done, began = [], time.monotonic()
+            own = missing[missing % trainer.world_size == trainer.global_rank]
+            with progress(f"reference: {role} pairs", len(own), shown=trainer.global_rank == 0) as advance:
+                for positions, sums in computed(own):
+                    values[positions] = sums
+                    done += positions
+                    advance(len(positions))
+                    if time.monotonic() - began > _SECONDS_OF_A_PART:  # what a kill can cost
+                        cache.add([hashes[position] for position in done], values[done])
+                        done, began = [], time.monotonic()
             if done:
                 cache.add([hashes[position] for position in done], values[done])
         if trainer.world_size > 1:

@@ -57,7 +57,7 @@ def _run(settings: Settings, stages: Sequence[Stage]) -> None:
         state = State(home / "state.json")
         remember(stages, home)
         chosen = [stage for stage in stages if settings.only in (None, stage.name)]
-        with Terminal().status("") as status:
+        with Terminal().status("", refresh_per_second=1) as status:
             for stage in chosen:
                 run_stage(stage, state, status, again=stage.name in again)
     for stage in chosen:

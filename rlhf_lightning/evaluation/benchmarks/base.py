@@ -256,7 +256,7 @@ def score_rows(
 
     # The longest first: what does not fit into memory fails at once.
     order = sorted(by_key, key=length, reverse=True)
-    ledger.fill(order, lambda part: _score(scorer, [by_key[key] for key in part]), at_a_time=_ROWS_AT_A_TIME)
+    ledger.fill("rows", order, lambda part: _score(scorer, [by_key[key] for key in part]), at_a_time=_ROWS_AT_A_TIME)
     kept = ((row, ledger.known[key]) for row, key in zip(rows, keys, strict=True))
     return [RowScores(row.id, row.subset, each.scores, each.tokens, each.truncated) for row, each in kept]
 
