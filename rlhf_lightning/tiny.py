@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from rlhf_lightning.errors import ModelError
-from rlhf_lightning.files.disks import writing_to
-from rlhf_lightning.files.leftovers import held_directory, remove_abandoned, temporary_directory
-from rlhf_lightning.files.seals import check_seal, seal
-
-log = logging.getLogger(__name__)
+from rlhf_lightning.files.model_cache import cached_model
+from rlhf_lightning.gguf_files import converted, gguf_file
 
 TINY = "builtin:tiny"
 """Name under which a model key asks for the built-in tiny model."""
@@ -35,35 +27,17 @@ _CHAT_TEMPLATE = (
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The directory of `builtin:tiny`, made first if need be; any other name as it is."""
-    if name_or_path != TINY:
-        return name_or_path
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlhf_lightning"
-    texts = builtin_texts()
-    # The name says what it was made of, by what: a stale copy in the cache is never used.
-    directory = cache / f"tiny-{hashlib.sha256(repr((texts, Path(__file__).read_text())).encode()).hexdigest()[:12]}"
-    remove_abandoned(cache)
-    if directory.is_dir():
-        try:
-            check_seal(directory)
-            return str(directory)
-        except ModelError:
-            log.warning("%s: this model in the cache is damaged, so it is made anew", directory)
-            shutil.rmtree(directory, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-    if not os.access(cache, os.W_OK):  # a read-only home
-        directory = temporary_directory() / directory.name
-    if not directory.is_dir():
-        with writing_to(directory), held_directory(directory) as made:
-            make_tiny_model(made, texts)
-            seal(made)
-            try:
-                made.rename(directory)
-            except OSError:
-                if not directory.is_dir():  # else another process was faster
-                    raise
-    return str(directory)
+    """The directory of `builtin:tiny`, or of a GGUF file, made first if need be; any other name as it is.
+
+    Raises `ModelError` where a GGUF file cannot be converted.
+    """
+    if name_or_path == TINY:
+        texts = builtin_texts()
+        # The name says what it was made of, by what: a stale copy in the cache is never used.
+        made_of = hashlib.sha256(repr((texts, Path(__file__).read_text())).encode()).hexdigest()
+        return cached_model(f"tiny-{made_of[:12]}", lambda directory: make_tiny_model(directory, texts))
+    file = gguf_file(name_or_path)
+    return name_or_path if file is None else converted(file)
 
 
 def builtin_texts() -> list[str]:

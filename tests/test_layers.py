@@ -16,6 +16,7 @@ LAYERS = {
     "batches": 0,
     "tiny": 0,
     "hub": 0,
+    "gguf_files": 0,
     "terminal": 0,
     "user_code": 0,
     "files": 0,

@@ -53,13 +53,18 @@ def check_seal(directory: str | Path, *, weights: bool = True) -> None:
         if _WEIGHTS in name and not weights:
             continue
         try:
-            stat = (directory / name).stat()
-            found = _hash_of(directory / name, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            found = file_hash(directory / name)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ModelError(f"{directory / name}: {reason}, and it is a part of the model; {_MEND}") from error
         if found != written:
             raise ModelError(f"{directory / name}: damaged, since its bytes are not those that were written; {_MEND}")
+
+
+def file_hash(file: Path) -> str:
+    """128 bits of a file's bytes, in hexadecimal; one that has not changed since is not read again."""
+    stat = file.stat()
+    return _hash_of(file, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
