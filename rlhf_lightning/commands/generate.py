@@ -48,7 +48,7 @@ class GenerationSettings:
     """What is generated, and what is written of it.
 
     Args:
-        policy: Directory or hub name of a causal language model, whole or LoRA adapters alone.
+        policy: Directory (whole, or LoRA adapters alone), hub name or GGUF file of a causal language model.
         prompts: Prompts or preference pairs, whose prompts are taken: a file, a directory or a hub data set.
         out: The file of the rows, JSON Lines. What was sampled is kept beside it, in `.NAME.kept/`.
         rows: `samples`, every response; `pairs`, best and worst of each prompt; `best`, the best of each prompt.

@@ -33,7 +33,7 @@ class EvaluationSettings:
         held_out_reward_model: A second reward model, trained on other pairs, or a rule that was not trained: a gain
             that it does not see is over-optimization.
         held_out_reward_chat_template: The text that the held-out reward model reads.
-        policy: Directory or hub name of a policy after training, whole or LoRA adapters alone.
+        policy: Directory (whole, or LoRA adapters alone), hub name or GGUF file of a policy after training.
         reference: Directory or hub name of the policy before training.
         implicit_reward: Evaluate `policy` on `pairs` and RewardBench as well, by DPO's implicit reward against
             `reference` (without one, by its log-probs).

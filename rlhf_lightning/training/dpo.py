@@ -44,7 +44,8 @@ class DPO(PolicyModule):
     """DPO: a causal language model tuned so that chosen responses gain on rejected ones, relative to a reference.
 
     Args:
-        backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
+        backbone: Policy to start from: hub name, directory (whole, or LoRA adapters, which are merged) or GGUF file of
+            any causal language model, or `builtin:tiny`.
         loss_type: Name of the loss; its formula stands in the function of that name in `rlhf_lightning.functional`.
             `ipo`, `sigmoid_norm`, `simpo` and `orpo` take log-probs per token, the others those of whole responses. Or
             `module:function` of yours, which takes what `dpo_loss` does, and gives the loss of each pair.

@@ -65,7 +65,8 @@ class PPO(OnlineModule):
     value model learn from them in `num_ppo_epochs` passes of `num_mini_batches` optimizer steps.
 
     Args:
-        backbone: Policy to start from: hub name or directory of any causal language model, or `builtin:tiny`.
+        backbone: Policy to start from: hub name, directory (whole, or LoRA adapters, which are merged) or GGUF file of
+            any causal language model, or `builtin:tiny`.
         advantage_estimator: `gae` with a value model (PPO); or without one `grpo` or `rloo`, against the other
             responses to the same prompt, or `reinforce++`, against the whole rollout. Or `module:function` of yours,
             which takes what the functions of `rlhf_lightning.functional.advantages.ADVANTAGES` take.

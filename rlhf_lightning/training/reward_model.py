@@ -58,8 +58,8 @@ class RewardModel(TrainedModule):
     """Reward model: a transformer backbone with a small head, trained with -log sigmoid(r_chosen - r_rejected).
 
     Args:
-        backbone: Hub name or directory of any decoder or encoder, of a saved reward network (its head is kept), or
-            `builtin:tiny`.
+        backbone: Hub name, directory (whole, or LoRA adapters) or GGUF file of any decoder or encoder, of a
+            saved reward network (its head is kept), or `builtin:tiny`.
         head: `mlp`, two layers, or `linear`, one without bias on the last token's state. What is exported with an
             `mlp`, transformers loads with `trust_remote_code=True`, and refuses without; with `linear` it is a
             `*ForSequenceClassification` of transformers itself, which pipelines, CrossEncoder, TRL and vLLM load.

@@ -31,7 +31,8 @@ class SFT(PolicyModule):
     batch. Of preference pairs the chosen response is learned; rejected ones are read by `predict` alone.
 
     Args:
-        backbone: Model to start from: hub name or directory of any causal language model, or `builtin:tiny`.
+        backbone: Model to start from: hub name, directory (whole, or LoRA adapters, which are merged) or GGUF file of
+            any causal language model, or `builtin:tiny`.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 1e-5 when none is named.
         lr_scheduler_type: Learning rate after the warm-up.
