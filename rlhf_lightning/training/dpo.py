@@ -29,7 +29,8 @@ from rlhf_lightning.training.checks import (
     check_start,
     warn_of_falling_chosen,
 )
-from rlhf_lightning.training.module import Measured, PolicyModule, means, named
+from rlhf_lightning.training.measures import Measured, means, named
+from rlhf_lightning.training.module import PolicyModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
 from rlhf_lightning.training.references import Reference

@@ -11,10 +11,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -22,7 +22,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
@@ -47,6 +46,7 @@ from rlhf_lightning.training.checkpoints import (
     warn_of_other_settings,
 )
 from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.measures import Measured, named
 from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
@@ -64,31 +64,6 @@ log = logging.getLogger(__name__)
 
 _LINES = 50
 """At most so many of a training in a log file, whatever `log_every_n_steps` is."""
-
-
-class Measured(NamedTuple):
-    """What a batch gives to metrics."""
-
-    values: Mapping[str, Tensor | tuple[Tensor, ...]]
-    """What a metric is updated with, by the metric's name."""
-    others: tuple[Tensor, ...] = ()
-    """What each metric that has no value of its own is updated with, such as the scores of both responses, [B] each."""
-
-    def feed(self, metrics: nn.ModuleDict) -> None:
-        """Update each metric."""
-        for name, metric in named(metrics).items():
-            given = self.values.get(name, self.others)
-            metric.update(*given) if isinstance(given, tuple) else metric.update(given)
-
-
-def means(*names: str) -> dict[str, Metric]:
-    """Metrics that are means, by their names; each is defined in docs/metrics.md."""
-    return {name: MeanMetric(nan_strategy="disable") for name in names}
-
-
-def named(metrics: nn.ModuleDict) -> dict[str, Metric]:
-    """The metrics of a module by their names."""
-    return dict(metrics.items())
 
 
 @runtime_checkable

@@ -48,7 +48,8 @@ from rlhf_lightning.models.storage import pad_with
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import save_format
 from rlhf_lightning.training.checks import check_finite
-from rlhf_lightning.training.module import Measured, TrainedModule, means
+from rlhf_lightning.training.measures import Measured, means
+from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 
 log = logging.getLogger(__name__)
