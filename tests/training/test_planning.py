@@ -308,8 +308,9 @@ def test_the_plan_of_a_frozen_backbone_counts_its_head(capsys):
     frozen = ("--model.freeze_backbone", "true", "--model.pooling", "layers")
     code, printed = plan_of(capsys, *QUICKSTART, *frozen)
     assert (code, f"{64 * 3 * 64 + 64 + 64 + 1:,} of them trained" in printed) == (0, True)
-    # There is nothing to recompute.
-    assert plan_of(capsys, *QUICKSTART, *frozen, "--model.gradient_checkpointing", "true")[1] == printed
+    again = plan_of(capsys, *QUICKSTART, *frozen, "--model.gradient_checkpointing", "true")[1]
+    without_room = [re.sub(r"[\d.]+ \w?B free", "", text) for text in (printed, again)]  # of the disk: it changes
+    assert without_room[0] == without_room[1], "there is nothing to recompute"
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(capsys, tmp_path):
