@@ -12,6 +12,7 @@ import torch
 
 from rlhf_lightning.data.tokenizer import has_tokenizer, load_tokenizer
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.files.adapters import hub_name
 from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.configuration import load_config
@@ -194,6 +195,13 @@ def test_adapters_written_for_a_relative_path_load_from_another_working_director
         with torch.no_grad():
             found = load(str(tmp_path / "moved"))(input_ids=IDS).logits
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_card_names_a_model_of_the_hub_alone_also_below_adapters(tiny_qwen2, tmp_path):
+    write_adapters(tiny_qwen2, tmp_path)
+    assert [hub_name(each) for each in ("org/base", "builtin:tiny", str(tmp_path))] == ["org/base", None, None]
+    point_at(tmp_path, "org/base")
+    assert hub_name(str(tmp_path)) == "org/base"
 
 
 @pytest.mark.parametrize(
