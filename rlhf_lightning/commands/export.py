@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +13,27 @@ from torch import Tensor
 import rlhf_lightning
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.settings import Arguments
-from rlhf_lightning.commands.usage import policy_usage, reward_usage
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.files.adapters import check_base_of_others, hub_name
+from rlhf_lightning.files.adapters import check_base_of_others
 from rlhf_lightning.files.disks import check_room
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.models.storage import check_free, check_other, replaced_model
 from rlhf_lightning.terminal import say
 from rlhf_lightning.training.callbacks import exported_bytes
-from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of, read_checkpoint
+from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint
 from rlhf_lightning.training.checks import trained_module
+from rlhf_lightning.training.model_card import write_card
 from rlhf_lightning.training.module import PolicyModule, TrainedModule
-from rlhf_lightning.training.results import TABLE_ROWS
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""
 
 _UNITS = {"policy": "nats", "reward": "units of score"}
+
+_PROOF = (
+    "Loaded again in a fresh process, the largest difference to the trainer's own outputs on a probe of {} tokens is \
+{:.3g} {}."
+)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -86,8 +88,8 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
                 f"{directory}: loaded again, its outputs differ by {difference:.2g} {_UNITS[kind]} from the trainer's, "
                 f"more than {_LARGEST_DIFFERENCE}; nothing was written. Export with --merge false if it has adapters"
             )
-        card = _model_card(made, Path(directory).resolve().name, stored, kind, difference, merged=merge)
-        (made / "README.md").write_text(card, encoding="utf-8")
+        name, unit = Path(directory).resolve().name, _UNITS[kind]
+        write_card(made, name, stored, merged=merge, proof=_PROOF.format(int(probe_rows(1)[1].sum()), difference, unit))
     return difference, _UNITS[kind]
 
 
@@ -111,45 +113,3 @@ def _reloaded_outputs(directory: Path, *options: str) -> Tensor:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(f"export: what would be written does not load in a fresh process ({reason[:300]})")
     return load_file(file)["outputs"]
-
-
-def _model_card(
-    directory: Path, name: str, stored: dict[str, Any], kind: str, difference: float, *, merged: bool
-) -> str:
-    """README.md of the directory: what it is, the settings, what was measured, and the proof."""
-    settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
-    measured = metrics_of(stored)
-    if kind == "policy":
-        usage = policy_usage(name)
-    else:
-        usage = reward_usage(name, json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"
-    if settings.get("lora") and merged:
-        what += ", LoRA adapters merged"
-    words = {name: f" ({TABLE_ROWS[name]})" if name in TABLE_ROWS else "" for name in measured}
-    numbers = "\n".join(f"| `{name}`{words[name]} | {value:.6g} |" for name, value in sorted(measured.items()))
-    training = {k: v for k, v in stored[ORIGIN].get("training", {}).items() if v is not None}
-    base = hub_name(settings["backbone"])
-    base_line = f"base_model: {base}\n" if base else ""  # a path would mean nothing elsewhere
-    return f"""---
-{base_line}library_name: transformers
----
-
-# {name}
-
-{stored[ORIGIN]["class"]} of rlhf_lightning {rlhf_lightning.__version__}, from {settings["backbone"]}, optimizer step \
-{stored["global_step"]}; {what}, safetensors, float32.
-
-{usage}
-
-Settings of the model: `{json.dumps(settings, default=str, sort_keys=True)}`
-
-Training: `{json.dumps(training, default=str, sort_keys=True)}`
-
-Loaded again in a fresh process, the largest difference to the trainer's own outputs on a probe of \
-{int(probe_rows(1)[1].sum())} tokens is {difference:.3g} {_UNITS[kind]}.
-
-| measured at this checkpoint | |
-|---|---|
-{numbers or "| nothing | |"}
-"""

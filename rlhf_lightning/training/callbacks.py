@@ -25,6 +25,7 @@ from rlhf_lightning.terminal import Terminal, say
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, save_format
 from rlhf_lightning.training.checks import trained_module
+from rlhf_lightning.training.model_card import write_card
 from rlhf_lightning.training.module import Exportable, TrainedModule
 from rlhf_lightning.training.processes import gathered
 from rlhf_lightning.training.results import Results, table_rows
@@ -158,7 +159,7 @@ class ExportBest(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule, best: Path) -> str | None:
         """Write the directory, or return why not."""
         try:
-            module, _ = trained_module(type(pl_module), best)
+            module, stored = trained_module(type(pl_module), best)
         except UserError as error:  # nothing was learned, or it was damaged in the meantime
             return str(error)
         try:
@@ -167,6 +168,8 @@ class ExportBest(Callback):
                 if isinstance(pl_module, TrainedModule):  # which writes its tokenizer itself
                     module.chat_format = pl_module.format_to_export()
                 module.export(made, merge=self.merge)
+                if isinstance(pl_module, TrainedModule):
+                    write_card(made, self.directory.name, stored, merged=self.merge)
                 chat_format = chat_format_of(trainer.datamodule)
                 if chat_format is not None and not isinstance(pl_module, TrainedModule):
                     save_format(chat_format, made)

@@ -1,11 +1,17 @@
-"""How an exported model is loaded and asked, for its model card."""
+"""The model card of an exported directory: what it is, how it is loaded and asked, what was measured."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from string import Template
 from typing import Any
 
+from rlhf_lightning import __version__
+from rlhf_lightning.files.adapters import hub_name
 from rlhf_lightning.models.configuration import HEAD_KEY
+from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
+from rlhf_lightning.training.results import TABLE_ROWS
 
 _POLICY = Template("""```python
 from transformers import AutoModelForCausalLM
@@ -51,6 +57,47 @@ _ABOUT = {
     "linear": "a class of transformers itself",
     "mlp": "`modeling_reward.py`, which lies here, is run; without `trust_remote_code` loading stops with an error",
 }
+
+
+def write_card(directory: Path, name: str, stored: dict[str, Any], *, merged: bool, proof: str = "") -> None:
+    """Write README.md of an exported directory.
+
+    `name` is what users will call the directory, `stored` the checkpoint that it was made from, `proof` a sentence on
+    how the export was checked.
+    """
+    settings = {k: v for k, v in stored["hyper_parameters"].items() if v is not None and not k.startswith("_")}
+    measured, origin, file = metrics_of(stored), stored[ORIGIN], directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    usage = reward_usage(name, config) if HEAD_KEY in config else policy_usage(name)
+    what = f"adapters of {settings['backbone']}" if (directory / "adapter_config.json").is_file() else "whole weights"
+    if settings.get("lora") and merged:
+        what += ", LoRA adapters merged"
+    words = {metric: f" ({TABLE_ROWS[metric]})" if metric in TABLE_ROWS else "" for metric in measured}
+    numbers = "\n".join(f"| `{metric}`{words[metric]} | {value:.6g} |" for metric, value in sorted(measured.items()))
+    training = {k: v for k, v in origin.get("training", {}).items() if v is not None}
+    base = hub_name(settings["backbone"])
+    proved = f"\n{proof}\n" if proof else ""
+    base_line = f"base_model: {base}\n" if base else ""  # a path would mean nothing elsewhere
+    text = f"""---
+{base_line}library_name: transformers
+---
+
+# {name}
+
+{origin["class"]} of rlhf_lightning {__version__}, from {settings["backbone"]}, optimizer step \
+{stored["global_step"]}; {what}, safetensors, float32.
+
+{usage}
+
+Settings of the model: `{json.dumps(settings, default=str, sort_keys=True)}`
+
+Training: `{json.dumps(training, default=str, sort_keys=True)}`
+{proved}
+| measured at this checkpoint | |
+|---|---|
+{numbers or "| nothing | |"}
+"""
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def policy_usage(name: str) -> str:
