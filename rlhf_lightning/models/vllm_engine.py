@@ -1,14 +1,11 @@
 """Responses sampled by a vLLM server, which is a program of its own with its own copy of the weights.
 
 A server and not a library, because vLLM pins versions of torch and transformers that this package does not run with; it
-lives in a virtual environment of its own, and may have GPUs of its own. Its routes are those of vLLM 0.33.
+lives in a virtual environment of its own, and may have GPUs of its own.
 """
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +17,11 @@ from torch import Tensor
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import Sampled
+from rlhf_lightning.models.vllm_server import FLAGS, VLLMServer
 
-START = "VLLM_SERVER_DEV_MODE=1 vllm serve {} --generation-config vllm --logprobs-mode processed_logprobs"
-"""How a server is started: development mode opens the routes that take new weights, the model's own settings stay out
-of the drawing, and log-probs are those at the temperature."""
+MISMATCH, MISMATCH_IN_HALF = 0.05, 0.2
+"""Nats a token that rounding may account for, the second where server or policy compute in half precision: five times
+the 0.008 and 0.04 of SmolLM2-135M (docs/measured.md). The copy's weights are rounded to bfloat16 in both."""
 
 
 class VLLMEngine:
@@ -40,22 +38,38 @@ class VLLMEngine:
     """
 
     def __init__(self, url: str, directory: str | Path, *, requests: int = 256, timeout: float = 3600.0) -> None:
-        self.url = url.rstrip("/")
+        self.server = VLLMServer(url, timeout)
         self.directory = Path(directory).expanduser().resolve()
         self.requests = requests
-        self.timeout = timeout
-        self._model: str | None = None
-        """The name under which the server has its model."""
 
     def synchronize(self, policy: CausalLM) -> None:
-        """Give the server the policy's weights as they are now. Raises `ModelError` when it does not take them."""
-        if self._model is None:  # before gigabytes are written for nobody
-            models = self._ask(urllib.request.Request(f"{self.url}/v1/models"))
-            self._model = models["data"][0]["id"]
+        """Give the server the policy's weights as they are now.
+
+        Raises `ModelError` when it does not take them, or is not the policy's (see `VLLMServer.connect`).
+        """
+        server = self._connected(policy)  # before gigabytes are written for nobody
         policy.save_copy(self.directory, dtype=torch.bfloat16)
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.directory)}})
-        if not self._post("/reset_prefix_cache", {}).get("success", True):
-            raise ModelError(f"{self.url}: keeps states of the old weights; is it answering somebody else as well?")
+        server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.directory)}})
+        if not server.post("/reset_prefix_cache", {}).get("success", True):
+            raise ModelError(f"{server.url}: keeps states of the old weights; is it answering somebody else as well?")
+
+    def check_mismatch(self, mismatch: float, *, half_precision: bool) -> None:
+        """Refuse a server whose log-probs are further from the policy's, in nats a token, than rounding explains.
+
+        `half_precision` says how the policy's own were computed. Raises `ModelError`.
+        """
+        bound = MISMATCH_IN_HALF if half_precision or self.server.dtype != "float32" else MISMATCH
+        if not mismatch <= bound:
+            raise ModelError(
+                f"model.engine: the log-probs of {self.server.url} are {mismatch:.3f} nats a token from the policy's, "
+                f"where rounding explains {bound}; it has other weights or settings. Restart it with {FLAGS}, "
+                "without quantization, on model.backbone"
+            )
+
+    def _connected(self, policy: CausalLM) -> VLLMServer:
+        if self.server.model is None:
+            self.server.connect(policy.config)
+        return self.server
 
     def draw(
         self,
@@ -68,9 +82,10 @@ class VLLMEngine:
         eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
-        """As `RolloutEngine.draw`, with the server's log-probs. Needs `synchronize` before it."""
+        """As `RolloutEngine.draw`, with the server's log-probs. One process calls `synchronize` before it."""
+        server = self._connected(policy)
         settings = {
-            "model": self._model,
+            "model": server.model,
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": 1.0,
@@ -85,8 +100,8 @@ class VLLMEngine:
         }
 
         def response(prompt: list[int], seed: int) -> Sampled:
-            answer = self._post("/v1/completions", settings | {"prompt": prompt, "seed": seed})
-            return self._response(answer["choices"][0], eos_id)
+            answer = server.post("/v1/completions", settings | {"prompt": prompt, "seed": seed})
+            return _response(answer["choices"][0], server.url, eos_id=eos_id, max_new_tokens=max_new_tokens)
 
         with ThreadPoolExecutor(max_workers=max(min(self.requests, len(prompts)), 1)) as pool:
             responses = list(pool.map(response, [prompt.tolist() for prompt in prompts], seeds))
@@ -94,33 +109,15 @@ class VLLMEngine:
             Sampled(each.ids.to(prompt.device), each.logprobs) for each, prompt in zip(responses, prompts, strict=True)
         ]
 
-    def _response(self, choice: dict[str, Any], eos_id: int) -> Sampled:
-        ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not ids or logprobs is None or len(logprobs) != len(ids):
-            raise ModelError(
-                f"{self.url}: its responses come without token ids and log-probs; it needs vLLM 0.11 or newer"
-            )
-        if choice.get("finish_reason") == "stop" and ids[-1] != eos_id:
-            raise ModelError(
-                f"{self.url}: a response stopped at token {ids[-1]} and not at the EOS token {eos_id}; "
-                "start the server with --generation-config vllm"
-            )
-        return Sampled(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))
 
-    def _post(self, route: str, content: dict[str, Any]) -> dict[str, Any]:
-        body = json.dumps(content).encode()
-        return self._ask(urllib.request.Request(self.url + route, body, {"Content-Type": "application/json"}))
-
-    def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            reason = " ".join(error.read().decode(errors="replace").split())[:200]
-            hint = " (start it in development mode)" if error.code == 404 else ""
-            raise ModelError(f"model.engine: {request.full_url} answered {error.code}{hint}: {reason}") from error
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model.engine: no vLLM server answers at {request.full_url} ({error}); start one with "
-                + START.format("MODEL")
-            ) from error
+def _response(choice: dict[str, Any], url: str, *, eos_id: int, max_new_tokens: int) -> Sampled:
+    """What a server at `url` gave as one response. Raises `ModelError` where it is none that was asked for."""
+    ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+    if not ids or logprobs is None or len(logprobs) != len(ids):
+        raise ModelError(f"{url}: its responses come without token ids and log-probs; it needs vLLM 0.11 or newer")
+    if ids[-1] != eos_id and len(ids) != max_new_tokens:
+        raise ModelError(
+            f"{url}: a response ended ({choice.get('finish_reason')}) after {len(ids)} of {max_new_tokens} tokens, at "
+            f"token {ids[-1]} and not at the EOS token {eos_id}; start the server with --generation-config vllm"
+        )
+    return Sampled(torch.tensor(ids), torch.tensor(logprobs, dtype=torch.float32))

@@ -113,6 +113,7 @@ class OnlineModule(PolicyModule):
         self.engine: RolloutEngine = TransformersEngine(generation_micro_batch_size)
         if engine != TRANSFORMERS:
             self.engine = VLLMEngine(engine, engine_directory)
+        self._engine_checked = False
         self.value: ValueNetwork | RewardHead | None = None
         self.rollouts_done = 0
         self.rollout_log = RolloutLog(self)
@@ -206,7 +207,17 @@ class OnlineModule(PolicyModule):
         known = data.example_ids(role)
         conversations = [data.messages(role, position) for position in positions]
         scores = rollouts.score(responses, conversations, [known[position] for position in positions])
-        return Experience(responses, scores, rollouts.logprobs(responses, values=values))
+        experience = Experience(responses, scores, rollouts.logprobs(responses, values=values))
+        self._check_engine(experience)
+        return experience
+
+    def _check_engine(self, experience: Experience) -> None:
+        """At the first rollout of a process: an engine that is a server has the policy's weights and settings."""
+        mismatch = experience.engine_mismatch()
+        if isinstance(self.engine, VLLMEngine) and mismatch is not None and not self._engine_checked:
+            half = "16" in str(self.trainer.precision)
+            self.engine.check_mismatch(mismatch.mean().item(), half_precision=half)
+            self._engine_checked = True
 
     def measure(self, batch: PromptBatch, stage: Role) -> Measured:
         """Of one response to each prompt, sampled as in training, always with the same seeds."""

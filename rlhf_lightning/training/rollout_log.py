@@ -61,10 +61,12 @@ class RolloutLog:
         if loggers := self._loggers():
             log_picture(loggers, "reward_against_sqrt_kl", reward_against_kl(self.path), trainer.global_step)
         if not sys.stderr.isatty():
+            mismatch = numbers.get("engine_mismatch")
             log.info(
-                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f",
+                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f%s",
                 *(module.rollouts_done, trainer.global_step, numbers["reward"], numbers["reward_with_kl"]),
                 *(numbers["kl"], numbers["response_length"], numbers["clip_fraction"]),
+                "" if mismatch is None else f", engine mismatch {mismatch:.4f}",
             )
 
     def samples(self, responses: Responses, scores: Tensor, kl: Tensor) -> None:

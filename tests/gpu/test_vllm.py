@@ -1,55 +1,36 @@
-"""The engine against a real vLLM server: VLLM=vllm/bin/vllm python -m pytest -m gpu tests/gpu/test_vllm.py -s
+"""The engine against a real vLLM server on a GPU:
 
-vLLM lives in a virtual environment of its own: `python -m venv vllm && vllm/bin/pip install vllm`.
+RLHF_LIGHTNING_VLLM=vllm/bin/vllm python -m pytest -m gpu tests/gpu/test_vllm.py -s
+
+vLLM lives in a virtual environment of its own: `python -m venv vllm && vllm/bin/pip install vllm`. What does not need a
+GPU is in tests/benchmarks/test_vllm.py.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
-import urllib.request
 
 import pytest
 import torch
 
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.generation import seed_of
-from rlhf_lightning.models.vllm_engine import START, VLLMEngine
+from rlhf_lightning.models.vllm_engine import MISMATCH_IN_HALF, VLLMEngine
+from rlhf_lightning.models.vllm_server import FLAGS
+from tests.vllm_program import needs_vllm, served
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif("VLLM" not in os.environ, reason="VLLM does not name the program vllm"),
+    needs_vllm,
 ]
-PORT = 8765
 
 
 @pytest.fixture
 def server(qwen2_half_billion):
-    _, _, _, _, *options = START.format("X").split()
-    command = [os.environ["VLLM"], "serve", str(qwen2_half_billion), *options]
-    command += [
-        "--port",
-        str(PORT),
-        "--gpu-memory-utilization",
-        "0.4",
-        "--max-model-len",
-        "2048",
-        "--dtype",
-        "bfloat16",
-    ]
-    process = subprocess.Popen(command, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"})
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=1)
-            break
-        except OSError:
-            assert process.poll() is None, "the server ended"
-            time.sleep(1)
-    yield f"http://127.0.0.1:{PORT}"
-    process.terminate()
-    process.wait(60)
+    options = ["--gpu-memory-utilization", "0.4", "--max-model-len", "2048", "--dtype", "bfloat16"]
+    with served(qwen2_half_billion, *options, *FLAGS.split()) as server:
+        yield server.url
 
 
 @torch.no_grad()
@@ -81,4 +62,4 @@ def test_the_server_draws_with_the_weights_that_it_was_given(capsys, server, qwe
                 f"\nscale {scale}: mismatch {mismatch:.4f} nats a token, weights in {synchronized - began:.1f} s, "
                 f"{tokens / (drawn - synchronized):.0f} tokens/s"
             )
-        assert mismatch < 0.1
+        assert mismatch < MISMATCH_IN_HALF

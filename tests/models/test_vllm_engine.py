@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -9,7 +11,7 @@ from safetensors import safe_open
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.generation import TransformersEngine, seed_of
-from rlhf_lightning.models.vllm_engine import VLLMEngine
+from rlhf_lightning.models.vllm_engine import MISMATCH, MISMATCH_IN_HALF, VLLMEngine
 from tests.models.test_generation import END, PAD, PROMPTS
 from tests.models.vllm_stand_in import StandIn
 
@@ -17,11 +19,10 @@ OPTIONS = {"max_new_tokens": 7, "temperature": 0.8, "eos_id": END, "pad_id": PAD
 
 
 @pytest.fixture
-def server():
-    stand_in = StandIn()
+def server(tiny_qwen2):
+    stand_in = StandIn(tiny_qwen2)
     yield stand_in
-    stand_in.shutdown()
-    stand_in.server_close()
+    stand_in.stop()
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_without_a_server_the_line_says_how_to_start_one(policy, tmp_path):
 
 def test_a_server_that_takes_no_weights_is_named(server, policy, tmp_path):
     server.development = False
-    with pytest.raises(ModelError, match=r"/collective_rpc answered 404 \(start it in development mode\)"):
+    with pytest.raises(ModelError, match=r"/server_info\S* answered 404 \(start it with VLLM_SERVER_DEV_MODE=1\)"):
         VLLMEngine(server.url, tmp_path / "weights").synchronize(policy)
 
 
@@ -109,5 +110,71 @@ def test_a_reply_that_stops_elsewhere_is_refused(server, policy, tmp_path):
     engine = VLLMEngine(server.url, tmp_path / "weights")
     engine.synchronize(policy)
     server.extra_stop = engine.draw(policy, PROMPTS[:1], [5], **OPTIONS)[0].ids[1].item()
-    with pytest.raises(ModelError, match="and not at the EOS token 2; start the server with --generation-config vllm"):
+    with pytest.raises(ModelError, match=r"after 2 of 7 tokens, .* EOS token 2; .*--generation-config vllm"):
         engine.draw(policy, PROMPTS[:1], [5], **OPTIONS)
+
+
+def test_a_server_of_another_architecture_is_refused_before_it_gets_weights(server, policy, tiny_llama, tmp_path):
+    server.settings["model"] = str(tiny_llama)
+    refused(server, policy, tmp_path, f"serves {tiny_llama}, whose model_type is llama; the policy's is qwen2")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"],
+)
+def test_a_server_of_other_sizes_is_refused_before_it_gets_weights(server, policy, tiny_qwen2, tmp_path, key):
+    config = json.loads((tiny_qwen2 / "config.json").read_text())
+    del config["layer_types"]  # one for each layer
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {key: config[key] * 2}))
+    server.settings["model"] = str(other)
+    refused(server, policy, tmp_path, f"whose {key} is {config[key] * 2}; the policy's is {config[key]}")
+
+
+def test_a_model_that_is_not_seen_here_is_told_and_not_compared(server, policy, tmp_path, caplog):
+    server.settings["model"] = str(tmp_path / "elsewhere")
+    VLLMEngine(server.url, tmp_path / "weights").synchronize(policy)
+    assert "not compared" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [{"generation_config": "auto"}, {"logprobs_mode": "raw_logprobs"}])
+def test_a_server_without_the_flags_is_refused_with_their_names(server, policy, tmp_path, wrong):
+    server.settings |= wrong
+    refused(server, policy, tmp_path, "--generation-config vllm --logprobs-mode processed_logprobs")
+
+
+def refused(server, policy, tmp_path, words: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        VLLMEngine(server.url, tmp_path / "weights").synchronize(policy)
+    assert server.url in str(refusal.value)
+    assert words in str(refusal.value)
+    assert len(str(refusal.value)) < 400
+    assert not (tmp_path / "weights").exists()
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("when", ["weights", "responses"])
+def test_a_server_that_dies_is_named_with_how_to_go_on(server, policy, tmp_path, when):
+    engine = VLLMEngine(server.url, tmp_path / "weights")
+    engine.synchronize(policy)
+    server.stop()
+    with pytest.raises(ModelError, match=f"{server.url} .*; restart it with .* --ckpt_path last"):
+        engine.synchronize(policy) if when == "weights" else engine.draw(policy, PROMPTS, [1, 2, 3, 4], **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "half_precision", "bound"),
+    [("float32", False, MISMATCH), ("float32", True, MISMATCH_IN_HALF), ("bfloat16", False, MISMATCH_IN_HALF)],
+)
+def test_logprobs_further_from_the_policys_than_rounding_explains_are_refused(
+    server, policy, tmp_path, dtype, half_precision, bound
+):
+    server.settings["dtype"] = f"torch.{dtype}"
+    engine = VLLMEngine(server.url, tmp_path / "weights")
+    engine.synchronize(policy)
+    engine.check_mismatch(bound, half_precision=half_precision)
+    for mismatch in (1.01 * bound, float("nan")):
+        with pytest.raises(ModelError, match="--generation-config vllm --logprobs-mode processed_logprobs"):
+            engine.check_mismatch(mismatch, half_precision=half_precision)

@@ -1,6 +1,6 @@
 """A server with the routes of vLLM that the engine uses, which draws by transformers: no GPU, and no vLLM, is needed.
 
-It says nothing of vLLM itself; tests/gpu/test_vllm.py does, where there is one.
+It says nothing of vLLM itself; tests/benchmarks/test_vllm.py does, where there is one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 
@@ -17,16 +18,29 @@ from rlhf_lightning.models.generation import TransformersEngine
 
 class StandIn(ThreadingHTTPServer):
     """Serves at `url`; `asked` are all requests in order, `stop_at` a token at which replies stop besides the one asked
-    for, `development` whether weights can be given."""
+    for, `development` whether weights can be given, `settings` what it says of itself, `raw` whether its log-probs are
+    those before the temperature."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.asked: list[tuple[str, dict]] = []
-        self.development, self.extra_stop = True, None
+        self.development, self.raw = True, False
+        self.extra_stop: int | None = None
+        self.settings = {
+            "model": str(model),
+            "dtype": "torch.float32",
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+        }
         self.policy: CausalLM | None = None
         self.lock = threading.Lock()  # transformers' generate is not for several threads at once
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        """Answers nobody any more."""
+        self.shutdown()
+        self.server_close()
 
     @torch.no_grad()
     def complete(self, content: dict) -> dict:
@@ -44,7 +58,7 @@ class StandIn(ThreadingHTTPServer):
             )
         ids = reply.ids
         logits = self.policy.model(input_ids=torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
-        logprobs = torch.log_softmax(logits.float() / content["temperature"], dim=-1)
+        logprobs = torch.log_softmax(logits.float() / (1 if self.raw else content["temperature"]), dim=-1)
         taken = logprobs.gather(1, ids[:, None])[:, 0].tolist()
         stopped = int(ids[-1]) in (end, self.extra_stop)
         choice = {"index": 0, "text": "", "finish_reason": "stop" if stopped else "length", "token_ids": ids.tolist()}
@@ -55,7 +69,11 @@ class Handler(BaseHTTPRequestHandler):
     server: StandIn
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": "the-model"}]})
+        if self.path == "/v1/models":
+            return self._answer(200, {"data": [{"id": "the-model"}]})
+        if self.path == "/server_info?config_format=json" and self.server.development:
+            return self._answer(200, {"vllm_config": {"model_config": self.server.settings}})
+        return self._answer(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

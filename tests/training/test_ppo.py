@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.commands.main import main
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.value_network import ValueNetwork
+from rlhf_lightning.models.vllm_engine import MISMATCH
 from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.training.best import SavingOrder
 from rlhf_lightning.training.callbacks import ExportBest
@@ -233,19 +234,38 @@ def test_the_rule_is_learned(build_ppo, trainer):
     assert module.rollouts_done == 14
 
 
+@pytest.fixture
+def server(tiny_qwen2):
+    stand_in = StandIn(tiny_qwen2)
+    yield stand_in
+    stand_in.stop()
+
+
 def test_a_server_draws_with_the_weights_of_each_rollout_and_its_logprobs_are_only_compared(
-    build_ppo, trainer, tmp_path
+    build_ppo, trainer, tmp_path, server, caplog
 ):
     """The start check holds, since the policy scores the replies again; what the server's rounding does is logged."""
-    server = StandIn()
     made = build_ppo(engine=server.url, engine_directory=str(tmp_path / "weights"), temperature=0.8, num_ppo_epochs=1)
-    _, recorder, _ = fitted(trainer, made)
-    server.shutdown()
-    server.server_close()
+    with caplog.at_level("INFO", logger="rlhf_lightning.training.rollout_log"):
+        _, recorder, _ = fitted(trainer, made)
     routes = [route for route, _ in server.asked]
     assert routes == [*["/collective_rpc", "/reset_prefix_cache"], *["/v1/completions"] * 6] * 3
-    assert all(1e-6 < row["engine_mismatch"] < 0.1 for row in recorder.rows)
+    assert all(1e-6 < row["engine_mismatch"] < MISMATCH for row in recorder.rows)
     assert recorder.rows[0]["ratio"] == pytest.approx(1, abs=0.01)
+    assert f"engine mismatch {recorder.rows[-1]['engine_mismatch']:.4f}" in caplog.text
+
+
+@pytest.mark.parametrize("validation", [0, 1])
+def test_a_server_whose_logprobs_are_not_the_policys_is_refused_at_the_first_rollout(
+    build_ppo, trainer, tmp_path, server, validation
+):
+    server.raw = True
+    module, data = build_ppo(engine=server.url, engine_directory=str(tmp_path / "weights"), temperature=0.5)
+    before = weights(CausalLM.from_pretrained(module.hparams.backbone))
+    with pytest.raises(ModelError, match="--generation-config vllm --logprobs-mode processed_logprobs"):
+        trainer(limit_val_batches=validation).fit(module, data)
+    assert sum(route == "/v1/completions" for route, _ in server.asked) == 6
+    assert torch.equal(weights(module.policy), before)
 
 
 def test_an_engine_that_is_none_is_refused(build_ppo):
