@@ -80,19 +80,14 @@ def test_its_responses_and_logprobs_are_those_of_the_weights_that_it_was_given(s
         given = time.perf_counter()
         sampled = engine.draw(policy, PROMPTS, SEEDS, temperature=0.8, **OPTIONS)
         drawn = time.perf_counter()
-        copy = CausalLM.from_pretrained(str(tmp_path / "weights"))
-        tokens, mismatch, rounded = (
-            sum(len(each.ids) for each in sampled),
-            *(mismatch_of(model, sampled, 0.8) for model in (policy, copy)),
-        )
-        print(f"\nmismatch {mismatch:.5f} nats a token, {rounded:.7f} of the copy with its 16-bit weights; weights in ")
-        print(f"{given - began:.2f} s, {tokens} tokens at {tokens / (drawn - given):.0f} a second")
-        assert rounded < 1e-4
+        tokens, mismatch = sum(len(each.ids) for each in sampled), mismatch_of(policy, sampled, 0.8)
+        print(f"\nmismatch {mismatch:.7f} nats a token; weights in {given - began:.2f} s; {tokens} tokens, ", end="")
+        print(f"{tokens / (drawn - given):.0f} a second")
         assert mismatch < MISMATCH
         again = engine.draw(policy, PROMPTS, SEEDS, temperature=0.8, **OPTIONS)
         assert [each.ids.tolist() for each in again] == [each.ids.tolist() for each in sampled]
         greedy, own = (
-            which.draw(copy, PROMPTS, SEEDS, temperature=0.0, **OPTIONS) for which in (engine, TransformersEngine())
+            which.draw(policy, PROMPTS, SEEDS, temperature=0.0, **OPTIONS) for which in (engine, TransformersEngine())
         )
         assert [each.ids.tolist() for each in greedy] == [each.ids.tolist() for each in own]
         seen.append(sampled)
@@ -113,10 +108,10 @@ def test_ppo(server, models, trainer, tmp_path):  # noqa: F811
     data = PromptDataModule(train="builtin:courtesy", tokenizer=str(models / "llama"), batch_size=8, seed=3, limit=40)
     _, recorder, _ = fitted(trainer, (module, data))
     for row in recorder.rows:
-        print({name: round(row[name], 4) for name in ("engine_mismatch", "kl", "reward", "seconds/rollout")})
+        print({name: round(row[name], 7) for name in ("engine_mismatch", "kl", "reward", "seconds/rollout")})
     assert len(recorder.rows) == 5
-    assert all(1e-6 < row["engine_mismatch"] < MISMATCH for row in recorder.rows)
-    assert recorder.rows[-1]["kl"] > 0.01, "the policy moved, and the server with it"
+    assert all(row["engine_mismatch"] < MISMATCH for row in recorder.rows)
+    assert recorder.rows[-1]["kl"] > 1, "the policy moved, and the server with it"
 
 
 @pytest.mark.parametrize(("name", "words"), [("qwen2", "model_type is llama"), ("wide", "intermediate_size is 96")])

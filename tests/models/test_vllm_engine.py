@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
@@ -65,6 +66,16 @@ def test_nothing_but_the_temperature_shapes_the_drawing(server, policy, tmp_path
     assert neutral.items() <= asked.items()
     assert asked["stop_token_ids"] == [END]
     assert asked["ignore_eos"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_weights_are_given_in_the_dtype_of_the_server(server, policy, tmp_path, dtype):
+    server.settings["dtype"] = str(dtype)
+    VLLMEngine(server.url, tmp_path / "weights").synchronize(policy)
+    stored = load_file(tmp_path / "weights" / "model.safetensors")
+    state = policy.model.state_dict()
+    assert all(torch.equal(weight, state[name].to(dtype)) for name, weight in stored.items())
+    assert {weight.dtype for weight in stored.values()} == {dtype}
 
 
 @pytest.mark.parametrize("saved", [None, ["norm"]])

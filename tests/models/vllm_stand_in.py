@@ -29,7 +29,7 @@ class StandIn(ThreadingHTTPServer):
         self.extra_stop: int | None = None
         self.settings = {
             "model": str(model),
-            "dtype": "torch.float32",
+            "dtype": "torch.bfloat16",
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
         }
