@@ -470,8 +470,7 @@ def logged_scalars(run: Path) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tags = {tag for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"] if "/" in tag}
-    (best,) = (tag for tag in tags if tag.startswith("best/val/"))
-    return tags - {best}
+    return {tag for tag in tags if not tag.startswith("best/val/")}
 
 
 def documented_scalars(name: str) -> set[str]:

@@ -113,7 +113,7 @@ def test_last_with_broken_checkpoints_alone_does_not_begin_anew(tmp_path, monkey
     directory.mkdir(parents=True)
     (directory / "last-3.ckpt").write_bytes(b"PK cut")
     assert main(["fit", "--config", QUICKSTART, "--ckpt_path", "last"]) == 2
-    assert "leave ckpt_path out to begin anew at step 0" in capsys.readouterr().err.splitlines()[-1]
+    assert "leave ckpt_path out to start over at step 0" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_whose_base_model_is_gone_names_it_in_one_line(tmp_path):

@@ -70,7 +70,7 @@ def test_a_run_of_few_steps_is_warned_of(build, trainer, caplog, settings, warne
     [
         ("linear", 2, 0.1, ["at step 6 the learning rate goes from 0 to 0.05"]),
         ("constant", 2, 0.1, []),
-        ("constant", 2, 0.3, ["with lr 0.1, not 0.3"]),
+        ("constant", 2, 0.3, ["lr 0.1, not 0.3"]),
         ("cosine", 3, 0.1, ["at step 6 the learning rate goes from 0 to 0.075"]),
     ],
 )
