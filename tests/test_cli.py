@@ -95,7 +95,7 @@ def test_help_of_a_class_shows_the_sentences_of_its_docstring(capsys, name, word
         (["fit", "--config", SFT, *TINY, "--model.backbone", "./absent"], ["./absent", "no directory here"]),
         (["fit"], ["no model class", "--config"]),
         (["fit", "--data.train", "a.jsonl"], ["no model class", "--config"]),
-        (["fit", "--config", "absent.yaml"], ["absent.yaml", "does not exist"]),
+        (["fit", "--config", "absent.yaml"], ["absent.yaml", "no such file", "rlhf-lightning configs"]),
         (["fit", "--config", QUICKSTART, "--model.betaa", "3"], ["model", "'betaa' is not accepted"]),
         (["fit", "--config", QUICKSTART, "--trainer.max_step", "4"], ["--trainer.max_step"]),
         (["fit", "--config", QUICKSTART, "--trainer.max_epochs", "many"], ["trainer.max_epochs", "many"]),
@@ -195,6 +195,17 @@ def test_a_checkpoint_brings_the_settings_of_its_run(capsys, tmp_path):
     assert "no model class" in refusal(capsys, "fit", "--ckpt_path", str(moved)), "a run is not begun by accident"
 
 
+def test_a_run_that_was_stopped_before_it_got_better_says_so(capsys, tmp_path):
+    rows = [{"prompt": f"{i} + {i}?", "chosen": f"It is {2 * i}, I think.", "rejected": "no"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ["--config", "builtin:reward_model", "--config", "builtin:hardware/cpu"]
+    assert main(["fit", *config, "--model.backbone=builtin:tiny", "--data.train=pairs.jsonl"]) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint:  runs/reward_model/version_0/checkpoints/best-0.ckpt" in printed
+    assert re.search(r"^stopped early: .*val/auroc did not improve in the last 6", printed, re.MULTILINE)
+    assert "model:       models/reward_model (UNTRAINED" in printed
+
+
 def test_scores_of_an_untrained_head_are_called_so(capsys):
     assert main(["validate", "--config", QUICKSTART, "--trainer.limit_val_batches", "1"]) == 0
     assert "the head is untrained" in capsys.readouterr().err
@@ -235,6 +246,7 @@ def test_a_file_that_is_no_yaml_is_refused(capsys, tmp_path):
         ("--trainer.max_epoch=1", "did you mean trainer.max_epochs?"),
         ("--output_dir=x", "did you mean trainer.callbacks.directory"),
         ("--lr=1", "did you mean model.optimizer.lr?"),
+        ("--num_train_epochs=2 --lr=1", "did you mean trainer.max_epochs, model.optimizer.lr?"),
         ("--model=Sft", "model: no such class: Sft; did you mean SFT?"),
         ("--model.optimizer=Adamw", "model.optimizer: no such class: Adamw; did you mean AdamW?"),
         ("--model.optimizer.lr=5e-6x", "model.optimizer.lr: expected a number, not '5e-6x'"),
@@ -244,7 +256,7 @@ def test_a_file_that_is_no_yaml_is_refused(capsys, tmp_path):
     ],
 )
 def test_a_refused_key_names_the_one_that_was_meant(capsys, argument, line):
-    said = refusal(capsys, "fit", "--config", PPO, argument)
+    said = refusal(capsys, "fit", "--config", PPO, *argument.split())
     assert line in said
     assert said.count("did you mean") <= 1
 

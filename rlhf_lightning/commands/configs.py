@@ -70,7 +70,15 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
             replaced[place] = f"{option}{equals}{path_of(value)}"
         elif argument.startswith(BUILTIN) and place and arguments[place - 1] in ("-c", "--config"):
             replaced[place] = str(path_of(argument))
+        elif place and arguments[place - 1] in ("-c", "--config") and _is_absent(argument):
+            raise ConfigurationError(
+                f"{argument}: no such file; `rlhf-lightning configs` lists those that come with the program"
+            )
     return replaced
+
+
+def _is_absent(file: str) -> bool:
+    return file.endswith((".yaml", ".yml")) and not Path(file).expanduser().exists()
 
 
 def _summary(path: Path) -> str:

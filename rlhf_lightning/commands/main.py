@@ -99,7 +99,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if OF_A_PIPELINE in os.environ:
         end_with_pipeline()
     try:
-        if any("builtin:" in argument for argument in arguments):
+        if {"-c", "--config"} & set(arguments) or any("builtin:" in argument for argument in arguments):
             from rlhf_lightning.commands.configs import with_paths
 
             arguments = [command, *with_paths(arguments[1:])]

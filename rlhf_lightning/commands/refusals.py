@@ -87,20 +87,25 @@ class OneLineParser(ArgumentParser):
 
 
 def meant(message: str, keys: Iterable[str], others: Mapping[str, str]) -> str:
-    """`; did you mean KEY?` for the message of a parser with these keys that does not know one; else nothing."""
+    """`; did you mean KEY?` for the message of a parser with these keys that does not know some; else nothing."""
     if (found := _UNKNOWN.search(message)) is None or "did you mean" in message:
         return ""
-    unknown = next(filter(None, found.groups())).removesuffix(".class_path")
+    unknown = [next(filter(None, found.groups())).removesuffix(".class_path")]
+    if found["argument"]:
+        unknown = re.findall(r"--([\w.-]+)", message)
+    close = [each for name in unknown if (each := _nearest(name, list(keys), others))]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _nearest(unknown: str, keys: Iterable[str], others: Mapping[str, str]) -> str | None:
     known = {_plain(key): key for key in keys}
     last = {_plain(key.rpartition(".")[2]): key for key in keys}
     place, _, name = _plain(unknown).rpartition(".")
     if name in others and others[name] != unknown:
-        return f"; did you mean {others[name]}?"
+        return others[name]
     if close := difflib.get_close_matches(_plain(unknown), known, n=1, cutoff=0.75):
-        return f"; did you mean {known[close[0]]}?"
-    if name in last and place == "":
-        return f"; did you mean {last[name]}?"
-    return ""
+        return known[close[0]]
+    return last.get(name) if place == "" else None
 
 
 def _plain(key: str) -> str:

@@ -175,7 +175,7 @@ def _generate(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_id,
+        eos_token_id=eos_id if eos_id >= 0 else None,
         pad_token_id=pad_id,
         use_cache=True,
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -67,7 +67,9 @@ def print_results(trainer: Trainer) -> None:
         _print_table({TrainerFn.TESTING: "test"}.get(trainer.state.fn, "validation"), results.metrics)
     for callback in trainer.callbacks:
         if isinstance(callback, ExportBest) and callback.exported:
-            say(f"model:       {_relative(callback.directory)}")
+            say(f"model:       {_relative(callback.directory)}" + callback.remark)
+        elif isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            say(f"stopped early: {callback.stopping_reason_message}")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             say(f"TensorBoard: {_relative(logger.log_dir)}")
@@ -121,6 +123,8 @@ class ExportBest(Callback):
         self.exported = False
         self.fault: str | None = None
         """Why nothing was exported, where it was not."""
+        self.remark = ""
+        """What has to be said of the model that was exported."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what could not be written in the end, before any training. Raises `ConfigurationError`."""
@@ -160,6 +164,8 @@ class ExportBest(Callback):
         """Write the directory, or return why not."""
         try:
             module, stored = trained_module(type(pl_module), best)
+            if stored["global_step"] == 0:
+                self.remark = " (UNTRAINED: the weights that the run began with, since no later validation was better)"
         except UserError as error:  # nothing was learned, or it was damaged in the meantime
             return str(error)
         try:

@@ -17,6 +17,11 @@ class ShortProgressBar(RichProgressBar):
         bar.bar_width = 8
         return [description, bar, batches, TimeRemainingColumn(compact=True)]
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Counted from 1, as steps are."""
+        of = "" if self.trainer.max_epochs is None else f"/{self.trainer.max_epochs}"
+        return f"{f'Epoch {current_epoch + 1}{of}':{len(self.validation_description)}}"
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
