@@ -137,7 +137,7 @@ def test_a_server_without_the_flags_is_refused(models, tmp_path):
         engine = VLLMEngine(plain.url, tmp_path / "weights")
         with pytest.raises(ModelError, match=FLAGS):
             engine.synchronize(policy)
-        engine.server.model = str(models / "llama")  # as if it had been taken
+        engine.server.model, engine.server.dtype = str(models / "llama"), "float32"  # as if it had been taken
         engine.synchronize(policy)
         sampled = engine.draw(policy, PROMPTS, SEEDS, temperature=0.8, **OPTIONS)
     mismatch = mismatch_of(policy, sampled, 0.8)
