@@ -19,7 +19,9 @@ def taking_media(loggers: Iterable[Logger]) -> list[Logger]:
     ]
 
 
-def log_table(loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int):
+def log_table(
+    loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+) -> None:
     """A text `name` in TensorBoard, an artifact `name/step_N.md` in MLflow, else a table of the logger's own."""
     for logger in taking_media(loggers):
         experiment: Any = logger.experiment
@@ -32,7 +34,7 @@ def log_table(loggers: Iterable[Logger], name: str, columns: Sequence[str], rows
 
 
 def log_picture(loggers: Iterable[Logger], name: str, picture: np.ndarray, step: int) -> None:
-    """A picture, [height, width, 3] uint8."""
+    """A picture of an optimizer step, [height, width, 3] uint8."""
     for logger in taking_media(loggers):
         experiment: Any = logger.experiment
         if isinstance(logger, TensorBoardLogger):
