@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".gguf"
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+"""Ends the names of llama.cpp's split files."""
 _OTHER_MODELS = ("adapter_config.json", "*.safetensors", "pytorch_model*.bin")
 _TEXT = " A word,  two; <|im_start|>user\n\t1234.5 é 漢字 🙂 don't"
 """Of which a tokenizer that was written has to give the ids of the one in the GGUF file."""
@@ -27,22 +30,34 @@ _TEXT = " A word,  two; <|im_start|>user\n\t1234.5 é 漢字 🙂 don't"
 def gguf_file(name: str) -> Path | None:
     """The GGUF file that a name stands for: that file, or a directory with this one and no other model; else None.
 
-    Raises `ModelError` where there are several, or the file is not there.
+    Raises `ModelError` where there are several, or one that is a part of a model, or the file is not there.
     """
     path = Path(name).expanduser()
     if path.suffix == _SUFFIX:
         if path.is_file():
+            _check_whole(path)
             return path
         if not path.is_dir():
             raise ModelError(f"{name}: no such file; give a GGUF file, or a directory with one")
     if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _OTHER_MODELS):
         return None
     files = sorted(path.glob(f"*{_SUFFIX}"))
+    for file in files[:1]:
+        _check_whole(file)
     if len(files) > 1:
         raise ModelError(
             f"{name}: holds {len(files)} GGUF files; give one of them: {', '.join(each.name for each in files[:4])}"
         )
     return files[0] if files else None
+
+
+def _check_whole(file: Path) -> None:
+    if part := _PART.search(file.name):
+        whole = file.name.removesuffix(part[0]) + _SUFFIX
+        raise ModelError(
+            f"{file}: one of {int(part[1])} parts of a model; join them with llama.cpp's `llama-gguf-split --merge "
+            f"{file.name.removesuffix(part[0])}-00001-of-{part[1]}{_SUFFIX} {whole}`, and give {whole}"
+        )
 
 
 def converted(file: Path) -> str:

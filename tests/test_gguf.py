@@ -186,6 +186,15 @@ def test_several_files_and_none_and_a_broken_one_are_refused_in_a_line(file, tmp
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("given", ["", "big-00002-of-00003.gguf"], ids=["directory", "part"])
+def test_parts_of_a_split_file_are_refused_with_how_to_join_them(tmp_path, given):
+    for part in (1, 2, 3):
+        (tmp_path / f"big-0000{part}-of-00003.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"3 parts .*--merge big-00001-of-00003\.gguf big\.gguf") as raised:
+        load_config(str(tmp_path / given))
+    assert "\n" not in str(raised.value)
+
+
 def test_without_the_package_the_extra_is_named(file, monkeypatch):
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else known(name, *rest))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LARGEST_DIFFERENCE = 1e-3
 """Between the outputs with adapters beside the weights and merged into them, by the largest output."""
+_WHOLE = ("original_module.weight", "token_adapter.base_layer.weight", "base_layer.weight", "weight")
+"""What peft calls embeddings in a file of adapters, before what was trained on top of them."""
 _ROOT = "base_model.model."
 """Begins the name of every tensor in a file of adapters."""
 
@@ -54,6 +56,25 @@ def describe_classifier(config: PretrainedConfig, directory: Path) -> None:
     config.architectures = [known[type(config)].__name__]
 
 
+def describe_vocabulary(config: PretrainedConfig, directory: Path) -> None:
+    """Let the configuration of a base model say how many tokens its adapters were trained with, where some were added.
+
+    Their file then holds the embeddings whole. Raises `ModelError` as `stored_tensors`.
+    """
+    if not names_of_whole_layers(directory):
+        return
+    try:
+        with torch.device("meta"):
+            model = auto_class_of(directory).from_config(config)
+    except ValueError:  # code of its own, which is not run for that; loading will say whether the sizes are its base's
+        return
+    embeddings = model.get_input_embeddings()
+    (place,) = (f"{_ROOT}{name}." for name, layer in model.named_modules() if layer is embeddings)
+    for name, tensor in stored_tensors(directory).items():
+        if name.removeprefix(place) in _WHOLE:
+            config.get_text_config().vocab_size = len(tensor)
+
+
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors of adapters, by the names in their file. Raises `ModelError` where there are none, or not peft."""
     _require_peft(directory)
@@ -70,10 +91,11 @@ def names_of_whole_layers(directory: Path) -> set[str]:
     return {name.removeprefix(_ROOT) for name in stored_tensors(directory) if ".lora_" not in name}
 
 
-def merged(model: PreTrainedModel, directory: Path, name: str) -> PreTrainedModel:
+def merged(model: PreTrainedModel, directory: Path, name: str, *, vocabulary: int) -> PreTrainedModel:
     """The model, float32, with the adapters of a directory merged into its weights; all of them can be trained.
 
-    Raises `ModelError` when weights of the adapters are missing or left over, and when the merged model would compute
+    `vocabulary` is the number of tokens that the adapters were trained with (`describe_vocabulary`). Raises
+    `ModelError` when weights of the adapters are missing or left over, and when the merged model would compute
     something else than the model with adapters beside it.
     """
     _require_peft(directory)
@@ -84,6 +106,7 @@ def merged(model: PreTrainedModel, directory: Path, name: str) -> PreTrainedMode
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks by the old name
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # untied below
+            _resize_where_needed(model, vocabulary, directory)
             _untie_where_needed(model, adapter_settings(directory), directory)
             wrapped = PeftModel.from_pretrained(model, str(directory))
             loaded = wrapped.load_adapter(str(directory), wrapped.active_adapter)  # again, since this one tells
@@ -92,7 +115,7 @@ def merged(model: PreTrainedModel, directory: Path, name: str) -> PreTrainedMode
         raise ModelError(f"{name}: its adapters could not be put on {base} ({reason_of(error)})") from error
     for what, keys in (
         ("of its adapters are not in its file", loaded.missing_keys),
-        ("in its file have no place in the model", loaded.unexpected_keys),
+        ("in its file have no place in the model", _without_copies(loaded.unexpected_keys, directory)),
     ):
         if keys:
             raise ModelError(f"{name}: {len(keys)} weights {what}, the first {sorted(keys)[0]}; give whole adapters")
@@ -104,11 +127,42 @@ def merged(model: PreTrainedModel, directory: Path, name: str) -> PreTrainedMode
     return model.requires_grad_(True).train()  # peft has frozen them
 
 
+def _without_copies(left_over: list[str], directory: Path) -> list[str]:
+    """Of the weights that a model has no place for, those that no other weight of the file is equal to.
+
+    Where peft stores embeddings whole, it stores some of them under two names.
+    """
+    stored = stored_tensors(directory)
+    used = [tensor for name, tensor in stored.items() if name not in left_over]
+    return [name for name in left_over if not any(torch.equal(stored[name], tensor) for tensor in used)]
+
+
 def _require_peft(directory: Path) -> None:
     import importlib.util
 
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{directory}: LoRA adapters need the package peft; pip install 'rlhf-lightning[lora]'")
+
+
+def _resize_where_needed(model: PreTrainedModel, vocabulary: int, directory: Path) -> None:
+    """Give the model the tokens that adapters were trained with, and their embeddings from the adapters' file.
+
+    Raises `ModelError` where rows of the output layer would stay random.
+    """
+    known, stored = model.config.get_text_config().vocab_size, stored_tensors(directory)
+    if vocabulary == known:
+        return
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+    for end, layer in ((name, layer) for name, layer in model.named_modules() if layer in ends):
+        found = [f"{_ROOT}{end}.{name}" for name in _WHOLE if f"{_ROOT}{end}.{name}" in stored]
+        if found:
+            layer.weight.data.copy_(stored[found[0]])
+        elif vocabulary > known and not model.config.get_text_config().tie_word_embeddings:
+            raise ModelError(
+                f"{vocabulary - known} tokens were added to it, and their rows of {end} are not in the adapters' file; "
+                "save them by peft's save_pretrained(..., save_embedding_layers=True)"
+            )
 
 
 def _untie_where_needed(model: PreTrainedModel, settings: dict[str, Any], directory: Path) -> None:
@@ -117,11 +171,13 @@ def _untie_where_needed(model: PreTrainedModel, settings: dict[str, Any], direct
     Merged into tied weights, the part of the output layer would change the embeddings as well.
     """
     config, ends = model.config.get_text_config(), (model.get_input_embeddings(), model.get_output_embeddings())
-    if not getattr(config, "tie_word_embeddings", False) or None in ends or settings.get("ensure_weight_tying"):
+    kept_tied = settings.get("ensure_weight_tying") or settings.get("trainable_token_indices")  # by peft itself
+    if not getattr(config, "tie_word_embeddings", False) or None in ends or kept_tied:
         return
-    names = {each for each, layer in model.named_modules() if layer in ends}
-    changed = {name.removeprefix(_ROOT) for name in stored_tensors(directory)}
-    if not any(name.startswith(f"{end}.") for name in changed for end in names):
+    places = tuple(f"{_ROOT}{name}." for name, layer in model.named_modules() if layer in ends)
+    changed = {name: tensor for name, tensor in stored_tensors(directory).items() if name.startswith(places)}
+    both_whole = changed.keys() == {f"{place}weight" for place in places} and torch.equal(*changed.values())
+    if not changed or both_whole:
         return
     output = ends[1]
     output.weight = nn.Parameter(output.weight.detach().clone())

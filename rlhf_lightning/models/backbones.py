@@ -5,6 +5,7 @@ R rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
@@ -100,7 +101,12 @@ def load_weights(
     if (adapters := adapters_alone(name_or_path)) is not None:
         arguments |= {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         arguments["brought"] = brought | names_of_whole_layers(adapters)
-        return merged(load_weights(auto_class, adapter_base(adapters), config, **arguments), adapters, name_or_path)
+        base, below = adapter_base(adapters), copy.deepcopy(config)
+        vocabulary = config.get_text_config().vocab_size
+        its = load_config(base, trust_remote_code=trust_remote_code).get_text_config()
+        below.get_text_config().vocab_size = its.vocab_size
+        model = load_weights(auto_class, base, below, **arguments)
+        return merged(model, adapters, name_or_path, vocabulary=vocabulary)
     if attn_implementation == PACKED:
         register()
     # Its report calls a head's weights unexpected and tells of missing ones; the former are meant, the latter refused.

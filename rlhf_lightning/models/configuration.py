@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import ModelError, reason_of
-from rlhf_lightning.files.adapters import adapter_base, adapters_alone, is_local, without_adapters
+from rlhf_lightning.files.adapters import BASE, adapter_base, adapters_alone, is_local, without_adapters
 from rlhf_lightning.files.seals import check_seal
 from rlhf_lightning.hub import use_cache_without_network
-from rlhf_lightning.models.adapters import describe_classifier
+from rlhf_lightning.models.adapters import describe_classifier, describe_vocabulary
 from rlhf_lightning.models.storage import edited_settings
 from rlhf_lightning.tiny import resolve_model
 
@@ -34,8 +34,13 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pretra
     path = resolve_model(name_or_path)
     check_seal(path, weights=False)
     if (adapters := adapters_alone(name_or_path)) is not None:
-        config = load_config(adapter_base(adapters), trust_remote_code=trust_remote_code)
+        base = adapter_base(adapters)
+        try:
+            config = load_config(base, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f"{name_or_path}: its {BASE} cannot be loaded, {reason_of(error)}") from error
         describe_classifier(config, adapters)
+        describe_vocabulary(config, adapters)
         return config
     if is_local(path) and not (Path(path) / "config.json").is_file():
         what = "a directory without a config.json, so no model" if Path(path).is_dir() else "no directory here"

@@ -35,9 +35,12 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def write_adapters(
-    base: Path, directory: Path, *, auto_class: str = "AutoModelForCausalLM", **settings
+    base: Path, directory: Path, *, auto_class: str = "AutoModelForCausalLM", vocabulary: int | None = None, **settings
 ) -> torch.Tensor:
-    """Adapters of a base model in a directory, as peft writes them. Returns their model's outputs on `IDS`."""
+    """Adapters of a base model, resized to a vocabulary, in a directory, as peft writes them.
+
+    Returns their model's outputs on `IDS`, and of another vocabulary on its last ids.
+    """
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -45,12 +48,18 @@ def write_adapters(
     model = getattr(transformers, auto_class).from_pretrained(base, dtype=torch.float32, **sizes)
     if sizes:
         model.config.pad_token_id = 0
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary)
     settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | settings
     wrapped = get_peft_model(model, LoraConfig(**settings))
     randomize(wrapped)
     wrapped.save_pretrained(directory)
     with torch.no_grad():
-        return wrapped.eval()(input_ids=IDS)[0]
+        return wrapped.eval()(input_ids=IDS if vocabulary is None else last_ids(vocabulary))[0]
+
+
+def last_ids(vocabulary: int) -> torch.Tensor:
+    return torch.arange(vocabulary - 20, vocabulary)[None]
 
 
 def point_at(directory: Path, base: str | None) -> None:
@@ -68,8 +77,12 @@ def point_at(directory: Path, base: str | None) -> None:
         {"modules_to_save": ["norm"]},
         {"target_modules": ["q_proj", "lm_head"]},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [7, 8]},
     ],
-    ids=["q and v", "DoRA", "rsLoRA, all linear", "no task", "norm whole", "tied lm_head", "both tied ends whole"],
+    ids=[
+        *("q and v", "DoRA", "rsLoRA, all linear", "no task", "norm whole", "tied lm_head", "both tied ends whole"),
+        "rows of tied ends",
+    ],
 )
 def test_adapters_are_merged_into_a_model_that_computes_what_peft_computes(tiny_qwen2, tmp_path, settings):
     expected = write_adapters(tiny_qwen2, tmp_path / "sft", **settings)
@@ -84,6 +97,89 @@ def test_adapters_are_merged_into_a_model_that_computes_what_peft_computes(tiny_
     policy.save_pretrained(tmp_path / "whole")
     again = CausalLM.from_pretrained(str(tmp_path / "whole"))
     torch.testing.assert_close(again.model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-4)
+
+
+WHOLE = {"modules_to_save": ["embed_tokens"]}
+
+
+@pytest.fixture(scope="module")
+def untied(tiny_llama, tmp_path_factory):
+    """A Llama with an output layer of its own."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    directory = tmp_path_factory.mktemp("untied")
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("base", ["untied", "tiny_qwen2"])
+@pytest.mark.parametrize("difference", [3, -2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        WHOLE,
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        WHOLE | {"ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [7, 8]},
+    ],
+    ids=["embeddings untrained", "embeddings whole", "both ends whole", "kept tied", "LoRA on both ends", "rows"],
+)
+def test_adapters_made_with_another_vocabulary_bring_it(request, tmp_path, base, difference, settings):
+    start = request.getfixturevalue(base)
+    vocabulary = load_config(str(start)).vocab_size + difference
+    expected = write_adapters(start, tmp_path / "sft", vocabulary=vocabulary, **settings)
+    assert load_config(str(tmp_path / "sft")).vocab_size == vocabulary
+    policy = CausalLM.from_pretrained(str(tmp_path / "sft"))
+    with torch.no_grad():
+        found = policy.model(input_ids=last_ids(vocabulary)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    assert RewardNetwork.from_backbone(str(tmp_path / "sft")).backbone.config.vocab_size == vocabulary
+
+
+def test_embeddings_that_adapters_bring_untrained_stay_tied(tiny_qwen2, tmp_path):
+    vocabulary = load_config(str(tiny_qwen2)).vocab_size + 3
+    write_adapters(tiny_qwen2, tmp_path, vocabulary=vocabulary)
+    model = CausalLM.from_pretrained(str(tmp_path)).model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_added_tokens_are_the_same_at_both_tied_ends_where_adapters_change_one(tiny_qwen2, tmp_path):
+    vocabulary = load_config(str(tiny_qwen2)).vocab_size + 3
+    expected = write_adapters(tiny_qwen2, tmp_path, vocabulary=vocabulary, target_modules=["q_proj", "embed_tokens"])
+    with torch.no_grad():
+        found = CausalLM.from_pretrained(str(tmp_path)).model(input_ids=last_ids(vocabulary)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_added_tokens_without_rows_of_the_output_layer_are_refused(untied, tmp_path):
+    vocabulary = load_config(str(untied)).vocab_size + 3
+    write_adapters(untied, tmp_path, vocabulary=vocabulary, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ModelError, match=r"3 tokens were added .* lm_head .*save_embedding_layers=True"):
+        CausalLM.from_pretrained(str(tmp_path))
+
+
+def test_a_base_of_the_hub_is_taken_from_its_cache_or_named(tiny_qwen2, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    expected = write_adapters(tiny_qwen2, tmp_path / "sft")
+    point_at(tmp_path / "sft", "somebody/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ModelError, match=r"sft: its base_model_name_or_path .* somebody/base: no such") as raised:
+        CausalLM.from_pretrained(str(tmp_path / "sft"))
+    assert "\n" not in str(raised.value)
+    model = tmp_path / "hub" / "models--somebody--base"
+    shutil.copytree(tiny_qwen2, model / "snapshots" / "0123")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    policy = CausalLM.from_pretrained(str(tmp_path / "sft"))
+    with torch.no_grad():
+        torch.testing.assert_close(policy.model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_new_adapters_are_trained_on_the_merged_model_and_switching_them_off_gives_that_one(tiny_qwen2, tmp_path):
