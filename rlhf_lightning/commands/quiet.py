@@ -45,6 +45,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # Nothing is turned off: our plans give every epoch the same batches by themselves.
     warnings.filterwarnings("ignore", message="You requested to overfit but enabled")
+    # It counts batches; ours are logged by optimizer steps, and a run of few steps has a warning of ours.
+    warnings.filterwarnings("ignore", message="The number of training batches")
     # DeepSpeed's optimizer steps out of the sight of torch's schedules; `StepWatch` looks after them.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     # Deprecations inside Lightning 2.6 and DeepSpeed 0.19 under torch 2.13.
