@@ -11,6 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -21,7 +22,8 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
+"""Where progress is written into a log, without a terminal."""
 
 JOINERS = "\u200c\u200d"
 """Zero-width, but part of how Persian, Hindi and many emoji are spelled."""
@@ -59,6 +61,11 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     print(visible(text), file=file, flush=True)
 
 
+def short_path(path: str | Path) -> str:
+    """A path as short as it can be said from the working directory."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
 class Terminal(Console):
     """rich's console: its own colours and cursor, but every text as it is `visible`.
 
@@ -77,7 +84,7 @@ class Terminal(Console):
 def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """How far a work of `total` parts is, on stderr; call what it gives with the number of parts just done.
 
-    A bar on a terminal; in a log, a line every `_SECONDS_BETWEEN_LINES` with the time that is left at this speed.
+    A bar on a terminal; in a log, a line every `SECONDS_BETWEEN_LINES` with the time that is left at this speed.
     """
     if not shown:
         yield lambda parts: None
@@ -94,7 +101,7 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
     def advance(parts: int) -> None:
         nonlocal done, said
         done, now = done + parts, time.monotonic()
-        if now - said > _SECONDS_BETWEEN_LINES and done < total:
+        if now - said > SECONDS_BETWEEN_LINES and done < total:
             said = now
             log.info("%s: %d of %d, about %.0f s left", what, done, total, (now - began) / done * (total - done))
 

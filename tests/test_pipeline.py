@@ -25,7 +25,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.commands.pipeline import parsing, processes
+from rlhf_lightning.commands.pipeline import parsing, processes, runs
 from rlhf_lightning.commands.pipeline import stages as pipeline_stages
 from rlhf_lightning.commands.pipeline.parsing import Settings, read_stages, remember, split_arguments
 from rlhf_lightning.commands.pipeline.runs import State
@@ -45,7 +45,7 @@ class Scripted(LightningModule):
     Args:
         source: A file that it reads, or a model that an earlier stage wrote.
         word: Stands in what it writes.
-        act: What it does at batch `at`: nothing, raise an error, die, or wait for a file `go`.
+        act: What it does at batch `at`: nothing, raise an error, die, pause, or wait for a file `go`.
         at: A batch, counted from 1 over all epochs.
         reward_model: A function of the user's.
     """
@@ -90,6 +90,8 @@ def act(what: str) -> None:
     if what == "main":
         spec = sys.modules["__main__"].__spec__
         Path("main.json").write_text(json.dumps([spec.name, *sys.argv[1:], os.getpid(), os.getpgid(0)]))
+    if what == "pause":
+        time.sleep(1.5)
     while what == "wait" and not Path("go").exists():
         time.sleep(0.05)
 
@@ -195,6 +197,17 @@ def test_stages_run_in_their_order_each_on_what_the_earlier_wrote(ran):
     log = Path("state/first.log").read_text()
     assert "rlhf-lightning fit --config first.yaml" in log
     assert "checkpoint:  runs/first/version_0/checkpoints/best-18.ckpt" in log
+
+
+def say_often() -> None:
+    runs.SECONDS_BETWEEN_LINES = 0.3
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is(ran):
+    write_stage("second", source="models/first", act="pause", at=15)
+    assert ran(prepare=say_often) == BOTH
+    assert re.search(r"^first  \d s  starting$", ran.error, re.MULTILINE)
+    assert re.search(r"^second  \d+ s  step 15/18: by hand$", ran.error, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("finished")
@@ -422,7 +435,7 @@ def test_a_pipeline_that_is_killed_leaves_no_process_and_goes_on(tmp_path, ran, 
     if name != "SIGKILL":
         assert states(ended.out) == {"first": "done", "second": "interrupted"}
         assert ended.error == "rlhf-lightning: interrupted; the same command resumes from here\n"
-        assert ("--ckpt_path last" in log_of("second")) == saves, "it was given time to say so"
+        assert ("resume with --ckpt_path " in log_of("second")) == saves, "it was given time to say so"
     wait_until(lambda: processes_of(tmp_path) in ([], [os.getpid()]))
     assert not json.loads(Path("state/state.json").read_text())["stages"]["second"]["done"]
     Path("go").touch()

@@ -87,7 +87,7 @@ def run_program(arguments: Sequence[str], log: Path, *, append: bool, tell: Call
             for copy in copies:
                 copy.start()
             while process.poll() is None:
-                tell(said[-1].strip() if said else "")
+                tell(said[-1].strip() if said else "starting")
                 with suppress(TimeoutExpired):
                     process.wait(0.2)
         except Terminated as termination:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from rlhf_lightning.commands.pipeline.processes import Terminated, run_program
 from rlhf_lightning.commands.pipeline.stages import Stage, content_hash, difference, inputs_of
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
-from rlhf_lightning.terminal import say, silenced
+from rlhf_lightning.terminal import SECONDS_BETWEEN_LINES, say, silenced
 
 _FORMAT = 3
 """Of state.json. State of another format is refused."""
@@ -97,9 +98,16 @@ def run_stage(stage: Stage, state: State, status: Status, *, again: bool) -> Non
     state.put(stage.name, record)
     resume = ["--ckpt_path", "last"] if interrupted and _has_checkpoint(stage, newer_than=interrupted.began) else []
 
+    said = began
+
     def tell(line: str) -> None:
-        text = f"{stage.name}  {time.monotonic() - began:.0f} s  {line}"
+        nonlocal said
+        now = time.monotonic()
+        text = f"{stage.name}  {now - began:.0f} s  {line}"
         status.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        if now - said > SECONDS_BETWEEN_LINES and not status.console.is_terminal:
+            said = now
+            say(text, file=sys.stderr)
 
     try:
         ended = run_program([*_arguments(stage), *resume], log, append=interrupted is not None, tell=tell)
