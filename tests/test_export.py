@@ -16,6 +16,7 @@ from rlhf_lightning import DPO, RewardModel, RewardNetwork
 from rlhf_lightning.commands.export import export_checkpoint
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files.seals import exported_from
 from rlhf_lightning.models import probe
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.rewards.scorers import RewardScorer
@@ -145,6 +146,28 @@ def test_export_best_writes_the_best_checkpoint(checkpoint, tmp_path, build_dpo,
     own = response_sums(DPO.load_from_checkpoint(path).policy, batches)
     torch.testing.assert_close(response_sums(exported, batches), own, rtol=0, atol=1e-3 if merge else 0)
     assert AutoTokenizer.from_pretrained(tmp_path / "best").chat_template
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_model_that_is_replaced_is_named_by_the_checkpoint_that_it_came_from(checkpoint, tmp_path, build, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    first = ExportBest(str(tmp_path / "best"))
+    path = checkpoint("build", first)
+    assert (first.exported, first.remark) == (True, "")
+    again = ExportBest(str(tmp_path / "best"))
+    newer = checkpoint("build", again)
+    assert newer != path
+    assert again.remark == f" (replaced the one from {path})"
+    assert any(path in message and "will be replaced" in message for message in caplog.messages)
+    assert exported_from(tmp_path / "best") == newer
+
+
+@pytest.mark.usefixtures("forked_proof")
+def test_the_command_names_what_it_replaces(checkpoint, tmp_path, capsys):
+    path, export = checkpoint("build"), tmp_path / "exported"
+    for replaced in ("", f" (replaced the one from {path})"):
+        assert main(["export", "--ckpt_path", path, "--out", str(export)]) == 0
+        assert capsys.readouterr().out.startswith(f"model:       {export}{replaced}\n")
 
 
 def test_a_template_of_the_run_is_exported_with_the_model_and_with_the_arguments_it_had(

@@ -16,9 +16,10 @@ from rlhf_lightning.commands.settings import Arguments
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.files.adapters import check_base_of_others
 from rlhf_lightning.files.disks import check_room
+from rlhf_lightning.files.seals import exported_from
 from rlhf_lightning.models.probe import log_probs, probe_rows
 from rlhf_lightning.models.storage import check_free, check_other, replaced_model
-from rlhf_lightning.terminal import say
+from rlhf_lightning.terminal import say, short_path
 from rlhf_lightning.training.callbacks import exported_bytes
 from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint
 from rlhf_lightning.training.checks import trained_module
@@ -47,8 +48,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help="directory to write; an earlier export there is replaced")
     parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
     given = parser.parse_args(arguments)
+    replaced = exported_from(given.out)
     difference, unit = export_checkpoint(given.ckpt_path, given.out, merge=given.merge == "true")
-    say(f"model:       {given.out}")
+    say(f"model:       {given.out}" + (f" (replaced the one from {replaced})" if replaced else ""))
     say(f"reloaded:    largest difference {difference:.2g} {unit} (see {Path(given.out) / 'README.md'})")
     return 0
 
@@ -80,7 +82,9 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     options = ["trust"] if module.hparams.trust_remote_code else []
     options += ["4bit"] if module.hparams.get("load_in_4bit") else []
     check_room(directory, exported_bytes(module, merge=merge), "the model")
-    with replaced_model(directory) as made:  # what is there stays until the new one is proved
+    with replaced_model(
+        directory, checkpoint=short_path(ckpt_path)
+    ) as made:  # what is there stays until the new one is proved
         module.export(made, merge=merge)
         difference = (_reloaded_outputs(made, *options) - expected).abs().max().item()
         if not difference < _LARGEST_DIFFERENCE:

@@ -15,19 +15,21 @@ from rlhf_lightning.files.locks import current_umask
 MARK = "rlhf_lightning.json"
 """Stands in a directory that this package wrote, and so may replace; with the hashes."""
 _HASHES = "files_xxh3_128"
+_CHECKPOINT = "checkpoint"
 _WEIGHTS = ".safetensors"
 _MEND = f"export its checkpoint again, or, if you changed the files on purpose, remove {MARK} from the directory"
 
 
-def seal(directory: Path) -> None:
+def seal(directory: Path, *, checkpoint: str | None = None) -> None:
     """Put all files of a new model on the disk, readable as the user's others are, and the mark with them.
 
-    The model card may be edited, and so is not hashed.
+    The mark names the checkpoint that the model was exported from. The model card may be edited, and so is not hashed.
     """
     files = [file for file in directory.rglob("*") if file.is_file() and file.name != MARK]
     hashes = {str(file.relative_to(directory)): _hash(file) for file in files if file.name != "README.md"}
     mark = directory / MARK
-    mark.write_text(json.dumps({"written_by": "rlhf_lightning", _HASHES: hashes}, indent=2, sort_keys=True) + "\n")
+    content = {"written_by": "rlhf_lightning", _CHECKPOINT: checkpoint, _HASHES: hashes}
+    mark.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     for file in [*files, mark]:
         file.chmod(0o666 & ~current_umask())  # safetensors are written for the user alone
         with open(file, "rb") as opened:
@@ -59,6 +61,17 @@ def check_seal(directory: str | Path, *, weights: bool = True) -> None:
             raise ModelError(f"{directory / name}: {reason}, and it is a part of the model; {_MEND}") from error
         if found != written:
             raise ModelError(f"{directory / name}: damaged, since its bytes are not those that were written; {_MEND}")
+
+
+def exported_from(directory: str | Path) -> str | None:
+    """The checkpoint that the model in a directory was exported from, in words; None where this package wrote none."""
+    mark = Path(directory).expanduser() / MARK
+    if not mark.is_file():
+        return None
+    try:
+        return json.loads(mark.read_text(encoding="utf-8"))[_CHECKPOINT] or "no checkpoint"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown checkpoint"
 
 
 def file_hash(file: Path) -> str:

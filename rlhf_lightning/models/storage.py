@@ -69,8 +69,10 @@ def check_other(directory: str | Path, **models: str | None) -> None:
 
 
 @contextmanager
-def replaced_model(directory: str | Path) -> Iterator[Path]:
+def replaced_model(directory: str | Path, *, checkpoint: str | None = None) -> Iterator[Path]:
     """A new directory to save a model in, which then takes the place of `directory` as a whole.
+
+    It is marked as exported from a `checkpoint`.
 
     What `directory` held beside a model stays. Saving over the directory that the model was loaded from is safe, and a
     process that is killed leaves the one model or the other. Within another `replaced_model`, its own directory.
@@ -88,7 +90,7 @@ def replaced_model(directory: str | Path) -> Iterator[Path]:
         try:
             with writing_to(directory):
                 yield made
-                seal(made)
+                seal(made, checkpoint=checkpoint)
                 _put_in_place(made, directory)
         finally:
             _under_way.discard(made)

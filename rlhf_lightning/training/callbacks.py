@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +18,10 @@ from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.adapters import check_base_of_others
 from rlhf_lightning.files.disks import check_room, write_whole
+from rlhf_lightning.files.seals import exported_from
 from rlhf_lightning.models.objects import is_nameless
 from rlhf_lightning.models.storage import check_free, check_other, replaced_model
-from rlhf_lightning.terminal import Terminal, say
+from rlhf_lightning.terminal import Terminal, say, short_path
 from rlhf_lightning.training.best import BestCheckpoint, best_checkpoint
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint, save_format
 from rlhf_lightning.training.checks import trained_module
@@ -67,12 +67,12 @@ def print_results(trainer: Trainer) -> None:
         _print_table({TrainerFn.TESTING: "test"}.get(trainer.state.fn, "validation"), results.metrics)
     for callback in trainer.callbacks:
         if isinstance(callback, ExportBest) and callback.exported:
-            say(f"model:       {_relative(callback.directory)}" + callback.remark)
+            say(f"model:       {short_path(callback.directory)}" + callback.remark)
         elif isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             say(f"stopped early: {callback.stopping_reason_message}")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            say(f"TensorBoard: {_relative(logger.log_dir)}")
+            say(f"TensorBoard: {short_path(logger.log_dir)}")
 
 
 def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
@@ -91,7 +91,7 @@ def _print_fit(results: Results, best: BestCheckpoint | None) -> None:
     elif results.by_step:
         validated, numbers = max(results.by_step.items())
         _print_table(f"validation at step {validated} (the checkpoint is of step {step})", numbers)
-    say(f"checkpoint:  {_relative(best.path)}" + ("" if metrics else " (not validated)"))
+    say(f"checkpoint:  {short_path(best.path)}" + ("" if metrics else " (not validated)"))
 
 
 def _print_table(title: str, metrics: dict[str, float]) -> None:
@@ -123,6 +123,7 @@ class ExportBest(Callback):
         self.exported = False
         self.fault: str | None = None
         """Why nothing was exported, where it was not."""
+        self._replaced: str | None = None
         self.remark = ""
         """What has to be said of the model that was exported."""
 
@@ -149,7 +150,8 @@ class ExportBest(Callback):
             check_base_of_others(settings.backbone)
         check_other(self.directory, backbone=settings.get("backbone"), reference=settings.get("reference"))
         if check_free(self.directory):
-            log.info("%s: the model there will be replaced when the run ends", self.directory)
+            self._replaced = exported_from(self.directory)
+            log.info("%s: the model there (from %s) will be replaced when the run ends", self.directory, self._replaced)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         best = best_checkpoint(trainer)
@@ -157,6 +159,8 @@ class ExportBest(Callback):
             return
         self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
         self.exported = self.fault is None
+        if self._replaced:
+            self.remark += f" (replaced the one from {self._replaced})"
         if self.fault:
             log.warning("%s: nothing is exported: %s", self.directory, self.fault)
 
@@ -170,7 +174,7 @@ class ExportBest(Callback):
             return str(error)
         try:
             check_room(self.directory, exported_bytes(module, merge=self.merge), "the model")
-            with replaced_model(self.directory) as made:
+            with replaced_model(self.directory, checkpoint=short_path(best)) as made:
                 if isinstance(pl_module, TrainedModule):  # which writes its tokenizer itself
                     module.chat_format = pl_module.format_to_export()
                 module.export(made, merge=self.merge)
@@ -180,7 +184,7 @@ class ExportBest(Callback):
                 if chat_format is not None and not isinstance(pl_module, TrainedModule):
                     save_format(chat_format, made)
         except ConfigurationError as error:  # a full disk; the checkpoint is there
-            return f"{error}. Then export {_relative(best)}"
+            return f"{error}. Then export {short_path(best)}"
         return None
 
 
@@ -226,9 +230,4 @@ class PredictionWriter(BasePredictionWriter):
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "\n".join(lines) + "\n")
-        say(f"predictions: {_relative(path)} ({len(lines)} {rows.kind})")
-
-
-def _relative(path: str | Path) -> str:
-    """A path as short as it can be said from here."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+        say(f"predictions: {short_path(path)} ({len(lines)} {rows.kind})")
