@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
@@ -33,11 +34,10 @@ from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
 from rlhf_lightning.planning.room_on_disk import RoomOnDisk
 from rlhf_lightning.terminal import say
-from rlhf_lightning.training.best import SavingOrder, any_checkpoint
+from rlhf_lightning.training.best import SavingOrder, how_to_resume, newest_checkpoint
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, has_states, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
-from rlhf_lightning.training.last_validation import LastValidation
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.own_directories import locks_of, take_version
@@ -51,6 +51,7 @@ from rlhf_lightning.training.sft import SFT
 from rlhf_lightning.training.signals import Interrupted, SaveAtSignal
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
+from rlhf_lightning.training.validation import ValidateOnce
 from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 
 log = logging.getLogger(__name__)
@@ -166,25 +167,33 @@ class Program(LightningCLI):
         try:
             with signals.listening(self.trainer), self._locks:
                 super()._run_subcommand(subcommand)
-        except UserError:
-            raise
         except Interrupted as ended:
             if self.trainer.is_global_zero:
-                say(f"rlhf-lightning: {self._how_to_go_on(ended)}", file=sys.stderr)
+                say(f"rlhf-lightning: {self._where_interrupted(ended)}", file=sys.stderr)
             raise
         except Exception as error:
+            self._advise(error)
+            if isinstance(error, UserError):
+                raise
             places = [each.log_dir for each in self.trainer.loggers if getattr(each, "log_dir", None)]
             if full := named_full_disk(error, places or [self.trainer.default_root_dir]):
+                self._advise(full)
                 raise full from error
             raise
 
-    def _how_to_go_on(self, ended: Interrupted) -> str:
+    def _advise(self, error: Exception) -> None:
+        """Let an error name the checkpoint to resume from, but where only other settings help."""
+        if self.trainer.state.fn != TrainerFn.FITTING or isinstance(error, TrainingError):
+            return
+        if newest := newest_checkpoint(self.trainer):
+            error.add_note(how_to_resume(newest))
+
+    def _where_interrupted(self, ended: Interrupted) -> str:
         if self.subcommand != "fit":
             return "interrupted"
-        kept = "resume with --ckpt_path last" + (f" (saved {ended.saved})" if ended.saved else "")
-        if not (ended.saved or self.config.fit.ckpt_path or any_checkpoint(self.trainer)):
-            kept = "no checkpoint was saved yet"
-        return f"interrupted at step {self.trainer.global_step}; {kept}"
+        checkpoint = ended.saved or newest_checkpoint(self.trainer) or self.config.fit.ckpt_path
+        advice = how_to_resume(checkpoint) if checkpoint else "no checkpoint was saved yet"
+        return f"interrupted at step {self.trainer.global_step}; {advice}"
 
     def before_fit(self) -> None:
         """Read the data and hold it against the model before anything is written or loaded."""
@@ -298,7 +307,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
                     Results(),
                     PredictionWriter(),
                     SavingOrder(),  # before what it validates anew, which it would forget
-                    LastValidation(),
+                    ValidateOnce(),
                     ProcessStates(),
                     StepWatch(),
                     TrialStep(),

@@ -111,7 +111,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as exit_:  # argparse's way out of --help and of a refused argument
         return int(exit_.code or 0)
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except Exception as error:
         from rlhf_lightning.files.disks import named_full_disk
 

@@ -107,4 +107,4 @@ class VLLMServer:
     def _restart(self) -> str:
         if self.model is None:
             return f"start one with {START.format('MODEL')}"
-        return f"restart it with {START.format('MODEL')}, and resume with --ckpt_path last"
+        return f"restart it with {START.format('MODEL')}"

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.terminal import short_path
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class SavingOrder(Callback):
     it, which measured other weights. `every_n_train_steps` and `train_time_interval` still say how often: such a
     checkpoint is saved by the first validation after each multiple of the steps, or after each interval. Where a run
     begins with a validation, the start is saved too: it may be the best.
+
+    Among checkpoints with equal values of the metric the latest is the best, which has learned from more data.
 
     At the end of a run that has saved no checkpoint, the final weights are saved.
     """
@@ -67,6 +72,7 @@ class SavingOrder(Callback):
             if isinstance(callback, EarlyStopping) and callback.monitor.startswith(_VALIDATION):
                 callback._check_on_train_epoch_end = False
         for callback in _model_checkpoints(trainer):
+            _keep_latest_of_equals(callback)
             if _judged_by_validation(callback):
                 callback._save_on_train_epoch_end = False
             elif "{" + _VALIDATION in (callback.filename or "") and not callback._every_n_epochs:
@@ -103,7 +109,12 @@ class SavingOrder(Callback):
         callbacks = list(_model_checkpoints(trainer))
         wanted = [callback for callback in callbacks if callback.save_top_k != 0]
         will_be = any(callback.save_last for callback in callbacks)  # by Lightning, later in this hook
-        if trainer.fast_dev_run or not wanted or will_be or trainer.strategy.broadcast(any_checkpoint(trainer)):
+        if (
+            trainer.fast_dev_run
+            or not wanted
+            or will_be
+            or trainer.strategy.broadcast(best_checkpoint(trainer) is not None)
+        ):
             return
         path = trainer.strategy.broadcast(_free(Path(wanted[0].dirpath) / f"final-{trainer.global_step}.ckpt"))
         trainer.save_checkpoint(path, weights_only=wanted[0].save_weights_only)
@@ -123,7 +134,7 @@ def best_checkpoint(trainer: Trainer) -> BestCheckpoint | None:
         if callback.monitor is None:
             others.append(callback.best_model_path)
         elif callback.best_model_score is None or math.isfinite(callback.best_model_score):
-            judged.append(BestCheckpoint(Path(callback.best_model_path), callback.monitor))
+            judged.append(BestCheckpoint(Path(_latest_best(callback)), callback.monitor))
         else:
             last_choice.append(callback.best_model_path)
         others.append(callback.last_model_path)
@@ -138,9 +149,17 @@ def best_checkpoint(trainer: Trainer) -> BestCheckpoint | None:
     return None
 
 
-def any_checkpoint(trainer: Trainer) -> bool:
-    """Whether the run has saved one from which it could go on."""
-    return best_checkpoint(trainer) is not None
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """The last checkpoint of a run that it can resume from; one of weights alone is none."""
+    writers = [callback for callback in _model_checkpoints(trainer) if not callback.save_weights_only]
+    saved = {path for c in writers for path in (c.best_model_path, c.last_model_path, *c.best_k_models)}
+    existing = [Path(path) for path in saved if path and os.path.exists(path)]
+    return max(existing, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def how_to_resume(checkpoint: str | Path) -> str:
+    """What to add to the command of a run, in a form that can be copied into a shell."""
+    return f"resume with --ckpt_path {shlex.quote(short_path(checkpoint))}"
 
 
 def _model_checkpoints(trainer: Trainer) -> Iterator[ModelCheckpoint]:
@@ -153,6 +172,25 @@ def _finals(trainer: Trainer) -> Iterator[Path]:
 
 def _judged_by_validation(callback: ModelCheckpoint) -> bool:
     return (callback.monitor or "").startswith(_VALIDATION)
+
+
+def _keep_latest_of_equals(callback: ModelCheckpoint) -> None:
+    """Let a value that equals the worst of those kept replace it, where Lightning keeps the earlier checkpoint."""
+    is_better = type(callback).check_monitor_top_k
+
+    def check(trainer: Trainer, current: Tensor | None = None) -> bool:
+        if current is None or is_better(callback, trainer, current):
+            return current is not None
+        equal = callback.best_k_models[callback.kth_best_model_path] == current
+        return trainer.strategy.reduce_boolean_decision(bool(equal))
+
+    callback.check_monitor_top_k = check
+
+
+def _latest_best(callback: ModelCheckpoint) -> str:
+    """The latest checkpoint whose value is the best."""
+    best = [path for path, score in callback.best_k_models.items() if score == callback.best_model_score]
+    return best[-1] if best else callback.best_model_path
 
 
 def _free(path: Path) -> Path:

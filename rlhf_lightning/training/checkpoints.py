@@ -94,7 +94,7 @@ def writing(path: Path) -> Iterator[None]:
         reason += f"; {size(free_bytes(path))} are free" if full_disk(error) else ""
         raise ConfigurationError(
             f"{path}: the checkpoint could not be written ({reason}); earlier ones are untouched. Make room, or give "
-            "another trainer.default_root_dir, and resume with --ckpt_path last"
+            "another trainer.default_root_dir"
         ) from error
 
 

@@ -27,11 +27,11 @@ from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.rollouts import Experience, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
-from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.module import PolicyModule
 from rlhf_lightning.training.references import Reference
 from rlhf_lightning.training.rollout_log import RolloutLog
+from rlhf_lightning.training.validation import validate
 from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)

@@ -20,15 +20,14 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
 
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.training.checkpoints import fault_of, has_states, read_checkpoint, remove
-from rlhf_lightning.training.last_validation import validate
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.optimization import warn_of_another_schedule
 from rlhf_lightning.training.processes import gathered
+from rlhf_lightning.training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,6 @@ class ProcessStates(Callback):
         self._loaded: dict[str, Any] | None = None
         self._gone_on_from: Path | None = None
         self._step_began: dict[str, Any] = {}
-        self._validated_at = 0
         self._batches_made, self._epoch = (0, 0), 0
         self._epoch_to_end: EpochEnd | None = None
         self._before_validation: BeforeValidation | None = None
@@ -79,10 +77,9 @@ class ProcessStates(Callback):
         """The step at which each `ModelCheckpoint` had last saved, by its `state_key`."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validated_at": self._validated_at, "named": self._named}
+        return {"named": self._named}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validated_at = state_dict["validated_at"]
         self._named = state_dict.get("named", [])
 
     def remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +151,7 @@ class ProcessStates(Callback):
             pl_module.log_numbers()  # the checkpoint was written before they were
         if self._epoch_to_end is not None:
             self._epoch_to_end.restore(trainer.fit_loop)
-        if self._missed_validation(trainer):
+        if self._validation_is_due(trainer):
             validate(trainer)
         if self._epoch_to_end is not None:
             self._epoch_to_end.finish(trainer.fit_loop)
@@ -162,16 +159,11 @@ class ProcessStates(Callback):
             wrote_it = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() in _kept(writer)
             writer._last_global_step_saved = trainer.global_step if wrote_it else self._saved_at[writer.state_key]
 
-    def _missed_validation(self, trainer: Trainer) -> bool:
-        """Whether the checkpoint was written after a batch and before the validation that is due after it."""
+    def _validation_is_due(self, trainer: Trainer) -> bool:
+        """Whether the checkpoint was written after a batch that a validation follows."""
         (total, current), every = self._batches_made, trainer.check_val_every_n_epoch
         made, epoch_counts = (total, True) if every is None else (current, (self._epoch + 1) % every == 0)
-        due = trainer.enable_validation and epoch_counts and made > 0 and made % trainer.val_check_batch == 0
-        return due and total != self._validated_at
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._validated_at = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return trainer.enable_validation and epoch_counts and made > 0 and made % trainer.val_check_batch == 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning keeps the checkpoint that a run went on from; where there is a newer or better, it is removed."""

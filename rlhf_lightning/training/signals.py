@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rlhf_lightning.training.best import how_to_resume, newest_checkpoint
 from rlhf_lightning.training.processes import over_processes
 from rlhf_lightning.training.resume import INTERRUPTED, ProcessStates
 
@@ -124,7 +125,8 @@ class Watch:
 
     def _end(self, number: int, why: str) -> None:
         if not self._saved:
-            self._say(why)
+            newest = newest_checkpoint(self._trainer)
+            self._say(f"{why}; {how_to_resume(newest)}" if newest else why)
         _end_others(self._trainer)
         os._exit(128 + number)
 

@@ -127,7 +127,7 @@ def test_a_server_that_dies_is_told_with_how_to_go_on(server, models, tmp_path):
     policy, engine = CausalLM.from_pretrained(str(models / "llama")), VLLMEngine(server.url, tmp_path / "weights")
     engine.synchronize(policy)
     server.stop()
-    with pytest.raises(ModelError, match=f"{server.url} .*restart it with .*--ckpt_path last"):
+    with pytest.raises(ModelError, match=f"{server.url} .*restart it with "):
         engine.draw(policy, PROMPTS, SEEDS, temperature=0.8, **OPTIONS)
 
 

@@ -91,6 +91,17 @@ def test_a_checkpoint_is_judged_by_the_validation_of_its_own_weights(
     assert min(at_those) < max(at_those)
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("save_top_k", [1, 2, -1])
+def test_of_equal_values_the_latest_is_the_best(build, fit, trainer, tmp_path, mode, save_top_k):  # noqa: F811
+    saved = ModelCheckpoint(tmp_path, monitor="val/loss", mode=mode, save_top_k=save_top_k)
+    run = fit(build(model={"optimizer": sgd(0.0)}), saved)  # validated at 3, 6, 9, 12
+    assert len(set(map(float, saved.best_k_models.values()))) == 1
+    assert read_checkpoint(best_checkpoint(run).path)["global_step"] == 12
+    kept = sorted(read_checkpoint(path)["global_step"] for path in saved.best_k_models)
+    assert kept == [3, 6, 9, 12][-save_top_k if save_top_k > 0 else 0 :]
+
+
 def test_the_numbers_shown_of_an_unmonitored_checkpoint_are_its_own(build, fit, trainer, tmp_path, capsys):  # noqa: F811
     newest = ModelCheckpoint(tmp_path, every_n_train_steps=4)
     run = fit(build(), newest, max_epochs=2)  # validated at 3, 6, 9, 12

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from rlhf_lightning import PreferenceDataModule, PromptDataModule
-from rlhf_lightning.training.last_validation import LastValidation
+from rlhf_lightning.training.best import SavingOrder
+from rlhf_lightning.training.resume import ProcessStates
+from rlhf_lightning.training.validation import ValidateOnce
 from tests.training.conftest import VAL_PAIRS
 
 
@@ -153,6 +155,7 @@ class Validated(pl.Callback):
         ({"val_check_interval": 4, "max_steps": 5}, [4, 5]),
         ({"val_check_interval": 5, "accumulate_grad_batches": 2}, [2, 3]),
         ({"val_check_interval": 3, "accumulate_grad_batches": 4}, [0, 2]),
+        ({"val_check_interval": 1, "accumulate_grad_batches": 4}, [0, 1, 2]),
         ({"check_val_every_n_epoch": 2, "max_epochs": 3}, [12, 18]),
         ({"check_val_every_n_epoch": 5, "max_epochs": 2}, [12]),
         ({"check_val_every_n_epoch": None, "val_check_interval": 4, "max_steps": 10, "max_epochs": -1}, [4, 8, 10]),
@@ -164,14 +167,43 @@ class Validated(pl.Callback):
 )
 def test_the_last_step_is_validated_once_however_the_run_ends(plain, trainer, settings, steps):
     validated = Validated(settings.pop("stop_at", -1))
-    trainer(**settings, callbacks=[validated, LastValidation()]).fit(*plain())
+    trainer(**settings, callbacks=[validated, ValidateOnce()]).fit(*plain())
     assert validated.steps == steps
+
+
+SMALL_STEPS = {"val_check_interval": 1, "accumulate_grad_batches": 4, "max_epochs": 2}
+"""Validations after each batch: at the optimizer steps 0, 0, 0, 1, 1, 2, and so on."""
+
+
+def test_a_validation_in_an_accumulation_does_not_count_against_the_patience(plain, trainer):
+    impatient = EarlyStopping("val/step", mode="max", patience=1)
+    run = trainer(**SMALL_STEPS, callbacks=[impatient, SavingOrder(), ValidateOnce()])
+    run.fit(*plain())
+    assert (run.global_step, impatient.stopping_reason_message) == (4, None)
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5])
+def test_a_resumed_run_validates_no_weights_that_were_validated_before(plain, trainer, tmp_path, batch):
+    """Checkpoints of step 0 within its accumulation, of step 1 before its validation, and of step 1 after it."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
+            if batch_idx == batch - 1 and trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
+
+    own = [ValidateOnce(), ProcessStates()]
+    before = Validated()
+    trainer(**SMALL_STEPS, callbacks=[before, *own, Save()]).fit(*plain())
+    after = Validated()
+    trainer(**SMALL_STEPS, callbacks=[after, *own]).fit(*plain(), ckpt_path=tmp_path / "at.ckpt")
+    assert before.steps == [0, 1, 2, 3, 4]
+    assert after.steps == ([2, 3, 4] if batch == 5 else [1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("settings", [{}, {"val_check_interval": 3}, {"check_val_every_n_epoch": 2}])
 def test_the_checkpoint_of_the_last_step_is_judged_by_its_own_validation(plain, trainer, tmp_path, settings):
     save = ModelCheckpoint(tmp_path, monitor="val/step", mode="max", filename="{step}")
-    run = trainer(max_steps=10, max_epochs=3, callbacks=[save, LastValidation()], enable_checkpointing=True, **settings)
+    run = trainer(max_steps=10, max_epochs=3, callbacks=[save, ValidateOnce()], enable_checkpointing=True, **settings)
     run.fit(*plain())
     assert (save.best_model_path, float(save.best_model_score)) == (str(tmp_path / "step=10.ckpt"), 10.0)
 
@@ -179,7 +211,7 @@ def test_the_checkpoint_of_the_last_step_is_judged_by_its_own_validation(plain, 
 def test_the_last_validation_leaves_a_checkpoint_from_which_a_longer_run_goes_on(plain, trainer, tmp_path):
     """It ended inside an epoch, whose last two batches are still to come."""
     save = ModelCheckpoint(tmp_path, monitor="val/step", mode="max", filename="{step}")
-    settings = {"callbacks": [save, LastValidation()], "enable_checkpointing": True, "val_check_interval": 3}
+    settings = {"callbacks": [save, ValidateOnce()], "enable_checkpointing": True, "val_check_interval": 3}
     trainer(max_steps=4, max_epochs=-1, **settings).fit(*plain())
     longer, whole = Seen(), Seen()
     trainer(max_epochs=2, callbacks=[whole]).fit(*plain())

@@ -22,6 +22,7 @@ from rlhf_lightning.training.best import SavingOrder
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.results import Results
 from rlhf_lightning.training.resume import ProcessStates
+from rlhf_lightning.training.validation import ValidateOnce
 from tests.models.vllm_stand_in import StandIn
 from tests.programs import run
 from tests.test_configs import ROOT
@@ -184,7 +185,7 @@ def validated(trainer, made, *, callbacks=(), ckpt_path=None, **settings):
     """Fit with the program's own callbacks; the steps that were validated, and the rollouts."""
     module, data = made
     results, recorder = Results(), Recorder()
-    own = [results, SavingOrder(), ProcessStates(), recorder, *callbacks]
+    own = [results, SavingOrder(), ValidateOnce(), ProcessStates(), recorder, *callbacks]
     fitter = trainer(callbacks=own, enable_checkpointing=bool(callbacks), limit_val_batches=1, **settings)
     fitter.fit(module, data, ckpt_path=ckpt_path)
     return module, results, recorder

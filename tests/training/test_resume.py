@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from rlhf_lightning.errors import ModelError
 from rlhf_lightning.training import references, reward_model
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, shard_files
 from tests.programs import run, start
@@ -202,11 +204,38 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_just_there(tmp_path, unbr
     file, whole = unbroken("RewardModel")
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer(name, count), *where)
     assert ended == code, error[-3000:]
-    assert re.search(rf"interrupted at step {step}; resume with --ckpt_path last \(saved .*last-{step}\.ckpt\)", error)
+    assert re.search(rf"interrupted at step {step}; resume with --ckpt_path runs/\S*/last-{step}\.ckpt\n", error)
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, "--ckpt_path", "last")
     assert ended == 0, error[-3000:]
     assert f"(step {step})" in re.search(r"resuming from .*", error)[0]
     check_same(tmp_path / "run", whole)
+
+
+def fail_at(step: int, error: Exception) -> None:
+    """Let the training of a reward model raise an error in an optimizer step, as one of a server or a file would be."""
+    train = reward_model.RewardModel.training_step
+
+    def training_step(module, *arguments):
+        if module.global_step == step:
+            raise error
+        return train(module, *arguments)
+
+    reward_model.RewardModel.training_step = training_step
+
+
+@pytest.mark.parametrize("error", [None, ModelError("no server answers"), RuntimeError("a fault of ours")], ids=str)
+def test_a_run_that_ends_early_names_the_checkpoint_to_resume_from(tmp_path, unbroken, error):
+    """And not that of another run of the same name, which is newer."""
+    file, whole = unbroken("RewardModel")
+    at = killer("SIGTERM", 12) if error is None else []
+    broken = None if error is None else functools.partial(fail_at, 5, error)
+    ended = run(tmp_path, "fit", "--config", file, *at, prepare=broken)
+    assert ended.code == (143 if error is None else 2 if isinstance(error, ModelError) else 1), ended.error[-3000:]
+    advice = re.search(r"resume with (--ckpt_path \S+/last-\d\.ckpt)$", ended.error.strip())[1]
+    shutil.copytree(tmp_path / "runs/run/version_0", tmp_path / "runs/run/version_1")
+    resumed = run(tmp_path, "fit", "--config", file, *shlex.split(advice))
+    assert resumed.code == 0, resumed.error[-3000:]
+    assert digest(last_checkpoint(tmp_path)) == digest(last_checkpoint(whole))
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path, unbroken):
@@ -216,7 +245,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, unbroken):
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *killer("SIGTERM", 12), *hangs)
     assert ended == 143, error[-3000:]
     assert "SIGTERM: saved when the batch under way is done; a second signal ends the run at once" in error
-    assert "ended at once" in error
+    assert re.search(r"ended at once; .*; resume with --ckpt_path runs/\S*/last-3\.ckpt\n", error)
     assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "last-3.ckpt"
 
 
@@ -260,7 +289,7 @@ def test_of_two_processes_one_gets_the_signal_and_both_save(tmp_path, unbroken):
     told = [*killer("SIGTERM", 9), "--trainer.callbacks.rank", "1"]
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, *told, processes=2)
     assert ended == 143, error[-3000:]
-    assert re.search(r"interrupted at step \d; resume with --ckpt_path last \(saved ", error)
+    assert re.search(r"interrupted at step \d; resume with --ckpt_path runs/", error)
     ended, _, error = run(tmp_path / "run", "fit", "--config", file, *ZERO, "--ckpt_path", "last", processes=2)
     assert ended == 0, error[-3000:]
     check_same(tmp_path / "run", whole)

@@ -24,6 +24,7 @@ from rlhf_lightning.training.callbacks import Results
 from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint
 from rlhf_lightning.training.resume import ProcessStates
 from rlhf_lightning.training.signals import SaveAtSignal
+from rlhf_lightning.training.validation import ValidateOnce
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.2, "target_modules": "all-linear"}}
 PPO_KEYS = {
@@ -120,7 +121,7 @@ def chain(tmp_path, tiny_qwen2, pairs):
                 enable_model_summary=False,
                 num_sanity_val_steps=0,
                 plugins=[WholeFileIO()],
-                callbacks=[*writers, Results(), states, breaker],
+                callbacks=[*writers, Results(), ValidateOnce(), states, breaker],
                 **trainer_settings,
             )
             trainer.callbacks.append(watch := SaveAtSignal(states))
