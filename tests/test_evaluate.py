@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from rlhf_lightning.data.courtesy.make import make_rows
 from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.evaluation import answers
 from rlhf_lightning.evaluation import run as measure
-from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, lite_rows, load_rewardbench
+from rlhf_lightning.evaluation.benchmarks.prior_sets import PRIOR_SETS
+from rlhf_lightning.evaluation.benchmarks.rewardbench import SECTIONS, SUBSETS, lite_rows, load_rewardbench
+from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
@@ -63,9 +66,31 @@ def evaluated(here, tmp_path):  # noqa: F811
     def run(*arguments: str, out: Path | None = None) -> tuple[Path, dict]:
         out = out or tmp_path / "out"
         assert main(["evaluate", *arguments, "--out", str(out)]) == 0
-        return out, json.loads((out / "metrics.json").read_text())["metrics"]
+        numbers = json.loads((out / "metrics.json").read_text())["metrics"]
+        assert not undocumented(numbers)
+        return out, numbers
 
     return run
+
+
+def documented() -> dict[str, re.Pattern[str]]:
+    """The names in docs/metrics.md of what `evaluate` measures, and what each stands for."""
+    rows = re.findall(r"^\| (`.*?) \| evaluate \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    subset = "|".join([*SUBSETS, *SUBSETS_2, *PRIOR_SETS])
+    several = {"SIDE": "(before|after)", "SECTION": f"({'|'.join(SECTIONS)})", "SUBSET": f"({subset})"}
+    several |= {"^rm/": "(rm|rm_held_out|implicit)/", "^policy/": "(policy|policy_held_out)/"}
+    several |= {"/rewardbench/": "/rewardbench(_lite)?/"}
+    patterns = {}
+    for name in re.findall(r"`(\w+/[\w/]+)`", " ".join(rows)):
+        pattern = name
+        for word, stands_for in several.items():
+            pattern = re.sub(word, lambda _, text=stands_for: text, pattern)
+        patterns[name] = re.compile(pattern)
+    return patterns
+
+
+def undocumented(numbers: dict) -> set[str]:
+    return {name for name in numbers if not any(of.fullmatch(name) for of in documented().values())}
 
 
 class Evaluation(NamedTuple):
@@ -88,6 +113,16 @@ def whole(workshop, tmp_path_factory) -> Evaluation:  # noqa: F811
 
 def samples(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def test_each_number_of_an_evaluation_is_documented_and_each_documented_one_is_measured(whole):
+    numbers = whole.numbers
+    assert len(numbers) > 90
+    assert not undocumented(numbers)
+    missing = [name for name, pattern in documented().items() if not any(map(pattern.fullmatch, numbers))]
+    not_asked = ("rounding", "toxicity/", "lexicon/", "judge/", "rewardbench_lite", "rewardbench2", "prior_sets")
+    not_asked += ("policy/anchored",)  # this reward model knows no better response
+    assert [name for name in missing if not any(part in name for part in not_asked)] == []
 
 
 def test_all_of_it_is_measured_written_and_said(whole):
