@@ -155,6 +155,10 @@ def test_what_is_never_logged_cannot_be_monitored(capsys, callback, monitor):
 def test_an_interval_of_validation_longer_than_an_epoch_is_refused_in_a_line(capsys):
     line = refusal(capsys, "fit", "--config", QUICKSTART, "--trainer.val_check_interval", "76")
     assert "`val_check_interval` (76) must be less than or equal to the number of the training batches (75)" in line
+    over_epochs = ["--trainer.check_val_every_n_epoch", "null"]
+    line = refusal(capsys, "fit", "--config", QUICKSTART, *over_epochs, "--trainer.val_check_interval", "0.5")
+    assert "trainer.val_check_interval" in line
+    assert "trainer.check_val_every_n_epoch to 1" in line
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}])

@@ -332,6 +332,11 @@ def _refusal(error: Exception) -> UserError | None:
             "trainer.accelerator: gpu, and torch sees no GPU here; add --config configs/hardware/cpu.yaml or "
             "--trainer.accelerator cpu (which has no zero2), or install the torch build for your driver"
         )
+    if isinstance(error, MisconfigurationException) and "when `check_val_every_n_epoch=None`" in str(error):
+        return ConfigurationError(
+            "trainer.val_check_interval: is a fraction of an epoch, but trainer.check_val_every_n_epoch is null, which "
+            "counts batches over epochs; give a number of batches, or set trainer.check_val_every_n_epoch to 1"
+        )
     if isinstance(error, MisconfigurationException):
         return ConfigurationError(str(error))
     if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned"):

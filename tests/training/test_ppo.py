@@ -529,7 +529,7 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     arguments += ["--model.reward_model", "models/quickstart_reward_model"]
     arguments += ["--model.lora", "null", "--model.value_model", "null"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.train", "builtin:courtesy"]
-    arguments += ["--model.max_new_tokens", "8", "--trainer.val_check_interval", "1.0"]
+    arguments += ["--model.max_new_tokens", "8"]
     assert main(["fit", *arguments]) == 0
     printed = capsys.readouterr()
     assert "responses" in printed.out
@@ -546,7 +546,7 @@ def rollout_lines(directory: Path, *settings: str, processes: int = 1) -> list[s
     always = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
     always += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
     always += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.limit", "24"]
-    always += ["--model.max_new_tokens", "6", "--trainer.val_check_interval", "1.0", "--trainer.logger", "false"]
+    always += ["--model.max_new_tokens", "6", "--trainer.logger", "false"]
     always += ["--trainer.callbacks", "[]", "--model.optimizer.lr", "1e-3"]
     always += ["--data.batch_size", str(12 // processes), "--trainer.devices", str(processes)]
     code, _, error = run(directory, "fit", *always, *settings, processes=processes)
