@@ -1,4 +1,4 @@
-"""A real vLLM server, of the program that the environment variable RLHF_LIGHTNING_VLLM names."""
+"""A real vLLM server of the program that the environment variable RLHF_LIGHTNING_VLLM names, and models for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 VARIABLE = "RLHF_LIGHTNING_VLLM"
 needs_vllm = pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} does not name the program vllm")
 ON_A_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+EOS_ID, PAD_ID = 2, 0
+"""Of `builtin:tiny`."""
 
 
 class Served(NamedTuple):
@@ -26,6 +29,26 @@ class Served(NamedTuple):
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+
+
+def write_model(directory: Path, name: str, **sizes: int) -> None:
+    """A tiny `llama` or `qwen2` of loud weights with a tokenizer.
+
+    Attention on a CPU needs heads of 32 numbers; these are of 64, and 2 of them as wide as a state: vLLM reads no
+    `head_dim` of a Qwen2, and gives other numbers, without an error, where it is not that.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from rlhf_lightning.tiny import resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("builtin:tiny"))
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2} | sizes
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    tokens = {"vocab_size": len(tokenizer), "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
+    config = AutoConfig.for_model(name, **sizes, **tokens, initializer_range=0.2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 @contextmanager

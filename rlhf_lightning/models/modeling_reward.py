@@ -28,6 +28,20 @@ load, with a head of random numbers."""
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
+class _Head(nn.Sequential):
+    """Scores [R, 1] of what is read of each row, [R, H] or [R, (layers + 1) H]; in float32, under autocast too.
+
+    A module that is called whole, since peft puts another one around it.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            x = states.float()
+            for layer in self:
+                x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
 class RewardModelForSequenceClassification(PreTrainedModel):
     """`logits` [R, 1], float32, are the scores: not probabilities, and no sigmoid belongs on them.
 
@@ -49,7 +63,7 @@ class RewardModelForSequenceClassification(PreTrainedModel):
         width = config.get_text_config().hidden_size
         inputs = width * (config.get_text_config().num_hidden_layers + 1 if self.pooling == "layers" else 1)
         dropout = [nn.Dropout(settings["dropout"])] if settings["dropout"] > 0 else []
-        self.score = nn.Sequential(
+        self.score = _Head(
             nn.Linear(inputs, settings["hidden_size"]),
             _ACTIVATIONS[settings["activation"]](),
             *dropout,
@@ -90,10 +104,8 @@ class RewardModelForSequenceClassification(PreTrainedModel):
             )
         states = self._states(input_ids, attention_mask)
         with torch.autocast(input_ids.device.type, enabled=False):
-            x = self._pooled(states, attention_mask.bool())
-            for layer in self.score:
-                x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
-        return SequenceClassifierOutput(logits=x)
+            pooled = self._pooled(states, attention_mask.bool())
+        return SequenceClassifierOutput(logits=self.score(pooled))
 
     def _states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Hidden states [R, T, H]: the last, or those of the embeddings and of every layer."""

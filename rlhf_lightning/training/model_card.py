@@ -46,6 +46,14 @@ responses to one prompt, not on a score. The text has to end with the token that
 | vLLM | $vllm |
 | rlhf_lightning | `RewardNetwork.from_pretrained("$name")`, `evaluate --reward_model $name` |""")
 
+_SERVED = "`vllm serve $name --runner pooling --dtype float32` (half precision where no dtype is given), then POST to "
+_IN_VLLM = {
+    "linear": _SERVED + '`/classify` `{"messages": [...]}`, as above: `data[0].probs[0]` is the score',
+    "Qwen2ForRewardModel": _SERVED + '`/pooling` `{"messages": [...], "task": "token_classify"}`, as above: '
+    "`data[0].data[-1][0]`, that of the last token, is the score",
+}
+"""How vLLM 0.32 is asked, by the head or, of an MLP, by the architecture: the one MLP that it knows."""
+
 _OURS = Template("""```python
 from rlhf_lightning import RewardNetwork
 
@@ -111,13 +119,11 @@ def reward_usage(name: str, config: dict[str, Any]) -> str:
     trusted = head == "mlp"
     if trusted and "AutoModelForSequenceClassification" not in config["auto_map"]:
         return _OURS.substitute(name=name)
-    vllm = f'`LLM("{name}", runner="pooling")`, as `{architecture}`'
-    if trusted:
-        vllm = f"{vllm}, which it knows for Qwen2 alone" if architecture.endswith("ForRewardModel") else "no"
+    vllm = Template(_IN_VLLM.get(architecture if trusted else head, "no; it stops with an error"))
     return _REWARD.substitute(
         name=name,
         head=head,
         about=_ABOUT[head],
         trust=", trust_remote_code=True" if trusted else "",
-        vllm=vllm,
+        vllm=vllm.substitute(name=name),
     )

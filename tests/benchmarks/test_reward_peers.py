@@ -11,14 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rlhf_lightning.data.chat_format import load_chat_format
-from rlhf_lightning.rewards.scorers import RewardScorer
-from rlhf_lightning.training.reward_model import RewardModel
+from tests.benchmarks.reward_exports import PROMPTS, RESPONSES, export_reward_model, our_scores
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("default")]
-
-PROMPTS = ["How long do I boil an egg?", "Who was that?", "Write a word, and then another one, please."]
-RESPONSES = ["Seven minutes.", "Nobody that I know, I am sorry to say.", "Word. Another."]
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen2"])
@@ -29,19 +24,9 @@ def start(request):
 @pytest.fixture(scope="module", params=["mlp", "linear"])
 def exported(request, start, tmp_path_factory):
     """The directory of an exported reward model of loud weights, and which head it has."""
-    directory = tmp_path_factory.mktemp("exported") / request.param
-    module = RewardModel(str(start), head=request.param)
-    module.configure_model()
-    for weight in module.network.score.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
-    module.chat_format = load_chat_format(str(start))
-    module.export(directory)
-    return str(directory), request.param
-
-
-def our_scores(directory: str, responses: list[str]) -> torch.Tensor:
-    prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    return torch.tensor([each.score for each in RewardScorer(directory)(prompts, responses)])
+    return export_reward_model(
+        start, tmp_path_factory.mktemp("exported") / request.param, head=request.param
+    ), request.param
 
 
 def test_cross_encoder(exported):

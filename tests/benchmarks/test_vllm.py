@@ -21,12 +21,12 @@ from rlhf_lightning.models.vllm_engine import MISMATCH, VLLMEngine
 from rlhf_lightning.models.vllm_server import FLAGS
 from tests.training.conftest import trainer  # noqa: F401
 from tests.training.test_ppo import HERE, fitted
-from tests.vllm_program import needs_vllm, served
+from tests.vllm_program import EOS_ID, PAD_ID, needs_vllm, served, write_model
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("default"), needs_vllm]
 
 SERVE = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
-OPTIONS = {"max_new_tokens": 24, "eos_id": 2, "pad_id": 0}
+OPTIONS = {"max_new_tokens": 24, "eos_id": EOS_ID, "pad_id": PAD_ID}
 PROMPTS = [torch.arange(5 + i, 15 + 3 * i) for i in range(16)]
 SEEDS = [seed_of("vllm", i) for i in range(len(PROMPTS))]
 
@@ -34,20 +34,10 @@ SEEDS = [seed_of("vllm", i) for i in range(len(PROMPTS))]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories of tiny models with heads of 64 numbers and loud weights: `llama`, `qwen2` of its sizes, `wide`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
-
-    from rlhf_lightning.tiny import resolve_model
-
     root = tmp_path_factory.mktemp("models")
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("builtin:tiny"))
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 64}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
-    sizes |= {"initializer_range": 0.2, "eos_token_id": OPTIONS["eos_id"], "pad_token_id": OPTIONS["pad_id"]}
-    made = {"llama": LlamaConfig(**sizes, intermediate_size=96), "qwen2": Qwen2Config(**sizes, intermediate_size=96)}
-    for name, config in (made | {"wide": LlamaConfig(**sizes, intermediate_size=128)}).items():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    write_model(root / "llama", "llama")
+    write_model(root / "qwen2", "qwen2")
+    write_model(root / "wide", "llama", intermediate_size=128)
     return root
 
 

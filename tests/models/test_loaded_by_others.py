@@ -22,6 +22,7 @@ from rlhf_lightning.models import linear_head
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.modeling_reward import STOP
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.training.model_card import reward_usage
 
 TRUST = {"mlp": {"trust_remote_code": True}, "linear": {}}
 
@@ -109,6 +110,22 @@ def test_an_mlp_does_not_load_with_a_random_head(tmp_path, tiny_llama, load):
     saved(tiny_llama, tmp_path)
     with pytest.raises(ValueError, match=r"trust_remote_code=True"):
         load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft 0.21 asks by the old name
+def test_peft_puts_adapters_on_an_mlp_and_trains_its_head(tmp_path, tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    network = saved(tiny_llama, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    ids, mask = batch("right", 0)
+    found = model(input_ids=ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(found[:, 0], network(ids, mask), rtol=0, atol=1e-5)
+    found.sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for part in ("score", "lora_B"):
+        assert any(part in name for name in trained)
 
 
 @pytest.mark.parametrize("head", ["mlp", "linear"])
@@ -230,6 +247,23 @@ def test_vllms_name_is_for_the_head_that_vllm_computes(tmp_path, tiny_qwen2, hea
     if name == "Qwen2ForRewardModel":
         names = {name for name in load_file(tmp_path / "model.safetensors") if name.startswith("score")}
         assert names == {"score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "route"),
+    [
+        ("tiny_llama", "linear", "`/classify`"),
+        ("tiny_qwen2", "linear", "`/classify`"),
+        ("tiny_qwen2", "mlp", '`/pooling` `{"messages": [...], "task": "token_classify"}`'),
+        ("tiny_llama", "mlp", None),
+    ],
+)
+def test_a_card_says_how_vllm_is_asked_where_it_knows_the_model(request, tmp_path, base, head, route):
+    saved(request.getfixturevalue(base), tmp_path, head=head)
+    usage = reward_usage("models/reward", json.loads((tmp_path / "config.json").read_text()))
+    (line,) = (line for line in usage.splitlines() if line.startswith("| vLLM |"))
+    assert ("vllm serve models/reward --runner pooling" in line) == (route is not None)
+    assert route is None or route in line
 
 
 def test_the_sentence_that_stops_others_is_in_the_configuration_alone(tmp_path, tiny_qwen2):
