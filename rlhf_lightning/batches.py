@@ -7,11 +7,15 @@ come from lengths, never from a comparison with the pad id, so that pad == eos c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+Layout = Literal["auto", "padded", "packed", "shared"]
+"""How the rows of a forward pass lie: padded, end to end (`packed`), or with what they begin alike once (`shared`).
+`auto` is the last of the three that gives a model's rows the numbers that they have alone."""
 
 
 class ModelInputs(NamedTuple):
@@ -44,6 +48,19 @@ def collate_rows(rows: Sequence[Tensor], prompt_lengths: Sequence[int], *, pad_i
     starts = torch.tensor(prompt_lengths, device=device)[:, None]
     ends = torch.tensor([len(row) for row in rows], device=device)[:, None]
     return ModelInputs(input_ids, position < ends, (position >= starts) & (position < ends))
+
+
+def like_together(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
+    """The order in which to divide rows into batches: rows of like length together, those of one prompt side by side.
+
+    `prompts` are token ids of each row, `lengths` tokens of prompt and response together. Prompts come in the order of
+    their longest row: a batch that holds all rows of a prompt has it computed once (see `models.layouts`).
+    """
+    keys = [tuple(prompt) for prompt in prompts]
+    longest: dict[tuple[int, ...], int] = {}
+    for key, length in zip(keys, lengths, strict=True):
+        longest[key] = max(length, longest.get(key, 0))
+    return sorted(range(len(keys)), key=lambda row: (longest[keys[row]], keys[row], lengths[row]))
 
 
 class PreferenceBatch(NamedTuple):

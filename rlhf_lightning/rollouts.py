@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import ModelInputs, collate_rows
+from rlhf_lightning.batches import ModelInputs, collate_rows, like_together
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ModelError, TrainingError
@@ -58,6 +58,11 @@ class Responses(NamedTuple):
             [self.prompt_lengths[i] for i in which],
             self.ended[torch.as_tensor(which)],
         )
+
+    def order(self, which: Sequence[int]) -> list[int]:
+        """Some positions in the order in which to divide them into batches (see `like_together`)."""
+        prompts = [self.rows[i][: self.prompt_lengths[i]].tolist() for i in which]
+        return [which[place] for place in like_together(prompts, [len(self.rows[i]) for i in which])]
 
     def texts(self, chat_format: ChatFormat) -> list[str]:
         """Each response as text (see `ChatFormat.reply_text`)."""
@@ -182,7 +187,7 @@ class Rollouts:
         device, lengths = responses.rows[0].device, responses.lengths
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
         numbers = TokenNumbers(mask, *(torch.zeros(mask.shape, device=device) for _ in range(3)))
-        order = sorted(range(len(responses.rows)), key=lambda i: len(responses.rows[i]))
+        order = responses.order(range(len(responses.rows)))
         for start in range(0, len(order), self.micro_batch_size):
             part = order[start : start + self.micro_batch_size]
             with self.arithmetic():

@@ -271,7 +271,7 @@ def test_what_a_refusal_names_are_keys():
         *("model.optimizer.lr=1", "model.optimizer.weight_decay=1", "model.optimizer=SGD"),
         *("model.lr_scheduler_type=linear", "model.backbone=x", "model.warmup_ratio=0.1", "model.lora={r: 2}"),
         *("model.lora.target_modules=all-linear", "model.lora.lora_alpha=1", "model.lora.r=1"),
-        *("model.temperature=1", "model.max_new_tokens=1", "model.attn_implementation=packed"),
+        *("model.temperature=1", "model.max_new_tokens=1", "model.layout=packed"),
         *("data.train=a", "data.val=a", "data.batch_size=1", "data.eval_batch_size=1", "data.max_length=1"),
         *("trainer.max_epochs=1", "trainer.max_steps=1", "trainer.accumulate_grad_batches=1"),
         *("trainer.gradient_clip_val=1", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1"),

@@ -157,8 +157,9 @@ def _steps(data: Any, described: Run, trainer: Any) -> Steps:
     pairs = data.rows["train"]
     segments = pairs.segment_lengths
     rows = [segments[:, 0] + side for side in segments.T[1:]][: described.rows_per_pair]
-    per_step = data.batch_size * described.accumulate * described.processes
-    per_epoch = math.ceil(len(pairs) / per_step)
+    plan = data.training_plan(accumulate=described.accumulate, world_size=described.processes)
+    per_epoch = math.ceil(len(plan) / described.accumulate)
+    per_step = plan.step_rows if data.tokens_per_batch is None else math.ceil(plan.epoch_rows / per_epoch)
     ends = [trainer.max_epochs * per_epoch] if trainer.max_epochs not in (None, -1) else []
     ends += [trainer.max_steps] if trainer.max_steps != -1 else []
     return Steps(

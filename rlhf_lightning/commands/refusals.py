@@ -38,7 +38,7 @@ OTHER_NAMES = {
     "batch_size": "data.batch_size",
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
-    "packing": "model.attn_implementation packed",
+    "packing": "model.layout packed",
     "epochs": "trainer.max_epochs",
     "num_epochs": "trainer.max_epochs",
     "num_train_epochs": "trainer.max_epochs",

@@ -92,15 +92,24 @@ class TrainingPlan:
         order = np.concatenate([_repeated(indices, weight, random) for indices, weight in self.mixture])
         if self.shuffle:
             order = random.permutation(order)
-        for start, stop in self._steps():
-            step = order[start:stop]
-            if self.group_by_length:
-                step = step[np.argsort(-self.lengths[step], kind="stable")]
-            parts = np.array_split(step, self._batches_of(len(step)) * self.world_size)
-            for part in parts[self.rank :: self.world_size]:
+        for step in self._steps_of(order):
+            for part in self._divided(step, self._batches_of(len(step)) * self.world_size)[
+                self.rank :: self.world_size
+            ]:
                 # Lightning divides by `accumulate` and averages over processes; undone here, so that each pair of the
                 # step counts the same, also in the shorter last step.
                 yield MicroBatch(part, len(part) * self.accumulate * self.world_size / len(step))
+
+    def _steps_of(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        """The pairs of each optimizer step."""
+        for start, stop in self._steps():
+            yield order[start:stop]
+
+    def _divided(self, step: np.ndarray, count: int) -> list[np.ndarray]:
+        """The pairs of a step in so many batches, those of a process `world_size` apart."""
+        if self.group_by_length:
+            step = step[np.argsort(-self.lengths[step], kind="stable")]
+        return np.array_split(step, count)
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         """Where the pairs of each optimizer step begin and end in the epoch's order."""

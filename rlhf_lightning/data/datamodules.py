@@ -6,14 +6,14 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import Layout, PreferenceBatch
 from rlhf_lightning.data.batching import (
     BatchLoader,
     EvaluationPlan,
@@ -24,6 +24,7 @@ from rlhf_lightning.data.batching import (
 )
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
+from rlhf_lightning.data.learner import Learner
 from rlhf_lightning.data.roles import Role, RoleSources, part_masks, role_sources, roles_of, sources_by_role
 from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows, Truncation
 from rlhf_lightning.data.sources import Source
@@ -35,21 +36,13 @@ from rlhf_lightning.data.statistics import (
     longer_chosen,
     shared_prompts,
 )
+from rlhf_lightning.data.token_budget import TokenPlan, tokens_of
 from rlhf_lightning.data.tokenized import tokenize_source
 from rlhf_lightning.data.tokenizer import TokenizerSource
 from rlhf_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 Rows = TypeVar("Rows", bound=TokenizedRows)
-
-
-@runtime_checkable
-class Learner(Protocol):
-    """A module that knows its model: which tokenizer it has, for data that names none, and whether data suits it."""
-
-    tokenizer: TokenizerSource | None
-
-    def check_data(self, data: LightningDataModule | None) -> None: ...
 
 
 class DataModule(LightningDataModule, Generic[Rows]):
@@ -197,22 +190,15 @@ class DataModule(LightningDataModule, Generic[Rows]):
         With the trainer's `overfit_batches` every epoch has the same ones. Raises `ConfigurationError` when the trainer
         would change its accumulation.
         """
-        trainer, rows = self.trainer, self.rows["train"]
+        trainer = self.trainer
         if trainer and any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
             raise ConfigurationError(
                 "GradientAccumulationScheduler: the batches of an optimizer step are planned for one accumulation "
                 "count; use trainer.accumulate_grad_batches"
             )
         rank, world_size = self._process()
-        plan = TrainingPlan(
-            rows.lengths,
-            batch_size=self.batch_size,
+        plan = self.training_plan(
             accumulate=trainer.accumulate_grad_batches if trainer else 1,
-            shuffle=self.shuffle,
-            group_by_length=self.group_by_length,
-            seed=self.seed,
-            source=rows.source,
-            weights=self._weights(),
             repeat=trainer is not None and trainer.overfit_batches > 0,
             rank=rank,
             world_size=world_size,
@@ -222,6 +208,21 @@ class DataModule(LightningDataModule, Generic[Rows]):
         if position is not None:
             self._train_loader.resume_at(position)
         return self._train_loader
+
+    def training_plan(self, **process: Any) -> TrainingPlan:
+        """The batches of the training rows; `process` are the arguments of `TrainingPlan` that this does not know."""
+        settings = self._plan_settings()
+        return TrainingPlan(
+            self.rows["train"].lengths,
+            batch_size=self.batch_size,
+            group_by_length=self.group_by_length,
+            **settings,
+            **process,
+        )
+
+    def _plan_settings(self) -> dict[str, Any]:
+        source, weights = self.rows["train"].source, self._weights()
+        return {"shuffle": self.shuffle, "seed": self.seed, "source": source, "weights": weights}
 
     def val_dataloader(self) -> BatchLoader:
         return self._evaluation_loader("val", "limit_val_batches")
@@ -305,6 +306,9 @@ class ResponseDataModule(DataModule[Rows]):
         truncation: For rows over max_length. `left` truncates the prompt from the left, the oldest turns first, and
             drops what still does not fit; `drop` drops the row; `error` refuses the source.
         group_by_length: Put rows of like length into one forward pass, within an optimizer step. Changes no result.
+        tokens_per_batch: Fill training batches up to so many tokens in the place of `batch_size` rows: batches of equal
+            cost, whatever their rows. Steps then take equal numbers of tokens, so their numbers of rows differ; each
+            row of a step counts the same. With model.layout packed or shared.
     """
 
     def __init__(
@@ -316,9 +320,11 @@ class ResponseDataModule(DataModule[Rows]):
         max_length: PositiveInt = 1024,
         truncation: Truncation = "left",
         group_by_length: bool = True,
+        tokens_per_batch: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train, val, test, tokenizer, **kwargs)
+        self.tokens_per_batch = tokens_per_batch
         self.max_length = max_length
         self.truncation = truncation
         self.group_by_length = group_by_length
@@ -329,11 +335,26 @@ class ResponseDataModule(DataModule[Rows]):
         for start in range(0, len(order), self.eval_batch_size):
             yield collate(MicroBatch(order[start : start + self.eval_batch_size], 1.0))
 
+    def training_plan(self, **process: Any) -> TrainingPlan:
+        """As `DataModule.training_plan`, or one by tokens. Raises `ConfigurationError` for padded rows and a budget."""
+        if self.tokens_per_batch is None:
+            return super().training_plan(**process)
+        return TokenPlan(self._tokens(), tokens_per_batch=self.tokens_per_batch, **self._plan_settings(), **process)
+
+    def _tokens(self) -> np.ndarray:
+        """What each training row takes of a budget of tokens, in the layout of the model that the trainer runs."""
+        module = getattr(self.trainer, "lightning_module", None)
+        layout: Layout = getattr(module, "layout", "packed")
+        return tokens_of(self.rows["train"].segment_lengths, layout)
+
     def longest_batch(self) -> Any:
         """The longest training rows, as many as a batch has."""
         rows = self.rows["train"]
         order = rows.longest_first(np.arange(len(rows)))
-        return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
+        if self.tokens_per_batch is None:
+            return self._collate("train")(MicroBatch(order[: self.batch_size], 1.0))
+        fitting = np.cumsum(self._tokens()[order]) <= self.tokens_per_batch
+        return self._collate("train")(MicroBatch(order[fitting], 1.0))
 
     def _select(self, role: Role) -> tuple[Rows, LoadReport]:
         return self._fitting(role, max_length=self.max_length, truncation=self.truncation)

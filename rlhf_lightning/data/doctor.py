@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.datamodules import ResponseDataModule
 from rlhf_lightning.data.examples import LoadReport, Message, Refusal
@@ -25,7 +24,14 @@ from rlhf_lightning.data.selection import (
     fit_rows,
 )
 from rlhf_lightning.data.sources import local_files
-from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
+from rlhf_lightning.data.statistics import (
+    LayoutCost,
+    contradictions,
+    duplicates,
+    layout_costs,
+    longer_chosen,
+    shared_prompts,
+)
 from rlhf_lightning.data.tokenized import READERS
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -69,17 +75,6 @@ class Limit:
     """Rows that would be left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How much a way of making batches computes."""
-
-    name: str
-    tokens_per_pair: float
-    """Of a conversation, per conversation."""
-    padding: float
-    """Share of the tokens that are padding."""
-
-
 @dataclass(frozen=True)
 class RoleDiagnosis:
     """Findings on the rows of one role. Rows are named by origin (`file, row 17`, counted from 0)."""
@@ -106,7 +101,7 @@ class RoleDiagnosis:
     """Lengths of prompt, each response and the (longer) row by percent (`QUANTILES`), before any cut, in the unit, of
     all rows that are no bad rows."""
     limits: list[Limit] | None
-    layouts: list[Layout] | None
+    layouts: list[LayoutCost] | None
     duplicates: list[str]
     """Used rows, as in the fields below, that stand more than once: all but the first."""
     contradictions: list[str]
@@ -241,7 +236,7 @@ def _diagnose_role(
             ]
         sizes = sorted({*LIMITS, max_length})
         limits = [Limit(size, *map(len, _fitted(everything, size, truncation)[1:])) for size in sizes]
-        layouts = _layouts(kept, data.batch_size, accumulate) if len(kept) else None
+        layouts = layout_costs(kept, data.batch_size, accumulate) if len(kept) else None
     is_val = role != "train"
     trained = data.rows["train"]
     if is_val and max_length is not None:
@@ -297,20 +292,6 @@ def _quantiles(rows: TokenizedRows, *, eos: bool) -> dict[str, dict[int, int]]:
 def _parts(rows: TokenizedRows) -> tuple[str, ...]:
     """What the columns of ids hold: `prompt`, then the responses."""
     return rows.stores[0].id_columns
-
-
-def _layouts(rows: TokenizedRows, batch_size: int, accumulate: int) -> list[Layout]:
-    """Tokens that a training epoch computes, in the ways of making batches."""
-    prompt, *sides = rows.segment_lengths.sum(axis=0) / len(rows)
-    needed, layouts = len(sides) * prompt + sum(sides), []
-    for name, grouped in (("padded, random order", False), ("padded, grouped by length in each step", True)):
-        plan = TrainingPlan(rows.lengths, batch_size=batch_size, accumulate=accumulate, group_by_length=grouped)
-        share = padding_share(rows, (batch.indices for batch in plan.epoch(0)))
-        layouts.append(Layout(name, needed / (1 - share), share))
-    layouts.append(Layout("packed", needed, 0.0))
-    if len(sides) > 1:
-        layouts.append(Layout("packed, the prompt once for both", needed - prompt, 0.0))
-    return layouts
 
 
 def _token_samples(rows: TokenizedRows, chat_format: ChatFormat) -> list[Sample]:

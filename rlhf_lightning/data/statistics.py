@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from rlhf_lightning.batches import Layout
+from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.examples import LoadReport
 from rlhf_lightning.data.selection import TokenizedPairs, TokenizedRows
 
@@ -65,7 +68,43 @@ def counts_in_words(
     return f"{role}: {len(rows)} {rows.kind}{epoch} ({report.summary()}{cut})"
 
 
-def padding_share(pairs: TokenizedRows, batches: Iterable[np.ndarray]) -> float:
+@dataclass(frozen=True, slots=True)
+class LayoutCost:
+    """How much a way of computing batches computes."""
+
+    name: str
+    layout: Layout
+    tokens_per_pair: float
+    """Of a conversation, per conversation."""
+    padding: float
+    """Share of the tokens that are padding."""
+
+
+def layout_costs(rows: TokenizedRows, batch_size: int, accumulate: int) -> list[LayoutCost]:
+    """Tokens that a training epoch computes, in the ways of computing its batches, most of them first."""
+    prompt, *sides = rows.segment_lengths.sum(axis=0) / len(rows)
+    needed, costs = len(sides) * prompt + sum(sides), []
+    for name, grouped in (("padded, random order", False), ("padded, grouped by length in each step", True)):
+        plan = TrainingPlan(rows.lengths, batch_size=batch_size, accumulate=accumulate, group_by_length=grouped)
+        share = _padding_share(rows, (batch.indices for batch in plan.epoch(0)))
+        costs.append(LayoutCost(name, "padded", needed / (1 - share), share))
+    costs.append(LayoutCost("packed", "packed", needed, 0.0))
+    if len(sides) > 1:
+        costs.append(LayoutCost("packed, the prompt once for both", "shared", needed - prompt, 0.0))
+    return costs
+
+
+def layout_in_words(layout: Layout, rows: TokenizedRows, batch_size: int, accumulate: int) -> str:
+    """A layout, and how many fewer tokens it computes of training rows than padded rows are."""
+    if layout == "padded":
+        return layout
+    costs = {cost.layout: cost.tokens_per_pair for cost in layout_costs(rows, batch_size, accumulate)}
+    fewer = costs["padded"] / costs.get(layout, costs["packed"])
+    beginnings = ", what rows begin with in common once" if layout == "shared" else ""
+    return f"{layout}: no padding{beginnings}, {fewer:.1f}x fewer tokens than padded"
+
+
+def _padding_share(pairs: TokenizedRows, batches: Iterable[np.ndarray]) -> float:
     """Share of padding among the tokens of batches (arrays of positions) of right-padded rows, one for a response."""
     rows = pairs.segment_lengths[:, :1] + pairs.segment_lengths[:, 1:]
     real = padded = 0

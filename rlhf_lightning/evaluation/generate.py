@@ -46,7 +46,7 @@ def load_frozen_policy(
     name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[CausalLM, ChatFormat]:
     """A policy in eval mode and without gradients, and its tokenizer's format. Raises `ModelError`."""
-    policy = CausalLM.from_pretrained(name, trust_remote_code=trust_remote_code)
+    policy = CausalLM.from_pretrained(name, layout="auto", trust_remote_code=trust_remote_code)
     move(policy.eval().requires_grad_(False), torch.device(device), dtype)
     return policy, ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.classifiers import load_classifier, token_head
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.precision import move
+from rlhf_lightning.models.states import last_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -129,7 +130,7 @@ class TextClassifier:
         """[W, L], for ids, mask (bool) and token types, all [W, T]."""
         head = token_head(self.model)
         if head is not None:
-            return head(last_states(self.model, ids, mask))
+            return head(last_states(self.model.base_model, ids, mask))
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         has_types = types > 1 and "token_type_ids" in self.tokenizer.model_input_names
         arguments = {"token_type_ids": kinds} if has_types else {}

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.files.adapters import (
     BASE,
@@ -29,10 +30,13 @@ from rlhf_lightning.files.adapters import (
 from rlhf_lightning.functional.logprobs import linear_argmax, linear_logprobs, sequence_logprobs
 from rlhf_lightning.functional.reductions import scatter_to_mask
 from rlhf_lightning.functional.shapes import check_layout, check_not_empty
-from rlhf_lightning.models.backbones import AttentionImplementation, check_rows, hidden_states, load_weights
+from rlhf_lightning.models.backbones import AttentionImplementation, load_weights, probed_attention, use_attention
 from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.packed_attention import FLEX
 from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.models.row_check import check_rows
+from rlhf_lightning.models.states import hidden_states, token_states
 from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:
@@ -126,6 +130,7 @@ class CausalLM(nn.Module):
         lora: Lora | None = None,
         load_in_4bit: bool = False,
         attn_implementation: AttentionImplementation | None = None,
+        layout: Layout = "padded",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> CausalLM:
@@ -148,7 +153,7 @@ class CausalLM(nn.Module):
                 AutoModelForCausalLM,
                 name_or_path,
                 config,
-                attn_implementation=attn_implementation,
+                attn_implementation=probed_attention(attn_implementation, layout),
                 trust_remote_code=trust_remote_code,
                 **({"quantization_config": four_bits()} if load_in_4bit else {}),
             )
@@ -158,13 +163,14 @@ class CausalLM(nn.Module):
             model, name_or_path = name_or_path, type(name_or_path).__name__
             if model.get_output_embeddings() is None:
                 raise ModelError(f"model.backbone: a {name_or_path} has no output layer; use AutoModelForCausalLM")
-        check_rows(decoder(model), name_or_path)
+        check_rows(decoder(model), name_or_path, layout, flex=attn_implementation == FLEX)
         temperature = _measured_temperature(model, name_or_path)
         if lora is not None:
             model = with_adapters(model, lora)
             _check_adapters(model, lora)
         if gradient_checkpointing:
             inner_model(model).activation_checkpointing_enable()
+        use_attention(decoder(model), attn_implementation)
         return cls(model.train(), temperature=temperature)
 
     @property
@@ -191,8 +197,9 @@ class CausalLM(nn.Module):
         # The first token of a row has no token before it that could predict it.
         mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
         check_not_empty(mask.sum(dim=1))
-        hidden = hidden_states(decoder(self.model), input_ids, attention_mask)
-        return ResponseStates(hidden[:, :-1][mask[:, 1:]], input_ids[mask], mask)
+        before = F.pad(mask[:, 1:], (0, 1))
+        hidden = token_states(decoder(self.model), input_ids, attention_mask, before)
+        return ResponseStates(hidden, input_ids[mask], mask)
 
     def logprobs(self, states: ResponseStates) -> ResponseLogprobs:
         """Log-probabilities of the tokens that `states` lead to, float32, in nats."""

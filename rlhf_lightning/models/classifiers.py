@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ModelError, reason_of
-from rlhf_lightning.functional.reductions import last_token_index
-from rlhf_lightning.models.backbones import check_attention_type, check_rows, hidden_states, load_weights
+from rlhf_lightning.models.backbones import load_weights
 from rlhf_lightning.models.configuration import max_positions
-from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of, rounding
+from rlhf_lightning.models.row_check import (
+    check_attention_type,
+    check_rows,
+    difference,
+    exact_arithmetic,
+    probe_of,
+    rounding,
+)
+from rlhf_lightning.models.states import last_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def load_classifier(name_or_path: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_classifier(
+    name_or_path: str, config: PretrainedConfig, *, layout: Layout = "padded", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """An `AutoModelForSequenceClassification` with all its weights, float32, in eval mode, without gradients.
 
     `config` is that of `load_config`. Raises `ModelError` when weights are missing, the head's too, and when the scores
@@ -31,7 +41,7 @@ def load_classifier(name_or_path: str, config: PretrainedConfig, *, trust_remote
     model = load_weights(AutoModelForSequenceClassification, name_or_path, config, trust_remote_code=trust_remote_code)
     model = model.eval().requires_grad_(False)
     if token_head(model) is not None:
-        check_rows(model.base_model, name_or_path)
+        check_rows(model.base_model, name_or_path, layout)
     check_attention_type(config, name_or_path)
     _check_scores(model, name_or_path)
     return model
@@ -43,12 +53,6 @@ def token_head(model: nn.Module) -> nn.Module | None:
     A decoder's own pooling finds the last token by the pad id, which may be that of a true token.
     """
     return getattr(model, "score", None)
-
-
-def last_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What `token_head` reads: the state of the last true token, [R, H]. `attention_mask` [R, T] bool."""
-    hidden = hidden_states(model.base_model, input_ids, attention_mask)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(attention_mask)]
 
 
 def _check_scores(model: PreTrainedModel, name: str) -> None:
@@ -67,7 +71,7 @@ def _check_scores(model: PreTrainedModel, name: str) -> None:
             if head is None:
                 found = model(input_ids=ids, attention_mask=mask.long()).logits
             else:
-                found = head(last_states(model, ids, mask))
+                found = head(last_states(model.base_model, ids, mask))
             change = difference(found, expected)
     except Exception as error:  # an architecture that wants other input may raise anything
         raise ModelError(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import forget_longest_row
 from rlhf_lightning.models.causal_lm import CausalLM, decoder, inner_model
 from rlhf_lightning.models.configuration import max_positions, rope_limits
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of
+from rlhf_lightning.models.states import forget_longest_row
 
 _NEW_TOKENS = 2
 """Of a probe: the first follows a prompt, the second is made from what the model kept of it."""

@@ -9,7 +9,7 @@ import torch
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, keep_routers_still
 from rlhf_lightning.models.configuration import changed_settings, load_config, switch_dropout_off
-from rlhf_lightning.models.packed_attention import PACKED, register
+from rlhf_lightning.models.precision import is_flash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,9 +54,8 @@ def prepared(model: Any, *, attn_implementation: AttentionImplementation | None 
                 setattr(layer, key, 0.0)
     if attn_implementation is not None:
         check_attention(attn_implementation)
-        if attn_implementation == PACKED:
-            register()
-        model.set_attn_implementation(attn_implementation)
+        if not is_flash(attn_implementation):  # it gets those once it is measured
+            model.set_attn_implementation(attn_implementation)
     keep_routers_still(model)
     return model.train()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+_float32: ContextVar[bool] = ContextVar("float32", default=False)
+
+
+def in_float32() -> bool:
+    """Whether this is inside of `float32_arithmetic`."""
+    return _float32.get()
 
 
 @contextmanager
@@ -23,11 +32,13 @@ def float32_arithmetic(*models: nn.Module | None) -> Iterator[None]:
     """
     present = [model for model in models if model is not None]
     with ExitStack() as stack:
+        stack.callback(_float32.reset, _float32.set(True))
         for device_type in {parameter.device.type for model in present for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         for model in present:
             stack.enter_context(_widened(model))
             stack.enter_context(_dequantized_to_float32(model))
+            stack.enter_context(_without_flash(model))
         yield
 
 
@@ -115,6 +126,25 @@ def _dequantized_to_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, dtype in zip(layers, before, strict=True):
             layer.compute_dtype = dtype
+
+
+def is_flash(attn_implementation: str | None) -> bool:
+    """Whether an attention of transformers is one of the flash-attn packages, which compute in halves alone."""
+    return attn_implementation is not None and attn_implementation.startswith("flash_attention_")
+
+
+@contextmanager
+def _without_flash(model: nn.Module) -> Iterator[None]:
+    """Inside, models with an attention of the flash-attn packages have sdpa."""
+    models: list[Any] = [part for part in model.modules() if hasattr(part, "set_attn_implementation")]
+    flash = [(part, name) for part in models if is_flash(name := part.config._attn_implementation)]
+    for part, _ in flash:
+        part.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        for part, name in flash:
+            part.set_attn_implementation(name)
 
 
 def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:

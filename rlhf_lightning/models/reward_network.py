@@ -13,17 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ConfigurationError, ModelError
-from rlhf_lightning.functional.reductions import last_token_index, masked_mean
-from rlhf_lightning.models.backbones import (
-    AttentionImplementation,
-    first_position,
-    hidden_states,
-    layer_states,
-    load_backbone,
-)
+from rlhf_lightning.functional.reductions import masked_mean
+from rlhf_lightning.models.backbones import AttentionImplementation, load_backbone, use_attention
 from rlhf_lightning.models.configuration import HEAD_KEY, load_config, rope_limits, write_published_settings
 from rlhf_lightning.models.linear_head import LinearHead, check_classifier, classifier_without_weights
+from rlhf_lightning.models.states import first_position, hidden_states, last_states, layer_states
 from rlhf_lightning.models.storage import edited_settings, replaced_model
 
 if TYPE_CHECKING:
@@ -65,10 +61,9 @@ def pooled(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
     mask = attention_mask.bool()
     if pooling == "layers":
         return torch.cat([_mean(state, mask) for state in layer_states(backbone, input_ids, mask)], dim=-1)
-    hidden = hidden_states(backbone, input_ids, mask)
     if pooling == "mean":
-        return _mean(hidden, mask)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]
+        return _mean(hidden_states(backbone, input_ids, mask), mask)
+    return last_states(backbone, input_ids, mask)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -171,6 +166,7 @@ class RewardNetwork(nn.Module):
         name_or_path: str | PreTrainedModel,
         *,
         attn_implementation: AttentionImplementation | None = None,
+        layout: Layout = "padded",
         trust_remote_code: bool = False,
         **head: Unpack[HeadSettings],
     ) -> RewardNetwork:
@@ -179,9 +175,14 @@ class RewardNetwork(nn.Module):
         Raises `ModelError`, and `ConfigurationError` as `check_head` does.
         """
         backbone = load_backbone(
-            name_or_path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            name_or_path,
+            attn_implementation=attn_implementation,
+            layout=layout,
+            trust_remote_code=trust_remote_code,
         )
-        return cls(backbone, **head)
+        network = cls(backbone, **head)
+        use_attention(backbone, attn_implementation)
+        return network
 
     @classmethod
     def from_pretrained(
@@ -189,6 +190,7 @@ class RewardNetwork(nn.Module):
         directory: str | Path,
         *,
         attn_implementation: AttentionImplementation | None = None,
+        layout: Layout = "padded",
         trust_remote_code: bool = False,
     ) -> RewardNetwork:
         """Load what `save_pretrained` wrote, float32, in eval mode.
@@ -206,6 +208,7 @@ class RewardNetwork(nn.Module):
             str(directory),
             **getattr(config, HEAD_KEY),
             attn_implementation=attn_implementation,
+            layout=layout,
             trust_remote_code=trust_remote_code,
         )
         try:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import AttentionImplementation, hidden_states
+from rlhf_lightning.models.backbones import AttentionImplementation
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.linear_head import LinearHead
 from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
+from rlhf_lightning.models.states import token_states
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,6 +39,7 @@ class ValueNetwork(nn.Module):
         name_or_path: str | PreTrainedModel,
         *,
         attn_implementation: AttentionImplementation | None = None,
+        layout: Layout = "padded",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> ValueNetwork:
@@ -44,7 +47,8 @@ class ValueNetwork(nn.Module):
 
         The head is new, too, where that of the reward network reads more than the state of a token (`layers`).
         """
-        options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"attn_implementation": attn_implementation, "layout": layout}
+        options["trust_remote_code"] = trust_remote_code
         if isinstance(name_or_path, str) and has_head_for_tokens(
             load_config(name_or_path, trust_remote_code=trust_remote_code)
         ):
@@ -65,8 +69,8 @@ class ValueNetwork(nn.Module):
         `input_ids` [R, T] int64; `attention_mask`, `response_mask` [R, T] bool, as `CausalLM.states` takes them.
         """
         mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
-        hidden = hidden_states(self.network.backbone, input_ids, attention_mask)
-        return self.network.score(hidden[:, :-1][mask[:, 1:]])
+        before = F.pad(mask[:, 1:], (0, 1))
+        return self.network.score(token_states(self.network.backbone, input_ids, attention_mask, before))
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """As `RewardNetwork.save_pretrained`, from which a later run can begin."""

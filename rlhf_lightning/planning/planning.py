@@ -99,6 +99,13 @@ def machine_of(settings: Any, *, gpu: str | None = None) -> Machine:
     return Machine("CPU", number, machines, host_memory() / number, host_memory(), on_cpu=True)
 
 
+def rows_of_batch(data: ResponseDataModule, tokens: int, rows_per_pair: int) -> int:
+    """Rows of `tokens` tokens that take at least as much as a training batch."""
+    if data.tokens_per_batch is None:
+        return data.batch_size * rows_per_pair
+    return rows_per_pair * -(-data.tokens_per_batch // (tokens * rows_per_pair))
+
+
 def run_of(
     module: TrainedModule, data: ResponseDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
 ) -> Run:
@@ -116,10 +123,10 @@ def run_of(
     return Run(
         shape=Shape(
             policy=isinstance(module, PolicyModule),
-            rows=data.batch_size * rows_per_pair,
+            rows=rows_of_batch(data, tokens, rows_per_pair),
             tokens=tokens,
             lora=module.lora,
-            packed=hparams.attn_implementation == "packed",
+            packed=hparams.layout in ("packed", "shared"),
             gradient_checkpointing=hparams.gradient_checkpointing and not hparams.get("freeze_backbone", False),
             trust_remote_code=hparams.trust_remote_code,
             head=module.head_settings if isinstance(module, RewardModel) else {},

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf_lightning.errors import reason_of
-from rlhf_lightning.models.backbones import hidden_states, layer_states, normalised
 from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
 from rlhf_lightning.models.configuration import no_pooler
 from rlhf_lightning.models.precision import widened_at_once
 from rlhf_lightning.models.reward_network import HeadSettings, new_head
+from rlhf_lightning.models.states import hidden_states, layer_states, normalised
 from rlhf_lightning.terminal import silenced
 
 if TYPE_CHECKING:

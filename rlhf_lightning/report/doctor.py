@@ -43,7 +43,6 @@ class Finding(NamedTuple):
 _NO_TOKENIZER = "Not measured: it needs a tokenizer."
 _BIASED, _MANY = 0.75, 0.01
 """Shares from which on a finding is a judgement: of pairs in which length decides, and of rows of any other kind."""
-_MUCH_PADDING = 0.2
 
 
 def findings(diagnosis: Diagnosis) -> Iterator[Finding]:
@@ -70,12 +69,6 @@ def judgements(diagnosis: Diagnosis) -> Iterator[str]:
     """What a run should not begin with, or what would make it better, worst first, each in a sentence or two."""
     for role in diagnosis.roles:
         yield from _judged(role, diagnosis)
-    paddings = [layout.padding for role in diagnosis.roles if role.role == "train" for layout in role.layouts or ()]
-    if paddings and paddings[1] > _MUCH_PADDING:
-        yield (
-            f"{_percent(paddings[1])} of the tokens of a training batch are padding: model.attn_implementation packed "
-            "computes nothing on it."
-        )
 
 
 def _judged(role: RoleDiagnosis, diagnosis: Diagnosis) -> Iterator[str]:
@@ -212,8 +205,8 @@ def _layouts(diagnosis: Diagnosis) -> Finding:
     limit = f"max_length {diagnosis.max_length}"
     batches = f"batch_size {diagnosis.batch_size}, accumulation {diagnosis.accumulate}"
     remark = (
-        "The trainer pads and groups by length within a step; with accumulation 1 there is nothing to group. "
-        "Packed: with model.attn_implementation packed."
+        "model.layout auto computes the fewest that the model allows. Padded rows are grouped by length within a step; "
+        "with accumulation 1 there is nothing to group."
     )
     one = diagnosis.roles[0].kind.removesuffix("s")
     title = f"Tokens computed per {one}, {limit}, {batches}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.batches import ModelInputs, collate_rows
+from rlhf_lightning.batches import ModelInputs, collate_rows, like_together
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.chat_text import TRANSCRIPT
 from rlhf_lightning.data.examples import Message
@@ -22,11 +22,12 @@ from rlhf_lightning.data.tokenizer import check_reference_tokenizer, load_tokeni
 from rlhf_lightning.data.truncation import truncate_left
 from rlhf_lightning.errors import ConfigurationError, DataError, ModelError
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.classifiers import last_states, load_classifier, token_head
+from rlhf_lightning.models.classifiers import load_classifier, token_head
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
+from rlhf_lightning.models.states import last_states
 from rlhf_lightning.rewards.texts import PAIR, EncodedRow, WrittenText, check_pair, check_reward_template
 from rlhf_lightning.tiny import resolve_model
 
@@ -118,10 +119,12 @@ class RewardScorer:
         self.kind: ScorerKind
         if is_reward_network(config):
             self.kind = "Custom Classifier"
-            self.model = RewardNetwork.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+            self.model = RewardNetwork.from_pretrained(
+                resolve_model(name), layout="auto", trust_remote_code=trust_remote_code
+            )
         else:
             self.kind = "Seq. Classifier"
-            self.model = load_classifier(name, config, trust_remote_code=trust_remote_code)
+            self.model = load_classifier(name, config, layout="auto", trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.limit = _limit(name, max_length, max_positions(config.get_text_config()))
         self.tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
@@ -181,7 +184,7 @@ class RewardScorer:
         if head is None:  # an encoder's own pooling, which goes by the mask
             types = {"token_type_ids": response_mask.long().to(device)} if self._has_types else {}
             return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0]
-        last = last_states(self.model, ids, mask)
+        last = last_states(self.model.base_model, ids, mask)
         if isinstance(head, nn.Linear):
             return F.linear(last.float(), head.weight.float(), None if head.bias is None else head.bias.float())[:, 0]
         return head(last)[:, 0]
@@ -233,11 +236,12 @@ class ImplicitScorer:
         self.batch_size = batch_size
         tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
         self.chat_format = ChatFormat(tokenizer)
-        self.policy = CausalLM.from_pretrained(policy, trust_remote_code=trust_remote_code)
+        loading: dict[str, Any] = {"layout": "auto", "trust_remote_code": trust_remote_code}
+        self.policy = CausalLM.from_pretrained(policy, **loading)
         self.reference = None
         if reference is not None:
             check_reference_tokenizer(reference, tokenizer, trust_remote_code=trust_remote_code)
-            self.reference = CausalLM.from_pretrained(reference, trust_remote_code=trust_remote_code)
+            self.reference = CausalLM.from_pretrained(reference, **loading)
         self.models = [model for model in (self.policy, self.reference) if model is not None]
         sizes = [model.config.get_text_config().vocab_size for model in self.models]
         if min(sizes) < len(tokenizer):
@@ -322,9 +326,9 @@ def padded(rows: Sequence[EncodedRow], pad_id: int) -> ModelInputs:
 def _in_batches(
     rows: Sequence[EncodedRow], score: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int, pad_id: int
 ) -> list[Scored]:
-    """The rows in their order, scored in batches of like length."""
+    """The rows in their order, scored in batches of like length and of the same prompts."""
     scores = torch.empty(len(rows), dtype=torch.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
+    order = like_together([row.prompt for row in rows], [len(row.prompt) + len(row.response) for row in rows])
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         scores[part] = score(*padded([rows[i] for i in part], pad_id).text).float().cpu()

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
 from torch import Tensor, nn
 
+from rlhf_lightning.batches import Layout
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
@@ -30,10 +31,12 @@ from rlhf_lightning.data.tokenized import Kind
 from rlhf_lightning.data.tokenizer import TokenizerSource, has_tokenizer
 from rlhf_lightning.errors import ConfigurationError, unwrapped
 from rlhf_lightning.metrics import TokensPerSecond
-from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, counts_from_padding
+from rlhf_lightning.models.backbones import AttentionImplementation, check_attention, chosen_layout
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_four_bits, decoder, load_causal_config
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
+from rlhf_lightning.models.packed_attention import layout_of
+from rlhf_lightning.models.states import counts_from_padding
 from rlhf_lightning.models.storage import pad_with, replaced_model
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
@@ -47,6 +50,7 @@ from rlhf_lightning.training.checkpoints import (
 )
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, named
+from rlhf_lightning.training.opening import say_what_is_trained
 from rlhf_lightning.training.optimization import (
     Fraction,
     Schedule,
@@ -87,7 +91,12 @@ class TrainedModule(LightningModule):
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them.
         lr_scheduler_type: Learning rate after the warm-up.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
-        attn_implementation: What transformers prefers when not given. `packed` computes nothing on padding.
+        attn_implementation: Attention of transformers for padded rows, what it prefers when not given; or
+            `flex_attention` for rows that are packed or shared, which else have torch's own kernels.
+        layout: How the rows of a batch are computed: `padded`, `packed` (end to end, nothing on padding) or `shared`
+            (what rows begin with in common, such as the prompt of a pair, once). `auto` is the last of them in which
+            the model's rows have their own numbers, as measured when it is loaded; `padded` where attn_implementation
+            is given.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         trust_remote_code: Run code that comes with the model.
         tokenizer: Of exported models, and of data that names none; that of the backbone when not given.
@@ -120,6 +129,7 @@ class TrainedModule(LightningModule):
         lr_scheduler_type: Schedule = "linear",
         warmup_ratio: Fraction = 0.03,
         attn_implementation: AttentionImplementation | None = None,
+        layout: Layout = "auto",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         tokenizer: TokenizerSource | None = None,
@@ -128,6 +138,8 @@ class TrainedModule(LightningModule):
         self.save_hyperparameters(ignore=[*self.objects])
         self._check_complete()
         check_optimizer(optimizer)
+        check_attention(attn_implementation)
+        chosen_layout(layout, attn_implementation)
         self.optimizer_factory = optimizer
         if isinstance(backbone, str):
             check_has_name(name := backbone, type(self).__name__)
@@ -225,7 +237,13 @@ class TrainedModule(LightningModule):
     @property
     def loading(self) -> dict[str, Any]:
         """Arguments with which any model of the module is loaded."""
-        return {name: self.hparams[name] for name in ("attn_implementation", "trust_remote_code")}
+        layout = chosen_layout(self.hparams.layout, self.hparams.attn_implementation)
+        return {name: self.hparams[name] for name in ("attn_implementation", "trust_remote_code")} | {"layout": layout}
+
+    @property
+    def layout(self) -> Layout:
+        """How rows are computed by what is trained."""
+        return layout_of(self.trained_network)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self)
@@ -235,10 +253,7 @@ class TrainedModule(LightningModule):
         for metric in named(self.train_metrics).values():  # an earlier fit, or a search for a batch size, has fed them
             metric.reset()
         begin_with_found_rate(self)
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.trained_network.parameters()]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-        kind = self.backbone_config.model_type
-        log.info("model: %s (%s), %s parameters, %s trained", self.hparams.backbone, kind, f"{total:,}", f"{trained:,}")
+        say_what_is_trained(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.log_numbers()
@@ -367,7 +382,6 @@ class PolicyModule(TrainedModule):
             self.save_hyperparameters({"lora": asdict(lora)})
         self.lora = None if lora is None else Lora(**self.hparams.lora)
         check_four_bits(backbone, load_in_4bit)
-        check_attention(self.hparams.attn_implementation)
         self._batch_began = 0.0
 
     @property

@@ -286,7 +286,7 @@ class PPO(OnlineModule):
         tokens = self._sum(experience.tokens.mask[part].sum())
         # As many passes in each process: some strategies exchange gradients in each.
         passes = torch.tensor(math.ceil(len(part) / self.hparams.micro_batch_size), device=self.device)
-        ordered = sorted(part, key=lambda i: len(experience.responses.rows[i]))
+        ordered = experience.responses.order(part)
         sums = torch.zeros(len(_STEP_NUMBERS), dtype=torch.float64, device=self.device)
         # Those of a process that has too few are empty.
         pieces = [piece.tolist() for piece in np.array_split(ordered, int(over_processes(trainer, passes, "max")))]

@@ -30,7 +30,6 @@ from rlhf_lightning.metrics import (
     PairwiseCalibrationError,
     PooledAUROC,
 )
-from rlhf_lightning.models.backbones import counts_from_padding
 from rlhf_lightning.models.linear_head import classifier_without_weights
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
@@ -44,10 +43,12 @@ from rlhf_lightning.models.reward_network import (
     is_reward_network,
     saved_head,
 )
+from rlhf_lightning.models.states import counts_from_padding
 from rlhf_lightning.models.storage import pad_with
 from rlhf_lightning.training.callbacks import PairScores
 from rlhf_lightning.training.checkpoints import save_format
 from rlhf_lightning.training.checks import check_finite
+from rlhf_lightning.training.frozen_states import FrozenStates
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
@@ -70,9 +71,9 @@ class RewardModel(TrainedModule):
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
         pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `layers`, the
             means of the embeddings and of all layers side by side. Of a saved reward network, its own is kept.
-        freeze_backbone: Train the head alone: a pass without backward, and no optimizer states of the backbone. Goes
-            with `pooling: layers`, as the last layer alone says little of what nobody trained it for.
-            Gradient checkpointing does nothing then.
+        freeze_backbone: Train the head alone, on states of the backbone that are computed once for a fit of one process
+            (up to 2 GiB of them). Goes with `pooling: layers`, as the last layer alone says little of what nobody
+            trained it for. Gradient checkpointing does nothing then.
         label_smoothing: Probability with which a label is taken to be wrong.
         center_rewards_coefficient: Weight of (r_chosen + r_rejected)^2, which pulls the mean reward to 0 and so makes
             the rewards of different prompts comparable; 0.01 is usual (Eisenstein et al. 2023, arXiv 2312.09244).
@@ -110,6 +111,7 @@ class RewardModel(TrainedModule):
         check_head(self.head_settings)
         if self.hparams.head == "linear":
             classifier_without_weights(self.backbone_config)
+        self.frozen_states = FrozenStates()
         self.train_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy()} | means("loss", "margin", "reward"))
         self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
 
@@ -148,10 +150,20 @@ class RewardModel(TrainedModule):
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
         head = head if self.trainer.ckpt_path is None else "the checkpoint's"
         log.info("reward: %s %s head, pooling %s", head, self.hparams.head, self.hparams.pooling)
+        if self.hparams.freeze_backbone:
+            self.frozen_states.prepare(self)
 
-    def forward(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows."""
-        return self.network(batch.input_ids, batch.attention_mask).chunk(2)
+    def on_fit_end(self) -> None:
+        self.frozen_states.clear()
+
+    def forward(self, batch: PreferenceBatch, role: Role | None = None) -> tuple[Tensor, Tensor]:
+        """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows.
+
+        Those of a `role` that the fit has the states of a frozen backbone of take the head alone.
+        """
+        states = None if role is None else self.frozen_states.find(role, batch)
+        scores = self.network(batch.input_ids, batch.attention_mask) if states is None else self.network.score(states)
+        return scores.chunk(2)
 
     def losses(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Loss of each pair, [B] float32."""
@@ -164,7 +176,7 @@ class RewardModel(TrainedModule):
         )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        chosen, rejected = self(batch)
+        chosen, rejected = self(batch, "train")
         losses = self.losses(batch, chosen, rejected)
         check_finite(self, batch, losses)
         _measured(losses.detach(), chosen.detach(), rejected.detach()).feed(self.train_metrics)
@@ -217,7 +229,7 @@ class RewardModel(TrainedModule):
 
     def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
         with float32_arithmetic(self.network):
-            chosen, rejected = self(batch)
+            chosen, rejected = self(batch, stage)
         return _measured(self.losses(batch, chosen, rejected), chosen, rejected)
 
 

@@ -25,7 +25,7 @@ _SHAPE = {
 _MEASURE = """
 import resource, sys, torch
 from transformers import AutoConfig, AutoModel
-from rlhf_lightning.models.backbones import hidden_states
+from rlhf_lightning.models.states import hidden_states
 config = AutoConfig.from_pretrained(sys.argv[1])
 model = AutoModel.from_config(config).train()
 if sys.argv[4] == "True":

@@ -1,4 +1,4 @@
-"""Training steps on rows end to end against padded rows, as shuffled and as sorted by length within a step.
+"""Training steps on rows end to end, and with prompts shared, against padded rows, shuffled and sorted by length.
 
 python -m pytest -m benchmark tests/benchmarks/test_packing_speed.py -s
 """
@@ -35,7 +35,8 @@ def hh_like_batches(*, sort: bool) -> list[PreferenceBatch]:
         end = begin + responses[part].T.reshape(-1, 1)
         position = np.arange(end.max())
         mask = torch.from_numpy(position < end)
-        ids = torch.from_numpy((position * 7 + np.concatenate([part, part + PAIRS])[:, None] * 31) % 195 + 5)
+        row = np.where(position < begin, np.tile(part, 2)[:, None], np.concatenate([part, part + PAIRS])[:, None])
+        ids = torch.from_numpy((position * 7 + row * 31) % 195 + 5)
         response = mask & torch.from_numpy(position >= begin)
         batches.append(
             PreferenceBatch(ids, mask, response, torch.zeros(len(part)), torch.from_numpy(part), torch.ones(()))
@@ -68,17 +69,18 @@ def directory(tmp_path_factory):
 @pytest.mark.benchmark
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", [CausalLM.from_pretrained, RewardNetwork.from_backbone], ids=["DPO", "reward model"])
-def test_packed_steps_are_faster_than_padded_ones_and_have_their_loss(directory, kind):
-    ways = {"padded": ("sdpa", False), "padded, sorted": ("sdpa", True), "packed": ("packed", True)}
+def test_layouts_with_fewer_tokens_are_faster_and_have_the_same_loss(directory, kind):
+    ways = {"padded": ("padded", False), "padded, sorted": ("padded", True)}
+    ways |= {"packed": ("packed", True), "shared": ("shared", True)}
     torch.manual_seed(0)
-    networks = {"sdpa": kind(str(directory), attn_implementation="sdpa")}
-    networks["packed"] = kind(str(directory), attn_implementation="packed")
-    networks["packed"].load_state_dict(networks["sdpa"].state_dict())
+    networks = {layout: kind(str(directory), layout=layout) for layout in ("padded", "packed", "shared")}
+    for network in networks.values():
+        network.load_state_dict(networks["padded"].state_dict())
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     losses = {}
     for _ in range(ROUNDS):
-        for way, (attention, sort) in ways.items():
-            network, batches = networks[attention].to(DEVICE), hh_like_batches(sort=sort)
+        for way, (layout, sort) in ways.items():
+            network, batches = networks[layout].to(DEVICE), hh_like_batches(sort=sort)
             began = time.perf_counter()
             losses[way] = step(network, batches)
             seconds[way].append(time.perf_counter() - began)
@@ -86,4 +88,4 @@ def test_packed_steps_are_faster_than_padded_ones_and_have_their_loss(directory,
     for way, median in medians.items():
         print(f"{way}: {PAIRS / median:.2f} pairs/s, {medians['padded'] / median:.2f}x, on {DEVICE}")
     assert list(losses.values()) == pytest.approx([losses["padded"]] * len(ways), rel=0.02)
-    assert medians["packed"] < medians["padded, sorted"] < medians["padded"]
+    assert medians["shared"] < medians["packed"] < medians["padded, sorted"] < medians["padded"]

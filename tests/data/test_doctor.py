@@ -216,7 +216,7 @@ def test_findings_survive_json(examine):
     found = json.loads(json.dumps(asdict(examine(ROWS))))["roles"][0]
     assert found["bad_rows"]["too_long"][0].endswith("row 8")
     assert set(found["limits"][0]) == {"max_length", "cut", "too_long"}
-    assert set(found["layouts"][0]) == {"name", "tokens_per_pair", "padding"}
+    assert set(found["layouts"][0]) == {"name", "layout", "tokens_per_pair", "padding"}
     assert found["samples"][0]["sides"]["chosen"][0] == {
         "text": "<|im_start|>",
         "kind": "control",
@@ -257,9 +257,6 @@ def test_what_it_judges_stands_above_the_tables_and_names_the_keys(examine):
     assert text.index("97.5 %") < text.index("rows read")
     rows = [*pairs_of(20, "a long answer", "no"), *pairs_of(20, "no", "a long answer")]
     assert list(judgements(examine(rows, roles=("train",)))) == []
-    uneven = [*pairs_of(20, "word " * 20, "no"), *pairs_of(20, "no", "word " * 20)]
-    (line,) = judgements(examine(uneven, roles=("train",)))
-    assert "model.attn_implementation packed" in line
     few = examine(pairs_of(3, "a long answer", "no"), roles=("train",))
     assert "longer response is chosen" not in " ".join(judgements(few))
 

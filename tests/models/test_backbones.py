@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, RobertaConfig, T5Config
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models.backbones import hidden_states, load_backbone
+from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.configuration import load_config, max_positions
+from rlhf_lightning.models.states import hidden_states
 
 
 def test_weights_load_as_float32_in_train_mode(tmp_path, tiny_qwen2):

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.models import backbones, precision
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, ResponseLogprobs
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.reward_network import RewardNetwork
 from tests.models.test_reward_network import VOCAB
 
@@ -238,6 +240,32 @@ def test_a_reward_network_is_refused(tmp_path, tiny_qwen2):
     RewardNetwork.from_backbone(str(tiny_qwen2)).save_pretrained(tmp_path / "rewards")
     with pytest.raises(ModelError, match="a reward network, which gives scores"):
         CausalLM.from_pretrained(str(tmp_path / "rewards"))
+
+
+def test_flash_attention_never_sees_float32(tiny_qwen2, monkeypatch):
+    """Kernels in halves alone: the model is measured with sdpa at load, and judged by it in float32."""
+    seen = []
+
+    def halves_alone(module, query, key, value, mask, **options):
+        seen.append(query.dtype)
+        assert query.dtype == torch.bfloat16
+        return AttentionInterface._global_mapping["sdpa"](module, query, key, value, None, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "halves_alone", halves_alone)
+    for module in (backbones, precision):
+        monkeypatch.setattr(module, "is_flash", lambda name: name == "halves_alone")
+    policy = CausalLM.from_pretrained(str(tiny_qwen2), attn_implementation="halves_alone")
+    given = padded(rows())
+    with torch.no_grad(), float32_arithmetic(policy):
+        exact = policy(*given).sums
+    assert seen == []
+    policy.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = policy(*given).sums
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.5)
+    network = RewardNetwork.from_backbone(str(tiny_qwen2), attn_implementation="halves_alone")
+    assert network.backbone.config._attn_implementation == "halves_alone"
 
 
 def test_a_missing_attention_implementation_is_refused_with_advice(tiny_qwen2):

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from rlhf_lightning.errors import ModelError
-from rlhf_lightning.models import backbones, generation
-from rlhf_lightning.models.backbones import hidden_states, layer_states, load_backbone
+from rlhf_lightning.models import generation, row_check
+from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.models.states import hidden_states, layer_states
 
 VOCABULARY = 60
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -46,7 +47,7 @@ SCALED = {
 
 @pytest.fixture(autouse=True)
 def nothing_checked_before(monkeypatch):
-    monkeypatch.setattr(backbones, "_checked", {})
+    monkeypatch.setattr(row_check, "_checked", {})
     monkeypatch.setattr(generation, "_checked", set())
 
 
@@ -169,17 +170,17 @@ def test_policies_are_asked_too_and_one_configuration_once(tmp_path, monkeypatch
         CausalLM.from_pretrained(saved(tmp_path / "a", "recurrent_gemma", settings, AutoModelForCausalLM, with_biases))
     directory = saved(tmp_path / "b", "llama", DECODER, AutoModelForCausalLM)
     CausalLM.from_pretrained(directory)
-    monkeypatch.setattr(backbones, "probe_of", None)
+    monkeypatch.setattr(row_check, "probe_of", None)
     CausalLM.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("kind", SCALED)
-def test_rotary_frequencies_go_by_the_row_alone(tmp_path, kind, attention):
+def test_rotary_frequencies_go_by_the_row_alone(tmp_path, kind, layout):
     architecture, settings = SCALED[kind]
     directory = saved(tmp_path, architecture, DECODER | settings)
     given = rows(6, 20, 8, 9)
-    backbone = load_backbone(directory, attn_implementation=attention).eval()
+    backbone = load_backbone(directory, layout=layout).eval()
     expected = states_alone(directory, given)
     for left in (False, True):
         ids, mask = batch(given, width=21, left=left)
@@ -231,7 +232,7 @@ def test_windows_that_come_through_the_mask_alone_are_refused_when_packed(tmp_pa
     directory = saved(tmp_path, kind, WINDOWS[kind](size), AutoModelForCausalLM)
     CausalLM.from_pretrained(directory)
     with pytest.raises(ModelError, match=f"{kind} model has .* through its mask alone"):
-        CausalLM.from_pretrained(directory, attn_implementation="packed")
+        CausalLM.from_pretrained(directory, layout="packed")
 
 
 def test_what_transformers_itself_refuses_to_pack_is_refused_in_a_line(tmp_path):
@@ -241,8 +242,8 @@ def test_what_transformers_itself_refuses_to_pack_is_refused_in_a_line(tmp_path)
     settings |= {"layer_types": ["linear_attention", "full_attention"]}
     directory = saved(tmp_path, "qwen3_next", settings, AutoModelForCausalLM)
     CausalLM.from_pretrained(directory)
-    with pytest.raises(ModelError, match=r"rows of a qwen3_next model (cannot be packed|see each other)"):
-        CausalLM.from_pretrained(directory, attn_implementation="packed")
+    with pytest.raises(ModelError, match=r"rows of a qwen3_next model (cannot be packed|have other numbers packed)"):
+        CausalLM.from_pretrained(directory, layout="packed")
 
 
 def test_adapters_on_a_router_are_refused_in_a_line(tmp_path):
@@ -261,16 +262,16 @@ def test_windows_that_attention_is_told_of_are_packed(tmp_path, kind):
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     }
-    load_backbone(saved(tmp_path, kind, settings), attn_implementation="packed")
+    load_backbone(saved(tmp_path, kind, settings), layout="packed")
 
 
 def test_a_packed_model_keeps_its_window_in_a_plain_call_without_a_mask(tmp_path):
     directory = saved(tmp_path, "mistral", DECODER | {"sliding_window": 3})
     ids = rows(12)[0][None]
     states = []
-    for attention in ("eager", "packed"):
+    for settings in ({"attn_implementation": "eager"}, {"layout": "packed"}):
         with torch.no_grad():
-            states.append(load_backbone(directory, attn_implementation=attention)(input_ids=ids).last_hidden_state)
+            states.append(load_backbone(directory, **settings)(input_ids=ids).last_hidden_state)
     torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-4)
 
 
@@ -282,11 +283,11 @@ def sharp(model):
             layer.self_attn.k_proj.weight *= 6
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "packed"])
-def test_rounding_is_told_from_company_by_how_it_grows_in_the_model(tmp_path, attention):
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_rounding_is_told_from_company_by_how_it_grows_in_the_model(tmp_path, layout):
     """Padding changes these states by 4e-5 of their size in float32, and by nothing in float64."""
     directory = saved(tmp_path, "llama", DECODER | {"num_hidden_layers": 6}, change=sharp)
-    load_backbone(directory, attn_implementation=attention)
+    load_backbone(directory, layout=layout)
 
 
 def test_routers_draw_no_random_numbers_in_training(tmp_path):

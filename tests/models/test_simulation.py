@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig
 
 from rlhf_lightning.functional.logprobs import linear_logprobs
-from rlhf_lightning.models.backbones import hidden_states, load_backbone
+from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.models.states import hidden_states
 from rlhf_lightning.planning.simulation import (
     NotSimulated,
     Shape,

@@ -257,7 +257,7 @@ def test_gradient_checkpointing_changes_no_weight(build_dpo, trainer):
 
 def test_packed_rows_change_no_weight(build_dpo, trainer):
     plain, _ = trained(build_dpo, trainer, limit_val_batches=0)
-    packed, _ = trained(build_dpo, trainer, model={"attn_implementation": "packed"}, limit_val_batches=0)
+    packed, _ = trained(build_dpo, trainer, model={"layout": "packed"}, limit_val_batches=0)
     torch.testing.assert_close(weights(packed), weights(plain), rtol=0, atol=1e-6)
 
 

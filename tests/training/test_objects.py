@@ -160,10 +160,10 @@ def test_the_reference_is_the_object_as_it_was(trainer, tiny_qwen2, pairs, tmp_p
 
 def test_dropout_of_an_object_is_off_in_training_and_comes_back_in_its_export(tiny_qwen2, tmp_path):
     given = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32, attention_dropout=0.4)
-    module = SFT(given, attn_implementation="packed")
+    module = SFT(given, layout="packed")
     module.configure_model()
     assert given.model.layers[0].self_attn.attention_dropout == 0
-    assert given.config._attn_implementation == "packed"
+    assert given.config._attn_implementation == "packed_rows"
     module.export(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["attention_dropout"] == 0.4
 

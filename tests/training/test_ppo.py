@@ -112,7 +112,7 @@ def weights(module):
         {"advantage_estimator": "rloo", "num_generations": 3},
         {"advantage_estimator": "reinforce++"},
         {"lora": {"r": 4, "lora_alpha": 8.0}},
-        {"attn_implementation": "packed"},
+        {"layout": "packed"},
         {"temperature": 0.7},
     ],
     ids=lambda given: "-".join(map(str, given.values())) or "plain",
@@ -137,7 +137,7 @@ def test_each_minibatch_is_an_optimizer_step(build_ppo, trainer, epochs, num_min
     assert fitter.global_step == 3 * epochs * num_mini_batches
 
 
-@pytest.mark.parametrize("settings", [{}, {"value_model": "shared"}, {"attn_implementation": "packed"}])
+@pytest.mark.parametrize("settings", [{}, {"value_model": "shared"}, {"layout": "packed"}])
 def test_how_a_minibatch_is_divided_and_drawn_changes_no_weight(build_ppo, trainer, settings):
     sgd = functools.partial(torch.optim.SGD, lr=0.05)
     settings = settings | {"max_grad_norm": 0.0}  # clipping would hide a wrong factor

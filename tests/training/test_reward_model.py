@@ -262,16 +262,24 @@ def test_gradient_checkpointing_changes_no_weight(build, trainer):
     torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("pooling", ["last", "layers"])
-def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_states(build, trainer, pooling):
-    """The twin: the head alone on states that were computed beforehand, in the order of the training."""
+def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_states(build, trainer, pooling, epochs):
+    """The twin: the head alone on states that were computed beforehand, in the order of the training.
+
+    The backbone sees each pair once in the fit: 11 and 7 in batches of 2.
+    """
     own, datamodule = build(model={"freeze_backbone": True, "pooling": pooling})
     own.configure_model()
     before = {name: value.clone() for name, value in own.network.named_parameters()}
     batches = []
     own.on_train_batch_start = lambda batch, batch_idx: batches.append(batch)
-    run = trainer(max_epochs=1)
+    passes = []
+    own.network.backbone.register_forward_hook(lambda *_: passes.append(1))
+    run = trainer(max_epochs=epochs)
     run.fit(own, datamodule=datamodule)
+    assert (len(passes), len(batches)) == (6 + 4, 6 * epochs)
+    assert own.frozen_states.find("train", batches[0]) is None  # let go of
     trained = [group["params"] for group in run.optimizers[0].param_groups]
     assert sum(map(len, trained)) == len(list(own.network.score.parameters()))
 
@@ -289,6 +297,22 @@ def test_a_frozen_backbone_stays_and_the_head_learns_what_it_learns_on_its_state
         expected = before[name] if name.startswith("backbone.") else head.get_parameter(name.removeprefix("score."))
         torch.testing.assert_close(value, expected, rtol=0, atol=0 if name.startswith("backbone.") else 1e-6, msg=name)
     assert not torch.equal(own.network.score[0].weight, before["score.0.weight"])
+
+
+def test_a_frozen_run_that_goes_on_ends_as_one_that_was_not_stopped(build, trainer, tmp_path):
+    """To the bit, though its states are computed again: in batches that go by the data alone."""
+    frozen = {"freeze_backbone": True, "pooling": "layers"}
+    ends = []
+    for first in (3, 1):
+        module, datamodule = build(model=frozen)
+        run = trainer(max_epochs=first)
+        run.fit(module, datamodule)
+        if first == 1:
+            run.save_checkpoint(tmp_path / "a.ckpt")
+            module, datamodule = build(model=frozen)
+            trainer(max_epochs=3).fit(module, datamodule, ckpt_path=tmp_path / "a.ckpt")
+        ends.append(weights(module))
+    assert torch.equal(*ends)
 
 
 def test_a_frozen_run_does_not_go_on_with_all_weights_and_a_saved_network_keeps_its_pooling(

@@ -155,9 +155,9 @@ def twin(module, batch) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("attention", [None, "packed"])
-def test_the_loss_of_conversations_is_that_of_their_assistant_turns(build_conversations, trainer, attention):
-    module, data = build_conversations(model={"attn_implementation": attention}, data={"eval_batch_size": 4})
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_the_loss_of_conversations_is_that_of_their_assistant_turns(build_conversations, trainer, layout):
+    module, data = build_conversations(model={"layout": layout}, data={"eval_batch_size": 4})
     (metrics,) = trainer().validate(module, data, verbose=False)
     rows = [row for batch in data.val_dataloader() for row in twin(module, batch)]
     expected = torch.stack([row.mean() for row in rows]).mean().item()
@@ -172,16 +172,17 @@ def test_the_loss_of_conversations_is_that_of_their_assistant_turns(build_conver
     )
 
 
-def test_padded_and_packed_conversations_train_the_same_weights(build_conversations, trainer):
+def test_conversations_of_any_layout_train_the_same_weights(build_conversations, trainer):
     trained_weights = []
-    for attention in (None, "packed"):
-        module, data = build_conversations(model={"attn_implementation": attention}, data={"batch_size": 3})
+    for layout in ("padded", "packed", "shared"):
+        module, data = build_conversations(model={"layout": layout}, data={"batch_size": 3})
         trainer(max_epochs=2, limit_val_batches=0).fit(module, data)
         trained_weights.append(weights(module))
     start, _ = build_conversations()
     start.configure_model()
     assert (trained_weights[0] - weights(start)).abs().max() > 1e-3
-    torch.testing.assert_close(trained_weights[1], trained_weights[0], rtol=0, atol=1e-5)
+    for other in trained_weights[1:]:
+        torch.testing.assert_close(other, trained_weights[0], rtol=0, atol=1e-5)
 
 
 def test_a_run_on_conversations_resumes_exactly(build_conversations, trainer, tmp_path):
