@@ -31,9 +31,9 @@ README = PAGES[ROOT / "README.md"]
 TEXT = "\n".join(PAGES.values())
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """The fenced blocks of a language, of all pages, without the indentation of the list that they stand in."""
-    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", TEXT, re.DOTALL | re.MULTILINE)]
+    return [dedent(block) for block in re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)]
 
 
 EXAMPLES = (
@@ -65,9 +65,9 @@ def test_every_block_is_of_a_kind_that_is_checked_here():
     assert all(json.loads(line) for block in blocks("json") for line in block.splitlines())
 
 
-def commands() -> list[list[str]]:
+def commands(text: str = TEXT) -> list[list[str]]:
     """Every `rlhf-lightning COMMAND ...` of the shell blocks, without comments and continuation marks."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
     found = [match for line in lines for match in re.findall(r"rlhf-lightning ([^&#]+)", line)]
     # Shell substitutions stand for a path, which the parser takes as it is.
     return [shlex.split(re.sub(r'"\$\(.*?\)"', "DIRECTORY", command)) for command in found]
