@@ -65,7 +65,7 @@ class _PairMetric(Metric):
 
 
 class PairCount(_PairMetric):
-    """Number of pairs N, int64: the number beside which every other metric is reported."""
+    """Number of pairs N, int64, reported with every other metric."""
 
     pairs: Tensor
 
@@ -82,7 +82,7 @@ class PairCount(_PairMetric):
 
 
 class ResponseCount(Metric):
-    """Number of responses, int64, beside which their means are reported."""
+    """Number of responses, int64, reported with their means."""
 
     full_state_update = False
     responses: Tensor

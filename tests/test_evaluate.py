@@ -621,7 +621,7 @@ def test_half_precision_prints_its_error_beside_the_numbers(evaluated, capsys):
         rms = np.sqrt(np.mean((half - full) ** 2))
         assert numbers[f"{prefix}/rounding_rms"] == pytest.approx(rms, rel=1e-3)
         assert numbers[f"{prefix}/rounding_sd"] == pytest.approx(full.std(), rel=1e-4)
-        assert f"rms error of a score {rms:.2g} beside sd {full.std():.2g}" in printed
+        assert f"rms error of a score {rms:.2g} against sd {full.std():.2g}" in printed
         assert f"off by {rms:.2g} (rms)" in (out / "report.md").read_text()
 
 

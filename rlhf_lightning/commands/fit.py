@@ -306,7 +306,7 @@ def run(arguments: Sequence[str] | None = None, *, program: type[Program] = Prog
                 "callbacks": [
                     Results(),
                     PredictionWriter(),
-                    SavingOrder(),  # before what it validates anew, which it would forget
+                    SavingOrder(),  # before what ValidateOnce measures, which it would forget
                     ValidateOnce(),
                     ProcessStates(),
                     StepWatch(),
@@ -373,7 +373,7 @@ def _with_settings(arguments: Sequence[str]) -> list[str]:
     raise ConfigurationError(
         f"{command}: no model class was chosen; give --config FILE.yaml, as configs/reward_model.yaml, or "
         "--model RewardModel --data PreferenceDataModule"
-        + ("" if command == "fit" else "; or the --ckpt_path of a run that has its config.yaml beside the checkpoints")
+        + ("" if command == "fit" else "; or the --ckpt_path of a run that has its config.yaml next to the checkpoints")
     )
 
 

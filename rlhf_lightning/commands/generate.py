@@ -50,7 +50,7 @@ class GenerationSettings:
     Args:
         policy: Directory (whole, or LoRA adapters alone), hub name or GGUF file of a causal language model.
         prompts: Prompts or preference pairs, whose prompts are taken: a file, a directory or a hub data set.
-        out: The file of the rows, JSON Lines. What was sampled is kept beside it, in `.NAME.kept/`.
+        out: The file of the rows, JSON Lines. What was sampled is kept next to it, in `.NAME.kept/`.
         rows: `samples`, every response; `pairs`, best and worst of each prompt; `best`, the best of each prompt.
         reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
             `module:function` of yours. `samples` alone can do without.

@@ -36,7 +36,7 @@ def check_monitors(trainer: Trainer, model: TrainedModule) -> None:
 _REFUSED_CALLBACKS = {
     LearningRateFinder: "its rate would stand in no config.yaml; find one with `lr_find` of Lightning's Tuner, from "
     "Python, and set model.optimizer.lr",
-    BatchSizeFinder: "the schedule is laid out before it looks; ask `rlhf-lightning plan`, or `scale_batch_size` of "
+    BatchSizeFinder: "the schedule is computed before it runs; ask `rlhf-lightning plan`, or `scale_batch_size` of "
     "Lightning's Tuner, from Python, and set data.batch_size",
     StochasticWeightAveraging: "its average is neither validated nor in any checkpoint; use EMAWeightAveraging or "
     "WeightAveraging, whose average is both",

@@ -73,7 +73,7 @@ def load_chat_format(
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as a policy goes on from it."""
+    """A prompt as a policy continues it."""
 
     messages: Sequence[Message]
     text: str

@@ -261,7 +261,7 @@ class ChatText:
         fits = begin == len(alone) or (thought and begin == thought.start())
         if reply["content"] not in whole or begin < words_end or not fits:
             raise ModelError(
-                "the chat template writes the prompt differently once a reply follows it, so a response has no fixed "
+                "the chat template writes the prompt differently once a response follows it, so that has no fixed "
                 f"place; give another one with chat_template: FILE.jinja, or chat_template: {TRANSCRIPT}"
             )
         return alone, whole, begin
@@ -310,9 +310,9 @@ class ChatText:
 def no_end(text: str) -> ModelError:
     """The error for a template that ends a reply with a text that the tokenizer does not read as one token."""
     return ModelError(
-        f"the chat template ends a reply with {text!r}, which is no token of the tokenizer there, so a sampled reply "
+        f"the chat template ends a response with {text!r}, which is no token of the tokenizer, so a sampled response "
         "would have nothing to stop at; use a tokenizer that has it as a special token, or give a template that ends a "
-        f"reply with eos_token: chat_template: FILE.jinja, or {TRANSCRIPT}"
+        f"response with eos_token: chat_template: FILE.jinja, or {TRANSCRIPT}"
     )
 
 

@@ -206,7 +206,7 @@ def _texts(parts: RowParts, row: Row, columns: SourceColumns) -> tuple[list[Mess
         if not prompt and (candidates := columns.prompt_candidates):
             raise BadRow(
                 "empty_prompt",
-                f"chosen and rejected hold no prompt before the reply; if it is in {' or '.join(candidates)}, "
+                f"chosen and rejected hold no prompt before the response; if it is in {' or '.join(candidates)}, "
                 "say so with columns: {prompt: COLUMN}",
             )
         return in_context(prompt, row, columns), chosen, rejected

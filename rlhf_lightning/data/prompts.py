@@ -32,7 +32,7 @@ def load_prompts(
 
     Shapes of a row, told apart by what it holds:
     - `prompt`, `conversations` or `messages`: a text, an hh-rlhf transcript, a message or a list of messages
-      (`{role, content}` or `{from, value}`); where it ends with an assistant's reply, the reply is left off;
+      (`{role, content}` or `{from, value}`); where it ends with an assistant's turn, that is left out;
     - Alpaca-like: `instruction`, and `input` after an empty line;
     - preference pairs of every shape of `load_preferences`, whose prompt is taken. Responses beside a prompt are not
       looked at, so a row that makes no pair (an empty response, the same text twice, a bad margin) makes a prompt.

@@ -76,7 +76,7 @@ def _made(cache: Path, key: str, make: Callable[[Path], None]) -> Path:
         _mark_as_read(lock.lock_file)  # or it would be removed, and two processes could hold two locks of one name
         if not _is_whole(entry):
             if entry.exists():
-                log.warning("%s: this cache entry is damaged, so it is made anew", entry)
+                log.warning("%s: this cache entry is damaged, so it is made again", entry)
             shutil.rmtree(entry, ignore_errors=True)
             if entry.exists():
                 raise _OfAnother(entry)

@@ -77,7 +77,7 @@ def check_reference_tokenizer(
     Raises `ConfigurationError`, or `ModelError` where its tokenizer cannot be loaded; `key` names the setting.
     """
     if not has_tokenizer(reference):
-        log.info("reference %s: no tokenizer beside it, so only the size of its vocabulary was compared", reference)
+        log.info("reference %s: it has no tokenizer, so only the size of its vocabulary was compared", reference)
         return
     try:
         other = load_tokenizer(reference, trust_remote_code=trust_remote_code)

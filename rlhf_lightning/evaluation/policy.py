@@ -3,7 +3,7 @@
 Legend: P prompts, K responses to each, S steps of a run; rewards are raw scores of one reward model, tokens the
 lengths of the responses. Rewards of the Bradley-Terry model are defined up to a shift per prompt, and their scale is
 free; but for the mean rewards themselves, no number of `compare_policies` changes with either. The unit of every
-interval is the prompt. A second reward model (the training one beside a held-out one) means a second call.
+interval is the prompt. A second reward model (the training one and a held-out one) means a second call.
 """
 
 from __future__ import annotations

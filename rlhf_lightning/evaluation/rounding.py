@@ -1,4 +1,4 @@
-"""What half-precision weights do to the scores of a model, measured beside float32."""
+"""What half-precision weights do to the scores of a model, measured against float32."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rounding:
 
     def sentence(self, name: str) -> str:
         return (
-            f"{name}: scored in {self.dtype}, in which a score is off by {self.rms:.2g} (rms) beside a standard "
+            f"{name}: scored in {self.dtype}, in which a score is off by {self.rms:.2g} (rms), against a standard "
             f"deviation of {self.sd:.2g}, measured on {self.rows} rows; --dtype float32 has no such error"
         )
 

@@ -2,7 +2,7 @@
 
 P prompts, K responses to each. "Toxicity" is what the named classifier says of the response alone, in windows where it
 is long, the highest counting; there is no published benchmark behind the word. A response that could not be scored is
-NaN, counted, and never 0. A policy that refuses more is less toxic by that alone: read it beside the refusal rates.
+NaN, counted, and never 0. A policy that refuses more is less toxic by that alone: read it with the refusal rates.
 
 The unit of every interval is the prompt. Rates have Wilson's interval with n = P (see `refusal`), the rest is
 bootstrapped over prompts.

@@ -38,7 +38,7 @@ def adapters_alone(name_or_path: str | Path) -> Path | None:
 def adapters_beside_weights(name: str) -> str:
     """Why a model with both is refused, and what to do."""
     return (
-        f"{name}: holds whole weights and adapters beside them, and does not say whether the weights have the adapters "
+        f"{name}: holds whole weights and adapters, and does not say whether the weights have the adapters "
         f"in them already; remove {CONFIG} if they have, or else the whole weights, so that the adapters are "
         f"put on the model that {CONFIG} names"
     )

@@ -30,7 +30,7 @@ def cached_model(name: str, make: Callable[[Path], object]) -> str:
             check_seal(directory)
             return str(directory)
         except ModelError:
-            log.warning("%s: this model in the cache is damaged, so it is made anew", directory)
+            log.warning("%s: this model in the cache is damaged, so it is made again", directory)
             shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)

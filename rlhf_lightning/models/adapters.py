@@ -197,5 +197,5 @@ def _check_merged(beside: Tensor, inside: Tensor, name: str) -> None:
     if not difference < _LARGEST_DIFFERENCE:
         raise ModelError(
             f"{name}: with its adapters merged the outputs differ by {difference:.2g} of their size from those with "
-            "the adapters beside the weights; merge them with peft's merge_and_unload, and give the result's directory"
+            "unmerged adapters; merge them with peft's merge_and_unload, and give the result's directory"
         )

@@ -56,7 +56,7 @@ class Lora:
         lora_dropout: Of the adapters' input. Above 0 the policy's log-probs become random numbers.
         target_modules: Names of the layers that get adapters (`[q_proj, v_proj]`), or `all-linear` for every linear
             layer but the output layer.
-        modules_to_save: Layers that are trained whole beside the adapters, such as `lm_head`.
+        modules_to_save: Layers that are trained whole in addition to the adapters, such as `lm_head`.
     """
 
     r: int = 16

@@ -80,5 +80,5 @@ def _check_scores(model: PreTrainedModel, name: str) -> None:
     if not change <= noise:
         raise ModelError(
             f"{name}: the scores of a {config.model_type} classifier for a row of tokens change with its padding and "
-            f"the rows beside it (by {change:.2g} of their size); use another model"
+            f"other rows of the batch (by {change:.2g} of their size); use another model"
         )

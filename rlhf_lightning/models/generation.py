@@ -193,7 +193,7 @@ def _generate(
 
 
 def _check_company(policy: CausalLM) -> None:
-    """Refuse a policy whose responses change with the prompts beside them, measured once for each configuration.
+    """Refuse a policy whose responses change with the other prompts of a batch, measured once for each configuration.
 
     Some recurrent layers let padding into their state while text is generated, though not in a plain pass. The scores
     of two tokens after a padded prompt are compared with those after the prompt alone. Raises `ModelError`.
@@ -212,7 +212,7 @@ def _check_company(policy: CausalLM) -> None:
     error = max(difference(*pair) for pair in zip(batch, alone, strict=True))
     if not error <= (_ROUNDING if weight.dtype == torch.float32 else _ROUNDING_IN_HALF):
         raise ModelError(
-            f"the responses of a {config.model_type} model change with the prompts beside them (scores by {error:.2g} "
+            f"the responses of a {config.model_type} model change with the other prompts (scores by {error:.2g} "
             "of their size); use another model, or generate one response at a time"
         )
     _checked.add(key)

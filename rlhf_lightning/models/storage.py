@@ -74,7 +74,7 @@ def replaced_model(directory: str | Path, *, checkpoint: str | None = None) -> I
 
     It is marked as exported from a `checkpoint`.
 
-    What `directory` held beside a model stays. Saving over the directory that the model was loaded from is safe, and a
+    What `directory` held besides a model stays. Saving over the directory that the model was loaded from is safe, and a
     process that is killed leaves the one model or the other. Within another `replaced_model`, its own directory.
     """
     directory = Path(directory).expanduser().resolve()  # the place that a link points to, so that the link stays
@@ -98,7 +98,7 @@ def replaced_model(directory: str | Path, *, checkpoint: str | None = None) -> I
 
 
 def _put_in_place(made: Path, directory: Path) -> None:
-    """Let a new model take the place of a directory, with what that one holds beside a model."""
+    """Let a new model take the place of a directory, with what that one holds besides a model."""
     if not directory.exists():
         made.rename(directory)
         return
@@ -173,7 +173,7 @@ def edited_settings(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def end_at(directory: str | Path, eos_id: int) -> None:
-    """Let `generate` end a reply of the language model in a directory where training did, besides where it did before.
+    """Let `generate` end a response of the language model in a directory where training did, and where it did before.
 
     A base model's own settings may name another token, or none, and then it goes on past its last word. A directory
     without `generation_config.json` is no language model, and stays as it is.

@@ -63,7 +63,7 @@ class Run:
     rows_per_pair: int
     on_cpu: bool
     sample_tokens: int
-    """Longest prompt and reply that are generated on the way; 0 for none."""
+    """Longest prompt and response that are generated on the way; 0 for none."""
     optimizer_bytes: float
     """States of the optimizer, per trained weight."""
     optimizer_temporary: float

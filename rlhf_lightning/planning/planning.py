@@ -154,7 +154,7 @@ def refuse_what_cannot_fit(
 ) -> None:
     """Raise `ConfigurationError`, with the nearest settings that fit, for a run that cannot fit this machine.
 
-    What cannot be counted is let pass with a line in the log, and so is at once what is small beside a CPU's memory.
+    What cannot be counted is let pass with a line in the log, and at once what is small compared with a CPU's memory.
     """
     if not module.learns_from_pairs:
         return

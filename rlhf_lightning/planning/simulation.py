@@ -35,7 +35,7 @@ _HEAD_CHUNK = 1024
 
 @dataclass(frozen=True)
 class Shape:
-    """What the size of a model and of its passes depends on, beside its configuration."""
+    """What the size of a model and of its passes depends on, apart from its configuration."""
 
     policy: bool
     """A language model with its output layer, or a backbone with a reward head."""
@@ -71,7 +71,7 @@ class Weights:
 
 
 class Pass(NamedTuple):
-    """Bytes beside the weights of one pass over a batch."""
+    """Bytes of one pass over a batch, apart from the weights."""
 
     kept: int
     """What the forward pass leaves for the backward pass, or for whoever reads the hidden states."""

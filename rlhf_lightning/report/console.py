@@ -42,7 +42,7 @@ def _scores(results: EvaluationResults) -> list[str]:
         if (quality := scorer.quality) is not None:
             line = f"{scorer.title}: pooled AUROC {quality.auroc.value:.3f}, accuracy {quality.accuracy.value:.3f}"
             if (rounding := scorer.rounding) is not None:
-                line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} beside sd {rounding.sd:.2g}"
+                line += f"; {rounding.dtype}, rms error of a score {rounding.rms:.2g} against sd {rounding.sd:.2g}"
             lines.append(line)
         lines += [f"{scorer.title}: {line}" for result in scorer.benchmarks.values() if (line := result.summary())]
     if results.policies is not None:

@@ -47,7 +47,7 @@ def check_text_of(
     """Raise `ConfigurationError` for a template that is none, or that nothing would read."""
     check_reward_template(chat_template, key)
     if chat_template is not None and (given is None or is_function(given)):
-        reader = "no reward model is given" if given is None else f"{given} gets messages and replies as they are"
+        reader = "no reward model is given" if given is None else f"{given} gets messages and responses as they are"
         raise ConfigurationError(f"{key}: {reader}, so nothing reads it; leave the key out")
 
 

@@ -192,7 +192,7 @@ def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool =
 
 
 def trained_module(kind: type[LightningModule], path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
-    """The module of a checkpoint that is to be exported, on the CPU, and what the checkpoint holds beside weights.
+    """The module of a checkpoint that is to be exported, on the CPU, and what else the checkpoint holds.
 
     Raises `ModelError` for one that has learned nothing or diverged, and `ConfigurationError` for a damaged one; warns
     of one of the start, or far above it.

@@ -262,7 +262,7 @@ class TrainedModule(LightningModule):
         """Every `log_every_n_steps` optimizer steps: means over all pairs, of all processes, since the last time.
 
         Logs `train/NAME` of the metrics, tokens per second where they were counted, peak memory on CUDA, and the
-        learning rate, then begins anew. Returns what was logged; None when it is not the time, or there is nothing.
+        learning rate, then resets them. Returns what was logged; None when it is not the time, or there is nothing.
         """
         trainer, metrics = self.trainer, named(self.train_metrics)
         step, every = trainer.global_step, trainer.log_every_n_steps
@@ -286,7 +286,7 @@ class TrainedModule(LightningModule):
         return values
 
     def log_values(self, values: dict[str, float]) -> None:
-        """Log numbers of the training at this step, beside learning rate and peak memory on CUDA (GiB)."""
+        """Log numbers of the training at this step, with the learning rate and peak memory on CUDA (GiB)."""
         if self.device.type == "cuda":
             values["train/peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -342,7 +342,7 @@ class TrainedModule(LightningModule):
                 self.save_chat_format(chat_format, made)
 
     def save_chat_format(self, chat_format: ChatFormat, directory: Path) -> None:
-        """Write the tokenizer of the training beside the network, and what the network has to know of it."""
+        """Write the tokenizer of the training next to the network, and what the network has to know of it."""
         save_format(chat_format, directory)
 
     def format_to_export(self) -> ChatFormat | None:

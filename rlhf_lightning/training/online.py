@@ -60,7 +60,7 @@ class OnlineModule(PolicyModule):
             before each rollout. Its log-probs are not learned from: the policy scores each response again.
         engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
         kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
-            that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss beside
+            that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss next to
             advantages that are in standard deviations of a group's scores.
         missing_eos_penalty: Taken off the score of a response that did not end in `max_new_tokens` tokens.
         validate_at_start: Validate before the first step, in place of Lightning's sanity check: the "before" of a run,

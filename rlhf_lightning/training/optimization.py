@@ -127,8 +127,8 @@ def _warn_of_few_steps(trainer: Trainer, steps: int) -> None:
 def warn_of_another_schedule(trainer: Trainer) -> None:
     """Say what a resumed run changes, or cannot change, of its learning rate.
 
-    The optimizer continues with the settings of its checkpoint, whatever the configuration says; the schedule is laid
-    over all steps of the run as it is now. Call once the states of the checkpoint have been restored. Of a module with
+    The optimizer continues with the settings of its checkpoint, whatever the configuration says; the schedule spans
+    all steps of the run as it is now. Call once the states of the checkpoint have been restored. Of a module with
     optimizers and schedules of its own nothing is said.
     """
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -203,7 +203,7 @@ class PPO(OnlineModule):
         """What a rollout teaches, and the numbers that say how it went, over all processes."""
         settings, estimator, (responses, scores, tokens) = self.hparams, self.estimator, experience
         shaped = self.shaped_scores(scores, responses.ended.to(self.device))
-        # In float64: a large score must not round the KL beside it away.
+        # In float64: a large score must not round away the KL that is added to it.
         in_reward = 0.0 if estimator.kl_in_loss else self.kl_coef
         advantages, returns = estimator(
             shaped_rewards(shaped.double(), tokens.kl("k1"), tokens.mask, kl_coef=in_reward),

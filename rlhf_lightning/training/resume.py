@@ -52,11 +52,11 @@ class BeforeValidation(NamedTuple):
 
 
 class ProcessStates(Callback):
-    """Keeps in each checkpoint what each process holds beside weights and optimizer: the states of its random-number
+    """Keeps in each checkpoint what each process holds besides weights and optimizer: the states of its random-number
     generators, and the numbers that have gone into the next line of the training log.
 
     A checkpoint inside an accumulation, as a validation there may write, has no gradients in it. It is written as of
-    the beginning of the accumulation, so that the run which goes on from it makes those batches again.
+    the beginning of the accumulation, so that the run which resumes from it makes those batches again.
 
     Args:
         replace: Remove the checkpoint that a run went on from once a newer or better one takes its place. Not for one
@@ -358,7 +358,7 @@ def is_requeued() -> bool:
 def resolve_last(config: Namespace, *, job: str | None = None) -> None:
     """Put the newest whole checkpoint of a run in the place of `ckpt_path: last`; the run resumes in its directory.
 
-    `config` holds the settings of a subcommand. Without any checkpoint the run begins anew. One that is not whole is
+    `config` holds the settings of a subcommand. Without any checkpoint the run starts over. One that is not whole is
     named, and the one before it taken. With `job`, checkpoints of that job of SLURM alone count.
     """
     candidates = [path for directory in _directories(config) for path in directory.glob("*.ckpt")]

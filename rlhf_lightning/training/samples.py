@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Samples(Callback):
     """Writes the policy's responses to fixed validation prompts to the loggers, as the table `samples`.
 
-    Greedy responses, beside those of the policy that the run began with; a truncated one is marked. TensorBoard shows
+    Greedy responses, next to those of the policy that the run began with; a truncated one is marked. TensorBoard shows
     the table as a text, MLflow as an artifact `samples/step_N.md`, W&B (and a logger with its methods) as a table.
     Nothing is drawn at random, so the run is the same with and without it.
 

@@ -37,7 +37,7 @@ _SAME = 0.5
 """Seconds in which signals are one request: `timeout` and torchrun send each of theirs twice."""
 
 _WAKE, _CLOSE = 254, 255
-"""What this process writes beside the numbers of signals."""
+"""What this process writes besides the numbers of signals."""
 
 
 class Interrupted(SystemExit):

@@ -81,7 +81,7 @@ def test_the_text_of_a_prompt_is_the_same_on_any_day(day, monkeypatch):
 
 
 def test_a_template_that_rewrites_earlier_turns_once_a_reply_follows_is_refused():
-    with pytest.raises(ModelError, match=r"writes the prompt differently once a reply follows.*transcript"):
+    with pytest.raises(ModelError, match=r"writes the prompt differently once a response follows.*transcript"):
         chatml(REWRITES_HISTORY)
 
 

@@ -241,12 +241,12 @@ def test_a_turn_ends_as_the_template_ends_it(template, end, special):
 
 def test_a_turn_that_ends_with_no_token_is_refused():
     tokenizer = byte_tokenizer("<|endoftext|>", CHATML, eos_token="<|endoftext|>")
-    with pytest.raises(ModelError, match=r"ends a reply with '<\|im_end\|>', which is no token"):
+    with pytest.raises(ModelError, match=r"ends a response with '<\|im_end\|>', which is no token"):
         ChatFormat(tokenizer)
     tokenizer = family("prepend", "alpaca")
     tokenizer.add_tokens(["<|im_end|>"])  # found in normalized text alone, where it has a blank before it
     tokenizer.chat_template = CHATML
-    with pytest.raises(ModelError, match=r"ends a reply with '<\|im_end\|>', which is no token"):
+    with pytest.raises(ModelError, match=r"ends a response with '<\|im_end\|>', which is no token"):
         ChatFormat(tokenizer)
 
 

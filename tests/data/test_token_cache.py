@@ -153,7 +153,7 @@ def test_a_damaged_entry_is_recognized_and_made_anew(tmp_path, damage, caplog):
         (file.parent / "contents.json").write_text("{")
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
         again = cached_directory("key", make, cache_dir=tmp_path)
-    assert caplog.messages == [f"{again}: this cache entry is damaged, so it is made anew"]
+    assert caplog.messages == [f"{again}: this cache entry is damaged, so it is made again"]
     assert make.calls == 2
     assert names(again) == ["contents.json", "file"]
     assert file.read_text() == make.content

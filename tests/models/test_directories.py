@@ -160,7 +160,7 @@ def test_a_damaged_builtin_model_in_the_cache_is_made_anew(tmp_path, monkeypatch
     flip(directory / "config.json")
     assert resolve_model("builtin:tiny") == str(directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == whole
-    assert f"{directory}: this model in the cache is damaged, so it is made anew" in caplog.text
+    assert f"{directory}: this model in the cache is damaged, so it is made again" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["policy", "backbone", "reward", "adapters"])

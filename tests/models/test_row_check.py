@@ -212,7 +212,7 @@ def test_a_policy_whose_replies_change_with_their_company_is_refused(tmp_path):
     )
     policy = CausalLM.from_pretrained(saved(tmp_path, "minimax", settings, AutoModelForCausalLM))
     options = {"max_new_tokens": 2, "temperature": 0.0, "eos_id": 1, "pad_id": 0}
-    with pytest.raises(ModelError, match="responses of a minimax model change with the prompts beside them"):
+    with pytest.raises(ModelError, match="responses of a minimax model change with the other prompts"):
         TransformersEngine(8).draw(policy, rows(3, 5), [0, 0], **options)
     assert len(TransformersEngine(1).draw(policy, rows(3, 5), [0, 0], **options)) == 2
 

@@ -147,7 +147,7 @@ def both(tiny_qwen2, tmp_path_factory):
     ids=["policy", "backbone", "implicit", "reward", "judge"],
 )
 def test_adapters_beside_whole_weights_are_refused(both, load):
-    with pytest.raises(ModelError, match="holds whole weights and adapters beside them"):
+    with pytest.raises(ModelError, match="holds whole weights and adapters, and"):
         load(str(both))
 
 

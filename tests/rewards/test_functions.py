@@ -167,5 +167,5 @@ def test_a_function_itself_will_do(given, name, expected):
     source = RewardSource(given, batch_size=4)
     assert source([[{"role": "user", "content": "?"}]] * 2, ["a bcd", "ab"]).tolist() == expected
     assert source.name == name
-    with pytest.raises(ConfigurationError, match="gets messages and replies as they are"):
+    with pytest.raises(ConfigurationError, match="gets messages and responses as they are"):
         RewardSource(given, batch_size=4, chat_template="plain")

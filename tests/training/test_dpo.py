@@ -310,7 +310,7 @@ def test_a_reference_without_a_tokenizer_beside_it_is_taken(build_dpo, trainer, 
     AutoModelForCausalLM.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "bare")
     with caplog.at_level(logging.INFO, logger="rlhf_lightning"):
         ready(build_dpo, trainer, model={"reference": str(tmp_path / "bare")})
-    assert "no tokenizer beside it" in caplog.text
+    assert "it has no tokenizer" in caplog.text
 
 
 # ---- what is logged ----------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ class RewardBenchResult(ScoredResult):
                 [name, *(table.sections.get(section) for section in SECTIONS), table.total]
                 for name, table in [("this model", self.table), *self.baselines.items()]
             ],
-            f"Sections, beside rules that read nothing{partial}",
+            f"Sections, compared with rules that read nothing{partial}",
         )
         groups = [
             BarGroup(section, [Bar(name, self.table.subsets[name]) for name in names if name in self.table.subsets])
@@ -319,7 +319,7 @@ class RewardBenchResult(ScoredResult):
                 (name, own.get(name), longer.get(name), self.available.get(name, 0), subset.pairs)
                 for name, subset in SUBSETS.items()
             ],
-            "The same beside the rule that more characters are better, and what of the benchmark was there",
+            "The same, compared with the rule that more characters are better, and what of the benchmark was there",
         )
 
 
