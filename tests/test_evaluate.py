@@ -314,6 +314,7 @@ def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, w
         "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
     monkeypatch.setattr("rlhf_lightning.evaluation.benchmarks.base._score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr("rlhf_lightning.evaluation.kl._token_kl", lambda *_: pytest.fail("computed again"))
     _, second = evaluated(*ALL)
     assert second == whole.numbers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message, PromptExample
 from rlhf_lightning.evaluation.estimates import mean_estimate, mean_rate
 from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
-from rlhf_lightning.evaluation.kl import kl_of_responses
+from rlhf_lightning.evaluation.kl import ResponseKL, kl_of_responses
 from rlhf_lightning.evaluation.policy import Anchors, KLSummary, best_of_n, compare_policies, summarise_kl
 from rlhf_lightning.evaluation.refusal import (
     BUILTIN_DETECTOR,
@@ -27,6 +28,7 @@ from rlhf_lightning.evaluation.refusal import (
 from rlhf_lightning.evaluation.results import Judged, PolicyResults, PromptRow, Side
 from rlhf_lightning.evaluation.rounding import ROWS, spread
 from rlhf_lightning.evaluation.session import Session, timed
+from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.evaluation.text_classifier import Loading
 from rlhf_lightning.evaluation.toxicity import (
     ToxicityChange,
@@ -144,8 +146,20 @@ class Answers:
             *(after.model, before, after.chat_format, self.data.prompts),
             batch_size=settings.batch_size,
         )
+        fingerprints = [policies[side].fingerprint for side in ("after", "before")]
+        file = self.session.kept / f"kl-{'-'.join(each[:16] for each in fingerprints)}.jsonl"
+        maker = " ".join([*fingerprints, after.chat_format.fingerprint(), settings.dtype])
+        ledger = Ledger(file, maker, ResponseKL, self.ranks)
+        keys = [f"{response.prompt_id} {' '.join(map(str, response.ids))}" for response in responses]
+        by_key = dict(zip(keys, responses, strict=True))
         with timed("KL"), float32_arithmetic(after.model, before):
-            found = np.array(self.ranks.each(responses, along), dtype=np.float64)
+            ledger.fill(
+                "KL of the responses",
+                sorted(by_key, key=lambda key: len(by_key[key].ids)),
+                lambda part: along([by_key[key] for key in part]),
+                at_a_time=4 * settings.batch_size,
+            )
+        found = np.array([astuple(ledger.known[key]) for key in keys], dtype=np.float64)
         if settings.dtype != "float32":
             note(
                 f"KL: computed in float32 of policies with weights rounded to {settings.dtype}, in which they answered"

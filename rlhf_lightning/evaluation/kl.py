@@ -6,12 +6,13 @@ N response tokens of some rows together, V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_lightning.batches import like_together
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
 from rlhf_lightning.evaluation.generate import Response
@@ -24,7 +25,8 @@ _CHUNK = 512
 """Response tokens whose logits exist at a time, of both models."""
 
 
-class ResponseKL(NamedTuple):
+@dataclass(frozen=True)
+class ResponseKL:
     """How far the policy is from the reference along one response, in nats, sums over its tokens."""
 
     tokens: int
@@ -53,7 +55,7 @@ def kl_of_responses(
     encoded = chat_format.encode_prompts([chat_format.generation_text(prompt.prompt) for prompt in prompts])
     by_id = {prompt.example_id: ids for prompt, ids in zip(prompts, encoded, strict=True)}
     rows = [EncodedRow(by_id[response.prompt_id], response.ids, False) for response in responses]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response))
+    order = like_together([row.prompt for row in rows], [len(row.prompt) + len(row.response) for row in rows])
     found: dict[int, ResponseKL] = {}
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
