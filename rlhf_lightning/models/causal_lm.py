@@ -121,6 +121,7 @@ class CausalLM(nn.Module):
         """What the model itself divides its logits by: 1 for most, 1 / logit_scale for Cohere."""
         self.base_fingerprint = weights_fingerprint(model, frozen_alone=True)
         """A hash of the weights that are not trained, as loaded: mixed precision may round them later."""
+        self._adapted: list[Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -217,8 +218,26 @@ class CausalLM(nn.Module):
         """Inside, the model is the one that the adapters were put on. Raises `ModelError` when there are none."""
         if not self.has_adapters:
             raise ModelError("this model has no adapters that could be switched off; give model.lora")
-        with self.model.disable_adapter():
+        # Not peft's `disable_adapter`, which walks all modules and their requires_grad: 41 ms at 224 layers, for 1 here.
+        layers = self._adapted_layers()
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
             yield
+        finally:
+            for layer, off in zip(layers, before, strict=True):
+                layer._disable_adapters = off
+
+    def _adapted_layers(self) -> list[Any]:
+        """The layers that peft has put adapters or a trained copy on, looked for once."""
+        if self._adapted is None:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils.other import AuxiliaryTrainingWrapper
+
+            kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+            self._adapted = [layer for layer in self.model.modules() if isinstance(layer, kinds)]
+        return self._adapted
 
     def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> Path:
         """Write a directory that `AutoModelForCausalLM` loads; tied weights stay tied. Returns the directory.

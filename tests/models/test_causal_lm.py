@@ -293,6 +293,28 @@ def test_the_model_with_adapters_off_is_the_base_bit_for_bit(tmp_path, tiny_qwen
     assert (on.sums - base(*batch).sums).abs().min() > 0.1
 
 
+@torch.no_grad()
+def test_adapters_are_off_inside_alone_also_nested_and_after_an_error_and_no_flag_of_a_gradient_changes(
+    tmp_path, tiny_qwen2
+):
+    policy = loud(CausalLM.from_pretrained(str(untied(tiny_qwen2, tmp_path)), lora=Lora(modules_to_save=["lm_head"])))
+    batch, trained = padded(rows()), [parameter.requires_grad for parameter in policy.parameters()]
+    on = policy(*batch).tokens
+    with policy.adapters_off():
+        off = policy(*batch).tokens
+        with policy.adapters_off():
+            pass
+        assert torch.equal(policy(*batch).tokens, off)
+        assert [parameter.requires_grad for parameter in policy.parameters()] == trained
+    with pytest.raises(KeyError), policy.adapters_off():
+        raise KeyError
+    assert torch.equal(policy(*batch).tokens, on)
+    assert not torch.equal(off, on)
+    assert [parameter.requires_grad for parameter in policy.parameters()] == trained
+    with policy.model.disable_adapter():
+        assert torch.equal(policy(*batch).tokens, off), "peft's own, which is slower"
+
+
 def untied(directory, tmp_path):
     """The model with an output layer of its own."""
     model = AutoModelForCausalLM.from_pretrained(directory)
