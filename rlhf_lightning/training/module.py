@@ -56,6 +56,7 @@ from rlhf_lightning.training.optimization import (
     Schedule,
     begin_with_found_rate,
     check_optimizer,
+    clip_scaled,
     optimizer_and_schedule,
 )
 from rlhf_lightning.training.references import Reference, ReferenceKind
@@ -247,6 +248,16 @@ class TrainedModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self)
+
+    def clip_gradients(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning's, and under mixed precision also for torch's `fused` optimizers (see `clip_scaled`)."""
+        if not clip_scaled(optimizer, self.trainer, gradient_clip_val, gradient_clip_algorithm):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         self.logged_step = 0

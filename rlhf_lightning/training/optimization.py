@@ -11,6 +11,8 @@ import torch
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.errors import ConfigurationError
@@ -149,3 +151,19 @@ def warn_of_another_schedule(trainer: Trainer) -> None:
             "new run with that as model.backbone",
             *(trainer.global_step, then, now),
         )
+
+
+def clip_scaled(optimizer: torch.optim.Optimizer, trainer: Trainer, limit: float | None, algorithm: str | None) -> bool:
+    """Clip gradients for an optimizer that takes the loss scale off them in its own step, as torch's `fused` ones do.
+
+    `limit` and `algorithm` (`norm` or `value`) are the Trainer's where they are None. Returns False, and does nothing,
+    for any other optimizer and without mixed precision, where Lightning clips. Here it would refuse to.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision) or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    limit = trainer.gradient_clip_val or 0.0 if limit is None else limit
+    scale = 1.0 if plugin.scaler is None else plugin.scaler.get_scale()
+    kind = GradClipAlgorithmType(algorithm or trainer.gradient_clip_algorithm or "norm")
+    Precision.clip_gradients(plugin, optimizer, scale * limit, kind)
+    return True

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 
 from rlhf_lightning.training.optimization import learning_rate_factor
@@ -137,3 +138,18 @@ def test_a_learning_rate_found_by_a_callback_is_that_of_the_schedule(build, trai
     trainer(max_epochs=2, limit_val_batches=0, callbacks=[finder, fits]).fit(module, data)
     assert finder.optimal_lr.suggestion() == module.lr > 0
     assert fits.rates == pytest.approx([module.lr * (22 - step) / 22 for step in range(22)])
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_for_a_fused_optimizer_as_for_another(build, trainer, precision, algorithm):
+    """It takes the loss scale, 65536, off the gradients by itself, after they are clipped."""
+    ends = {}
+    for fused, limit in ((False, 0.01), (True, 0.01), (True, None)):
+        module, data = build(model={"optimizer": functools.partial(torch.optim.SGD, lr=0.1, fused=fused)})
+        settings = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "max_steps": 3}
+        plugin = MixedPrecision(precision, "cpu")  # the Trainer would make bfloat16 of float16 on a CPU
+        trainer(plugins=plugin, limit_val_batches=0, **settings).fit(module, data)
+        ends[fused, limit] = weights(module)
+    torch.testing.assert_close(ends[True, 0.01], ends[False, 0.01], rtol=0, atol=1e-6)
+    assert (ends[True, 0.01] - ends[True, None]).abs().max() > 1e-3

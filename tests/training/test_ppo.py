@@ -331,6 +331,15 @@ def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(b
     assert numbers["val/reward_with_kl"] == pytest.approx(numbers["val/reward"] + sum(values) / len(values), abs=1e-4)
 
 
+def test_gradients_are_clipped_for_a_fused_optimizer_as_for_another(build_ppo, trainer):
+    ends = []
+    for fused in (False, True):
+        made = build_ppo(optimizer=functools.partial(torch.optim.SGD, lr=0.5, fused=fused), max_grad_norm=0.01)
+        module, _, _ = fitted(trainer, made, precision="bf16-mixed", max_steps=2)
+        ends.append(weights(module))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_equal_rewards_teach_nothing(build_ppo, trainer, advantage, normalize):
