@@ -17,7 +17,7 @@ from rlhf_lightning.commands.settings import Arguments, spare_inputs
 from rlhf_lightning.data import datamodules
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import free_bytes, write_whole
-from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Footprint, Nearest, Run
+from rlhf_lightning.planning.memory import GPUS, Estimator, Footprint, Nearest, Run
 from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, gb, judge, machine_of, run_of
 from rlhf_lightning.planning.simulation import NotSimulated
 from rlhf_lightning.terminal import Terminal, say, silenced
@@ -194,7 +194,7 @@ def _print(made: Plan, console: Terminal) -> None:
     for name, size in footprint.phases.items():
         table.add_row(f"in all, at the {name}" if name != "samples" else "in all, while samples are made", gb(size))
     context = "Python and torch" if run.on_cpu else "CUDA context and workspaces"
-    table.add_row(f"{context} (assumed)", gb(CONTEXT))
+    table.add_row(f"{context} (assumed)", gb(footprint.context))
     console.print(table)
     processes_in_words = "" if machine.devices == 1 else f", for {machine.devices} processes"
     for name, size in footprint.host.items():

@@ -218,7 +218,7 @@ class CausalLM(nn.Module):
         """Inside, the model is the one that the adapters were put on. Raises `ModelError` when there are none."""
         if not self.has_adapters:
             raise ModelError("this model has no adapters that could be switched off; give model.lora")
-        # Not peft's `disable_adapter`, which walks all modules and their requires_grad: 41 ms at 224 layers, for 1 here.
+        # peft's `disable_adapter` walks all modules and their requires_grad: 80 ms of a CPU at 224 layers, for 2 here.
         layers = self._adapted_layers()
         before = [layer._disable_adapters for layer in layers]
         for layer in layers:

@@ -7,12 +7,13 @@ The static part is arithmetic over the strategy's and the optimizer's copies of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
-from rlhf_lightning.planning.simulation import Kind, Pass, Shape, Weights, cache_bytes, count_weights, simulate
+from rlhf_lightning.planning.simulation import Kind, Live, Pass, Shape, Weights, cache_bytes, count_weights, simulate
 from rlhf_lightning.training.references import ReferenceKind
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ GPUS = {
 }
 """Memory in GiB as torch reports it, rounded down: less than the name says."""
 
-CONTEXT = 1.0e9
-"""CUDA's context and the libraries' workspaces, which no allocator counts. Assumed, not measured."""
+CONTEXT, CONTEXT_WITH_NCCL = 1.0e9, 1.5e9
+"""CUDA's context and the libraries' workspaces, which no allocator counts, without and with NCCL's buffers. Assumed,
+not measured."""
 RESERVE = 0.05
 """Share of a device that is left free for what the allocator cannot use. Assumed."""
 _BUCKET = 200_000_000
@@ -68,6 +70,10 @@ class Run:
     """States of the optimizer, per trained weight."""
     optimizer_temporary: float
     """What its step takes besides, per trained weight."""
+    host_temporary: float = 0.0
+    """The same of a step on the host, over one flat tensor."""
+    float32_gradients: bool = False
+    """Gradients are added up in float32 where the weights are halves (see `training.zero`)."""
     quantized: bool = False
 
     @property
@@ -78,6 +84,11 @@ class Run:
     def gradients_grow(self) -> bool:
         """Whether the gradients come into being in the only batch of each step."""
         return self.accumulate == 1 and not self.zero
+
+    @property
+    def context(self) -> float:
+        """Bytes on a device beside all that is counted."""
+        return CONTEXT_WITH_NCCL if not self.on_cpu and (self.zero or self.processes > 1) else CONTEXT
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,8 @@ class Footprint:
     host: dict[str, float]
     checkpoint: float
     exported: float
+    context: float
+    """Of each device, beside them; assumed."""
 
     @property
     def peak(self) -> float:
@@ -151,7 +164,8 @@ class Estimator:
             phases["reference pass"] = always + copy + evaluation
         stored = weights.trained if shape.lora else weights.total
         checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * weights.trained
-        return Footprint(weights, device, phases, _on_host(run, weights), checkpoint, 4 * weights.total)
+        host = _on_host(run, weights)
+        return Footprint(weights, device, phases, host, checkpoint, 4 * weights.total, run.context)
 
     def _passes_of(self, run: Run, shape: Shape, weights: Weights) -> tuple[Pass, float]:
         """The pass over a training batch, the reference's within it, and the bytes of an evaluation batch."""
@@ -217,8 +231,9 @@ def _trained_copies(run: Run, weights: Weights, number: int) -> dict[str, float]
     # Under ZeRO, float32 gradients of all that this process steps, made of two flat copies; then the optimizer's own.
     step = max(8, 4 + run.optimizer_temporary) if run.zero else run.optimizer_temporary
     here = 0 if run.offload else 1
+    of_gradient = 4 if run.float32_gradients else number
     return {
-        "gradients": here * number * (trained if run.strategy == "zero2" else weights.trained),
+        "gradients": here * of_gradient * (trained if run.strategy == "zero2" else weights.trained),
         "gradient buckets": buckets.get(run.strategy, 0),
         "float32 copies of the weights": here * 4 * trained if run.zero else 0,
         "optimizer states": here * run.optimizer_bytes * trained,
@@ -227,14 +242,23 @@ def _trained_copies(run: Run, weights: Weights, number: int) -> dict[str, float]
 
 
 def _on_host(run: Run, weights: Weights) -> dict[str, float]:
+    """What the processes of a machine hold in its memory, when the optimizer steps and when models are loaded."""
     host: dict[str, float] = {}
     if run.offload:
-        each = (4 + run.optimizer_bytes + 4 + 2) * weights.trained / run.processes
+        own = weights.trained / run.processes
+        # Weights and gradients in float32, and the weights as halves on their way to the device.
+        pinned = 2 * _pinned(4 * own) + _pinned(2 * own)
+        accumulated = 2 * weights.trained if run.accumulate > 1 else 0  # whole in each process
+        each = pinned + accumulated + (run.optimizer_bytes + run.host_temporary) * own
         host["optimizer, float32 weights and gradients"] = each * run.processes_per_machine
-    if run.zero:
-        loading = 4 * weights.total * (2 if run.reference in ("copy", "precomputed") else 1)
-        host["loading, float32"] = loading * run.processes_per_machine
+    if run.zero:  # one model after the other: a reference is on the device before the policy is loaded
+        host["loading, float32"] = 4 * weights.total * run.processes_per_machine
     return host
+
+
+def _pinned(size: float) -> float:
+    """Bytes that torch takes for page-locked memory of a size: the next power of two."""
+    return 2.0 ** math.ceil(math.log2(size)) if size > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -313,3 +337,20 @@ def optimizer_bytes(factory: Callable, *, foreach: bool) -> tuple[float, float]:
     defaults = optimizer.defaults
     at_once = foreach and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
     return states, 4.0 if at_once and states else 0.0
+
+
+def host_temporary(factory: Callable) -> float:
+    """Bytes per weight that an optimizer's step on the host makes besides its states, measured on a small flat tensor.
+
+    8 of an AdamW, whose square roots and their multiples are tensors of their own, and 0 of a `fused` one.
+    """
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = factory([weight])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    states = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    with Live([weight, weight.grad, *states]) as live:
+        optimizer.step()
+    return float(round(live.peak / weight.numel()))

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rlhf_lightning.data.datamodules import ResponseDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.planning.memory import (
-    CONTEXT,
     GPUS,
     RESERVE,
     Estimator,
@@ -24,6 +23,7 @@ from rlhf_lightning.planning.memory import (
     Nearest,
     Run,
     Strategy,
+    host_temporary,
     optimizer_bytes,
 )
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
@@ -145,6 +145,8 @@ def run_of(
         sample_tokens=tokens + max(samples) if samples else 0,
         optimizer_bytes=states,
         optimizer_temporary=temporary,
+        host_temporary=host_temporary(module.optimizer_factory),
+        float32_gradients=settings.precision == "bf16-mixed" and strategy == "zero2" and not offload,
         quantized=hparams.get("load_in_4bit", False),
     )
 
@@ -165,7 +167,7 @@ def refuse_what_cannot_fit(
         machine = machine_of(settings)
         run = run_of(module, data, settings, callbacks, machine)
         estimator = Estimator(module.backbone_config)
-        if machine.on_cpu and _rough(module, run) + CONTEXT < 0.25 * machine.device_memory:
+        if machine.on_cpu and _rough(module, run) + run.context < 0.25 * machine.device_memory:
             return
         verdict = judge(estimator.footprint(run), machine)
         if verdict.fits:
@@ -193,7 +195,7 @@ def judge(footprint: Footprint, machine: Machine) -> Verdict:
     """Hold a footprint against a machine."""
     lines, fits, tight = [], True, False
     phase = max(footprint.phases, key=footprint.phases.__getitem__)
-    needed, there = footprint.peak + CONTEXT, machine.device_memory
+    needed, there = footprint.peak + footprint.context, machine.device_memory
     what = f"the {phase} needs {gb(needed)} of {gb(there)} on each {'process' if machine.on_cpu else 'device'}"
     if needed > there:
         fits = False

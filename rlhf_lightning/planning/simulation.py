@@ -138,7 +138,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int, *, size_of_number: int) -
     return 2 * config.num_hidden_layers * heads * size * tokens * size_of_number
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Adds up the storages that are alive, but for those that are known beforehand."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -182,7 +182,7 @@ def _run(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
         size = (1, shape.rows * shape.tokens) if shape.packed else (shape.rows, shape.tokens)
         ids, mask = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if shape.autocast else nullcontext()
-        live = _Live([*weights, ids, mask])
+        live = Live([*weights, ids, mask])
         with live, torch.set_grad_enabled(kind != "inference"):
             with autocast:
                 backbone = decoder(model) if head is None else inner_model(model)

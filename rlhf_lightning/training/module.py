@@ -59,7 +59,7 @@ from rlhf_lightning.training.optimization import (
     clip_scaled,
     optimizer_and_schedule,
 )
-from rlhf_lightning.training.references import Reference, ReferenceKind
+from rlhf_lightning.training.references import Reference, ReferenceKind, held_dtype
 from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
@@ -414,6 +414,8 @@ class PolicyModule(TrainedModule):
         super().setup(stage)
         if self.reference is not None:
             self.reference.load(self.loading)
+            # Now, so that the host never holds it beside the policy or an optimizer that is there.
+            self.reference.place(self.trainer.strategy.root_device, held_dtype(self.trainer))
 
     def build_network(self) -> None:
         settings = self.hparams

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.batches import PromptBatch
@@ -29,7 +27,7 @@ from rlhf_lightning.rollouts import Experience, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.module import PolicyModule
-from rlhf_lightning.training.references import Reference
+from rlhf_lightning.training.references import Reference, held_dtype
 from rlhf_lightning.training.rollout_log import RolloutLog
 from rlhf_lightning.training.validation import validate
 from rlhf_lightning.user_code import name_of
@@ -161,10 +159,7 @@ class OnlineModule(PolicyModule):
     on_test_start = on_validation_start
 
     def _move_frozen(self) -> None:
-        half = None
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # whose mixed precision holds the policy so, too
-            half = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
-        self.rewards.to(self.device, half)
+        self.rewards.to(self.device, held_dtype(self.trainer))
         self.reference.match(self.policy)
 
     def synchronize(self) -> None:

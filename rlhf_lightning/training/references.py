@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.data.roles import Role
@@ -36,6 +38,14 @@ FROZEN, ADAPTER = "frozen", "adapter"
 
 ReferenceKind = Literal["none", "adapter", "copy", "precomputed"]
 """How a reference is held in memory: not at all, as the policy's own weights, as a copy, or by its log-probs alone."""
+
+_HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def held_dtype(trainer: Trainer) -> torch.dtype | None:
+    """Of the weights, where DeepSpeed's mixed precision holds them as halves; None where they stay as loaded."""
+    return _HALVES.get(str(trainer.precision)) if isinstance(trainer.strategy, DeepSpeedStrategy) else None
+
 
 _CHECKED = 4
 """Pairs of which the log-probs found in the cache are computed again."""
@@ -116,9 +126,15 @@ class Reference:
 
     def match(self, policy: CausalLM) -> None:
         """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs."""
+        like = next(policy.parameters())
+        self.place(like.device, like.dtype)
+
+    def place(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Move the model, where there is one and it is not there; its weights stay as they are without a `dtype`."""
         if self.network is not None:
-            like = next(policy.parameters())
-            move(self.network, like.device, like.dtype)
+            first = next(self.network.parameters())
+            if (first.device, first.dtype) != (device, dtype or first.dtype):
+                move(self.network, device, dtype)
 
     def float32(self, policy: CausalLM, *others: nn.Module | None) -> AbstractContextManager[None]:
         """For what is judged by: a log-ratio near the start is smaller than the rounding of mixed precision."""

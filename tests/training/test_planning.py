@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from rlhf_lightning.commands.plan import plan
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.planning import planning
-from rlhf_lightning.planning.memory import GPUS, Estimator, Run, optimizer_bytes
+from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Run, host_temporary, optimizer_bytes
 from rlhf_lightning.planning.planning import Machine, judge, machine_of
 from rlhf_lightning.planning.simulation import Shape
 from tests.test_configs import LLAMA, ROOT
@@ -150,9 +151,36 @@ def test_adapters_on_a_list_of_layers_are_counted(estimator):
 
 
 def test_the_host_holds_what_is_offloaded_and_what_is_loaded(estimator, weights):
-    footprint = estimator.footprint(run(offload=True, processes=4, processes_per_machine=4))
-    assert footprint.host["optimizer, float32 weights and gradients"] == pytest.approx(18 * weights)
+    """Page-locked: two float32 copies and a half; beside them two moments, and what a step on the host makes."""
+    on_four = {"offload": True, "processes": 4, "processes_per_machine": 4}
+    each, locked = weights / 4, 2 * 2 ** math.ceil(math.log2(weights)) + 2 ** math.ceil(math.log2(weights / 2))
+    for settings, expected in (
+        ({"accumulate": 1}, 8 * each),
+        ({"accumulate": 1, "host_temporary": 8.0}, 16 * each),
+        ({"accumulate": 2}, 8 * each + 2 * weights),
+    ):
+        footprint = estimator.footprint(run(**on_four, **settings))
+        assert footprint.host["optimizer, float32 weights and gradients"] == pytest.approx(4 * (locked + expected))
     assert footprint.host["loading, float32"] == 4 * weights * 4
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (lambda params: torch.optim.AdamW(params), 8),
+        (lambda params: torch.optim.AdamW(params, fused=True), 0),
+        (lambda params: torch.optim.SGD(params, lr=0.1), 0),
+    ],
+    ids=["AdamW", "fused", "SGD"],
+)
+def test_what_a_step_on_the_host_makes_besides_is_measured(factory, expected):
+    assert host_temporary(factory) == expected
+
+
+def test_float32_gradients_take_four_bytes_and_nccl_half_a_gigabyte(estimator, weights):
+    assert estimator.footprint(run(float32_gradients=True)).device["gradients"] == 4 * weights
+    contexts = [{}, {"strategy": "single"}, {"strategy": "ddp", "processes": 2}, {"on_cpu": True}]
+    assert [run(**each).context for each in contexts] == [1.5e9, 1e9, 1.5e9, 1e9]
 
 
 def test_a_reference_that_runs_beside_the_policy_is_in_the_peak(estimator):
@@ -237,7 +265,7 @@ def test_a_gpu_that_is_not_here_must_be_named():
 
 def test_what_fits_only_into_the_reserve_is_tight(estimator):
     footprint = estimator.footprint(run())
-    needed = footprint.peak + planning.CONTEXT
+    needed = footprint.peak + footprint.context
 
     def verdict(memory: float):
         return judge(footprint, Machine("x", 1, 1, memory, float("inf"), on_cpu=False))
@@ -359,7 +387,7 @@ def test_models_and_methods_that_are_not_counted_are_said_in_one_line(capsys, tm
 
 def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "host_memory", lambda: planning.CONTEXT + 5e6)
+    monkeypatch.setattr(planning, "host_memory", lambda: CONTEXT + 5e6)
     short = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.callbacks", "[]")
     assert main(["fit", *QUICKSTART, *short]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

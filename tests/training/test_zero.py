@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM
+from rlhf_lightning.models.precision import move
+from rlhf_lightning.training import references
 from rlhf_lightning.training.checkpoints import fault_of, read_checkpoint, restored_module, shard_files
 from rlhf_lightning.training.step_watch import StepWatch
 from rlhf_lightning.training.trial import TrialStep
@@ -111,6 +113,18 @@ def test_policy_and_frozen_reference_are_equal_bit_for_bit_in_half_precision(bui
     assert {b.dtype for name, b in module.named_buffers() if "inv_freq" in name} == {torch.float32}
 
 
+def test_a_frozen_reference_is_moved_once_before_the_policy_is_loaded(build_dpo, trainer, with_val, monkeypatch):
+    """The host never holds it beside the policy, or beside an optimizer that is offloaded."""
+    moved, held = [], []
+    monkeypatch.setattr(references, "move", lambda *given: moved.append(given[1:]) or move(*given))
+    module, datamodule = build_dpo(data=with_val)
+    build = module.build_network
+    module.build_network = lambda: held.extend({p.dtype for p in module.reference.network.parameters()}) or build()
+    trainer(strategy="zero2", precision="16-mixed", max_steps=3).fit(module, datamodule=datamodule)
+    assert [dtype for _, dtype in moved] == [torch.float16]
+    assert held == [torch.float16]
+
+
 @pytest.mark.parametrize(("precision", "dtype"), HALVES.items())
 def test_validation_is_float32_arithmetic_on_the_weights_as_held(build_dpo, trainer, with_val, precision, dtype):
     """Of half precision there is the rounding of the weights alone, of policy and reference."""
@@ -182,6 +196,37 @@ def test_every_one_of_several_backward_passes_counts(trainer):
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
 
 
+class Weight(pl.LightningModule):
+    """One weight, whose gradients are the numbers that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(8))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.tensor([256.0, *[1.0] * 7]), batch_size=1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight * batch).sum()
+
+
+def test_gradients_of_bfloat16_weights_are_added_up_in_float32(trainer):
+    """256 + 1 is 256 in bfloat16."""
+    module = Weight()
+    run = trainer(strategy="zero2", precision="bf16-mixed", accumulate_grad_batches=8, use_distributed_sampler=False)
+    run.fit(module)
+    (master,) = run.strategy.deepspeed_engine.optimizer.single_partition_of_fp32_groups
+    assert master.flatten()[:8].tolist() == [-(256 + 7) / 8] * 8
+
+
+def test_what_is_offloaded_lies_in_page_locked_memory():
+    offloaded = ZeroStrategy(stage=2, offload_optimizer=True).config["zero_optimization"]["offload_optimizer"]
+    assert offloaded["pin_memory"] is True
+
+
 # ---- what goes wrong ----------------------------------------------------------------------------------------
 
 
@@ -202,6 +247,19 @@ def test_weights_that_float16_cannot_hold_stop_the_run(build, trainer, with_val)
     with torch.no_grad():
         module.network.score[0].weight[0, 0] = 1e5
     with pytest.raises(ModelError, match=r"score\.0\.weight.*not finite under 16-mixed; use bf16-mixed"):
+        trainer(strategy="zero2", precision="16-mixed").fit(module, datamodule=datamodule)
+
+
+def test_a_deepspeed_that_rounds_the_rotary_frequencies_is_refused(build_dpo, trainer, with_val, monkeypatch):
+    initialize = DeepSpeedStrategy._initialize_deepspeed_train
+
+    def rounding(self, model):
+        initialize(self, model)
+        model.half()
+
+    monkeypatch.setattr(DeepSpeedStrategy, "_initialize_deepspeed_train", rounding)
+    module, datamodule = build_dpo(data=with_val)
+    with pytest.raises(ConfigurationError, match=r"inv_freq.*deepspeed>=0\.19\.2"):
         trainer(strategy="zero2", precision="16-mixed").fit(module, datamodule=datamodule)
 
 
