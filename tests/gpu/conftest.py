@@ -1,9 +1,27 @@
-"""Models of the true shapes with random weights, made once."""
+"""Marks of the tests that need a CUDA device, and models of the true shapes with random weights, made once."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+MARKS = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # What CUDA, Triton and DeepSpeed's kernels warn of is known for no machine; elsewhere in the suite it is an error.
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.timeout(3600),  # 16 GB of weights are written first, and kernels compiled
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for mark in MARKS:
+                item.add_marker(mark)
+
 
 QWEN2_HALF_BILLION = {
     "vocab_size": 151936,

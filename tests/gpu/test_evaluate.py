@@ -12,11 +12,6 @@ from rlhf_lightning.commands.main import main
 from tests.evaluation.conftest import here, workshop  # noqa: F401 (fixtures)
 from tests.test_evaluate import ALL, REFUSAL, check_same, run_command, write
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 def numbers(out) -> dict:
     return json.loads((out / "metrics.json").read_text())["metrics"]

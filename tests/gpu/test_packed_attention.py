@@ -14,11 +14,6 @@ from rlhf_lightning.models.packed_attention import (
     _varlen,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 OWN, SEEN = (1, 130, 64, 333), (40, 130, 97, 333)
 """Tokens of each row that are its own, and that it sees: the others are the first ones of the row before."""
 

@@ -10,11 +10,6 @@ import torch
 from rlhf_lightning.commands.main import main
 from tests.test_configs import ROOT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @pytest.mark.parametrize("strategy", ["auto", "zero2"])
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])

@@ -13,11 +13,6 @@ from rlhf_lightning.data.courtesy.make import make_rows
 from tests.models.test_reward_network import padded, rows
 from tests.test_configs import ROOT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @torch.no_grad()
 def test_scores_on_the_gpu_are_those_of_the_cpu(tiny_qwen2):

@@ -19,11 +19,7 @@ from rlhf_lightning.models.vllm_engine import MISMATCH_IN_HALF, VLLMEngine
 from rlhf_lightning.models.vllm_server import FLAGS
 from tests.vllm_program import needs_vllm, served
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    needs_vllm,
-]
+pytestmark = needs_vllm
 
 
 @pytest.fixture

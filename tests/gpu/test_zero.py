@@ -13,11 +13,6 @@ from rlhf_lightning.commands.main import main
 from rlhf_lightning.training.checkpoints import is_sharded
 from tests.test_configs import ROOT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_offload"])
 @pytest.mark.parametrize(
