@@ -207,8 +207,7 @@ class Rollouts:
     def forward(self, rows: ModelInputs, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
         """Log-probs and values of the N response tokens of R rows, [N] each, in one pass; gradients go through."""
         states = self.policy.states(*rows.text)
-        logprobs = self.policy.logprobs(states)
-        flat = logprobs.tokens[logprobs.mask]
+        flat = self.policy.token_logprobs(states)
         if self.value is None or not values:
             return flat, None
         return flat, self.value(*rows.text) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)

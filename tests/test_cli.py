@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_help_names_every_command(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^  {command} ", text, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("older", [None, "max_split_size_mb:64"])
+def test_the_allocator_of_a_gpu_has_segments_that_grow_unless_it_was_configured(capsys, monkeypatch, older):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    monkeypatch.setattr(os, "environ", environment | ({} if older is None else {names[1]: older}))
+    assert main(["configs"]) == 0
+    assert os.environ.get(names[0]) == (None if older else "expandable_segments:True")
 
 
 def test_version(capsys):

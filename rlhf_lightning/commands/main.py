@@ -95,6 +95,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         return _refuse(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which would not be read beside the newer one
+        # Rows of ever other lengths leave gaps that no later tensor fits into; such segments grow instead.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     find_in_working_directory()  # a user's own classes
     if OF_A_PIPELINE in os.environ:
         end_with_pipeline()

@@ -68,8 +68,14 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, sum_over:
 
 
 def scatter_to_mask(flat: Tensor, mask: Tensor) -> Tensor:
-    """Numbers of N tokens, [N], row by row at the N True positions of `mask` [R, S]; 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    """Numbers of N tokens, [N], row by row at the N True positions of `mask` [R, S]; 0 elsewhere.
+
+    Neither it nor its backward pass asks an accelerator for a number, as that of `masked_scatter` does.
+    """
+    within = mask.flatten()
+    numbers = torch.cat([flat, flat.new_zeros(1)])  # the last one stands outside of the mask
+    places = torch.where(within, within.cumsum(0) - 1, len(flat))
+    return numbers.index_select(0, places).view(mask.shape)
 
 
 class RunningMoments:

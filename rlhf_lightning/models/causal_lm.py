@@ -34,6 +34,7 @@ from rlhf_lightning.models.backbones import AttentionImplementation, load_weight
 from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.packed_attention import FLEX
+from rlhf_lightning.models.precision import frozen_linear
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.models.row_check import check_rows
 from rlhf_lightning.models.states import hidden_states, token_states
@@ -198,15 +199,18 @@ class CausalLM(nn.Module):
         # The first token of a row has no token before it that could predict it.
         mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
         check_not_empty(mask.sum(dim=1))
-        before = F.pad(mask[:, 1:], (0, 1))
-        hidden = token_states(decoder(self.model), input_ids, attention_mask, before)
-        return ResponseStates(hidden, input_ids[mask], mask)
+        places = mask.flatten().nonzero().squeeze(1)  # how many there are is what an accelerator is waited for
+        hidden = token_states(decoder(self.model), input_ids, attention_mask, places - 1)
+        return ResponseStates(hidden, input_ids.flatten()[places], mask)
 
     def logprobs(self, states: ResponseStates) -> ResponseLogprobs:
         """Log-probabilities of the tokens that `states` lead to, float32, in nats."""
+        return ResponseLogprobs(scatter_to_mask(self.token_logprobs(states), states.mask), states.mask)
+
+    def token_logprobs(self, states: ResponseStates) -> Tensor:
+        """The same of the N tokens alone, [N]."""
         weight, bias = output_layer(self.model)
-        flat = linear_logprobs(states.hidden, weight, states.targets, bias=bias, temperature=self.temperature)
-        return ResponseLogprobs(scatter_to_mask(flat, states.mask), states.mask)
+        return linear_logprobs(states.hidden, weight, states.targets, bias=bias, temperature=self.temperature)
 
     def most_likely(self, states: ResponseStates) -> Tensor:
         """The most likely token at each of the N positions, [N] int64."""
@@ -254,6 +258,8 @@ class CausalLM(nn.Module):
                 raise ModelError(
                     "adapters on 4-bit weights: merging would round them to 4 bits as well; export with merge: false"
                 )
+            for layer in frozen_linear(model):  # see `halve_frozen`: the sum is none of halves
+                layer.weight.data = layer.weight.data.to(model.get_input_embeddings().weight.dtype)
             model = self.model = model.merge_and_unload()
         with replaced_model(directory) as made:
             model.save_pretrained(made, max_shard_size="5GB")
@@ -272,29 +278,27 @@ class CausalLM(nn.Module):
         model = inner_model(self.model)
         if getattr(model, "is_quantized", False):
             raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out load_in_4bit")
-        weights = {name: weight.to(dtype) for name, weight in self._merged_weights().items()}
         with replaced_model(directory) as made:
-            model.save_pretrained(made, state_dict=weights, max_shard_size="5GB")
+            model.save_pretrained(made, state_dict=self._merged_weights(dtype), max_shard_size="5GB")
             write_published_settings(model, made)
 
     @torch.no_grad()
-    def _merged_weights(self) -> dict[str, Tensor]:
-        """All weights by the names of the model without adapters, with the adapters' part added, on the host."""
+    def _merged_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All weights by the names of the model without adapters, with the adapters' part added, on the host.
+
+        Each is added to and rounded on its device: the host never holds more than the copy that is asked for.
+        """
         model = inner_model(self.model)
-        weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
-        if not self.has_adapters:
-            return weights
         layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
         merged: dict[str, Tensor] = {}
-        for name, weight in weights.items():
+        for name, weight in model.state_dict().items():
             owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-            if owner is None and ".original_module." not in name:
-                merged[name.replace(".modules_to_save.default.", ".")] = weight
-            elif owner is not None and ".base_layer." in name:
-                delta = 0
-                if name.endswith(".weight"):
-                    delta = layers[owner].get_delta_weight(layers[owner].active_adapters[0]).cpu().to(weight.dtype)
-                merged[name.replace(".base_layer.", ".")] = weight + delta
+            if ".original_module." in name or (owner is not None and ".base_layer." not in name):
+                continue
+            if owner is not None and name.endswith(".weight"):
+                weight = weight + layers[owner].get_delta_weight(layers[owner].active_adapters[0])
+            plain = name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+            merged[plain] = weight.detach().to(dtype).cpu()
         return merged
 
 

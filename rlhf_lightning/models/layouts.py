@@ -45,7 +45,7 @@ def plan_rows(input_ids: Tensor, attention_mask: Tensor, *, share: bool) -> RowP
     `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. With `share`, rows that begin with the same
     tokens have them computed once. Looks at the numbers, so that an accelerator is waited for once.
     """
-    ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy()
+    ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu().numpy()
     columns = [np.flatnonzero(row) for row in mask]
     rows = [row[where] for row, where in zip(ids, columns, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: rows[row].tobytes()) if share else range(len(rows))

@@ -33,6 +33,7 @@ def float32_arithmetic(*models: nn.Module | None) -> Iterator[None]:
     present = [model for model in models if model is not None]
     with ExitStack() as stack:
         stack.callback(_float32.reset, _float32.set(True))
+        stack.enter_context(exact_products())
         for device_type in {parameter.device.type for model in present for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         for model in present:
@@ -40,6 +41,17 @@ def float32_arithmetic(*models: nn.Module | None) -> Iterator[None]:
             stack.enter_context(_dequantized_to_float32(model))
             stack.enter_context(_without_flash(model))
         yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, products of float32 matrices are float32 on an accelerator, not TF32 with its 10 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def widened_at_once(model: nn.Module) -> int:
@@ -145,6 +157,25 @@ def _without_flash(model: nn.Module) -> Iterator[None]:
     finally:
         for part, name in flash:
             part.set_attn_implementation(name)
+
+
+def frozen_linear(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers whose weights are not trained, but the output layer, which may be one with the embeddings."""
+    models: list[Any] = [part for part in model.modules() if hasattr(part, "get_output_embeddings")]
+    outputs = [part.get_output_embeddings() for part in models]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return [layer for layer in layers if not layer.weight.requires_grad and all(layer is not out for out in outputs)]
+
+
+def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of `frozen_linear` in autocast's `dtype` where that loses nothing, as of a model stored so.
+
+    Autocast would cast them in every pass, and keep what it has cast for the backward pass; no number changes.
+    """
+    for layer in frozen_linear(model):
+        half = layer.weight.data.to(dtype)
+        if layer.weight.dtype == torch.float32 and torch.equal(half.float(), layer.weight):
+            layer.weight.data = half
 
 
 def move(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -19,6 +19,7 @@ from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ModelError, reason_of
 from rlhf_lightning.models.configuration import declared_first_position, max_positions
 from rlhf_lightning.models.packed_attention import check_windows, use_layout
+from rlhf_lightning.models.precision import exact_products
 from rlhf_lightning.models.states import first_positions, forget_longest_row, row_states
 
 if TYPE_CHECKING:
@@ -136,13 +137,8 @@ def _computes_in_half(model: PreTrainedModel) -> bool:
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Inside, float32 products are float32's, without gradients."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with exact_products(), torch.no_grad():
+        yield
 
 
 def _windows(config: PretrainedConfig) -> list[int]:

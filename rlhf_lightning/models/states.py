@@ -37,10 +37,9 @@ class RowStates(NamedTuple):
     """[R, T] int64: which of the U tokens is meant; None where the states are those of all rows and tokens."""
 
     def at(self, wanted: Tensor) -> Tensor:
-        """Last states of some tokens, [N, H], row by row: those where `wanted` [R, T] bool is True."""
-        if self.place is None:
-            return self.layers[-1][wanted]
-        return self.layers[-1].index_select(0, self.place[wanted])
+        """Last states of N tokens, [N, H]: those at the places `wanted` [N] int64 in [R * T]."""
+        states = self.layers[-1].flatten(0, -2)
+        return states.index_select(0, wanted if self.place is None else self.place.flatten()[wanted])
 
     def padded(self, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Of each layer [R, T, H], 0 at padding where there is none to be computed."""
@@ -62,7 +61,7 @@ def hidden_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: 
 
 
 def token_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
-    """Last hidden state of some tokens, [N, H], row by row: those where `wanted` [R, T] bool is True.
+    """Last hidden state of N tokens, [N, H]: those at the places `wanted` [N] int64 in [R * T].
 
     The other arguments are those of `hidden_states`, whose [R, T, H] is not made where rows are packed.
     """
@@ -71,7 +70,9 @@ def token_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: T
 
 def last_states(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden state of the last token of each row, [R, H]. Raises `ValueError` for a row without a token."""
-    wanted = torch.zeros_like(attention_mask).scatter_(1, last_token_index(attention_mask)[:, None], True)
+    (rows, width), last = attention_mask.shape, last_token_index(attention_mask)
+    wanted = torch.arange(0, rows * width, width, device=last.device) + last
+    wanted = torch.where(last < width, wanted, rows * width)  # of an empty row: no place of another one
     return token_states(backbone, input_ids, attention_mask, wanted)
 
 

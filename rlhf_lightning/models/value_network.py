@@ -68,8 +68,7 @@ class ValueNetwork(nn.Module):
 
         `input_ids` [R, T] int64; `attention_mask`, `response_mask` [R, T] bool, as `CausalLM.states` takes them.
         """
-        mask = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (1, 0))
-        before = F.pad(mask[:, 1:], (0, 1))
+        before = F.pad(response_mask[:, 1:] & attention_mask[:, :-1], (0, 1)).flatten().nonzero().squeeze(1)
         return self.network.score(token_states(self.network.backbone, input_ids, attention_mask, before))
 
     def save_pretrained(self, directory: str | Path) -> Path:

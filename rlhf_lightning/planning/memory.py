@@ -74,6 +74,8 @@ class Run:
     """The same of a step on the host, over one flat tensor."""
     float32_gradients: bool = False
     """Gradients are added up in float32 where the weights are halves (see `training.zero`)."""
+    stored_as_halves: bool = False
+    """The model's files hold numbers of the run's own mixed precision."""
     quantized: bool = False
 
     @property
@@ -135,7 +137,8 @@ class Estimator:
         weights = count_weights(self.config, shape)
         number = 2 if shape.half_weights else 4
         copy = number * (weights.total - (weights.trained if shape.lora else 0))
-        held = number * weights.total - (weights.quantizable * (number - _NF4) if run.quantized else 0)
+        frozen = _NF4 if run.quantized else 2 if shape.half_frozen else number
+        held = number * weights.total - weights.quantizable * (number - frozen)
         training, evaluation = self._passes_of(run, shape, weights)
         cache = cache_bytes(self.config, run.sample_tokens, size_of_number=4)
         device = {
@@ -173,7 +176,7 @@ class Estimator:
         if run.reference in ("adapter", "copy"):  # runs while the policy's activations wait for their backward pass
             reference = self._pass(replace(shape, gradient_checkpointing=False), "inference")
             training = training._replace(peak=max(training.peak, training.kept + reference.peak))
-        in_float32 = replace(shape, half_weights=False, autocast=False, gradient_checkpointing=False)
+        in_float32 = replace(shape, half_weights=False, half_frozen=False, autocast=False, gradient_checkpointing=False)
         inference = self._pass(replace(in_float32, rows=run.eval_rows), "inference")
         wide = _wide(shape)
         evaluation = max(
@@ -215,12 +218,13 @@ class Estimator:
 
 def _shape_of(run: Run) -> Shape:
     """Of its passes, in the precision in which the strategy holds the weights."""
-    return replace(run.shape, half_weights=run.zero and run.half, autocast=run.half)
+    half_frozen = run.stored_as_halves and run.shape.lora is not None and not run.quantized and not run.zero
+    return replace(run.shape, half_weights=run.zero and run.half, half_frozen=half_frozen, autocast=run.half)
 
 
 def _wide(shape: Shape) -> int:
     """Bytes that a weight takes besides while it is used in float32."""
-    return 4 if shape.half_weights else 0
+    return 4 if shape.half_weights or shape.half_frozen else 0
 
 
 def _trained_copies(run: Run, weights: Weights, number: int) -> dict[str, float]:

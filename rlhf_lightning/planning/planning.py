@@ -29,6 +29,7 @@ from rlhf_lightning.planning.memory import (
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from rlhf_lightning.training.references import HALVES
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
 
@@ -147,6 +148,7 @@ def run_of(
         optimizer_temporary=temporary,
         host_temporary=host_temporary(module.optimizer_factory),
         float32_gradients=settings.precision == "bf16-mixed" and strategy == "zero2" and not offload,
+        stored_as_halves=module.backbone_config.dtype == HALVES.get(settings.precision, torch.float32) != torch.float32,
         quantized=hparams.get("load_in_4bit", False),
     )
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from rlhf_lightning.errors import reason_of
 from rlhf_lightning.models.causal_lm import Lora, decoder, inner_model, output_layer, with_adapters
 from rlhf_lightning.models.configuration import no_pooler
-from rlhf_lightning.models.precision import widened_at_once
+from rlhf_lightning.models.precision import frozen_linear, widened_at_once
 from rlhf_lightning.models.reward_network import HeadSettings, new_head
 from rlhf_lightning.models.states import hidden_states, layer_states, normalised
 from rlhf_lightning.terminal import silenced
@@ -48,6 +48,8 @@ class Shape:
     gradient_checkpointing: bool = False
     half_weights: bool = False
     """Weights of 2 bytes; else of 4."""
+    half_frozen: bool = False
+    """Frozen weights of linear layers of 2 bytes (see `models.precision.halve_frozen`)."""
     autocast: bool = False
     """Operations in half precision, as the mixed precisions of the Trainer have it."""
     trust_remote_code: bool = False
@@ -95,9 +97,8 @@ def count_weights(config: PretrainedConfig, shape: Shape) -> Weights:
     model, head = _model(config, shape)
     parameters = [*model.parameters(), *(head.parameters() if head is not None else ())]
     trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
-    linear = [layer for layer in inner_model(model).modules() if isinstance(layer, nn.Linear)]
     out = None if head is not None else inner_model(model).get_output_embeddings()
-    frozen = [layer.weight.numel() for layer in linear if layer is not out and not layer.weight.requires_grad]
+    frozen = [layer.weight.numel() for layer in frozen_linear(model)]
     return Weights(
         total=sum(parameter.numel() for parameter in parameters),
         trained=sum(trained),
@@ -238,6 +239,9 @@ def _model(config: PretrainedConfig, shape: Shape) -> tuple[nn.Module, nn.Module
             head = new_head(config, **shape.head).to(dtype)
         if shape.lora is not None:
             model = with_adapters(model, shape.lora).to(dtype)
+            if shape.half_frozen:
+                for layer in frozen_linear(model):
+                    layer.to(torch.bfloat16)
     if shape.gradient_checkpointing:
         inner_model(model).activation_checkpointing_enable()
     return model.train(), head

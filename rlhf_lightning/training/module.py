@@ -36,6 +36,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_four_bits, dec
 from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
 from rlhf_lightning.models.packed_attention import layout_of
+from rlhf_lightning.models.precision import halve_frozen
 from rlhf_lightning.models.states import counts_from_padding
 from rlhf_lightning.models.storage import pad_with, replaced_model
 from rlhf_lightning.training.checkpoints import (
@@ -59,7 +60,7 @@ from rlhf_lightning.training.optimization import (
     clip_scaled,
     optimizer_and_schedule,
 )
-from rlhf_lightning.training.references import Reference, ReferenceKind, held_dtype
+from rlhf_lightning.training.references import HALVES, Reference, ReferenceKind, held_dtype
 from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
@@ -428,6 +429,9 @@ class PolicyModule(TrainedModule):
             gradient_checkpointing=settings.gradient_checkpointing,
             **self.loading,
         )
+        half = None if self._trainer is None else HALVES.get(str(self.trainer.precision))
+        if half is not None and self.lora is not None and not settings.load_in_4bit:
+            halve_frozen(self.policy, half)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()

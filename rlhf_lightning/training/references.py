@@ -39,12 +39,12 @@ FROZEN, ADAPTER = "frozen", "adapter"
 ReferenceKind = Literal["none", "adapter", "copy", "precomputed"]
 """How a reference is held in memory: not at all, as the policy's own weights, as a copy, or by its log-probs alone."""
 
-_HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 def held_dtype(trainer: Trainer) -> torch.dtype | None:
     """Of the weights, where DeepSpeed's mixed precision holds them as halves; None where they stay as loaded."""
-    return _HALVES.get(str(trainer.precision)) if isinstance(trainer.strategy, DeepSpeedStrategy) else None
+    return HALVES.get(str(trainer.precision)) if isinstance(trainer.strategy, DeepSpeedStrategy) else None
 
 
 _CHECKED = 4

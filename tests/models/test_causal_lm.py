@@ -290,7 +290,7 @@ def test_the_model_with_adapters_off_is_the_base_bit_for_bit(tmp_path, tiny_qwen
     with policy.adapters_off():
         assert torch.equal(policy(*batch).tokens, base(*batch).tokens)
     assert torch.equal(policy(*batch).tokens, on.tokens)
-    assert (on.sums - base(*batch).sums).abs().min() > 0.1
+    assert (on.sums - base(*batch).sums).abs().max() > 0.1
 
 
 @torch.no_grad()

@@ -33,6 +33,16 @@ def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def test_products_are_exact_also_where_a_user_has_switched_to_tf32(tiny_llama):
+    torch.set_float32_matmul_precision("high")
+    try:
+        with float32_arithmetic(CausalLM.from_pretrained(str(tiny_llama))):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 ADAPTERS = Lora(r=4, lora_alpha=8.0)
 
 

@@ -183,6 +183,16 @@ def test_float32_gradients_take_four_bytes_and_nccl_half_a_gigabyte(estimator, w
     assert [run(**each).context for each in contexts] == [1.5e9, 1e9, 1.5e9, 1e9]
 
 
+def test_frozen_linear_layers_below_adapters_are_halves_where_their_files_are(estimator):
+    adapters = {"shape": {"lora": Lora(r=8), "tokens": 512}, "strategy": "single", "reference": "adapter"}
+    half, full = (estimator.footprint(run(**adapters, stored_as_halves=stored)) for stored in (True, False))
+    size = 2 * half.weights.quantizable
+    assert full.device["weights"] - half.device["weights"] == size
+    kept = full.device["activations"] - half.device["activations"]
+    assert kept == pytest.approx(size, rel=0.1), "autocast's copies for the backward pass"
+    assert half.device["evaluation batch"] > full.device["evaluation batch"], "which is float32"
+
+
 def test_a_reference_that_runs_beside_the_policy_is_in_the_peak(estimator):
     alone, beside = (estimator.footprint(run(reference=name)) for name in ("none", "copy"))
     copy = beside.device["reference model"]

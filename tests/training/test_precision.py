@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PPO, PromptDataModule
+from rlhf_lightning.models.precision import halve_frozen
+from rlhf_lightning.training import module as training_module
 from rlhf_lightning.training.callbacks import PairScores
 
 LORA = {"lora": {"r": 4, "lora_alpha": 8.0}}
@@ -81,3 +86,34 @@ def test_ppo_is_judged_by_replies_scores_and_kl_of_float32(build, trainer, tiny_
         return module, PromptDataModule(**prompts, tokenizer=str(tiny_qwen2))
 
     same_numbers(make, trainer, "test")
+
+
+def stored_in_bfloat16(directory, target):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(target)
+    return str(target)
+
+
+def test_frozen_weights_that_are_halves_are_held_so_and_no_number_changes(
+    build_dpo, trainer, tiny_qwen2, tmp_path, monkeypatch
+):
+    """Those of the linear layers; trained weights, embeddings and norms stay float32."""
+    backbone, ends = stored_in_bfloat16(tiny_qwen2, tmp_path / "stored"), []
+    for precision, on in (("bf16-mixed", True), ("bf16-mixed", False), ("16-mixed", True)):
+        monkeypatch.setattr(training_module, "halve_frozen", halve_frozen if on else lambda *_: None)
+        module, data = build_dpo(model={"backbone": backbone} | LORA)
+        run = trainer(plugins=MixedPrecision(precision, "cpu"), max_steps=3)
+        run.fit(module, data)
+        held = {name: p.dtype for name, p in module.policy.named_parameters() if p.dtype != torch.float32}
+        module.export(tmp_path / f"{precision}-{on}")
+        ends.append((held, run.callback_metrics, load_file(tmp_path / f"{precision}-{on}" / "model.safetensors")))
+    (held, numbers, exported), (without, others, expected), (lossy, *_) = ends
+    assert set(held.values()) == {torch.bfloat16}
+    assert len(held) == 2 * 7
+    assert all(name.endswith("_proj.base_layer.weight") for name in held)
+    assert without == {}
+    assert numbers == others
+    assert {name: weight.dtype for name, weight in exported.items()} == dict.fromkeys(expected, torch.float32)
+    assert all(torch.equal(weight, expected[name]) for name, weight in exported.items())
+    assert len(lossy) < len(held), "bfloat16 reaches below the smallest numbers of float16"
