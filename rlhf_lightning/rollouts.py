@@ -107,12 +107,15 @@ class Experience(NamedTuple):
             "entropy": torch.where(mask, -self.tokens.logprobs, 0).sum(dim=1) / mask.sum(dim=1),
         }
 
+    def engine_log_ratio(self) -> Tensor | None:
+        """The policy's log-probs of the N tokens less an engine's own, in nats, [N]; None without any."""
+        given, mask = self.responses.engine_logprobs, self.tokens.mask
+        return None if given is None else self.tokens.logprobs[mask] - torch.cat(given).to(mask.device)
+
     def engine_mismatch(self) -> Tensor | None:
         """How far an engine's own log-probs of the N tokens are from the policy's, in nats, [N]; None without any."""
-        given, mask = self.responses.engine_logprobs, self.tokens.mask
-        if given is None:
-            return None
-        return (torch.cat(given).to(mask.device) - self.tokens.logprobs[mask]).abs()
+        ratio = self.engine_log_ratio()
+        return None if ratio is None else ratio.abs()
 
 
 @dataclass(frozen=True)

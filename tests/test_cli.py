@@ -285,6 +285,8 @@ def test_what_a_refusal_names_are_keys():
         *("data.train=a", "data.val=a", "data.batch_size=1", "data.eval_batch_size=1", "data.max_length=1"),
         *("trainer.max_epochs=1", "trainer.max_steps=1", "trainer.accumulate_grad_batches=1"),
         *("trainer.gradient_clip_val=1", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1"),
+        *("model.clip_range=0.1", "model.clip_range_high=0.3", "model.dual_clip=3", "model.loss_aggregation=token"),
+        *("model.mask_truncated_responses=true", "model.policy_loss_type=gspo"),
         *("trainer.devices=1", "trainer.precision=16-mixed", "trainer.precision=bf16-mixed", "trainer.strategy=zero2"),
         *("trainer.logger=false", "trainer.logger.save_dir=x", "trainer.callbacks.directory=x"),
         *("ckpt_path=last", "seed_everything=1"),

@@ -56,6 +56,13 @@ OTHER_NAMES = {
     "report_to": "trainer.logger",
     "logging_dir": "trainer.logger.save_dir",
     "output_dir": "trainer.callbacks.directory (the model that ExportBest writes), trainer.logger.save_dir (the rest)",
+    "epsilon": "model.clip_range",
+    "epsilon_high": "model.clip_range_high",
+    "delta": "model.dual_clip",
+    "cliprange": "model.clip_range",
+    "mask_truncated_completions": "model.mask_truncated_responses",
+    "loss_agg_mode": "model.loss_aggregation",
+    "importance_sampling_level": "model.policy_loss_type gspo",
     "resume_from_checkpoint": "ckpt_path last",
     "seed": "seed_everything",
 }

@@ -7,7 +7,7 @@ influence.
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from rlhf_lightning.functional.shapes import (
     check_fraction,
     check_layout,
     check_not_negative,
+    check_positive,
     check_same_shape,
 )
+
+ScaleRewards = Literal["group", "batch", "none"]
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -86,19 +89,59 @@ def leave_one_out_advantages(rewards: Tensor, mask: Tensor, *, group_size: int) 
     return torch.where(as_mask(mask), (totals - others).view(-1, 1), 0)
 
 
-def group_normalized_advantages(rewards: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
-    """GRPO: a response's summed reward, in standard deviations of its prompt's group, on each of its tokens, [B, T].
+def group_normalized_advantages(
+    rewards: Tensor,
+    mask: Tensor,
+    *,
+    group_size: int,
+    epsilon: float = 1e-4,
+    scale_rewards: ScaleRewards = "group",
+    sum_over: SumOver = within_process,
+) -> Tensor:
+    """GRPO: a response's summed reward less the mean of its prompt's group, scaled, on each of its tokens, [B, T].
 
-    (R - mean) / (std + epsilon) with the sample standard deviation; a group of equal rewards gets exactly 0. Rows as in
-    `leave_one_out_advantages`. float32. ValueError: the same.
+    (R - mean) / (std + epsilon) with the sample standard deviation of the `group`, or of the whole `batch`, of all
+    processes through `sum_over` (Liu et al. 2025, arXiv 2508.08221); R - mean for `none` (Dr. GRPO, Z. Liu et al. 2025,
+    arXiv 2503.20783: a division by the group's weighs prompts that are almost solved or unsolved more). A group of
+    equal rewards gets exactly 0. Rows as in `leave_one_out_advantages`. float32. ValueError: the same, another scale.
     The rewards are those of the responses alone (`shaped_rewards` with `kl_coef=0`): GRPO's KL, estimated by k3, is a
     term of the loss with a weight of its own, and not divided by the standard deviation.
     Shao et al. 2024 (arXiv 2402.03300), section 4.1.2 (outcome supervision); eq. 3 and 4 for the KL.
     """
     totals = _group_totals(rewards, mask, group_size)
-    differences = totals - totals.mean(dim=1, keepdim=True)
-    normalized = differences / (totals.std(dim=1, keepdim=True) + epsilon)
-    return torch.where(as_mask(mask), normalized.view(-1, 1), 0)
+    scaled = totals - totals.mean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        scaled = scaled / (totals.std(dim=1, keepdim=True) + epsilon)
+    elif scale_rewards == "batch":
+        whole = torch.where(as_mask(mask), at_least_float32(rewards), 0).sum(dim=1)
+        differences, count = centered(whole, torch.ones_like(whole, dtype=torch.bool), sum_over=sum_over)
+        scaled = scaled / ((sum_over(differences.square().sum()) / (count - 1)).sqrt() + epsilon).to(scaled.dtype)
+    elif scale_rewards != "none":
+        raise ValueError(f"scale_rewards is {scale_rewards!r}, but it must be 'group', 'batch' or 'none'")
+    return torch.where(as_mask(mask), scaled.view(-1, 1), 0)
+
+
+def groups_that_differ(scores: Tensor, *, group_size: int) -> Tensor:
+    """True for the responses of the groups whose scores are not all equal, [B] bool; equal ones teach nothing.
+
+    scores [B]; rows as in `leave_one_out_advantages`. ValueError: group_size is no divisor of B.
+    """
+    check_layout(scores=(scores, "B"))
+    if group_size < 1 or scores.shape[0] % group_size:
+        raise ValueError(f"group_size is {group_size} for {scores.shape[0]} responses; it must divide their number")
+    groups = scores.view(-1, group_size)
+    return (groups != groups[:, :1]).any(dim=1).repeat_interleave(group_size)
+
+
+def overlong_share(lengths: Tensor, *, max_new_tokens: int, buffer: int) -> Tensor:
+    """How far a response of so many tokens is into the last `buffer` of `max_new_tokens`, from 0 to 1, [B] float32.
+
+    lengths [B]. The soft overlong punishment of DAPO is minus this (Yu et al. 2025, arXiv 2503.14476, eq. 13).
+    ValueError: lengths not [B], buffer < 1.
+    """
+    check_layout(lengths=(lengths, "B"))
+    check_positive(buffer=buffer)
+    return ((lengths.float() - (max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
 
 def _group_totals(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
@@ -147,18 +190,29 @@ class AdvantageEstimator(NamedTuple):
     kl_in_loss: bool = False
     """Whether the KL is a term of the loss (k3), with a weight of its own; else it is part of the reward (k1)."""
 
+    scales: bool = False
+    """Whether the function takes `scale_rewards` and `sum_over` too, as `group_normalized_advantages` has them."""
+
     def __call__(
-        self, rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: int, gamma: float, gae_lambda: float
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        *,
+        scale_rewards: ScaleRewards = "group",
+        sum_over: SumOver = within_process,
+        **settings: float,
     ) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, both [B, T]."""
-        return self.function(rewards, values, mask, group_size=group_size, gamma=gamma, gae_lambda=gae_lambda)
+        """Advantages and returns, both [B, T]; `settings` are `group_size`, `gamma` and `gae_lambda`."""
+        scaling: dict[str, Any] = {"scale_rewards": scale_rewards, "sum_over": sum_over} if self.scales else {}
+        return self.function(rewards, values, mask, **settings, **scaling)
 
 
 def _without_values(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """An estimator of advantages alone in the signature of the table."""
     taken = inspect.signature(function).parameters
 
-    def estimate(rewards: Tensor, values: Tensor, mask: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+    def estimate(rewards: Tensor, values: Tensor, mask: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
         own = {name: value for name, value in settings.items() if name in taken}
         return function(rewards, mask, **own), torch.zeros_like(values)
 
@@ -172,7 +226,9 @@ def _generalized(rewards: Tensor, values: Tensor, mask: Tensor, *, group_size: i
 #: The name in a YAML file -> the estimator.
 ADVANTAGES: dict[str, AdvantageEstimator] = {
     "gae": AdvantageEstimator(_generalized, uses_values=True, whitened=True),
-    "grpo": AdvantageEstimator(_without_values(group_normalized_advantages), uses_groups=True, kl_in_loss=True),
+    "grpo": AdvantageEstimator(
+        _without_values(group_normalized_advantages), uses_groups=True, kl_in_loss=True, scales=True
+    ),
     "rloo": AdvantageEstimator(_without_values(leave_one_out_advantages), uses_groups=True),
     "reinforce++": AdvantageEstimator(_without_values(returns_to_go), whitened=True),
 }

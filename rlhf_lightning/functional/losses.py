@@ -1,4 +1,4 @@
-"""The losses of the reward model, of preference tuning (DPO and relatives) and of PPO, as in the papers.
+"""The losses of the reward model, of preference tuning (DPO and relatives) and of values, as in the papers.
 
 B pairs or sequences, T padded tokens. Every result is per pair or per token, float32 (float64 for float64):
 the caller takes the mean. "Summed" and "average" say which log-probability of a response a loss takes: the
@@ -369,22 +369,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-# ---- PPO ---------------------------------------------------------------------------------------------------
-
-
-def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
-    """Clipped surrogate of PPO, max(-A r, -A clip(r, 1 - clip_range, 1 + clip_range)), per token, [B, T].
-
-    r = exp(logprobs - old_logprobs), of the sampled tokens at the sampling temperature. The exponent is
-    clamped to +-20, beyond which the gradient is 0. Padding must hold finite numbers; `masked_mean` drops it.
-    ValueError: shapes differ, clip_range <= 0. Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
-    """
-    check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    check_positive(clip_range=clip_range)
-    advantages = at_least_float32(advantages)
-    ratio = (at_least_float32(logprobs) - at_least_float32(old_logprobs)).clamp(-20, 20).exp()
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float = 0.2) -> Tensor:

@@ -138,10 +138,13 @@ def check_finite_step(trainer: Trainer, loss: Tensor) -> None:
         )
 
 
-def check_first_step(trainer: Trainer, numbers: dict[str, float]) -> None:
-    """Before the first step of all, the policy is the one that sampled the rollout. Raises `TrainingError`."""
+def check_first_step(trainer: Trainer, numbers: dict[str, float], *, clipped: bool = True) -> None:
+    """Before the first step of all, the policy is the one that sampled the rollout. Raises `TrainingError`.
+
+    `clipped`: nothing may be clipped then; off where rounding alone leaves the clip range.
+    """
     tolerance = start_tolerance(str(trainer.precision))
-    if any(numbers[name] > tolerance for name in ("moved", "clip_fraction", "approx_kl")):
+    if any(numbers[name] > tolerance for name in ("moved", "approx_kl", *(["clip_fraction"] * clipped))):
         raise TrainingError(
             f"step {trainer.global_step}: before the first update the policy gives its own responses other "
             f"probabilities than when they were sampled (mean ratio {numbers['ratio']:.5f}, mean change "

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.functional.advantages import overlong_share
 from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
 from rlhf_lightning.models.objects import ModelSource
@@ -23,7 +25,7 @@ from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.source import RewardSource
-from rlhf_lightning.rollouts import Experience, Rollouts
+from rlhf_lightning.rollouts import Experience, Responses, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.module import PolicyModule
@@ -55,12 +57,14 @@ class OnlineModule(PolicyModule):
         temperature: Sampling temperature; applied to all log-probs.
         generation_micro_batch_size: Responses sampled or scored at a time; changes no result.
         engine: What samples: `transformers`, the policy itself; or the URL of a vLLM server, which is given the weights
-            before each rollout. Its log-probs are not learned from: the policy scores each response again.
+            before each rollout. The policy scores each response again; the server's log-probs are compared with that.
         engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
         kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
             that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss next to
             advantages that are in standard deviations of a group's scores.
         missing_eos_penalty: Taken off the score of a response that did not end in `max_new_tokens` tokens.
+        overlong_buffer: Last tokens of `max_new_tokens` over which that penalty grows linearly from 0, for responses
+            that ended within them too (DAPO's soft overlong punishment); 0 leaves those without one.
         validate_at_start: Validate before the first step, in place of Lightning's sanity check: the "before" of a run,
             whose weights may be the best checkpoint. It costs one response to each held-out prompt, as every validation
             does; a resumed run does not repeat it.
@@ -88,6 +92,7 @@ class OnlineModule(PolicyModule):
         engine_directory: str = "runs/vllm_weights",
         kl_coef: NonNegativeFloat = 0.05,
         missing_eos_penalty: NonNegativeFloat = 1.0,
+        overlong_buffer: NonNegativeInt = 0,
         validate_at_start: bool = True,
         reference: str | None = None,
         **shared: Any,
@@ -220,12 +225,21 @@ class OnlineModule(PolicyModule):
         values = experience.numbers()
         # The same yardstick at every validation: without moving moments, and with the coefficient of the settings.
         penalties = self.hparams.missing_eos_penalty * values["missing_eos"]
-        penalties += self.hparams.kl_coef * self.penalized_kl(experience)
+        penalties += self.overlong_penalty(experience.responses) + self.kl_penalty(experience, self.hparams.kl_coef)
         return Measured(values | {"reward_with_kl": values["reward"] - penalties}, (experience.scores,))
 
-    def penalized_kl(self, experience: Experience) -> Tensor:
-        """The KL of each response that `kl_coef` weighs, [B]; the sum over its tokens when not overridden."""
-        return experience.tokens.kl("k1").sum(dim=1)
+    def kl_penalty(self, experience: Experience, kl_coef: float) -> Tensor:
+        """What the KL of each response takes off its reward, [B]; of the sum over its tokens when not overridden."""
+        return kl_coef * experience.tokens.kl("k1").sum(dim=1)
+
+    def overlong_penalty(self, responses: Responses) -> Tensor:
+        """What responses that ended lose for ending in the last `overlong_buffer` tokens, [B]."""
+        settings, ended = self.hparams, responses.ended.to(self.device)
+        if settings.overlong_buffer == 0:
+            return torch.zeros_like(ended, dtype=torch.float32)
+        lengths = responses.lengths.to(self.device)
+        shares = overlong_share(lengths, max_new_tokens=settings.max_new_tokens, buffer=settings.overlong_buffer)
+        return settings.missing_eos_penalty * shares * ended
 
 
 def _evaluation_metrics() -> nn.ModuleDict:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.tokenizer import different_tokens
-from rlhf_lightning.functional.advantages import explained_variance, shaped_rewards
+from rlhf_lightning.functional.advantages import ScaleRewards, explained_variance, shaped_rewards
 from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
-from rlhf_lightning.functional.losses import ppo_policy_loss, ppo_value_loss
+from rlhf_lightning.functional.losses import ppo_value_loss
+from rlhf_lightning.functional.policy_losses import Aggregation
 from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
 from rlhf_lightning.models.generation import seed_of
 from rlhf_lightning.models.objects import ModelSource
@@ -41,21 +42,13 @@ from rlhf_lightning.training.checks import (
 from rlhf_lightning.training.estimators import AdvantageName, find_estimator
 from rlhf_lightning.training.online import OnlineModule
 from rlhf_lightning.training.optimization import Fraction, optimizer_and_schedule
+from rlhf_lightning.training.policy_loss import PolicyLossType, StepLoss, Targets, check_policy_settings, left_out
 from rlhf_lightning.training.processes import mean_over_processes, over_processes
 
 log = logging.getLogger(__name__)
 
 SHARED = "shared"
 """The `value_model` that is a head on the policy's own hidden states."""
-
-
-class Targets(NamedTuple):
-    """What is learned from a rollout, fixed for all passes over it; 0 outside the mask of its tokens."""
-
-    advantages: Tensor
-    """[B, S] float32, whitened where the method has it so."""
-    returns: Tensor
-    """[B, S] float32, what the value model is trained to; before whitening."""
 
 
 class PPO(OnlineModule):
@@ -77,11 +70,29 @@ class PPO(OnlineModule):
         num_ppo_epochs: Passes over a rollout.
         num_mini_batches: Optimizer steps in each pass; each process's responses are divided at random.
         micro_batch_size: Responses in one forward and backward pass; changes no result.
-        clip_range: Of the ratio of probabilities.
+        policy_loss_type: Name of the policy loss: `ppo`, `gspo` (one ratio for a response) or `cispo` (capped weights);
+            its formula stands in the function of that name in `rlhf_lightning.functional.policy_losses`. Or
+            `module:function` of yours, which takes what those functions take.
+        loss_aggregation: How the losses of tokens become that of a step: `token`, the mean over all tokens; `response`,
+            the mean over responses of their means; `constant`, the mean over responses of sums over `max_new_tokens`.
+        clip_range: How far the ratio of probabilities may move below 1, and above if `clip_range_high` is not given;
+            null does not clip.
+        clip_range_high: How far it may move above 1 (DAPO: 0.28); for `cispo`, its cap less 1.
+        dual_clip: Largest ratio with a gradient where the advantage is negative, above 1 (3.0 is usual); none when not
+            given.
         clip_range_value: How far a value may move, in units of reward.
         gamma: Discount per token.
         gae_lambda: Of the generalized advantages.
         whiten_advantages: Give them mean 0 and variance 1 over the rollout of all processes; for `gae`.
+        scale_rewards: What `grpo` divides by: the standard deviation of the scores of a `group` or the whole `batch`;
+            `none` (Dr. GRPO) divides by nothing.
+        kl_loss_coef: Weight of the KL from the reference as a term of the loss (k3, its mean over the tokens), beside
+            `kl_coef` in the reward, or with `kl_coef` 0 instead of it; for `grpo`, `kl_coef` is it.
+        mask_truncated_responses: Do not learn from responses that did not end in `max_new_tokens` tokens; their scores
+            still count in their groups.
+        skip_equal_groups: Do not learn from the responses to a prompt whose scores are all equal.
+        engine_importance_cap: Weigh each advantage by the probability of its token under the policy over that of the
+            engine that sampled it, at most this; null does not, nor is there anything to do for `transformers`.
         adaptive_kl_target: Nats per response that `kl_coef` is steered to (Ziegler et al. 2019); fixed when not given.
         kl_horizon: Responses over which it is steered there.
         target_kl: Skip a rollout's remaining passes once the approximate KL to the policy that sampled it, in nats per
@@ -104,11 +115,20 @@ class PPO(OnlineModule):
         num_ppo_epochs: PositiveInt = 4,
         num_mini_batches: PositiveInt = 1,
         micro_batch_size: PositiveInt = 8,
-        clip_range: PositiveFloat = 0.2,
+        policy_loss_type: PolicyLossType = "ppo",
+        loss_aggregation: Aggregation = "token",
+        clip_range: PositiveFloat | None = 0.2,
+        clip_range_high: PositiveFloat | None = None,
+        dual_clip: PositiveFloat | None = None,
         clip_range_value: PositiveFloat = 0.2,
         gamma: ClosedUnitInterval = 1.0,
         gae_lambda: ClosedUnitInterval = 0.95,
         whiten_advantages: bool = True,
+        scale_rewards: ScaleRewards = "group",
+        kl_loss_coef: NonNegativeFloat = 0.0,
+        mask_truncated_responses: bool = False,
+        skip_equal_groups: bool = False,
+        engine_importance_cap: PositiveFloat | None = 2.0,
         adaptive_kl_target: PositiveFloat | None = None,
         kl_horizon: PositiveFloat = 10000.0,
         target_kl: PositiveFloat | None = None,
@@ -122,6 +142,15 @@ class PPO(OnlineModule):
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.estimator = find_estimator(advantage_estimator)
         check_ppo_settings(self.hparams, self.estimator)
+        check_policy_settings(self.hparams, self.estimator)
+        self.policy_loss = StepLoss(
+            policy_loss_type,
+            aggregation=loss_aggregation,
+            max_new_tokens=self.hparams.max_new_tokens,
+            clip_range=clip_range,
+            clip_range_high=clip_range_high,
+            dual_clip=dual_clip,
+        )
         kl_coef = self.hparams.kl_coef
         self.kl_control = AdaptiveKLController(kl_coef or 1.0, adaptive_kl_target or 1.0, kl_horizon)
         self.moments = RunningMoments()
@@ -201,8 +230,36 @@ class PPO(OnlineModule):
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
         """What a rollout teaches, and the numbers that say how it went, over all processes."""
-        settings, estimator, (responses, scores, tokens) = self.hparams, self.estimator, experience
-        shaped = self.shaped_scores(scores, responses.ended.to(self.device))
+        responses, scores, tokens = experience
+        ended = responses.ended.to(self.device)
+        shaped = self.shaped_scores(scores - self.overlong_penalty(responses), ended)
+        advantages, returns = self._advantages(experience, shaped)
+        numbers = experience.numbers() | {"reward_with_kl": shaped - self.kl_penalty(experience, self.kl_coef)}
+        out, said = left_out(self.hparams, shaped, ended)
+        numbers |= said
+        if (log_ratio := experience.engine_log_ratio()) is not None:
+            numbers["engine_mismatch"] = log_ratio.abs()
+            if (cap := self.hparams.engine_importance_cap) is not None:
+                weights = log_ratio.exp().clamp(max=cap)
+                advantages = advantages * scatter_to_mask(weights, tokens.mask)
+                numbers["engine_weight"] = weights
+        means = {name: mean_over_processes(self.trainer, x) for name, x in numbers.items()}
+        if "engine_weight" in numbers:
+            most = over_processes(self.trainer, numbers["engine_weight"].max(), "max")
+            means["engine_weight_max"] = most.item()
+        variance = mean_over_processes(self.trainer, (scores - means["reward"]).square())
+        means["reward_std"] = math.sqrt(max(variance, 0.0))
+        means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
+        means["kl_coef"] = self.kl_coef
+        if self.value is not None:
+            explained = explained_variance(tokens.values, returns, tokens.mask, sum_over=self._sum)
+            means["explained_variance"] = explained.item()
+        self.rollout_log.samples(responses, scores, numbers["kl"])
+        return Targets(advantages, returns, tokens.mask & ~out[:, None]), means
+
+    def _advantages(self, experience: Experience, shaped: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages, whitened where the method has it so, and returns, [B, S] float32; `shaped` scores are [B]."""
+        settings, estimator, tokens = self.hparams, self.estimator, experience.tokens
         # In float64: a large score must not round away the KL that is added to it.
         in_reward = 0.0 if estimator.kl_in_loss else self.kl_coef
         advantages, returns = estimator(
@@ -212,23 +269,13 @@ class PPO(OnlineModule):
             group_size=settings.num_generations,
             gamma=settings.gamma,
             gae_lambda=settings.gae_lambda,
+            scale_rewards=settings.scale_rewards,
+            sum_over=self._sum,
         )
-        targets = Targets(advantages.float(), returns.float())
+        advantages = advantages.float()
         if estimator.whitened and (settings.whiten_advantages or not estimator.uses_values):
-            targets = targets._replace(advantages=masked_whiten(targets.advantages, tokens.mask, sum_over=self._sum))
-        numbers = experience.numbers() | {"reward_with_kl": shaped - self.kl_coef * self.penalized_kl(experience)}
-        means = {name: mean_over_processes(self.trainer, x) for name, x in numbers.items()}
-        variance = mean_over_processes(self.trainer, (scores - means["reward"]).square())
-        means["reward_std"] = math.sqrt(max(variance, 0.0))
-        means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
-        means["kl_coef"] = self.kl_coef
-        if (mismatch := experience.engine_mismatch()) is not None:
-            means["engine_mismatch"] = mean_over_processes(self.trainer, mismatch)
-        if self.value is not None:
-            explained = explained_variance(tokens.values, targets.returns, tokens.mask, sum_over=self._sum)
-            means["explained_variance"] = explained.item()
-        self.rollout_log.samples(responses, scores, numbers["kl"])
-        return targets, means
+            advantages = masked_whiten(advantages, tokens.mask, sum_over=self._sum)
+        return advantages, returns.float()
 
     def shaped_scores(self, scores: Tensor, ended: Tensor) -> Tensor:
         """Scores [B] with the penalty for missing ends, then normalized and clipped where the settings say so."""
@@ -247,12 +294,21 @@ class PPO(OnlineModule):
         """The weight of the KL, as it is now."""
         return self.kl_control.value if self.hparams.kl_coef > 0 else 0.0
 
-    def penalized_kl(self, experience: Experience) -> Tensor:
-        """The KL of each response that `kl_coef` weighs, [B]: the sum of k1, or where it is in the loss, the mean of k3
-        over the tokens."""
+    @property
+    def loss_kl_coef(self) -> float:
+        """The weight of the KL that is a term of the loss, as it is now."""
+        return self.kl_coef if self.estimator.kl_in_loss else self.hparams.kl_loss_coef
+
+    def kl_penalty(self, experience: Experience, kl_coef: float) -> Tensor:
+        """What the KL of each response takes off its reward, [B]: of the sum of k1, and where it is in the loss, of the
+        mean of k3 over the tokens."""
+        tokens, in_loss = experience.tokens, self.hparams.kl_loss_coef
+        penalty = torch.zeros_like(experience.scores)
         if self.estimator.kl_in_loss:
-            return experience.tokens.kl("k3").sum(dim=1) / experience.tokens.mask.sum(dim=1)
-        return super().penalized_kl(experience)
+            in_loss = kl_coef
+        else:
+            penalty = super().kl_penalty(experience, kl_coef)
+        return penalty + in_loss * (tokens.kl("k3").sum(dim=1) / tokens.mask.sum(dim=1))
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -280,10 +336,12 @@ class PPO(OnlineModule):
         return means | {"steps": float(len(steps)), "stopped_early": float(stopped)}
 
     def _step(self, experience: Experience, targets: Targets, part: Sequence[int]) -> dict[str, float]:
-        """One optimizer step on a minibatch of all processes: the mean over its tokens, however it is divided."""
+        """One optimizer step on a minibatch of all processes: one mean over it, however it is divided."""
         optimizer, trainer = self.optimizers(), self.trainer
         optimizer.zero_grad()
-        tokens = self._sum(experience.tokens.mask[part].sum())
+        learned = targets.learned[part]
+        # Where nothing is learned from, the step has no gradient.
+        size, tokens = self._sum(torch.stack([self.policy_loss.size(learned), learned.sum()])).clamp(min=1)
         # As many passes in each process: some strategies exchange gradients in each.
         passes = torch.tensor(math.ceil(len(part) / self.hparams.micro_batch_size), device=self.device)
         ordered = experience.responses.order(part)
@@ -295,11 +353,12 @@ class PPO(OnlineModule):
             with nullcontext() if last else trainer.strategy.block_backward_sync():
                 loss, own = self._losses(experience, targets, piece or ordered[:1], counts=bool(piece))
                 # Strategies take the mean over processes.
-                self.manual_backward(loss * (trainer.world_size / tokens))
+                self.manual_backward(loss * (trainer.world_size / size))
             sums += own
-        numbers = dict(zip(_STEP_NUMBERS, (self._sum(sums) / tokens).tolist(), strict=True))
+        divisors = torch.stack([size if name in _LOSSES else tokens for name in _STEP_NUMBERS])
+        numbers = dict(zip(_STEP_NUMBERS, (self._sum(sums) / divisors).tolist(), strict=True))
         if not self._checked_start:
-            check_first_step(trainer, numbers)
+            check_first_step(trainer, numbers, clipped=not self.policy_loss.clips_rounding)
             self._checked_start = True
         optimizer.step()
         self.lr_schedulers().step()
@@ -316,37 +375,38 @@ class PPO(OnlineModule):
         settings, rollouts = self.hparams, self.rollouts
         responses = experience.responses.select(piece)
         width = int(responses.lengths.max())
-        mask, old, reference, old_values, advantages, returns = (
+        mask, old, reference, old_values, advantages, returns, learned = (
             tensor[piece, :width] for tensor in (*experience.tokens, *targets)
         )
         with self.trainer.precision_plugin.forward_context():
             logprobs, values = rollouts.forward(rollouts.padded(responses))
         logprobs = scatter_to_mask(logprobs.float(), mask)
-        policy_losses = ppo_policy_loss(logprobs, old, advantages, clip_range=settings.clip_range)
+        policy_losses = self.policy_loss(logprobs, old, advantages, mask)
         value_losses = torch.zeros_like(policy_losses)
         if values is not None:
             value_losses = ppo_value_loss(
                 scatter_to_mask(values.float(), mask), old_values, returns, clip_range=settings.clip_range_value
             )
         kl_losses = torch.zeros_like(policy_losses)
-        if self.estimator.kl_in_loss and self.kl_coef > 0:
-            kl_losses = self.kl_coef * kl_estimate(logprobs, reference, estimator="k3")
-        weight = float(counts)
-        loss = weight * torch.where(mask, policy_losses + settings.vf_coef * value_losses + kl_losses, 0).sum()
+        if self.loss_kl_coef > 0:
+            kl_losses = self.loss_kl_coef * kl_estimate(logprobs, reference, estimator="k3")
+        counting, weights = float(counts), self.policy_loss.weights(learned)
+        losses = policy_losses + settings.vf_coef * value_losses + kl_losses
+        loss = counting * torch.where(learned, weights * losses, 0).sum()
         with torch.no_grad():
-            ratio = (logprobs - old).clamp(-20, 20).exp()
+            ratio = self.policy_loss.ratio(logprobs, old, mask)
             logged = {
-                "policy_loss": policy_losses,
-                "value_loss": value_losses,
-                "kl_loss": kl_losses,
+                "policy_loss": weights * policy_losses,
+                "value_loss": weights * value_losses,
+                "kl_loss": weights * kl_losses,
                 "approx_kl": kl_estimate(old, logprobs, estimator="k3"),
-                "clip_fraction": ((ratio - 1).abs() > settings.clip_range).float(),
+                "clip_fraction": self.policy_loss.outside(ratio).float(),
                 "ratio": ratio,
                 "moved": (logprobs - old).abs(),
             }
-            sums = torch.stack([torch.where(mask, logged[name], 0).double().sum() for name in _STEP_NUMBERS])
+            sums = torch.stack([torch.where(learned, logged[name], 0).double().sum() for name in _STEP_NUMBERS])
         check_finite_step(self.trainer, loss)
-        return loss, weight * sums
+        return loss, counting * sums
 
     # ---- checkpoints
 
@@ -368,5 +428,7 @@ class PPO(OnlineModule):
         self.rollout_log.restore(state["path"])
 
 
-_STEP_NUMBERS = ("policy_loss", "value_loss", "kl_loss", "approx_kl", "clip_fraction", "ratio", "moved")
-"""Means over the tokens of a minibatch."""
+_LOSSES = ("policy_loss", "value_loss", "kl_loss")
+"""Means over a minibatch, as `loss_aggregation` has them."""
+_STEP_NUMBERS = (*_LOSSES, "approx_kl", "clip_fraction", "ratio", "moved")
+"""Those, and means over the tokens of a minibatch that are learned from."""

@@ -9,7 +9,9 @@ from rlhf_lightning.functional import generalized_advantages, shaped_rewards
 from rlhf_lightning.functional.advantages import (
     explained_variance,
     group_normalized_advantages,
+    groups_that_differ,
     leave_one_out_advantages,
+    overlong_share,
     returns_to_go,
 )
 
@@ -339,3 +341,48 @@ def test_the_variance_of_equal_returns_is_not_explained():
         mask = torch.ones(3, 5, dtype=torch.bool)
         for values in (returns, returns - 1):
             assert explained_variance(values, returns, mask).isnan()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_normalized_advantages_equal_their_definition_under_every_scale(scale):
+    rewards, mask = random(6, 6), MASK
+    totals = [[sum(rewards[3 * g + i, t].item() for t in inside(3 * g + i)) for i in range(3)] for g in range(2)]
+    advantages = group_normalized_advantages(rewards, mask, group_size=3, epsilon=0.1, scale_rewards=scale)
+
+    def deviation(numbers):
+        mean = sum(numbers) / len(numbers)
+        return (sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) ** 0.5
+
+    for g in range(2):
+        for i in range(3):
+            by = {"group": deviation(totals[g]) + 0.1, "batch": deviation(totals[0] + totals[1]) + 0.1, "none": 1.0}
+            expected = (totals[g][i] - sum(totals[g]) / 3) / by[scale]
+            for t in range(6):
+                found = advantages[3 * g + i, t].item()
+                assert found == pytest.approx(expected if mask[3 * g + i, t] else 0, abs=1e-12)
+
+
+def test_the_batch_is_that_of_all_processes_and_another_scale_is_refused():
+    rewards, mask = random(6, 6), MASK
+
+    def two(x):  # another process with the same rewards
+        return 2 * x
+
+    one, both = (
+        group_normalized_advantages(rewards, mask, group_size=3, epsilon=0.0, scale_rewards="batch", sum_over=each)
+        for each in (lambda x: x, two)
+    )
+    torch.testing.assert_close((both / one)[mask], torch.full_like(one[mask], (11 / 10) ** 0.5), **EXACT)
+    with pytest.raises(ValueError, match="scale_rewards is 'std'"):
+        group_normalized_advantages(rewards, mask, group_size=3, scale_rewards="std")
+
+
+def test_groups_that_differ_and_the_share_of_overlong_responses():
+    scores = torch.tensor([1.0, 1.0, 2.0, 2.5, 0.1, 0.1])
+    assert groups_that_differ(scores, group_size=2).tolist() == [False, False, True, True, False, False]
+    with pytest.raises(ValueError, match="group_size is 4"):
+        groups_that_differ(scores, group_size=4)
+    shares = overlong_share(torch.tensor([1, 6, 7, 8, 10]), max_new_tokens=10, buffer=4)
+    assert shares.tolist() == [0.0, 0.0, 0.25, 0.5, 1.0]
+    with pytest.raises(ValueError, match="buffer is 0"):
+        overlong_share(torch.tensor([1]), max_new_tokens=10, buffer=0)
