@@ -19,8 +19,9 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ModelError, TrainingError
 from rlhf_lightning.functional.kl import kl_estimate
+from rlhf_lightning.functional.logprobs import linear_entropies
 from rlhf_lightning.functional.reductions import scatter_to_mask
-from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs
+from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs, ResponseStates, output_layer
 from rlhf_lightning.models.generation import RolloutEngine
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork
@@ -195,7 +196,7 @@ class Rollouts:
             part = order[start : start + self.micro_batch_size]
             with self.arithmetic():
                 rows = self.padded(responses.select(part))
-                own, estimates = self.forward(rows, values=values)
+                own, estimates, _ = self.forward(rows, values=values)
                 reference = None if self.reference is None else self.reference(self.policy, *rows.text)
             others = None if reference is None else reference.tokens[reference.mask]
             for target, flat in zip(numbers[1:], (own, others, estimates), strict=True):
@@ -207,10 +208,22 @@ class Rollouts:
         """Rows for `forward`, on the responses' device."""
         return collate_rows(responses.rows, responses.prompt_lengths, pad_id=self.chat_format.pad_id)
 
-    def forward(self, rows: ModelInputs, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Log-probs and values of the N response tokens of R rows, [N] each, in one pass; gradients go through."""
+    def forward(
+        self, rows: ModelInputs, *, values: bool = True, entropies: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, values and, with `entropies`, entropies of the N response tokens of R rows, [N] each, in one pass.
+
+        Gradients go through. The values are None where they are not asked for, or nothing gives them.
+        """
         states = self.policy.states(*rows.text)
         flat = self.policy.token_logprobs(states)
+        spread = self._entropies(states) if entropies else None
         if self.value is None or not values:
-            return flat, None
-        return flat, self.value(*rows.text) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+            return flat, None, spread
+        estimates = self.value(*rows.text) if isinstance(self.value, ValueNetwork) else self.value(states.hidden)
+        return flat, estimates, spread
+
+    def _entropies(self, states: ResponseStates) -> Tensor:
+        """Of the policy at each of the N positions, in nats, [N]."""
+        weight, bias = output_layer(self.policy.model)
+        return linear_entropies(states.hidden, weight, bias=bias, temperature=self.policy.temperature)

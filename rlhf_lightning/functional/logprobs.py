@@ -7,8 +7,10 @@ the logits of position t belong to the target that stands in position t.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.functional.reductions import masked_mean
 from rlhf_lightning.functional.shapes import (
@@ -91,6 +93,31 @@ def linear_argmax(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None,
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [_chunk_logits(hidden[rows], weight, bias, 1.0).argmax(-1) for rows in _chunks(hidden, int(chunk_size))]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=hidden.device)
+
+
+def linear_entropies(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0, chunk_size: int = 1024
+) -> Tensor:
+    """Entropy of softmax((hidden @ weight.T + bias) / temperature), nats, float32, [N]; gradients go through.
+
+    hidden [N, H], weight [V, H], bias [V]; the logits exist for `chunk_size` tokens at a time, and are made again in
+    the backward pass. ValueError: shapes, temperature <= 0, chunk_size < 1.
+    """
+    shapes = {"hidden": (hidden, "N H"), "weight": (weight, "V H")}
+    check_layout(**shapes if bias is None else shapes | {"bias": (bias, "V")})
+    check_positive(temperature=temperature, chunk_size=chunk_size)
+    hidden, weight = (each.to(_operand_dtype(hidden, weight)) for each in (hidden, weight))
+    parts = [
+        checkpoint(_entropies, hidden[rows], weight, bias, temperature, use_reentrant=False)
+        for rows in _chunks(hidden, int(chunk_size))
+    ]
+    return torch.cat(parts) if parts else hidden.new_empty(0, dtype=_sum_dtype(hidden.dtype))
+
+
+def _entropies(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = at_least_float32(F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)))
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 class _LinearLogprobs(torch.autograd.Function):

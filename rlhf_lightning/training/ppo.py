@@ -88,6 +88,7 @@ class PPO(OnlineModule):
             `none` (Dr. GRPO) divides by nothing.
         kl_loss_coef: Weight of the KL from the reference as a term of the loss (k3, its mean over the tokens), beside
             `kl_coef` in the reward, or with `kl_coef` 0 instead of it; for `grpo`, `kl_coef` is it.
+        entropy_coef: Weight of the entropy of the policy at each token, of its whole vocabulary, taken off the loss.
         mask_truncated_responses: Do not learn from responses that did not end in `max_new_tokens` tokens; their scores
             still count in their groups.
         skip_equal_groups: Do not learn from the responses to a prompt whose scores are all equal.
@@ -126,6 +127,7 @@ class PPO(OnlineModule):
         whiten_advantages: bool = True,
         scale_rewards: ScaleRewards = "group",
         kl_loss_coef: NonNegativeFloat = 0.0,
+        entropy_coef: NonNegativeFloat = 0.0,
         mask_truncated_responses: bool = False,
         skip_equal_groups: bool = False,
         engine_importance_cap: PositiveFloat | None = 2.0,
@@ -379,7 +381,9 @@ class PPO(OnlineModule):
             tensor[piece, :width] for tensor in (*experience.tokens, *targets)
         )
         with self.trainer.precision_plugin.forward_context():
-            logprobs, values = rollouts.forward(rollouts.padded(responses))
+            logprobs, values, entropies = rollouts.forward(
+                rollouts.padded(responses), entropies=settings.entropy_coef > 0
+            )
         logprobs = scatter_to_mask(logprobs.float(), mask)
         policy_losses = self.policy_loss(logprobs, old, advantages, mask)
         value_losses = torch.zeros_like(policy_losses)
@@ -392,6 +396,10 @@ class PPO(OnlineModule):
             kl_losses = self.loss_kl_coef * kl_estimate(logprobs, reference, estimator="k3")
         counting, weights = float(counts), self.policy_loss.weights(learned)
         losses = policy_losses + settings.vf_coef * value_losses + kl_losses
+        entropy_losses = torch.zeros_like(policy_losses)
+        if entropies is not None:
+            entropy_losses = -settings.entropy_coef * scatter_to_mask(entropies.float(), mask)
+            losses = losses + entropy_losses
         loss = counting * torch.where(learned, weights * losses, 0).sum()
         with torch.no_grad():
             ratio = self.policy_loss.ratio(logprobs, old, mask)
@@ -399,6 +407,7 @@ class PPO(OnlineModule):
                 "policy_loss": weights * policy_losses,
                 "value_loss": weights * value_losses,
                 "kl_loss": weights * kl_losses,
+                "entropy_loss": weights * entropy_losses,
                 "approx_kl": kl_estimate(old, logprobs, estimator="k3"),
                 "clip_fraction": self.policy_loss.outside(ratio).float(),
                 "ratio": ratio,
@@ -428,7 +437,7 @@ class PPO(OnlineModule):
         self.rollout_log.restore(state["path"])
 
 
-_LOSSES = ("policy_loss", "value_loss", "kl_loss")
+_LOSSES = ("policy_loss", "value_loss", "kl_loss", "entropy_loss")
 """Means over a minibatch, as `loss_aggregation` has them."""
 _STEP_NUMBERS = (*_LOSSES, "approx_kl", "clip_fraction", "ratio", "moved")
 """Those, and means over the tokens of a minibatch that are learned from."""

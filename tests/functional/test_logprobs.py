@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.functional import gather_logprobs, linear_argmax, linear_logprobs, sequence_logprobs
+from rlhf_lightning.functional.logprobs import linear_entropies
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 IDENTICAL = {"rtol": 0, "atol": 0}
@@ -444,3 +445,24 @@ def test_linear_argmax_is_the_argmax_of_the_logits(chunk_size):
 def test_linear_argmax_refuses_another_width():
     with pytest.raises(ValueError, match="hidden"):
         linear_argmax(torch.zeros(2, 3), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_entropies_and_their_gradients_equal_those_of_whole_logits(chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((7, 4), (9, 4), (9,))
+    )
+    made = linear_entropies(hidden, weight, bias=bias, temperature=0.7, chunk_size=chunk_size)
+    expected = torch.distributions.Categorical(logits=(hidden @ weight.T + bias) / 0.7).entropy()
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
+    seeds = torch.arange(7.0, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((each * seeds).sum(), (hidden, weight, bias)) for each in (made, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    even = linear_entropies(torch.zeros(2, 4), torch.ones(9, 4))
+    torch.testing.assert_close(even, torch.full((2,), 9.0).log())
+    assert linear_entropies(torch.zeros(0, 4), torch.ones(9, 4)).shape == (0,)
+    with pytest.raises(ValueError, match="hidden"):
+        linear_entropies(torch.zeros(2, 3), torch.ones(9, 4))

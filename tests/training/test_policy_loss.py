@@ -216,6 +216,19 @@ def test_the_kl_can_be_a_term_of_the_loss_of_every_estimator(rollout):  # noqa: 
     assert added > 1e-5
 
 
+def test_an_entropy_bonus_is_taken_off_the_loss_of_each_token(rollout):  # noqa: F811
+    module, experience, targets, _ = rollout(entropy_coef=0.3)
+    everything = list(range(len(experience.responses.rows)))
+    with_bonus, sums = module._losses(experience, targets, everything, counts=True)
+    module.hparams.entropy_coef = 0.0
+    without, _ = module._losses(experience, targets, everything, counts=True)
+    states = module.policy.states(*module.rollouts.padded(experience.responses).text)
+    logits = module.policy.model.get_output_embeddings()(states.hidden).double()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().sum().item()
+    assert (with_bonus - without).item() == pytest.approx(-0.3 * entropy, rel=1e-4)
+    assert sums[3].item() == pytest.approx(-0.3 * entropy, rel=1e-4)
+
+
 def test_the_penalty_grows_over_the_last_tokens_and_validation_has_it_too(rollout):  # noqa: F811
     module, experience, _, _ = rollout(overlong_buffer=4, missing_eos_penalty=0.5, kl_coef=0.0)
     lengths, ended = experience.responses.lengths, experience.responses.ended
