@@ -6,6 +6,7 @@ tokens of all rows together.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,13 +63,19 @@ class Responses(NamedTuple):
 
     def order(self, which: Sequence[int]) -> list[int]:
         """Some positions in the order in which to divide them into batches (see `like_together`)."""
-        prompts = [self.rows[i][: self.prompt_lengths[i]].tolist() for i in which]
+        prompts = _ids([self.rows[i][: self.prompt_lengths[i]] for i in which])
         return [which[place] for place in like_together(prompts, [len(self.rows[i]) for i in which])]
 
     def texts(self, chat_format: ChatFormat) -> list[str]:
         """Each response as text (see `ChatFormat.reply_text`)."""
-        ids = ((row.tolist(), start) for row, start in zip(self.rows, self.prompt_lengths, strict=True))
+        ids = zip(_ids(self.rows), self.prompt_lengths, strict=True)
         return [chat_format.reply_text(row[:start], row[start:]) for row, start in ids]
+
+
+def _ids(rows: Sequence[Tensor]) -> list[list[int]]:
+    """The token ids of rows, for which a GPU is waited for once."""
+    ids = iter(torch.cat(list(rows)).tolist()) if rows else iter(())
+    return [list(itertools.islice(ids, len(row))) for row in rows]
 
 
 class TokenNumbers(NamedTuple):
@@ -165,7 +172,7 @@ class Rollouts:
         return Responses(
             [torch.cat([prompt, response.ids]) for prompt, response in zip(prompts, sampled, strict=True)],
             [len(prompt) for prompt in prompts],
-            torch.tensor([bool(response.ids[-1] == self.chat_format.eos_id) for response in sampled]),
+            (torch.stack([response.ids[-1] for response in sampled]) == self.chat_format.eos_id).cpu(),
             logprobs if len(logprobs) == len(sampled) else None,
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +137,30 @@ def _without_copies(left_over: list[str], directory: Path) -> list[str]:
     stored = stored_tensors(directory)
     used = [tensor for name, tensor in stored.items() if name not in left_over]
     return [name for name in left_over if not any(torch.equal(stored[name], tensor) for tensor in used)]
+
+
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model that peft has put adapters or a trained copy on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+@contextmanager
+def switched_off(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, the adapters of some layers do nothing; no flag of a gradient changes.
+
+    peft's `disable_adapter` walks all modules and their parameters: 80 ms of a CPU at 224 layers, for 2 here.
+    """
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 def _require_peft(directory: Path) -> None:

@@ -167,12 +167,13 @@ def frozen_linear(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in layers if not layer.weight.requires_grad and all(layer is not out for out in outputs)]
 
 
-def halve_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the weights of `frozen_linear` in autocast's `dtype` where that loses nothing, as of a model stored so.
+def halve_frozen(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Hold the weights of `frozen_linear` in autocast's `dtype`, if there is one, where that loses nothing.
 
-    Autocast would cast them in every pass, and keep what it has cast for the backward pass; no number changes.
+    Such are those of a model that is stored so. Autocast would cast them in every pass, and keep what it has cast for
+    the backward pass; no number changes.
     """
-    for layer in frozen_linear(model):
+    for layer in frozen_linear(model) if dtype is not None else ():
         half = layer.weight.data.to(dtype)
         if layer.weight.dtype == torch.float32 and torch.equal(half.float(), layer.weight):
             layer.weight.data = half

@@ -60,7 +60,7 @@ from rlhf_lightning.training.optimization import (
     clip_scaled,
     optimizer_and_schedule,
 )
-from rlhf_lightning.training.references import HALVES, Reference, ReferenceKind, held_dtype
+from rlhf_lightning.training.references import HALVES, Reference, ReferenceKind
 from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
@@ -250,15 +250,10 @@ class TrainedModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         return optimizer_and_schedule(self)
 
-    def clip_gradients(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, *given: Any, **named: Any) -> None:
         """As Lightning's, and under mixed precision also for torch's `fused` optimizers (see `clip_scaled`)."""
-        if not clip_scaled(optimizer, self.trainer, gradient_clip_val, gradient_clip_algorithm):
-            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not clip_scaled(self.trainer, optimizer, *given, **named):
+            super().clip_gradients(optimizer, *given, **named)
 
     def on_fit_start(self) -> None:
         self.logged_step = 0
@@ -414,9 +409,7 @@ class PolicyModule(TrainedModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.reference is not None:
-            self.reference.load(self.loading)
-            # Now, so that the host never holds it beside the policy or an optimizer that is there.
-            self.reference.place(self.trainer.strategy.root_device, held_dtype(self.trainer))
+            self.reference.load(self.loading, self.trainer)
 
     def build_network(self) -> None:
         settings = self.hparams
@@ -429,9 +422,8 @@ class PolicyModule(TrainedModule):
             gradient_checkpointing=settings.gradient_checkpointing,
             **self.loading,
         )
-        half = None if self._trainer is None else HALVES.get(str(self.trainer.precision))
-        if half is not None and self.lora is not None and not settings.load_in_4bit:
-            halve_frozen(self.policy, half)
+        if self._trainer is not None:
+            halve_frozen(self.policy, HALVES.get(str(self.trainer.precision)))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()

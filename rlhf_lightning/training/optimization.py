@@ -153,17 +153,22 @@ def warn_of_another_schedule(trainer: Trainer) -> None:
         )
 
 
-def clip_scaled(optimizer: torch.optim.Optimizer, trainer: Trainer, limit: float | None, algorithm: str | None) -> bool:
+def clip_scaled(
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: str | None = None,
+) -> bool:
     """Clip gradients for an optimizer that takes the loss scale off them in its own step, as torch's `fused` ones do.
 
-    `limit` and `algorithm` (`norm` or `value`) are the Trainer's where they are None. Returns False, and does nothing,
-    for any other optimizer and without mixed precision, where Lightning clips. Here it would refuse to.
+    The value and the algorithm (`norm` or `value`) are the Trainer's where they are None. Returns False, and does
+    nothing, for any other optimizer and without mixed precision, where Lightning clips. Here it would refuse to.
     """
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
-    limit = trainer.gradient_clip_val or 0.0 if limit is None else limit
+    limit = trainer.gradient_clip_val or 0.0 if gradient_clip_val is None else gradient_clip_val
     scale = 1.0 if plugin.scaler is None else plugin.scaler.get_scale()
-    kind = GradClipAlgorithmType(algorithm or trainer.gradient_clip_algorithm or "norm")
+    kind = GradClipAlgorithmType(gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm")
     Precision.clip_gradients(plugin, optimizer, scale * limit, kind)
     return True

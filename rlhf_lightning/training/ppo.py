@@ -377,8 +377,9 @@ class PPO(OnlineModule):
         settings, rollouts = self.hparams, self.rollouts
         responses = experience.responses.select(piece)
         width = int(responses.lengths.max())
+        where = torch.tensor(piece, device=self.device)
         mask, old, reference, old_values, advantages, returns, learned = (
-            tensor[piece, :width] for tensor in (*experience.tokens, *targets)
+            tensor[where, :width] for tensor in (*experience.tokens, *targets)
         )
         with self.trainer.precision_plugin.forward_context():
             logprobs, values, entropies = rollouts.forward(

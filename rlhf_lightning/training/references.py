@@ -106,14 +106,19 @@ class Reference:
         if not self.is_start:
             check_reference_tokenizer(self.source, tokenizer, key="model.reference")
 
-    def load(self, loading: dict[str, Any]) -> None:
-        """Load the model, once; a policy that was given as an object is copied as it is now."""
+    def load(self, loading: dict[str, Any], trainer: Trainer | None = None) -> None:
+        """Load the model, once; a policy that was given as an object is copied as it is now.
+
+        With a Trainer it goes to its device, so that the host never holds it beside the policy or an optimizer there.
+        """
         if self.source == ADAPTER or self.network is not None:
             return
         model = self._model if isinstance(self._model, str) else copy.deepcopy(self._model)
         self.network = CausalLM.from_pretrained(model, **loading).eval().requires_grad_(False)
         self.network.temperature *= self._temperature
         self.fingerprint = weights_fingerprint(self.network.model)
+        if trainer is not None:
+            self.place(trainer.strategy.root_device, held_dtype(trainer))
 
     @torch.no_grad()
     def __call__(self, policy: CausalLM, *rows: Tensor) -> ResponseLogprobs:
