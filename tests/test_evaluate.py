@@ -311,7 +311,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_and_counts_nothing_twice(
 def test_a_second_evaluation_draws_no_reply_and_scores_no_row_again(evaluated, whole, tmp_path, monkeypatch):
     shutil.copytree(whole.out, tmp_path / "out")
     monkeypatch.setattr(
-        "rlhf_lightning.models.generation.TransformersEngine.draw", lambda *_, **__: pytest.fail("drawn again")
+        "rlhf_lightning.models.slot_engine.SlotEngine.draw", lambda *_, **__: pytest.fail("drawn again")
     )
     monkeypatch.setattr("rlhf_lightning.evaluation.benchmarks.base._score", lambda *_: pytest.fail("scored again"))
     monkeypatch.setattr("rlhf_lightning.evaluation.kl._token_kl", lambda *_: pytest.fail("computed again"))

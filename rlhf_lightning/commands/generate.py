@@ -25,7 +25,7 @@ from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of, run
 from rlhf_lightning.evaluation.settings import Dtype
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.models.fingerprint import weights_fingerprint
-from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.source import RewardSource, check_scores
 from rlhf_lightning.terminal import say
@@ -162,7 +162,7 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        engine=TransformersEngine(settings.batch_size),
+        engine=SlotEngine(settings.batch_size),
         model=weights_fingerprint(policy),
         file=_kept(Path(settings.out)) / "responses.jsonl",
         keep_every=4 * settings.batch_size,

@@ -40,8 +40,8 @@ from rlhf_lightning.evaluation.toxicity import (
 )
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.fingerprint import weights_fingerprint
-from rlhf_lightning.models.generation import TransformersEngine
 from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.rewards.scorers import Scorer
 
 
@@ -122,7 +122,7 @@ class Answers:
                 temperature=temperature,
                 max_new_tokens=self.settings.max_new_tokens,
                 seed=self.settings.seed,
-                engine=TransformersEngine(self.settings.batch_size),
+                engine=SlotEngine(self.settings.batch_size),
                 model=policy.fingerprint,
                 file=self.session.kept / f"replies-{label}-{policy.fingerprint[:16]}.jsonl",
                 keep_every=4 * self.settings.batch_size,

@@ -22,7 +22,7 @@ from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
-from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.rollouts import Rollouts
 
 
@@ -180,7 +180,7 @@ class PolicyJudge:
             raise ConfigurationError(
                 f"max_new_tokens: {max_new_tokens} leaves no room for a question in the {limit} positions of {name}"
             )
-        self.engine = TransformersEngine(batch_size)
+        self.engine = SlotEngine(batch_size)
         parts = (weights_fingerprint(self.policy), self.chat_format.fingerprint(), max_new_tokens, str(dtype))
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
 

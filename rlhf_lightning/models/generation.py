@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, decoder, inner_model
 from rlhf_lightning.models.configuration import max_positions, rope_limits
-from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of
+from rlhf_lightning.models.row_check import computes_in_half, difference, exact_arithmetic, probe_of
 from rlhf_lightning.models.states import forget_longest_row
 
 _NEW_TOKENS = 2
@@ -91,7 +91,7 @@ class TransformersEngine:
         found: dict[int, Sampled] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
-        with _ready_to_generate(policy):
+        with ready_to_generate(policy):
             if self.batch_size > 1 and len(prompts) > 1:
                 _check_company(policy)
             for part in self._batches(policy, order, [len(prompt) + max_new_tokens for prompt in prompts]):
@@ -111,23 +111,6 @@ class TransformersEngine:
         for place in order:
             if limit is not None and lengths[place] > limit:
                 yield [place]
-
-
-def greedy_responses(
-    policy: CausalLM, prompts: Sequence[Tensor], *, max_new_tokens: int, eos_id: int, pad_id: int
-) -> list[Tensor]:
-    """The most likely continuation of each prompt, token by token; as `RolloutEngine.draw` with temperature 0."""
-    engine = TransformersEngine(batch_size=1)  # a handful of them, and no padding that could matter
-    sampled = engine.draw(
-        policy,
-        prompts,
-        [0] * len(prompts),
-        max_new_tokens=max_new_tokens,
-        temperature=0.0,
-        eos_id=eos_id,
-        pad_id=pad_id,
-    )
-    return [response.ids for response in sampled]
 
 
 def seed_of(*parts: object) -> int:
@@ -151,10 +134,15 @@ class _Drawing:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.generators:
             self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() / self.temperature - noise.log()
+        return with_noise(scores, self.generators, self.temperature)
+
+
+def with_noise(scores: Tensor, generators: Sequence[torch.Generator], temperature: float) -> Tensor:
+    """Scores [R, V] whose largest is a sample of softmax(scores / temperature), by a generator for each row."""
+    noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return scores.float() / temperature - noise.log()
 
 
 def _generate(
@@ -187,9 +175,14 @@ def _generate(
         generation_config=settings,
         logits_processor=LogitsProcessorList([drawing] if drawing else []),
     )[:, width:]
-    ended = out == eos_id
-    first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, out.shape[1])
-    return [row[:length] for row, length in zip(out, first.tolist(), strict=True)]
+    return until_eos(out, eos_id)
+
+
+def until_eos(ids: Tensor, eos_id: int) -> list[Tensor]:
+    """Each row of ids [R, S] up to its first EOS token, that included."""
+    ended = ids == eos_id
+    first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, ids.shape[1])
+    return [row[:length] for row, length in zip(ids, first.tolist(), strict=True)]
 
 
 def _check_company(policy: CausalLM) -> None:
@@ -210,12 +203,18 @@ def _check_company(policy: CausalLM) -> None:
         batch = _scores_of_probe(policy, rows, same)
         alone = torch.cat([_scores_of_probe(policy, (row,), same) for row in rows])
     error = max(difference(*pair) for pair in zip(batch, alone, strict=True))
-    if not error <= (_ROUNDING if weight.dtype == torch.float32 else _ROUNDING_IN_HALF):
+    if not error <= company_tolerance(policy):
         raise ModelError(
             f"the responses of a {config.model_type} model change with the other prompts (scores by {error:.2g} "
             "of their size); use another model, or generate one response at a time"
         )
     _checked.add(key)
+
+
+def company_tolerance(policy: CausalLM) -> float:
+    """The share of a policy's scores that rounding may account for."""
+    in_half = next(policy.parameters()).dtype != torch.float32 or computes_in_half(policy.model)
+    return _ROUNDING_IN_HALF if in_half else _ROUNDING
 
 
 def _scores_of_probe(policy: CausalLM, prompts: Sequence[Tensor], same: int) -> Tensor:
@@ -233,7 +232,7 @@ def _scores_of_probe(policy: CausalLM, prompts: Sequence[Tensor], same: int) -> 
 
 
 @contextmanager
-def _ready_to_generate(policy: CausalLM) -> Iterator[None]:
+def ready_to_generate(policy: CausalLM) -> Iterator[None]:
     """Eval mode, and none of the model's own settings: a repetition penalty or top-p of its generation_config.json
     would apply to `generate` whatever it is given, and the responses would be sampled from another distribution.
     """

@@ -109,7 +109,7 @@ def rounding(model: PreTrainedModel, states: Callable[[], Tensor], alone: Tensor
     neighbour does so little.
     """
     draw = torch.Generator("cpu").manual_seed(0)
-    if _computes_in_half(model):
+    if computes_in_half(model):
         return _HALF
 
     def nudge(_: nn.Module, __: object, embedded: object) -> Tensor | None:
@@ -128,7 +128,7 @@ def rounding(model: PreTrainedModel, states: Callable[[], Tensor], alone: Tensor
     return min(max(_SMALLEST, _ROUNDINGS * change), _LARGEST)
 
 
-def _computes_in_half(model: PreTrainedModel) -> bool:
+def computes_in_half(model: PreTrainedModel) -> bool:
     """Whether the weights are quantized ones that are multiplied in 16 bits, as QLoRA's are on a GPU."""
     settings = getattr(model.config, "quantization_config", None)
     return getattr(settings, "bnb_4bit_compute_dtype", torch.float32) in (torch.bfloat16, torch.float16)

@@ -108,7 +108,7 @@ def row_states(
         return RowStates(tuple(torch.cat(states)[order] for states in zip(*parts, strict=True)))
     if rope_limits(backbone.config):
         forget_longest_row(backbone)
-    position_ids = _position_ids(backbone, attention_mask)
+    position_ids = position_ids_of(backbone, attention_mask)
     kind = layout or layout_of(backbone)
     if kind != "padded" and (layout is not None or runs_packed(backbone, input_ids.device)):
         plan = plan_rows(input_ids, attention_mask, share=kind == "shared")
@@ -122,7 +122,7 @@ def row_states(
     return RowStates(output.hidden_states if every_layer else (output.last_hidden_state,))
 
 
-def _position_ids(backbone: PreTrainedModel, attention_mask: Tensor) -> Tensor | None:
+def position_ids_of(backbone: PreTrainedModel, attention_mask: Tensor) -> Tensor | None:
     """Positions [R, T] counted over the mask, as the backbone counts; None where it is given none."""
     first = first_position(backbone)
     return None if first is None else (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0) + first

@@ -18,9 +18,10 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.advantages import overlong_share
 from rlhf_lightning.metrics import ResponseCount
-from rlhf_lightning.models.generation import RolloutEngine, TransformersEngine, seed_of
+from rlhf_lightning.models.generation import RolloutEngine, seed_of
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.reward_network import RewardHead
+from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.rewards.functions import check_text_of
@@ -113,7 +114,7 @@ class OnlineModule(PolicyModule):
         self.reference = Reference(reference, self, temperature=temperature)
         self.reward_source = reward_model
         self.rewards: RewardSource
-        self.engine: RolloutEngine = TransformersEngine(generation_micro_batch_size)
+        self.engine: RolloutEngine = SlotEngine(generation_micro_batch_size)
         if engine != TRANSFORMERS:
             self.engine = VLLMEngine(engine, engine_directory)
         self._engine_checked = False

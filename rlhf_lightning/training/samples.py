@@ -10,8 +10,8 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.models.slot_engine import greedy_responses
 from rlhf_lightning.training.media import log_table, taking_media
 from rlhf_lightning.training.module import PolicyModule
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.generation import TransformersEngine, greedy_responses, seed_of
+from rlhf_lightning.models.generation import TransformersEngine, seed_of
+from rlhf_lightning.models.slot_engine import greedy_responses
 
 END, PAD = 2, 0
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 11], [7], [8, 8, 6, 20, 31], [12, 13])]

@@ -20,10 +20,10 @@ from transformers import (
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.models.backbones import check_attention, chosen_layout, load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
-from rlhf_lightning.models.generation import greedy_responses
 from rlhf_lightning.models.layouts import plan_rows
 from rlhf_lightning.models.packed_attention import layout_of, packed_attention
 from rlhf_lightning.models.reward_network import RewardNetwork
+from rlhf_lightning.models.slot_engine import greedy_responses
 from rlhf_lightning.models.states import hidden_states, layer_states
 from tests.models.test_causal_lm import padded, rows
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.generation import greedy_responses
+from rlhf_lightning.models.slot_engine import greedy_responses
 from rlhf_lightning.training.media import cell
 from rlhf_lightning.training.samples import Samples
 

@@ -27,7 +27,7 @@ from rlhf_lightning.evaluation.judge import (
     rating_question,
 )
 from rlhf_lightning.models.causal_lm import CausalLM
-from rlhf_lightning.models.generation import greedy_responses
+from rlhf_lightning.models.slot_engine import greedy_responses
 from tests.evaluation.kept import kept_entries
 
 QUESTION = [{"role": "user", "content": "Which is longer?"}]
