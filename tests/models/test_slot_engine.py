@@ -212,7 +212,8 @@ def test_adapters_that_are_off_stay_off(tmp_path, no_generate):
     policy = policy_of(tmp_path, "llama", DECODER, Lora(r=4))
     with policy.adapters_off():
         off = drawn(SlotEngine(3), policy)
-        assert off == drawn(SlotEngine(3), policy)
+        with sampling_weights(policy.model):
+            assert not any(layer.merged for layer in policy.modules() if hasattr(layer, "merged"))
     assert off != drawn(SlotEngine(3), policy)
 
 
@@ -231,12 +232,23 @@ def test_autocast_casts_a_weight_once_for_all_steps(tmp_path, no_generate):
         drawn(SlotEngine(), policy, eos=-1)
     casts = [event for event in steps.events() if event.name == "aten::_to_copy"]
     assert sum(event.input_shapes[0] == [60, 32] for event in casts) == 1, "the output layer's"
+
+
+@torch.no_grad()
+def test_weights_that_change_within_one_autocast_are_cast_again(tmp_path, no_generate):
+    policy = policy_of(tmp_path, "llama", DECODER)
+    weight, ids = policy.model.lm_head.weight, PROMPTS[0][None]
+    drawn(SlotEngine(), policy, PROMPTS[:1], SEEDS[:1])
     with torch.autocast("cpu", torch.bfloat16):
-        before = policy.model(input_ids=PROMPTS[0][None]).logits
-        policy.model.lm_head.weight.mul_(2)
-        drawn(SlotEngine(), policy)
-        after = policy.model(input_ids=PROMPTS[0][None]).logits
-    assert (after / before).median() == 2, "nothing stale is left behind"
+        before = policy.model(input_ids=ids).logits
+        weight.mul_(2)
+        within = drawn(SlotEngine(), policy)
+        weight.mul_(2)
+        after = policy.model(input_ids=ids).logits
+    assert (after / before).median() == 4
+    weight.div_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert drawn(SlotEngine(), policy) == within
 
 
 def test_keys_are_kept_in_half_under_autocast(tmp_path, monkeypatch, no_generate):
