@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.causal_lm import CausalLM, decoder, inner_model
 from rlhf_lightning.models.configuration import max_positions, rope_limits
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.row_check import computes_in_half, difference, exact_arithmetic, probe_of
 from rlhf_lightning.models.states import forget_longest_row
 
@@ -199,7 +200,7 @@ def _check_company(policy: CausalLM) -> None:
     room = None if positions is None else positions - _NEW_TOKENS
     rows = probe_of(config, positions=room, device=weight.device).rows
     same = int(rows[0][0])
-    with exact_arithmetic(), torch.autocast(weight.device.type, enabled=False):
+    with exact_arithmetic(), float32_arithmetic(policy):
         batch = _scores_of_probe(policy, rows, same)
         alone = torch.cat([_scores_of_probe(policy, (row,), same) for row in rows])
     error = max(difference(*pair) for pair in zip(batch, alone, strict=True))

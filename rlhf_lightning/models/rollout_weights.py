@@ -26,10 +26,13 @@ def sampling_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapters_merged(model: nn.Module) -> Iterator[None]:
-    """Inside, float32 weights have their adapters' part added, in a copy: the weights themselves are put back."""
+    """Inside, weights have their adapters' part added, in a copy: the weights themselves are put back.
+
+    Where autocast computes in half precision, the sum is rounded as other weights are.
+    """
     layers = [layer for layer in _adapted_layers(model) if not layer.disable_adapters and not layer.merged]
     kept = [(weight, weight.data) for layer in layers for weight in layer.get_base_layer().parameters()]
-    if any(data.dtype != torch.float32 for _, data in kept) or not _fits_in_memory([data for _, data in kept]):
+    if not all(_can_be_merged(data) for _, data in kept) or not _fits_in_memory([data for _, data in kept]):
         layers, kept = [], []
     try:
         for weight, data in kept:
@@ -51,6 +54,13 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _can_be_merged(weight: torch.Tensor) -> bool:
+    """Not into 4 bits, nor into halves that are computed with in float32."""
+    kind = weight.device.type
+    in_half = torch.is_autocast_enabled(kind) and weight.dtype == torch.get_autocast_dtype(kind)
+    return weight.dtype == torch.float32 or in_half
 
 
 def _fits_in_memory(tensors: list[torch.Tensor]) -> bool:

@@ -26,6 +26,7 @@ from rlhf_lightning.models.generation import (
     until_eos,
     with_noise,
 )
+from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.rollout_weights import sampling_weights
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of
 from rlhf_lightning.models.slots import Prompts, Slots, compute_prompts
@@ -238,7 +239,7 @@ def _measured(policy: CausalLM) -> float:
     if rope_limits(config):
         forget_longest_row(decoder(policy.model))
     long, short = probe_of(policy.config, positions=max_positions(config), device=device).rows
-    with exact_arithmetic(), torch.autocast(device.type, enabled=False):
+    with exact_arithmetic(), float32_arithmetic(policy):
         alone = [policy.model(input_ids=row[None], use_cache=False).logits[0].float() for row in (long, short)]
         prompts = compute_prompts(policy, [long[:-3], short[:-2]])
         slots = Slots(policy, 2)

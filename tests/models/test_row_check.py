@@ -12,6 +12,7 @@ from rlhf_lightning.models.backbones import load_backbone
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.generation import TransformersEngine
+from rlhf_lightning.models.precision import halve_frozen
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.states import hidden_states, layer_states
 
@@ -215,6 +216,15 @@ def test_a_policy_whose_replies_change_with_their_company_is_refused(tmp_path):
     with pytest.raises(ModelError, match="responses of a minimax model change with the other prompts"):
         TransformersEngine(8).draw(policy, rows(3, 5), [0, 0], **options)
     assert len(TransformersEngine(1).draw(policy, rows(3, 5), [0, 0], **options)) == 2
+
+
+def test_the_responses_of_a_policy_whose_frozen_weights_are_halves_are_compared_in_float32(tmp_path):
+    directory = saved(tmp_path, "llama", DECODER, AutoModelForCausalLM, change=lambda model: model.bfloat16())
+    policy = CausalLM.from_pretrained(directory, lora=Lora(r=2))
+    halve_frozen(policy, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        options = {"max_new_tokens": 2, "temperature": 0.0, "eos_id": 1, "pad_id": 0}
+        assert len(TransformersEngine(8).draw(policy, rows(3, 5), [0, 0], **options)) == 2
 
 
 CHUNKS = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from rlhf_lightning.models import slot_engine
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
 from rlhf_lightning.models.generation import TransformersEngine, seed_of
+from rlhf_lightning.models.precision import float32_arithmetic, halve_frozen
 from rlhf_lightning.models.rollout_weights import sampling_weights
 from rlhf_lightning.models.slot_engine import SlotEngine, greedy_responses
 
@@ -176,9 +177,13 @@ def bits(policy):
     }
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_adapters_are_merged_while_sampling_and_every_weight_is_put_back(tmp_path, no_generate, half):
-    policy = policy_of(tmp_path, "llama", DECODER, Lora(r=4))
+@pytest.mark.parametrize("precision", ["float32", "autocast", "autocast, frozen halves"])
+def test_adapters_are_merged_while_sampling_and_every_weight_is_put_back(tmp_path, no_generate, precision):
+    policy, half = policy_of(tmp_path, "llama", DECODER, Lora(r=4)), precision != "float32"
+    if "frozen" in precision:
+        for weight in policy.parameters():
+            weight.data = weight.data.bfloat16().float()
+        halve_frozen(policy, torch.bfloat16)
     before, ids = bits(policy), PROMPTS[4][None]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
         apart = policy.model(input_ids=ids).logits
@@ -215,6 +220,12 @@ def test_adapters_that_are_off_stay_off(tmp_path, no_generate):
         with sampling_weights(policy.model):
             assert not any(layer.merged for layer in policy.modules() if hasattr(layer, "merged"))
     assert off != drawn(SlotEngine(3), policy)
+
+
+def test_adapters_are_not_merged_into_halves_that_are_computed_with_in_float32(tmp_path):
+    policy = policy_of(tmp_path, "llama", DECODER, Lora(r=4)).bfloat16()
+    with float32_arithmetic(policy), sampling_weights(policy.model):
+        assert not any(layer.merged for layer in policy.modules() if hasattr(layer, "merged"))
 
 
 def test_adapters_stay_apart_where_memory_is_short(tmp_path, monkeypatch):
