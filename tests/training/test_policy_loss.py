@@ -154,6 +154,19 @@ def test_a_step_is_the_mean_that_is_asked_for(rollout):  # noqa: F811
     assert len({round(each, 4) for each in made.values()}) == 3
 
 
+def test_the_three_means_take_one_step_where_all_responses_are_of_full_length(build_ppo, trainer):  # noqa: F811
+    made = []
+    for aggregation in ("token", "response", "constant"):
+        settings = {"loss_aggregation": aggregation, "num_ppo_epochs": 2, "max_grad_norm": 0.0}
+        module, recorder, _ = fitted(trainer, build_ppo(optimizer=SGD, data={"limit": 6}, **settings))
+        assert recorder.rows[0]["missing_eos"] == 1
+        made.append((weights(module), recorder.rows[0]["value_loss"]))
+    assert made[0][1] > 1e-3
+    for other_weights, loss in made[1:]:
+        torch.testing.assert_close(other_weights, made[0][0], rtol=0, atol=1e-6)
+        assert loss == pytest.approx(made[0][1], rel=1e-5)
+
+
 def test_two_processes_take_the_step_of_one(tmp_path):
     """Mean over responses, those without an end left out, rewards scaled by the batch of all processes."""
     settings = ["--model.advantage_estimator", "grpo", "--model.num_generations", "2", "--model.value_model", "null"]
