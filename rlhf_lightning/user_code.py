@@ -40,11 +40,13 @@ def load_function(given: str, otherwise: str) -> Callable[..., Any]:
     return found
 
 
-def named_entry(given: str, table: Mapping[str, Any], key: str) -> Any:
-    """The entry of a table by its name, or a user's own function by `module:function`.
+def named_entry(given: str | Callable[..., Any], table: Mapping[str, Any], key: str) -> Any:
+    """The entry of a table by its name, or a user's own function, by `module:function` or, in Python, itself.
 
     Raises `ConfigurationError`, with the nearest names, for what is neither; `key` names the setting.
     """
+    if not isinstance(given, str):
+        return given
     if given in table:
         return table[given]
     if names_function(given):

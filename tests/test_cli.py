@@ -15,8 +15,8 @@ import yaml
 from rlhf_lightning import __version__
 from rlhf_lightning.commands.fit import ParsedRun, run
 from rlhf_lightning.commands.main import COMMANDS, main
-from rlhf_lightning.commands.refusals import OTHER_NAMES
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.other_names import OTHER_NAMES
 from tests.test_configs import CONFIGS, ROOT
 
 QUICKSTART = str(ROOT / "configs" / "quickstart" / "reward_model.yaml")

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_lightning"
 
 LAYERS = {
     "errors": 0,
+    "other_names": 0,
+    "arguments": 0,
     "batches": 0,
     "tiny": 0,
     "hub": 0,

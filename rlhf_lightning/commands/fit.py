@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.commands.quiet import quieten
-from rlhf_lightning.commands.refusals import OTHER_NAMES, OneLineParser
+from rlhf_lightning.commands.refusals import OneLineParser
 from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
 from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.data.sft_datamodule import SFTDataModule
@@ -31,6 +31,7 @@ from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, write_configuration
 from rlhf_lightning.models.reward_network import is_reward_network
+from rlhf_lightning.other_names import OTHER_NAMES
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
 from rlhf_lightning.planning.room_on_disk import RoomOnDisk
 from rlhf_lightning.terminal import say

@@ -11,63 +11,6 @@ from jsonargparse import ArgumentParser
 
 from rlhf_lightning.errors import ConfigurationError
 
-OTHER_NAMES = {
-    "learning_rate": "model.optimizer.lr",
-    "lr": "model.optimizer.lr",
-    "weight_decay": "model.optimizer.weight_decay",
-    "optim": "model.optimizer",
-    "optimizer": "model.optimizer",
-    "scheduler": "model.lr_scheduler_type",
-    "model_name_or_path": "model.backbone",
-    "model_name": "model.backbone",
-    "warmup_steps": "model.warmup_ratio",
-    "target_modules": "model.lora.target_modules",
-    "lora_alpha": "model.lora.lora_alpha",
-    "lora_r": "model.lora.r",
-    "rank": "model.lora.r",
-    "targets": "model.lora.target_modules",
-    "use_peft": "model.lora",
-    "temperature": "model.temperature",
-    "max_new_tokens": "model.max_new_tokens",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "train_file": "data.train",
-    "validation_file": "data.val",
-    "per_device_train_batch_size": "data.batch_size",
-    "per_device_eval_batch_size": "data.eval_batch_size",
-    "batch_size": "data.batch_size",
-    "max_seq_length": "data.max_length",
-    "max_length": "data.max_length",
-    "packing": "model.layout packed",
-    "epochs": "trainer.max_epochs",
-    "num_epochs": "trainer.max_epochs",
-    "num_train_epochs": "trainer.max_epochs",
-    "max_steps": "trainer.max_steps",
-    "steps": "trainer.max_steps",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "logging_steps": "trainer.log_every_n_steps",
-    "eval_steps": "trainer.val_check_interval",
-    "gpus": "trainer.devices",
-    "num_gpus": "trainer.devices",
-    "fp16": "trainer.precision 16-mixed",
-    "bf16": "trainer.precision bf16-mixed",
-    "deepspeed": "trainer.strategy zero2",
-    "report_to": "trainer.logger",
-    "logging_dir": "trainer.logger.save_dir",
-    "output_dir": "trainer.callbacks.directory (the model that ExportBest writes), trainer.logger.save_dir (the rest)",
-    "epsilon": "model.clip_range",
-    "epsilon_high": "model.clip_range_high",
-    "delta": "model.dual_clip",
-    "cliprange": "model.clip_range",
-    "mask_truncated_completions": "model.mask_truncated_responses",
-    "loss_agg_mode": "model.loss_aggregation",
-    "importance_sampling_level": "model.policy_loss_type gspo",
-    "resume_from_checkpoint": "ckpt_path last",
-    "seed": "seed_everything",
-}
-"""What other trainers call a key, and the key of `fit` that does it, perhaps with its value."""
-
 _OTHER_VALUES = {"fp16": "16-mixed", "float16": "16-mixed", "bfloat16": "bf16-mixed", "fp32": "32-true"}
 
 _WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping"}
@@ -82,7 +25,7 @@ class OneLineParser(ArgumentParser):
     """Raises `ConfigurationError` of one line where jsonargparse prints a page."""
 
     other_names: Mapping[str, str] = {}
-    """As `OTHER_NAMES`."""
+    """As `other_names.OTHER_NAMES`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigurationError(essence(message) + meant(message, self._keys(), self.other_names)) from ex
@@ -142,6 +85,8 @@ def essence(message: str) -> str:
     text = "; ".join(part for part in parts if not part.startswith("Expected")) or _expected(parts, given)
     path = ".".join(keys)
     nested = re.match(r"[a-z]\w*(\.[\w\[\]]+)*: ", text) if keys else None
+    if path == "trainer.callbacks" and "is not accepted" in text:
+        text += " by the last callback of the list, which --trainer.callbacks.KEY goes to; give it before the next one"
     return f"{path}{'.' if nested else ': ' if path else ''}{text or message}"
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.training.checks import check_precision
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.zero import ZeroStrategy
 
@@ -69,9 +70,4 @@ def refuse_wrong_numbers(trainer: Trainer) -> None:
             "trainer.strategy: Lightning's stock DeepSpeed strategy divides the gradients by accumulate_grad_batches "
             "twice and rounds the margins of a batch to half precision; use zero2"
         )
-    if trainer.precision in ("16-true", "bf16-true"):
-        half = trainer.precision.removesuffix("-true")
-        raise ConfigurationError(
-            f"trainer.precision: {trainer.precision} rounds the rotary position frequencies as well, which spoils long "
-            f"rows; use {half}-mixed or 32-true"
-        )
+    check_precision(trainer)

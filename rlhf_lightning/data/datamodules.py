@@ -13,6 +13,7 @@ from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from rlhf_lightning.arguments import CheckedArguments
 from rlhf_lightning.batches import Layout, PreferenceBatch
 from rlhf_lightning.data.batching import (
     BatchLoader,
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 Rows = TypeVar("Rows", bound=TokenizedRows)
 
 
-class DataModule(LightningDataModule, Generic[Rows]):
+class DataModule(CheckedArguments, LightningDataModule, Generic[Rows]):
     """What the data modules of pairs and of prompts share: sources by role, a chat format, tokenized rows, loaders.
 
     In a script, `train`, `val` and `test` may also be a list of rows (dicts) or a `datasets.Dataset`, and `tokenizer`

@@ -41,6 +41,16 @@ _FALLEN = -1.0
 """Nats by which the chosen responses must have fallen on average before there is an alarm."""
 
 
+def check_precision(trainer: Trainer) -> None:
+    """Refuse precisions that compute wrong numbers. Raises `ConfigurationError`."""
+    if trainer.precision in ("16-true", "bf16-true"):
+        half = trainer.precision.removesuffix("-true")
+        raise ConfigurationError(
+            f"trainer.precision: {trainer.precision} rounds the rotary position frequencies as well, which spoils long "
+            f"rows; use {half}-mixed or 32-true"
+        )
+
+
 def check_tokens_fit(
     data: LightningDataModule | None,
     config: PretrainedConfig,

@@ -34,6 +34,7 @@ from rlhf_lightning.training.module import PolicyModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
 from rlhf_lightning.training.references import Reference
+from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class DPO(PolicyModule):
             any causal language model, or `builtin:tiny`.
         loss_type: Name of the loss; its formula stands in the function of that name in `rlhf_lightning.functional`.
             `ipo`, `sigmoid_norm`, `simpo` and `orpo` take log-probs per token, the others those of whole responses. Or
-            `module:function` of yours, which takes what `dpo_loss` does, and gives the loss of each pair.
+            `module:function` of yours (in Python, the function itself), which takes what `dpo_loss` does, and gives the
+            loss of each pair.
         beta: Strength of the pull to the reference; about 5 for `sigmoid_norm`, 2 to 10 for `simpo`.
         label_smoothing: Probability with which a label is taken to be wrong; for `sigmoid` (cDPO), `robust`,
             `sigmoid_norm`, `simpo` and `exo_pair`.
@@ -70,6 +72,7 @@ class DPO(PolicyModule):
 
     shown = ("loss", "rewards/accuracies")
     log_line = {"loss": "loss", "rewards/accuracies": "reward accuracy"}  # noqa: RUF012
+    objects = (*PolicyModule.objects, "loss_type")
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class DPO(PolicyModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
+        self.save_hyperparameters({"loss_type": name_of(loss_type)})  # which is what a checkpoint holds
         self.loss = PairLoss(
             loss_type,
             beta=beta,
@@ -101,7 +105,7 @@ class DPO(PolicyModule):
             self.reference = Reference(reference, self, precomputed=precompute_reference)
         elif reference is not None or precompute_reference:
             raise ConfigurationError(
-                f"model.reference: the loss {loss_type} has no reference; leave the key out (null), and "
+                f"model.reference: the loss {self.loss.name} has no reference; leave the key out (null), and "
                 "model.precompute_reference"
             )
         self.train_metrics = self._metrics()

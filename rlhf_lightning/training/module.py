@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
 from torch import Tensor, nn
 
+from rlhf_lightning.arguments import CheckedArguments
 from rlhf_lightning.batches import Layout
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
 from rlhf_lightning.data.datamodules import chat_format_of
@@ -49,7 +50,7 @@ from rlhf_lightning.training.checkpoints import (
     store_origin,
     warn_of_other_settings,
 )
-from rlhf_lightning.training.checks import check_tokens_fit
+from rlhf_lightning.training.checks import check_precision, check_tokens_fit
 from rlhf_lightning.training.measures import Measured, named
 from rlhf_lightning.training.opening import say_what_is_trained
 from rlhf_lightning.training.optimization import (
@@ -81,7 +82,7 @@ class Exportable(Protocol):
     def export(self, directory: str | Path, *, merge: bool = True) -> None: ...
 
 
-class TrainedModule(LightningModule):
+class TrainedModule(CheckedArguments, LightningModule):
     """A module with one optimizer, a learning-rate schedule, metrics, and a network that can be exported.
 
     A class derived from it gives `build_network`, `training_step`, `trial_loss`, `measure` and `save_network`, and puts
@@ -227,6 +228,7 @@ class TrainedModule(LightningModule):
             return super().load_from_checkpoint(checkpoint_path, *arguments, **named)
 
     def setup(self, stage: str) -> None:
+        check_precision(self.trainer)
         self.check_data(self.trainer.datamodule)
         self.chat_format = chat_format_of(self.trainer.datamodule) or self.chat_format
 
@@ -387,6 +389,8 @@ class PolicyModule(TrainedModule):
         super().__init__(backbone, **shared)
         if isinstance(lora, Lora):  # a checkpoint holds plain values
             self.save_hyperparameters({"lora": asdict(lora)})
+        if not isinstance(lora, Lora | Mapping | None):
+            raise ConfigurationError(f"model.lora: a {type(lora).__name__}; give Lora(r=16), or a dict of its keys")
         self.lora = None if lora is None else Lora(**self.hparams.lora)
         check_four_bits(backbone, load_in_4bit)
         self._batch_began = 0.0

@@ -52,6 +52,11 @@ def check_optimizer(optimizer: OptimizerCallable) -> None:
 
     Raises `ConfigurationError`.
     """
+    if not callable(optimizer):
+        raise ConfigurationError(
+            f"model.optimizer: a {type(optimizer).__name__}; give a function of the parameters, such as lambda params: "
+            "torch.optim.AdamW(params, lr=1e-5)"
+        )
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:

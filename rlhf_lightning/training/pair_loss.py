@@ -14,10 +14,12 @@ from torch import Tensor
 from rlhf_lightning.errors import ConfigurationError, reason_of
 from rlhf_lightning.functional.losses import PREFERENCE_LOSSES, PreferenceLoss
 from rlhf_lightning.models.causal_lm import ResponseLogprobs
-from rlhf_lightning.user_code import named_entry
+from rlhf_lightning.user_code import name_of, named_entry
 
 if TYPE_CHECKING:
-    LossType = str
+    from collections.abc import Callable
+
+    LossType = str | Callable[..., Tensor]
 else:
     LossType = Literal[tuple(PREFERENCE_LOSSES)] | str
 """A name of the table, or `module:function`; `PairLoss` refuses other texts, with the nearest names."""
@@ -52,11 +54,11 @@ class PairLoss:
     function that does not give a loss for each pair.
     """
 
-    def __init__(self, name: str, *, beta: float, **given: float | None) -> None:
-        self.name = name
-        found = named_entry(name, PREFERENCE_LOSSES, "model.loss_type")
+    def __init__(self, given: LossType, *, beta: float, **settings: float | None) -> None:
+        self.name = name = name_of(given)
+        found = named_entry(given, PREFERENCE_LOSSES, "model.loss_type")
         self.loss: PreferenceLoss = found if isinstance(found, PreferenceLoss) else PreferenceLoss(found)
-        self.settings = {"beta": beta} | _settings(name, self.loss, given)
+        self.settings = {"beta": beta} | _settings(name, self.loss, settings)
         self._try()
 
     @property
