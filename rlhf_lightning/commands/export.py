@@ -24,7 +24,8 @@ from rlhf_lightning.training.callbacks import exported_bytes
 from rlhf_lightning.training.checkpoints import ORIGIN, read_checkpoint
 from rlhf_lightning.training.checks import trained_module
 from rlhf_lightning.training.model_card import write_card
-from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.policy_module import PolicyModule
 
 _LARGEST_DIFFERENCE = 1e-3
 """Of log-probs in nats, or of scores. Float32 rounding, merged adapters included, stays far below it."""

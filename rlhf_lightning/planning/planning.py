@@ -28,7 +28,8 @@ from rlhf_lightning.planning.memory import (
 )
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
 from rlhf_lightning.training.callbacks import ExportBest
-from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.policy_module import PolicyModule
 from rlhf_lightning.training.references import HALVES
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples

@@ -37,7 +37,8 @@ from rlhf_lightning.terminal import search_no_gpu
 from rlhf_lightning.training.results import Results
 
 if TYPE_CHECKING:
-    from rlhf_lightning.training.module import PolicyModule, TrainedModule
+    from rlhf_lightning.training.module import TrainedModule
+    from rlhf_lightning.training.policy_module import PolicyModule
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from rlhf_lightning.training.checks import (
     warn_of_falling_chosen,
 )
 from rlhf_lightning.training.measures import Measured, means, named
-from rlhf_lightning.training.module import PolicyModule
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
+from rlhf_lightning.training.policy_module import PolicyModule
 from rlhf_lightning.training.references import Reference
 from rlhf_lightning.user_code import name_of
 

@@ -29,7 +29,7 @@ from rlhf_lightning.rewards.source import RewardSource
 from rlhf_lightning.rollouts import Experience, Responses, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
-from rlhf_lightning.training.module import PolicyModule
+from rlhf_lightning.training.policy_module import PolicyModule
 from rlhf_lightning.training.references import Reference, held_dtype
 from rlhf_lightning.training.rollout_log import RolloutLog
 from rlhf_lightning.training.validation import validate

@@ -30,7 +30,7 @@ from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_lightning.training.module import PolicyModule
+    from rlhf_lightning.training.policy_module import PolicyModule
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.slot_engine import greedy_responses
 from rlhf_lightning.training.media import log_table, taking_media
-from rlhf_lightning.training.module import PolicyModule
+from rlhf_lightning.training.policy_module import PolicyModule
 
 log = logging.getLogger(__name__)
 

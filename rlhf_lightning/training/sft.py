@@ -20,8 +20,8 @@ from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores, ResponseScores
 from rlhf_lightning.training.checks import check_finite
 from rlhf_lightning.training.measures import Measured, means
-from rlhf_lightning.training.module import PolicyModule
 from rlhf_lightning.training.optimization import Schedule
+from rlhf_lightning.training.policy_module import PolicyModule
 
 
 class SFT(PolicyModule):

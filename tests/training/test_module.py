@@ -13,8 +13,9 @@ from rlhf_lightning import DPO
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.training.callbacks import ExportBest
-from rlhf_lightning.training.module import PolicyModule, TrainedModule
+from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.pair_loss import PairLogprobs
+from rlhf_lightning.training.policy_module import PolicyModule
 from tests.programs import run
 from tests.training.conftest import builder, sgd, weights
 
