@@ -210,10 +210,13 @@ def test_a_checkpoint_brings_the_settings_of_its_run(capsys, tmp_path):
 
 
 def test_a_run_that_was_stopped_before_it_got_better_says_so(capsys, tmp_path):
-    rows = [{"prompt": f"{i} + {i}?", "chosen": f"It is {2 * i}, I think.", "rejected": "no"} for i in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = ["--config", "builtin:reward_model", "--config", "builtin:hardware/cpu"]
-    assert main(["fit", *config, "--model.backbone=builtin:tiny", "--data.train=pairs.jsonl"]) == 0
+    """Its held-out pairs say the opposite of what it learns."""
+    answers = ("It is so, I think.", "no")
+    for name, (chosen, rejected) in (("pairs", answers), ("val", answers[::-1])):
+        rows = [{"prompt": f"{name} {i} + {i}?", "chosen": chosen, "rejected": rejected} for i in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ["--config", "builtin:reward_model", "--config", "builtin:hardware/cpu", "--model.backbone=builtin:tiny"]
+    assert main(["fit", *config, "--data.train=pairs.jsonl", "--data.val=val.jsonl", "--trainer.max_epochs=12"]) == 0
     printed = capsys.readouterr().out
     assert "checkpoint:  runs/reward_model/version_0/checkpoints/best-0.ckpt" in printed
     assert re.search(r"^stopped early: .*val/auroc did not improve in the last 6", printed, re.MULTILINE)

@@ -63,11 +63,12 @@ def evaluated(here, tmp_path):  # noqa: F811
     """Run `evaluate` there; the directory it wrote and its metrics."""
     write(here / "refusal.jsonl", REFUSAL)
 
-    def run(*arguments: str, out: Path | None = None) -> tuple[Path, dict]:
+    def run(*arguments: str, out: Path | None = None, own: str = "-") -> tuple[Path, dict]:
+        """`own` begins the names of a benchmark that no page can know."""
         out = out or tmp_path / "out"
         assert main(["evaluate", *arguments, "--out", str(out)]) == 0
         numbers = json.loads((out / "metrics.json").read_text())["metrics"]
-        assert not undocumented(numbers)
+        assert not [name for name in undocumented(numbers) if not name.startswith(own)]
         return out, numbers
 
     return run

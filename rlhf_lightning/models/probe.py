@@ -1,6 +1,6 @@
 """A few fixed tokens by whose outputs two copies of a model are compared; run as a program, the copy on disk.
 
-python -m rlhf_lightning.models.probe DIRECTORY FILE.safetensors [trust] [4bit]
+python -m rlhf_lightning.models.probe DIRECTORY FILE.safetensors [trust] [4bit] [packed|shared]
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from rlhf_lightning.batches import Layout
 
 _ROWS, _TOKENS = 2, 16
 
@@ -34,7 +36,8 @@ def log_probs(model: nn.Module, vocab_size: int) -> Tensor:
 def main(directory: str, file: str, *options: str) -> None:
     """Load a directory as a user would, and write its log-probs or scores on the probe as `outputs`.
 
-    With the option `trust` code that comes with the model is run; with `4bit` its weights are held as QLoRA's.
+    With the option `trust` code that comes with the model is run; with `4bit` its weights are held as QLoRA's; with
+    `packed` or `shared` the rows of a reward network lie so.
     """
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,7 +49,9 @@ def main(directory: str, file: str, *options: str) -> None:
     adapters_alone = (Path(directory) / "adapter_config.json").is_file()
     config = None if adapters_alone else AutoConfig.from_pretrained(directory, trust_remote_code=trust)
     if config is not None and is_reward_network(config):
-        outputs = RewardNetwork.from_pretrained(directory, trust_remote_code=trust)(*probe_rows(config.vocab_size))
+        layout: Layout = next((each for each in ("packed", "shared") if each in options), "padded")
+        network = RewardNetwork.from_pretrained(directory, layout=layout, trust_remote_code=trust)
+        outputs = network(*probe_rows(config.vocab_size))
     else:
         settings = {"quantization_config": four_bits()} if "4bit" in options else {}
         model = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.selection import TokenizedPairs
 from rlhf_lightning.data.sources import WeightedSource
-from rlhf_lightning.data.statistics import contradictions, duplicates, longer_chosen, padding_share, shared_prompts
+from rlhf_lightning.data.statistics import _padding_share, contradictions, duplicates, longer_chosen, shared_prompts
 from rlhf_lightning.data.tokenized import tokenize_source
 from rlhf_lightning.data.tokenizer import load_tokenizer
 
@@ -81,6 +81,6 @@ def test_padding_is_what_a_batch_of_right_padded_rows_holds(pairs_of):
     rows = [(p + c, p + r) for p, c, r in zip(prompt, chosen, rejected, strict=True)]
     first, last = [*rows[0], *rows[1]], [*rows[2]]
     padded = 4 * max(first) + 2 * max(last)
-    share = padding_share(pairs, [np.array([0, 1]), np.array([2])])
+    share = _padding_share(pairs, [np.array([0, 1]), np.array([2])])
     assert share == pytest.approx(1 - (sum(first) + sum(last)) / padded, abs=1e-12)
-    assert padding_share(pairs_of([("p", "a", "b")]), [np.array([0])]) == 0
+    assert _padding_share(pairs_of([("p", "a", "b")]), [np.array([0])]) == 0

@@ -12,9 +12,9 @@ from rlhf_lightning.models.causal_lm import CausalLM, Lora, load_causal_config
 from rlhf_lightning.models.reward_network import RewardNetwork
 from rlhf_lightning.models.states import hidden_states
 from rlhf_lightning.planning.simulation import (
+    Live,
     NotSimulated,
     Shape,
-    _Live,
     cache_bytes,
     count_weights,
     head_bytes,
@@ -101,7 +101,7 @@ def test_the_output_layer_s_bytes_are_those_of_its_operations(positions, trained
     hidden = torch.randn(positions, 8, requires_grad=True)
     weight = torch.randn(700, 8, requires_grad=trained)
     targets = torch.zeros(positions, dtype=torch.long)
-    with _Live([hidden, weight, targets]) as live:
+    with Live([hidden, weight, targets]) as live:
         linear_logprobs(hidden, weight, targets).sum().backward()
     counted = head_bytes(positions, 8, 700, operand=4, cast=False, trained=trained)
     assert live.peak == pytest.approx(counted, rel=0.12)

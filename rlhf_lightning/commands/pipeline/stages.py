@@ -18,6 +18,7 @@ from typing import Any
 import xxhash
 
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.files.seals import MARK
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -106,7 +107,8 @@ def inputs_of(stage: Stage, home: Path) -> dict[str, str]:
 def content_hash(path: Path, home: Path | None = None, pattern: str = "*") -> str:
     """The hash of a file, or of the names and contents of all files in a directory that match a pattern.
 
-    Of a directory that the pipeline's own one, `home`, lies in, the files are taken and not its directories.
+    Of a directory that the pipeline's own one, `home`, lies in, the files are taken and not its directories. Where a
+    model came from is no part of what it is.
     """
     path = path.expanduser().resolve()
     if path.is_file():
@@ -114,7 +116,7 @@ def content_hash(path: Path, home: Path | None = None, pattern: str = "*") -> st
     digest = xxhash.xxh3_128()
     shallow = home is not None and home.resolve().is_relative_to(path)
     for file in sorted(path.glob(pattern) if shallow else path.rglob(pattern)):
-        if file.is_file() and "__pycache__" not in file.parts:
+        if file.is_file() and "__pycache__" not in file.parts and file.name != MARK:
             digest.update(f"{file.relative_to(path)}\0{_file_hash(file)}\0".encode())
     return digest.hexdigest()
 

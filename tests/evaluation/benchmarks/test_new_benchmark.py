@@ -35,7 +35,7 @@ def puns(here, monkeypatch):
 
 def test_its_metrics_rows_section_note_line_and_files_come_out(evaluated, puns, capsys):  # noqa: F811
     arguments = ["--reward_model", "models/reward", "--benchmarks", json.dumps({"puns": puns.name})]
-    out, metrics = evaluated(*arguments)
+    out, metrics = evaluated(*arguments, own="rm/puns/")
     assert set(metrics) == {"rm/puns/short", "rm/puns/long"}
     assert metrics["rm/puns/long"]["n"] == 3
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
