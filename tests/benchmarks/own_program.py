@@ -14,19 +14,25 @@ def train(job: dict) -> list[float]:
     """Losses of the optimizer steps."""
     import lightning.pytorch as pl
     import torch
+    from lightning.pytorch.loggers import Logger
 
     from rlhf_lightning import DPO, PreferenceDataModule, RewardModel
 
     torch.set_num_threads(1)
     settings = job["settings"]
 
-    class Losses(pl.Callback):
+    class Losses(Logger):
+        name, version = "losses", 0
+
         def __init__(self) -> None:
+            super().__init__()
             self.seen: list[float] = []
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-                self.seen.append(trainer.callback_metrics["train/loss"].item())
+        def log_hyperparams(self, *arguments, **named) -> None:
+            pass
+
+        def log_metrics(self, metrics, step=None) -> None:
+            self.seen += [metrics["train/loss"]] if "train/loss" in metrics else []
 
     def adamw(parameters):
         return torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.0)
@@ -41,7 +47,7 @@ def train(job: dict) -> list[float]:
         val=job["pairs"],
         tokenizer=job["model"],
         batch_size=settings["per_device_train_batch_size"],
-        max_length=4096,
+        max_length=2048,
         cache_dir=job["output"],
     )
     losses = Losses()
@@ -54,11 +60,10 @@ def train(job: dict) -> list[float]:
         log_every_n_steps=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        logger=False,
+        logger=losses,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses],
     )
     trainer.fit(module, data)
     return losses.seen
