@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PPO, PromptDataModule
 from rlhf_lightning.models.precision import halve_frozen
-from rlhf_lightning.training import module as training_module
+from rlhf_lightning.training import policy_module as training_module
 from rlhf_lightning.training.callbacks import PairScores
 
 LORA = {"lora": {"r": 4, "lora_alpha": 8.0}}
