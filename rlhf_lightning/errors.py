@@ -26,16 +26,22 @@ class TrainingError(UserError):
     """A run cannot go on: what it computes is no number, or not what it should be."""
 
 
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and then what it was raised for or while handling, the nearest first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
     """Inside, a `UserError` of a constructor stays what it is: the parser wraps it in a ValueError of many lines."""
     try:
         yield
     except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None or cause is error:
+        cause = next((each for each in with_causes(error) if isinstance(each, UserError)), error)
+        if cause is error:
             raise
         raise cause from error
 

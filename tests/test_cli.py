@@ -695,9 +695,14 @@ def test_no_thread_of_gloo_outlives_the_program():
 @pytest.mark.parametrize(
     ("rank", "words"), [(None, "rlhf-lightning: interrupted\n"), ("0", "rlhf-lightning: interrupted\n"), ("1", "")]
 )
-def test_of_several_processes_one_says_that_it_was_interrupted(capsys, monkeypatch, rank, words):
+@pytest.mark.parametrize("within", ["a line of ours", "a library, which then fails of it"])
+def test_of_several_processes_one_says_that_it_was_interrupted(capsys, monkeypatch, rank, words, within):
     def interrupted(_):
-        raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if within != "a line of ours":
+                raise RuntimeError("half done")
 
     monkeypatch.setattr("rlhf_lightning.commands.doctor.run", interrupted)
     if rank is not None:

@@ -30,11 +30,11 @@ from tests.training.test_dpo import LORA
 def checkpoint(request, trainer, tmp_path):  # noqa: F811
     """Train a few steps with a builder and settings, as named by the parameter; the path of the checkpoint."""
 
-    def make(builder: str, *callbacks, **settings) -> str:
+    def make(builder: str, *callbacks, ckpt_path: str | None = None, **settings) -> str:
         save = ModelCheckpoint(tmp_path / "checkpoints", filename="last")
         module, datamodule = request.getfixturevalue(builder)(**settings)
         trainer(callbacks=[Results(), save, *callbacks], enable_checkpointing=True, max_epochs=2).fit(
-            module, datamodule
+            module, datamodule, ckpt_path=ckpt_path
         )
         return save.best_model_path
 
@@ -152,9 +152,11 @@ def test_export_best_writes_the_best_checkpoint(checkpoint, tmp_path, build_dpo,
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_model_that_is_replaced_is_named_by_the_checkpoint_that_it_came_from(checkpoint, tmp_path, build, caplog):  # noqa: F811
     caplog.set_level("INFO")
-    first = ExportBest(str(tmp_path / "best"))
+    first, resumed = ExportBest(str(tmp_path / "best")), ExportBest(str(tmp_path / "best"))
     path = checkpoint("build", first)
-    assert (first.exported, first.remark) == (True, "")
+    assert checkpoint("build", resumed, ckpt_path=path) == path
+    for callback in (first, resumed):
+        assert (callback.exported, callback.remark) == (True, "")
     again = ExportBest(str(tmp_path / "best"))
     newer = checkpoint("build", again)
     assert newer != path

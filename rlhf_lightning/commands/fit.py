@@ -26,7 +26,7 @@ from rlhf_lightning.commands.refusals import OneLineParser
 from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
 from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
 from rlhf_lightning.data.sft_datamodule import SFTDataModule
-from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError
+from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError, with_causes
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, write_configuration
@@ -350,13 +350,12 @@ def _refusal(error: Exception) -> UserError | None:
         )
     if (library := type(error).__module__.split(".")[0]) in _LOGGING_LIBRARIES:
         return ConfigurationError(f"trainer.logger: {library}: {error}"[:400])
-    cause: BaseException | None = error if isinstance(error, ValueError) else None
-    while cause is not None:  # the parser wraps what a constructor raises in a ValueError of its own
+    for cause in with_causes(error) if isinstance(error, ValueError) else ():
+        # the parser wraps what a constructor raises in a ValueError of its own
         if isinstance(cause, UserError):
             return cause
         if isinstance(cause, MisconfigurationException | ImportError) and cause.__cause__ is None:
             return ConfigurationError(str(cause)[:400])
-        cause = cause.__cause__ or cause.__context__
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.commands.pipeline.processes import OF_A_PIPELINE, end_with_pipeline
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, with_causes
 from rlhf_lightning.user_code import find_in_working_directory
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -116,6 +116,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except UserError as error:
         return _refuse("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except Exception as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause in with_causes(error)):  # in the midst of a library
+            return _interrupted()
         from rlhf_lightning.files.disks import named_full_disk
 
         if (full := named_full_disk(error, ["."])) is not None:
@@ -124,9 +126,13 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         return _refuse(f"{error.filename or 'files'}: {error.strerror or error}; give another path, or make room there")
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
-            print("rlhf-lightning: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
+        print("rlhf-lightning: interrupted", file=sys.stderr)
+    return 130
 
 
 def _refuse(message: str) -> int:

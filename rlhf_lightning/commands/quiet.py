@@ -21,7 +21,7 @@ def quieten() -> None:
     search_no_gpu()
     # TensorBoard writes in a thread, whose error is raised again where it is next asked to write.
     others = threading.excepthook
-    threading.excepthook = lambda ended: None if full_disk(ended.exc_value) else others(ended)
+    threading.excepthook = lambda ended: None if ended.exc_value and full_disk(ended.exc_value) else others(ended)
     warnings.formatwarning = visible_warning
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlhf_lightning.errors import ConfigurationError, UserError
+from rlhf_lightning.errors import ConfigurationError, UserError, with_causes
 from rlhf_lightning.files.leftovers import held_directory
 
 _REASONS = {
@@ -27,15 +27,14 @@ _SAID = {
 """What libraries make of it: safetensors and tokenizers (Rust), torch's writer of checkpoints, pyarrow."""
 
 
-def full_disk(error: BaseException | None) -> str | None:
+def full_disk(error: BaseException) -> str | None:
     """The reason, in words, where an error or one of its causes is a full disk; else None."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REASONS:
-            return _REASONS[error.errno]
+    for cause in with_causes(error):
+        if isinstance(cause, OSError) and cause.errno in _REASONS:
+            return _REASONS[cause.errno]
         for number, said in _SAID.items():
-            if not isinstance(error, UserError) and re.search(said, str(error)):
+            if not isinstance(cause, UserError) and re.search(said, str(cause)):
                 return _REASONS[number]
-        error = error.__cause__ or error.__context__
     return None
 
 

@@ -159,7 +159,8 @@ class ExportBest(Callback):
             return
         self.fault = "no checkpoint was saved" if best is None else self._export(trainer, pl_module, best.path)
         self.exported = self.fault is None
-        if self._replaced:
+        again = best is not None and self._replaced == short_path(best.path)  # as where it was killed since
+        if self._replaced and not again:
             self.remark += f" (replaced the one from {self._replaced})"
         if self.fault:
             log.warning("%s: nothing is exported: %s", self.directory, self.fault)

@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rlhf_lightning.errors import with_causes
 from rlhf_lightning.training.best import how_to_resume, newest_checkpoint
 from rlhf_lightning.training.processes import over_processes
 from rlhf_lightning.training.resume import INTERRUPTED, ProcessStates
@@ -179,15 +180,17 @@ class SaveAtSignal(Callback):
         self._watch = Watch(trainer, _signals(trainer))
         try:
             yield
-        except Interrupted as interrupted:
+        except BaseException as error:
+            # Raised between two lines of a library, it may come back as the cause of another error of that library.
+            interrupted = next((each for each in with_causes(error) if isinstance(each, Interrupted)), None)
+            if interrupted is None:
+                self.close()
+                raise
             if interrupted.saved is None:
                 _end_others(trainer)
             if trainer.is_global_zero and _requeues(trainer, interrupted.number):
                 _requeue()
-            raise
-        except BaseException:
-            self.close()
-            raise
+            raise interrupted from None
         self.close()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

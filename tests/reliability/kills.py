@@ -105,17 +105,22 @@ def trained(kind: str, directory: Path) -> dict[str, object]:
     whole.rename(versions / "version_0")
     return {
         "checkpoint": digest(last_checkpoint(directory)),
-        "model": contents(directory / "model"),
+        "model": contents(directory / "model", of_any_version),
         "curves": {name: curve(directory, name) for name in CURVES.get(kind, LOGGED)},
-        "printed": re.sub(r"version_\d+", "version_0", (directory / "out.txt").read_text()),
+        "printed": of_any_version((directory / "out.txt").read_bytes()).decode(),
         "files": names(directory),
     }
 
 
-def contents(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file."""
+def contents(directory: Path, read: Callable[[bytes], bytes] = bytes) -> dict[str, str]:
+    """SHA-256 of each file, read by `read`."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(directory)): hashlib.sha256(read(file.read_bytes())).hexdigest() for file in files}
+
+
+def of_any_version(content: bytes) -> bytes:
+    """Without the number of the logger's version, which an export names with its checkpoint."""
+    return re.sub(rb"version_\d+", b"version_0", content)
 
 
 def names(directory: Path) -> set[str]:

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,29 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_just_there(tmp_path, unbr
     assert ended == 0, error[-3000:]
     assert f"(step {step})" in re.search(r"resuming from .*", error)[0]
     check_same(tmp_path / "run", whole)
+
+
+def fail_of_a_signal() -> None:
+    """Let a signal come while a library is in the midst of what it can then not undo, as torch's stack of modes."""
+    load = reward_model.RewardModel.configure_model
+
+    def configure_model(module):
+        load(module)
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1.0)
+        finally:
+            raise RuntimeError("half done")
+
+    reward_model.RewardModel.configure_model = configure_model
+
+
+def test_a_signal_of_which_a_library_fails_ends_a_run_as_a_signal(tmp_path, unbroken):
+    file, _ = unbroken("RewardModel")
+    ended = run(tmp_path, "fit", "--config", file, prepare=fail_of_a_signal)
+    assert ended.code == 138, ended.error[-3000:]
+    assert "interrupted at step 0; no checkpoint was saved yet" in ended.error
+    assert "Traceback" not in ended.error
 
 
 def fail_at(step: int, error: Exception) -> None:
