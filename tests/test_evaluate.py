@@ -27,9 +27,11 @@ from rlhf_lightning.data.courtesy.make import make_rows
 from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.evaluation import answers
 from rlhf_lightning.evaluation import run as measure
+from rlhf_lightning.evaluation.benchmarks.judgebench import CATEGORIES
 from rlhf_lightning.evaluation.benchmarks.prior_sets import PRIOR_SETS
 from rlhf_lightning.evaluation.benchmarks.rewardbench import SECTIONS, SUBSETS, lite_rows, load_rewardbench
 from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2
+from rlhf_lightning.evaluation.benchmarks.rm_bench import DOMAINS
 from rlhf_lightning.evaluation.settings import EvaluationSettings
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.rewards.scorers import ImplicitScorer, RewardScorer
@@ -80,7 +82,8 @@ def documented() -> dict[str, re.Pattern[str]]:
     subset = "|".join([*SUBSETS, *SUBSETS_2, *PRIOR_SETS])
     several = {"SIDE": "(before|after)", "SECTION": f"({'|'.join(SECTIONS)})", "SUBSET": f"({subset})"}
     several |= {"^rm/": "(rm|rm_held_out|implicit)/", "^policy/": "(policy|policy_held_out)/"}
-    several |= {"/rewardbench/": "/rewardbench(_lite)?/"}
+    several |= {"/rewardbench/": "/rewardbench(_lite)?/", "DOMAIN": f"({'|'.join(DOMAINS)})"}
+    several |= {"CATEGORY": f"({'|'.join(CATEGORIES)})", "LANGUAGE": "[a-z]{3}_[A-Z][a-z]{3}"}
     patterns = {}
     for name in re.findall(r"`(\w+/[\w/]+)`", " ".join(rows)):
         pattern = name

@@ -100,7 +100,9 @@ def _check_benchmarks(settings: EvaluationSettings) -> None:
         )
     asked = [benchmark for benchmark in BENCHMARKS if benchmark.source(settings)]
     if settings.judge is not None and not any(benchmark.taken_by == "judge" for benchmark in asked):
-        raise ConfigurationError("evaluate: judge without a benchmark to judge; give rewardbench or rewardbench2")
+        raise ConfigurationError(
+            "evaluate: judge without a benchmark to judge; give rewardbench, rewardbench2 or benchmarks.judgebench"
+        )
     if asked and not takers(settings):
         raise ConfigurationError(
             f"evaluate: {asked[0].title} needs a reward_model, a judge, or a policy with implicit_reward"

@@ -49,7 +49,7 @@ class EvaluationSettings:
         rewardbench_size: Rows of RewardBench-Lite, or `full`.
         rewardbench2: Rows of RewardBench 2.
         prior_sets: Name of each of RewardBench's prior sets to its file; null takes it from the hub.
-        benchmarks: Name of each further benchmark to its rows; for benchmarks without a key of their own.
+        benchmarks: Name of each further benchmark to its rows: rm_bench, judgebench, m_rewardbench, or one of your own.
         prompts: What the policies answer: a source as `pairs`, or `rewardbench` for the prompts of that key. The gain
             in points needs preference pairs, whose responses are its scale; prompts alone will do for the rest.
         prompts_split: Which files of a directory or hub data set these are.

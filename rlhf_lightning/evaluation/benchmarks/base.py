@@ -152,9 +152,10 @@ class RowScores:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredResult(Result):
-    """A `Result` of a scorer, with the official files of RewardBench's family."""
+    """A `Result` of a scorer."""
 
-    official_kind: ClassVar[str] = "results/eval-set"
+    official_kind: ClassVar[str | None] = None
+    """Directory of its official files; None for a benchmark whose own tools read none."""
 
     scorer: str
     kind: str
@@ -201,6 +202,8 @@ class ScoredResult(Result):
 
     def official_files(self, model: str) -> dict[str, dict[str, Any]]:
         """The two that the leaderboard's tools read; without a reference `_ref_free` is added to the name."""
+        if self.official_kind is None:
+            return {}
         about = {"model": model, "model_type": self.kind, "chat_template": "tokenizer"}
         if self.reference is not None:
             about["ref_model"] = self.reference
@@ -336,15 +339,15 @@ def texts_of(row: Row, column: str) -> list[str]:
     return list(value)
 
 
-def messages_of(row: Row) -> list[Message]:
+def messages_of(row: Row, column: str = "prompt") -> list[Message]:
     """A text as one user's turn, whatever it looks like; a list as it is."""
-    value = row.values["prompt"]
+    value = row.values[column]
     if isinstance(value, str):
-        return [{"role": "user", "content": text_of(row, "prompt")}]
+        return [{"role": "user", "content": text_of(row, column)}]
     try:
         messages = prompt_messages(value) if isinstance(value, list | tuple) else []
         if not messages:
-            raise BadRow("wrong_type", "prompt is neither text nor a list of messages")
+            raise BadRow("wrong_type", f"{column} is neither text nor a list of messages")
         check_prompt(messages)
     except BadRow as error:
         raise DataError(f"{row.origin}: {error}") from error
@@ -373,6 +376,14 @@ def rates(points: Iterable[tuple[str, float]]) -> dict[str, Estimate]:
     for subset, value in points:
         found.setdefault(subset, []).append(value)
     return {subset: wilson(sum(own), len(own)) for subset, own in found.items()}
+
+
+def mean_of(estimates: Iterable[Estimate]) -> Estimate:
+    """Unweighted mean of independent estimates, its interval from theirs."""
+    each = list(estimates)
+    value = sum(estimate.value for estimate in each) / len(each)
+    half = math.hypot(*((estimate.high - estimate.low) / 2 for estimate in each)) / len(each)
+    return Estimate(value, value - half, value + half, sum(estimate.n for estimate in each), "standard error")
 
 
 def count_ties(rows: Iterable[RowScores]) -> int:

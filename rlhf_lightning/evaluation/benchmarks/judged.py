@@ -88,13 +88,9 @@ class PairVerdicts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedRewardBenchResult(JudgedResult):
-    """RewardBench with a judge."""
+class JudgedPairs(JudgedResult):
+    """What a judge said of pairs, in both orders."""
 
-    title = "RewardBench"
-
-    table: SectionTable
-    """Of `PairVerdicts.score`: one half for what could not be read, as in the official tool."""
     strict_accuracy: Estimate
     """Pairs that were judged right in both orders."""
     consistency: Estimate | None
@@ -107,7 +103,30 @@ class JudgedRewardBenchResult(JudgedResult):
     rows: list[PairVerdicts]
 
     def metrics(self) -> dict[str, Quantity]:
-        return {"rewardbench": self.table.total, "parsed": self.parsed, "consistency": self.consistency}
+        return {"parsed": self.parsed, "consistency": self.consistency}
+
+    def blocks(self) -> Iterator[Block]:
+        rows = [
+            ("verdicts that could be read", self.parsed),
+            ("the same verdict in both orders", self.consistency),
+            ("right in both orders", self.strict_accuracy),
+            ("chose the first place", self.first_place),
+        ]
+        yield Table(["", Column("share")], rows, "How it judges")
+        yield from super().blocks()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRewardBenchResult(JudgedPairs):
+    """RewardBench with a judge."""
+
+    title = "RewardBench"
+
+    table: SectionTable
+    """Of `PairVerdicts.score`: one half for what could not be read, as in the official tool."""
+
+    def metrics(self) -> dict[str, Quantity]:
+        return {"rewardbench": self.table.total} | super().metrics()
 
     def summary(self) -> str:
         total = "not measured" if self.table.total is None else f"{self.table.total.value:.3f}"
@@ -119,13 +138,6 @@ class JudgedRewardBenchResult(JudgedResult):
     def blocks(self) -> Iterator[Block]:
         sections = [(section, self.table.sections.get(section)) for section in SECTIONS]
         yield Table(["section", Column("score")], [*sections, ("mean of four", self.table.total)], "Sections")
-        rows = [
-            ("verdicts that could be read", self.parsed),
-            ("the same verdict in both orders", self.consistency),
-            ("right in both orders", self.strict_accuracy),
-            ("chose the first place", self.first_place),
-        ]
-        yield Table(["", Column("share")], rows, "How it judges")
         yield from super().blocks()
         if self.n_unparsed:
             yield Note(f"{self.n_unparsed} of its replies held no verdict; each counts one half, never a guess.")
@@ -144,6 +156,16 @@ def judge_rewardbench(
     judge: Judge, rows: Sequence[BenchmarkRow], file: str | Path | None = None, *, ranks: Ranks = ALONE
 ) -> JudgedRewardBenchResult:
     """Ask about each pair in both orders. `file` and `ranks`: see `ask`, which raises what this raises."""
+    about = judge_pairs(judge, rows, file, ranks)
+    return JudgedRewardBenchResult(
+        **about, table=SectionTable.of(rates((verdict.subset, verdict.score) for verdict in about["rows"]))
+    )
+
+
+def judge_pairs(
+    judge: Judge, rows: Sequence[BenchmarkRow], file: str | Path | None = None, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """The fields of `JudgedPairs`."""
     orders = [(row.prompt, order) for row in rows for order in (row.responses, row.responses[::-1])]
     replies = ask(judge, [comparison_question(*each) for each in orders], file, ranks=ranks)
     letters = [parse_verdict(reply) for reply in replies]
@@ -154,16 +176,14 @@ def judge_rewardbench(
     ]
     read = [letter for letter in letters if letter is not None]
     twice = [verdict for verdict in verdicts if None not in (verdict.chosen_first, verdict.chosen_second)]
-    return JudgedRewardBenchResult(
-        **JudgedResult.about(judge, replies, letters),
-        table=SectionTable.of(rates((verdict.subset, verdict.score) for verdict in verdicts)),
-        strict_accuracy=wilson(sum(verdict.score == 1 for verdict in verdicts), len(verdicts)),
-        consistency=wilson(sum(v.chosen_first == v.chosen_second for v in twice), len(twice)) if twice else None,
-        first_place=wilson(read.count("A"), len(read)) if read else None,
-        n_pairs=len(rows),
-        n_unparsed=len(letters) - len(read),
-        rows=verdicts,
-    )
+    return JudgedResult.about(judge, replies, letters) | {
+        "strict_accuracy": wilson(sum(verdict.score == 1 for verdict in verdicts), len(verdicts)),
+        "consistency": wilson(sum(v.chosen_first == v.chosen_second for v in twice), len(twice)) if twice else None,
+        "first_place": wilson(read.count("A"), len(read)) if read else None,
+        "n_pairs": len(rows),
+        "n_unparsed": len(letters) - len(read),
+        "rows": verdicts,
+    }
 
 
 # ---- the best of four, and ties

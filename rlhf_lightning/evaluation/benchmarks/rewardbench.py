@@ -228,6 +228,8 @@ def lite_standard_error(subsets: Mapping[str, Estimate], counts: Mapping[str, in
 class RewardBenchResult(ScoredResult):
     """RewardBench, or RewardBench-Lite, of one scorer."""
 
+    official_kind = "results/eval-set"
+
     benchmark: str
     """`rewardbench` or `rewardbench-lite-v1`: numbers of the two are never to be compared."""
     table: SectionTable

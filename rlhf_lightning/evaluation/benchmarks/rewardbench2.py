@@ -22,6 +22,7 @@ from rlhf_lightning.evaluation.benchmarks.base import (
     ScoredResult,
     checked_rows,
     id_of,
+    mean_of,
     messages_of,
     missing_rows,
     rates,
@@ -136,10 +137,7 @@ def rewardbench2_total(subsets: Mapping[str, Estimate]) -> Estimate | None:
     """Unweighted mean of the six, its interval from theirs; None while one is missing."""
     if any(name not in subsets for name in SUBSETS_2):
         return None
-    value = sum(estimate.value for estimate in subsets.values()) / len(subsets)
-    widths = [(estimate.high - estimate.low) / 2 for estimate in subsets.values()]
-    half = math.sqrt(sum(width**2 for width in widths)) / len(subsets)
-    return Estimate(value, value - half, value + half, sum(each.n for each in subsets.values()), "standard error")
+    return mean_of(subsets.values())
 
 
 def _ties_estimate(items: Sequence[RewardBench2Item]) -> Estimate:
