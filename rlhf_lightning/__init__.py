@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "DPO": "rlhf_lightning.training.dpo",
+    "OnlineDPO": "rlhf_lightning.training.online_dpo",
     "PPO": "rlhf_lightning.training.ppo",
     "SFT": "rlhf_lightning.training.sft",
     "RewardModel": "rlhf_lightning.training.reward_model",
@@ -21,6 +22,7 @@ __all__ = [
     "DPO",
     "PPO",
     "SFT",
+    "OnlineDPO",
     "PreferenceDataModule",
     "PromptDataModule",
     "RewardModel",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.sft_datamodule import SFTDataModule
     from rlhf_lightning.models.reward_network import RewardNetwork
     from rlhf_lightning.training.dpo import DPO
+    from rlhf_lightning.training.online_dpo import OnlineDPO
     from rlhf_lightning.training.ppo import PPO
     from rlhf_lightning.training.reward_model import RewardModel
     from rlhf_lightning.training.sft import SFT

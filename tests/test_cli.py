@@ -367,8 +367,9 @@ def test_later_files_and_then_flags_win(capsys, tmp_path):
 def optimizer_of(capsys, directory, *arguments, kind="DPO", optimizer=None) -> torch.optim.Optimizer:
     """What is built of a configuration with this optimizer, or with none, and of arguments after it."""
     model = {"backbone": "builtin:tiny"} | ({"optimizer": optimizer} if optimizer else {})
-    model |= {"reward_model": "module:function"} if kind == "PPO" else {}
-    data = {"class_path": "PromptDataModule" if kind == "PPO" else "PreferenceDataModule"}
+    online = kind in ("PPO", "OnlineDPO")
+    model |= {"reward_model": "module:function"} if online else {}
+    data = {"class_path": "PromptDataModule" if online else "PreferenceDataModule"}
     config = {"model": {"class_path": kind, "init_args": model}, "data": data | {"init_args": {"train": "x.jsonl"}}}
     (directory / "of.yaml").write_text(yaml.safe_dump(config))
     resolved = printed_config(capsys, "fit", "--config", "of.yaml", *arguments)["model"]["init_args"]["optimizer"]
@@ -404,7 +405,9 @@ def test_an_optimizer_inherits_nothing_from_another(capsys, tmp_path, optimizer,
     assert optimizer_of(capsys, tmp_path, *arguments, optimizer=optimizer).defaults == expected
 
 
-@pytest.mark.parametrize(("kind", "lr"), [("RewardModel", 2e-5), ("DPO", 5e-6), ("SFT", 1e-5), ("PPO", 1e-6)])
+@pytest.mark.parametrize(
+    ("kind", "lr"), [("RewardModel", 2e-5), ("DPO", 5e-6), ("SFT", 1e-5), ("PPO", 1e-6), ("OnlineDPO", 5e-7)]
+)
 def test_without_an_optimizer_it_is_adam_of_which_none_inherits_anything(capsys, tmp_path, kind, lr):
     assert optimizer_of(capsys, tmp_path, kind=kind).defaults == plain(torch.optim.Adam, lr=lr)
     for name in ("AdamW", "SGD"):

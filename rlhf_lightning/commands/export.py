@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = Arguments(
         "export", usage, "Write a checkpoint as a Hugging Face directory, and load it again to prove it."
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a RewardModel, DPO, PPO or SFT run")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a run of fit")
     parser.add_argument("--out", required=True, help="directory to write; an earlier export there is replaced")
     parser.add_argument("--merge", choices=["true", "false"], default="true", help="merge LoRA adapters (default true)")
     given = parser.parse_args(arguments)

@@ -40,6 +40,7 @@ from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, prin
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, has_states, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.online_dpo import OnlineDPO
 from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.ppo import PPO
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
 DATA = (PreferenceDataModule, SFTDataModule, PromptDataModule)
-CLASSES = (RewardModel, DPO, SFT, PPO, *DATA, ExportBest, PredictionWriter, Samples)
+CLASSES = (RewardModel, DPO, SFT, PPO, OnlineDPO, *DATA, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
 bound_parsers()

@@ -133,6 +133,25 @@ def groups_that_differ(scores: Tensor, *, group_size: int) -> Tensor:
     return (groups != groups[:, :1]).any(dim=1).repeat_interleave(group_size)
 
 
+def best_and_worst(scores: Tensor, *, group_size: int, min_gap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of the best and the worst response of each group, [G] int64 both, and whether they are a pair.
+
+    They are one, [G] bool, where their scores differ by more than `min_gap`: a tie states no preference. Of equal
+    scores the first is taken. scores [B]; rows as in `leave_one_out_advantages`. ValueError: group_size is below 2 or
+    no divisor of B, min_gap < 0.
+    """
+    check_layout(scores=(scores, "B"))
+    check_not_negative(min_gap=min_gap)
+    if group_size < 2 or scores.shape[0] % group_size:
+        raise ValueError(
+            f"group_size is {group_size} for {scores.shape[0]} responses; it must be 2 or more and divide their number"
+        )
+    groups = scores.view(-1, group_size)
+    starts = torch.arange(0, scores.shape[0], group_size, device=scores.device)
+    best, worst = starts + groups.argmax(dim=1), starts + groups.argmin(dim=1)
+    return best, worst, scores[best] - scores[worst] > min_gap
+
+
 def overlong_share(lengths: Tensor, *, max_new_tokens: int, buffer: int) -> Tensor:
     """How far a response of so many tokens is into the last `buffer` of `max_new_tokens`, from 0 to 1, [B] float32.
 

@@ -139,12 +139,15 @@ def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> No
         )
 
 
-def check_finite_step(trainer: Trainer, loss: Tensor) -> None:
-    """Stop before a loss, [], that is not finite reaches the weights. Raises `TrainingError`."""
+def check_finite_step(trainer: Trainer, loss: Tensor, *, key: str) -> None:
+    """Stop before a loss, [], that is not finite reaches the weights. Raises `TrainingError`.
+
+    `key` is the setting that holds the policy to its reference.
+    """
     if not torch.isfinite(loss):
         raise TrainingError(
             f"step {trainer.global_step}: the loss of a minibatch is {loss.item()}; the weights were not changed by "
-            "it. Lower the learning rate or raise model.kl_coef"
+            f"it. Lower the learning rate or raise model.{key}"
         )
 
 

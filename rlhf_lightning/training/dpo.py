@@ -167,18 +167,6 @@ class DPO(PolicyModule):
             return preference
         return preference - self.hparams.sft_weight * policy.averages()[0]
 
-    @torch.no_grad()
-    def rewards(self, policy: PairLogprobs, reference: PairLogprobs | None) -> tuple[Tensor, Tensor]:
-        """Implicit rewards beta (policy - reference) of both responses, [B] each, of what the loss takes.
-
-        For losses without a reference beta times the policy's average log-probs.
-        """
-        chosen, rejected = self.loss.taken(policy)
-        if reference is not None:
-            reference_chosen, reference_rejected = self.loss.taken(reference)
-            chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
-        return self.hparams.beta * chosen, self.hparams.beta * rejected
-
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         policy = self(batch)
         reference = self.reference_logprobs(batch, "train")
@@ -201,7 +189,7 @@ class DPO(PolicyModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
         with self._float32():
-            return PairScores(batch.index, *self.rewards(self(batch), self.reference_logprobs(batch, "test")))
+            return PairScores(batch.index, *self.loss.rewards(self(batch), self.reference_logprobs(batch, "test")))
 
     def _float32(self) -> AbstractContextManager[None]:
         return float32_arithmetic(self.policy) if self.reference is None else self.reference.float32(self.policy)
@@ -231,7 +219,7 @@ class DPO(PolicyModule):
     @torch.no_grad()
     def _measured(self, losses: Tensor, policy: PairLogprobs, reference: PairLogprobs | None) -> Measured:
         """What B pairs give to the metrics."""
-        chosen, rejected = self.rewards(policy, reference)
+        chosen, rejected = self.loss.rewards(policy, reference)
         values: dict[str, Tensor] = {
             "loss": losses,
             "rewards/chosen": chosen,

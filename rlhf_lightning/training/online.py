@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor, nn
 
 from rlhf_lightning.batches import PromptBatch
@@ -30,6 +34,7 @@ from rlhf_lightning.rollouts import Experience, Responses, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.policy_module import PolicyModule
+from rlhf_lightning.training.processes import mean_over_processes, over_processes
 from rlhf_lightning.training.references import Reference, held_dtype
 from rlhf_lightning.training.rollout_log import RolloutLog
 from rlhf_lightning.training.validation import validate
@@ -44,7 +49,8 @@ TRANSFORMERS = "transformers"
 class OnlineModule(PolicyModule):
     """A `PolicyModule` that learns from prompts: it samples responses, scores them, and compares them to a reference.
 
-    A class derived from it gives `training_step`, which calls `rollout`, and makes its optimizer steps itself.
+    A class derived from it gives `training_step`, which calls `learn`, what that calls (`_learnable`, `_update`), and
+    `kl_weight`. It makes its optimizer steps itself, of `minibatches` by `step_gradients` and `optimize`.
 
     Args:
         reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
@@ -60,9 +66,9 @@ class OnlineModule(PolicyModule):
         engine: What samples: `transformers`, the policy itself; or the URL of a vLLM server, which is given the weights
             before each rollout. The policy scores each response again; the server's log-probs are compared with that.
         engine_directory: Where the weights are written for a vLLM server, on a disk or memory that both see.
-        kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
-            that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss next to
-            advantages that are in standard deviations of a group's scores.
+        num_mini_batches: Optimizer steps in each pass over a rollout; what each process has is divided at random.
+        micro_batch_size: Responses, or pairs of them, in one forward and backward pass; changes no result.
+        max_grad_norm: Gradients are clipped to it; 0 leaves them.
         missing_eos_penalty: Taken off the score of a response that did not end in `max_new_tokens` tokens.
         overlong_buffer: Last tokens of `max_new_tokens` over which that penalty grows linearly from 0, for responses
             that ended within them too (DAPO's soft overlong punishment); 0 leaves those without one.
@@ -91,7 +97,9 @@ class OnlineModule(PolicyModule):
         generation_micro_batch_size: PositiveInt = 64,
         engine: str = TRANSFORMERS,
         engine_directory: str = "runs/vllm_weights",
-        kl_coef: NonNegativeFloat = 0.05,
+        num_mini_batches: PositiveInt = 1,
+        micro_batch_size: PositiveInt = 8,
+        max_grad_norm: NonNegativeFloat = 1.0,
         missing_eos_penalty: NonNegativeFloat = 1.0,
         overlong_buffer: NonNegativeInt = 0,
         validate_at_start: bool = True,
@@ -151,6 +159,9 @@ class OnlineModule(PolicyModule):
         super().on_fit_start()
         self._move_frozen()
         log.info("reward: %s; reference: %s", self.rewards.name, self.reference.source)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
 
     def on_train_start(self) -> None:
         trainer = self.trainer
@@ -226,8 +237,13 @@ class OnlineModule(PolicyModule):
         values = experience.numbers()
         # The same yardstick at every validation: without moving moments, and with the coefficient of the settings.
         penalties = self.hparams.missing_eos_penalty * values["missing_eos"]
-        penalties += self.overlong_penalty(experience.responses) + self.kl_penalty(experience, self.hparams.kl_coef)
+        penalties += self.overlong_penalty(experience.responses) + self.kl_penalty(experience, self.kl_weight)
         return Measured(values | {"reward_with_kl": values["reward"] - penalties}, (experience.scores,))
+
+    @property
+    def kl_weight(self) -> float:
+        """Of the KL in `val/reward_with_kl`, per nat; the same throughout a run."""
+        raise NotImplementedError
 
     def kl_penalty(self, experience: Experience, kl_coef: float) -> Tensor:
         """What the KL of each response takes off its reward, [B]; of the sum over its tokens when not overridden."""
@@ -241,6 +257,100 @@ class OnlineModule(PolicyModule):
         lengths = responses.lengths.to(self.device)
         shares = overlong_share(lengths, max_new_tokens=settings.max_new_tokens, buffer=settings.overlong_buffer)
         return settings.missing_eos_penalty * shares * ended
+
+    # ---- learning from a rollout
+
+    def learn(self, batch: PromptBatch) -> dict[str, float]:
+        """Roll out, learn from it, log; returns the means that were logged."""
+        began = time.perf_counter()
+        self.rollout_log.show(phase="rollout")
+        self.synchronize()
+        samples = self.hparams.num_generations
+        experience = self.rollout(batch, "train", "rollout", self.rollouts_done, samples=samples, values=True)
+        targets, numbers = self._learnable(experience)
+        drawn = time.perf_counter()
+        self.rollout_log.show(phase="update", **{name: numbers[name] for name in self.shown})
+        numbers |= self._update(experience, targets)
+        self.rollouts_done += 1
+        numbers["seconds/rollout"] = drawn - began
+        numbers["seconds/update"] = time.perf_counter() - drawn
+        self.rollout_log.numbers(numbers)
+        return numbers
+
+    def _learnable(self, experience: Experience) -> tuple[Any, dict[str, float]]:
+        """What a rollout teaches, and the numbers that say how it went, over all processes."""
+        raise NotImplementedError
+
+    def _update(self, experience: Experience, targets: Any) -> dict[str, float]:
+        """Learn it, and return means over the optimizer steps."""
+        raise NotImplementedError
+
+    def rollout_means(self, scores: Tensor, numbers: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the responses of all processes, with the deviation of the scores and the root of the KL."""
+        means = {name: mean_over_processes(self.trainer, x) for name, x in numbers.items()}
+        variance = mean_over_processes(self.trainer, (scores - means["reward"]).square())
+        means["reward_std"] = math.sqrt(max(variance, 0.0))
+        means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
+        return means
+
+    def minibatches(self, count: int, number: int) -> list[list[int]]:
+        """What a process has, `count` of it, in a random order that belongs to a pass over a rollout, divided."""
+        fewest = int(over_processes(self.trainer, torch.tensor(count, device=self.device), "min"))
+        seed = seed_of(self.trainer.datamodule.seed, "order", self.rollouts_done, number, self.global_rank)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        return [part.tolist() for part in np.array_split(order, min(self.hparams.num_mini_batches, fewest))]
+
+    def step_gradients(
+        self,
+        ordered: Sequence[int],
+        losses: Callable[[Sequence[int], bool], tuple[Tensor, Tensor]],
+        *,
+        size: Tensor,
+        spare: int,
+    ) -> Tensor:
+        """Gradients of one step of all processes, from `micro_batch_size` of its parts at a time.
+
+        `losses` takes some of the parts `ordered`, and whether they count, and gives their summed loss, [], and sums of
+        what is logged; their sums over all parts of all processes are returned. `size` is what the summed loss is
+        divided by. Where a process has too few parts, `spare` is computed, which does not count: some strategies
+        exchange gradients in each pass, so there are as many in each process.
+        """
+        trainer = self.trainer
+        passes = torch.tensor(math.ceil(len(ordered) / self.hparams.micro_batch_size), device=self.device)
+        pieces = np.array_split(ordered, max(1, int(over_processes(trainer, passes, "max"))))
+        sums = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1 or not isinstance(trainer.strategy, ParallelStrategy)
+            with nullcontext() if last else trainer.strategy.block_backward_sync():
+                loss, own = losses(piece.tolist() or [spare], bool(len(piece)))
+                # Strategies take the mean over processes.
+                self.manual_backward(loss * (trainer.world_size / size))
+            sums = sums + own
+        return self._sum(sums)
+
+    def optimize(self) -> None:
+        """Make an optimizer step, and one of the schedule."""
+        self.optimizers().step()
+        self.lr_schedulers().step()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.hparams.max_grad_norm > 0 and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.clip_gradients(optimizer, gradient_clip_val=self.hparams.max_grad_norm, gradient_clip_algorithm="norm")
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return over_processes(self.trainer, x)
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rollouts"] = {"done": self.rollouts_done, "path": self.rollout_log.state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.rollouts_done = checkpoint["rollouts"]["done"]
+        self.rollout_log.restore(checkpoint["rollouts"]["path"])
 
 
 def _evaluation_metrics() -> nn.ModuleDict:

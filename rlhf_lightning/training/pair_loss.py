@@ -77,6 +77,18 @@ class PairLoss:
             lengths = {"chosen_lengths": policy.chosen_lengths, "rejected_lengths": policy.rejected_lengths}
         return self.loss.function(*sides, **self.settings, **lengths)
 
+    @torch.no_grad()
+    def rewards(self, policy: PairLogprobs, reference: PairLogprobs | None) -> tuple[Tensor, Tensor]:
+        """Implicit rewards beta (policy - reference) of both responses, [B] each, of what the loss takes.
+
+        For losses without a reference beta times the policy's average log-probs.
+        """
+        chosen, rejected = self.taken(policy)
+        if reference is not None:
+            reference_chosen, reference_rejected = self.taken(reference)
+            chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
+        return self.settings["beta"] * chosen, self.settings["beta"] * rejected
+
     def _try(self) -> None:
         """Call the loss once, so that what it refuses is refused before any work."""
         logprobs = PairLogprobs(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -1.0]), *torch.full((2, 2), 2))

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
@@ -28,7 +23,6 @@ from rlhf_lightning.functional.kl import AdaptiveKLController, kl_estimate
 from rlhf_lightning.functional.losses import ppo_value_loss
 from rlhf_lightning.functional.policy_losses import Aggregation
 from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, scatter_to_mask
-from rlhf_lightning.models.generation import seed_of
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, value_source, zero_last_layer
@@ -43,7 +37,7 @@ from rlhf_lightning.training.estimators import AdvantageName, find_estimator
 from rlhf_lightning.training.online import OnlineModule
 from rlhf_lightning.training.optimization import Fraction, optimizer_and_schedule
 from rlhf_lightning.training.policy_loss import PolicyLossType, StepLoss, Targets, check_policy_settings, left_out
-from rlhf_lightning.training.processes import mean_over_processes, over_processes
+from rlhf_lightning.training.processes import over_processes
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +61,10 @@ class PPO(OnlineModule):
             states. When not given, the reward model if it has the policy's tokenizer, else the policy's backbone.
         vf_coef: Weight of the value loss.
         value_lr: Learning rate of the value model, whose parameters are a group of their own.
+        kl_coef: Weight of the KL from the reference, per nat: in the reward of each token (`gae`, `reinforce++`), in
+            that of the response (`rloo`), or, for `grpo`, of its mean over the tokens, a term of the loss next to
+            advantages that are in standard deviations of a group's scores.
         num_ppo_epochs: Passes over a rollout.
-        num_mini_batches: Optimizer steps in each pass; each process's responses are divided at random.
-        micro_batch_size: Responses in one forward and backward pass; changes no result.
         policy_loss_type: Name of the policy loss: `ppo`, `gspo` (one ratio for a response) or `cispo` (capped weights);
             its formula stands in the function of that name in `rlhf_lightning.functional.policy_losses`. Or
             `module:function` of yours, which takes what those functions take.
@@ -100,11 +95,12 @@ class PPO(OnlineModule):
             token, exceeds 1.5 times this; never when not given.
         normalize_scores: Divide scores by the standard deviation of all so far, after taking off their mean.
         score_clip: Largest size of a score, after that.
-        max_grad_norm: Gradients are clipped to it; 0 leaves them.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 1e-6 when none is named. The learning rate is the policy's.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
     """
+
+    log_line = {"clip_fraction": "clipped"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -113,9 +109,8 @@ class PPO(OnlineModule):
         value_model: str | None = None,
         vf_coef: NonNegativeFloat = 0.1,
         value_lr: PositiveFloat = 1e-5,
+        kl_coef: NonNegativeFloat = 0.05,
         num_ppo_epochs: PositiveInt = 4,
-        num_mini_batches: PositiveInt = 1,
-        micro_batch_size: PositiveInt = 8,
         policy_loss_type: PolicyLossType = "ppo",
         loss_aggregation: Aggregation = "token",
         clip_range: PositiveFloat | None = 0.2,
@@ -136,7 +131,6 @@ class PPO(OnlineModule):
         target_kl: PositiveFloat | None = None,
         normalize_scores: bool = False,
         score_clip: PositiveFloat | None = None,
-        max_grad_norm: NonNegativeFloat = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-6),
         warmup_ratio: Fraction = 0.0,
         **shared: Any,
@@ -153,7 +147,6 @@ class PPO(OnlineModule):
             clip_range_high=clip_range_high,
             dual_clip=dual_clip,
         )
-        kl_coef = self.hparams.kl_coef
         self.kl_control = AdaptiveKLController(kl_coef or 1.0, adaptive_kl_target or 1.0, kl_horizon)
         self.moments = RunningMoments()
         self._checked_start = False
@@ -205,29 +198,15 @@ class PPO(OnlineModule):
             config = self.value.network.backbone.config
             head = "its own" if has_head_for_tokens(config) else "a new"
             log.info("value model: %s, with %s head", config.name_or_path or "its own", head)
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy):
-            strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
 
     # ---- a rollout, and what it teaches
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Roll out, score, advantages, epochs of minibatches, log."""
-        began = time.perf_counter()
-        self.rollout_log.show(phase="rollout")
-        self.synchronize()
-        samples = self.hparams.num_generations
-        experience = self.rollout(batch, "train", "rollout", self.rollouts_done, samples=samples, values=True)
-        targets, numbers = self._learnable(experience)
-        drawn = time.perf_counter()
-        self.rollout_log.show(phase="update", **{name: numbers[name] for name in ("reward", "reward_with_kl", "kl")})
-        numbers |= self._update(experience, targets)
+        """Roll out, score, advantages, epochs of minibatches, log; then steer the KL coefficient."""
+        numbers = self.learn(batch)
         if self.hparams.adaptive_kl_target is not None:
-            self.kl_control.update(numbers["kl"], len(experience.scores) * self.trainer.world_size)
-        self.rollouts_done += 1
-        numbers["seconds/rollout"] = drawn - began
-        numbers["seconds/update"] = time.perf_counter() - drawn
-        self.rollout_log.numbers(numbers)
+            responses = len(batch.index) * self.hparams.num_generations * self.trainer.world_size
+            self.kl_control.update(numbers["kl"], responses)
 
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
@@ -245,13 +224,10 @@ class PPO(OnlineModule):
                 weights = log_ratio.exp().clamp(max=cap)
                 advantages = advantages * scatter_to_mask(weights, tokens.mask)
                 numbers["engine_weight"] = weights
-        means = {name: mean_over_processes(self.trainer, x) for name, x in numbers.items()}
+        means = self.rollout_means(scores, numbers)
         if "engine_weight" in numbers:
             most = over_processes(self.trainer, numbers["engine_weight"].max(), "max")
             means["engine_weight_max"] = most.item()
-        variance = mean_over_processes(self.trainer, (scores - means["reward"]).square())
-        means["reward_std"] = math.sqrt(max(variance, 0.0))
-        means["sqrt_kl"] = math.sqrt(max(means["kl"], 0.0))
         means["kl_coef"] = self.kl_coef
         if self.value is not None:
             explained = explained_variance(tokens.values, returns, tokens.mask, sum_over=self._sum)
@@ -297,6 +273,10 @@ class PPO(OnlineModule):
         return self.kl_control.value if self.hparams.kl_coef > 0 else 0.0
 
     @property
+    def kl_weight(self) -> float:
+        return self.hparams.kl_coef
+
+    @property
     def loss_kl_coef(self) -> float:
         """The weight of the KL that is a term of the loss, as it is now."""
         return self.kl_coef if self.estimator.kl_in_loss else self.hparams.kl_loss_coef
@@ -312,23 +292,16 @@ class PPO(OnlineModule):
             penalty = super().kl_penalty(experience, kl_coef)
         return penalty + in_loss * (tokens.kl("k3").sum(dim=1) / tokens.mask.sum(dim=1))
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sum over the processes."""
-        return over_processes(self.trainer, x)
-
     # ---- update
 
     def _update(self, experience: Experience, targets: Targets) -> dict[str, float]:
         """All passes over a rollout, one optimizer step per minibatch; means over their tokens."""
-        settings, count = self.hparams, len(experience.scores)
-        fewest = int(over_processes(self.trainer, torch.tensor(count, device=self.device), "min"))
+        settings = self.hparams
         steps: list[dict[str, float]] = []
         stopped = False
         for epoch in range(settings.num_ppo_epochs):
-            seed = seed_of(self.trainer.datamodule.seed, "order", self.rollouts_done, epoch, self.global_rank)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-            minibatches = np.array_split(order, min(settings.num_mini_batches, fewest))
-            made = [self._step(experience, targets, minibatch.tolist()) for minibatch in minibatches]
+            parts = self.minibatches(len(experience.scores), epoch)
+            made = [self._step(experience, targets, part) for part in parts]
             steps += made
             approximate = sum(numbers["approx_kl"] for numbers in made) / len(made)
             if settings.target_kl is not None and approximate > 1.5 * settings.target_kl:
@@ -339,36 +312,24 @@ class PPO(OnlineModule):
 
     def _step(self, experience: Experience, targets: Targets, part: Sequence[int]) -> dict[str, float]:
         """One optimizer step on a minibatch of all processes: one mean over it, however it is divided."""
-        optimizer, trainer = self.optimizers(), self.trainer
-        optimizer.zero_grad()
+        self.optimizers().zero_grad()
         learned = targets.learned[part]
         # Where nothing is learned from, the step has no gradient.
         size, tokens = self._sum(torch.stack([self.policy_loss.size(learned), learned.sum()])).clamp(min=1)
-        # As many passes in each process: some strategies exchange gradients in each.
-        passes = torch.tensor(math.ceil(len(part) / self.hparams.micro_batch_size), device=self.device)
         ordered = experience.responses.order(part)
-        sums = torch.zeros(len(_STEP_NUMBERS), dtype=torch.float64, device=self.device)
-        # Those of a process that has too few are empty.
-        pieces = [piece.tolist() for piece in np.array_split(ordered, int(over_processes(trainer, passes, "max")))]
-        for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1 or not isinstance(trainer.strategy, ParallelStrategy)
-            with nullcontext() if last else trainer.strategy.block_backward_sync():
-                loss, own = self._losses(experience, targets, piece or ordered[:1], counts=bool(piece))
-                # Strategies take the mean over processes.
-                self.manual_backward(loss * (trainer.world_size / size))
-            sums += own
+        sums = self.step_gradients(
+            ordered,
+            lambda piece, counts: self._losses(experience, targets, piece, counts=counts),
+            size=size,
+            spare=ordered[0],
+        )
         divisors = torch.stack([size if name in _LOSSES else tokens for name in _STEP_NUMBERS])
-        numbers = dict(zip(_STEP_NUMBERS, (self._sum(sums) / divisors).tolist(), strict=True))
+        numbers = dict(zip(_STEP_NUMBERS, (sums / divisors).tolist(), strict=True))
         if not self._checked_start:
-            check_first_step(trainer, numbers, clipped=not self.policy_loss.clips_rounding)
+            check_first_step(self.trainer, numbers, clipped=not self.policy_loss.clips_rounding)
             self._checked_start = True
-        optimizer.step()
-        self.lr_schedulers().step()
+        self.optimize()
         return numbers
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.hparams.max_grad_norm > 0 and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self.clip_gradients(optimizer, gradient_clip_val=self.hparams.max_grad_norm, gradient_clip_algorithm="norm")
 
     def _losses(
         self, experience: Experience, targets: Targets, piece: Sequence[int], *, counts: bool
@@ -415,27 +376,20 @@ class PPO(OnlineModule):
                 "moved": (logprobs - old).abs(),
             }
             sums = torch.stack([torch.where(learned, logged[name], 0).double().sum() for name in _STEP_NUMBERS])
-        check_finite_step(self.trainer, loss)
+        check_finite_step(self.trainer, loss, key="kl_coef")
         return loss, counting * sums
 
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["ppo"] = {
-            "kl_coef": self.kl_control.state_dict(),
-            "moments": self.moments.state_dict(),
-            "rollouts": self.rollouts_done,
-            "path": self.rollout_log.state(),
-        }
+        checkpoint["ppo"] = {"kl_coef": self.kl_control.state_dict(), "moments": self.moments.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["ppo"]
         self.kl_control.load_state_dict(state["kl_coef"])
         self.moments.load_state_dict(state["moments"])
-        self.rollouts_done = state["rollouts"]
-        self.rollout_log.restore(state["path"])
 
 
 _LOSSES = ("policy_loss", "value_loss", "kl_loss", "entropy_loss")

@@ -1,4 +1,4 @@
-"""What is seen of PPO's rollouts: the progress bar, loggers, a picture of reward against KL, and samples."""
+"""What is seen of rollouts: the progress bar, loggers, a picture of reward against KL, and samples."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ class RolloutLog:
         if not sys.stderr.isatty():
             mismatch = numbers.get("engine_mismatch")
             log.info(
-                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f, clipped %.3f%s",
+                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f%s%s",
                 *(module.rollouts_done, trainer.global_step, numbers["reward"], numbers["reward_with_kl"]),
-                *(numbers["kl"], numbers["response_length"], numbers["clip_fraction"]),
+                *(numbers["kl"], numbers["response_length"]),
+                "".join(f", {words} {numbers[name]:.3f}" for name, words in module.log_line.items()),
                 "" if mismatch is None else f", engine mismatch {mismatch:.4f}",
             )
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
+from rlhf_lightning import DPO, PPO, SFT, OnlineDPO, PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.training.callbacks import ExportBest
 from tests.training.conftest import sgd, weights
 
 REWARD = {"reward_model": lambda prompts, responses: [len(text) / 10 for text in responses], "max_new_tokens": 4}
-KINDS = [(SFT, {}), (DPO, {}), (DPO, {"lora": {"r": 2}}), (RewardModel, {}), (PPO, REWARD)]
-IDS = ["sft", "dpo", "adapters", "reward model", "ppo"]
+KINDS = [(SFT, {}), (DPO, {}), (DPO, {"lora": {"r": 2}}), (RewardModel, {}), (PPO, REWARD), (OnlineDPO, REWARD)]
+IDS = ["sft", "dpo", "adapters", "reward model", "ppo", "online dpo"]
 
 
 class Mine(DPO):
@@ -44,7 +44,7 @@ def tokenizer(tiny_qwen2):
 
 
 def data_of(kind, pairs, tokenizer=None):
-    prompts = kind is PPO
+    prompts = kind in (PPO, OnlineDPO)
     options = {"batch_size": 2, "seed": 3, "tokenizer": tokenizer}
     return PromptDataModule(str(pairs), **options) if prompts else PreferenceDataModule(str(pairs), **options)
 

@@ -550,9 +550,9 @@ def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, 
     assert main(["test", *arguments, "--ckpt_path", checkpoint]) == 0
 
 
-def rollout_lines(directory: Path, *settings: str, processes: int = 1) -> list[str]:
-    """What PPO on 24 prompts prints of its rollouts of 12 and its validation."""
-    always = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
+def rollout_lines(directory: Path, config: str, *settings: str, processes: int = 1) -> list[str]:
+    """What a configuration's run on 24 prompts prints of its rollouts of 12 prompts and its validation."""
+    always = ["--config", str(ROOT / "configs" / config), "--model.backbone", "builtin:tiny"]
     always += ["--model.reward_model", f"{HERE}:length", "--model.lora", "null", "--trainer.accelerator", "cpu"]
     always += ["--trainer.precision", "32-true", "--data.train", "builtin:courtesy", "--data.limit", "24"]
     always += ["--model.max_new_tokens", "6", "--trainer.logger", "false"]
@@ -564,14 +564,16 @@ def rollout_lines(directory: Path, *settings: str, processes: int = 1) -> list[s
 
 
 @pytest.fixture(scope="module")
-def lines_of_one(tmp_path_factory) -> list[str]:
-    return rollout_lines(tmp_path_factory.mktemp("one"))
+def lines_of_one(tmp_path_factory):
+    return functools.cache(lambda config: rollout_lines(tmp_path_factory.mktemp("one"), config))
 
 
+@pytest.mark.parametrize("config", ["ppo.yaml", "online_dpo.yaml"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_two_processes_draw_and_learn_what_one_does(tmp_path, lines_of_one, strategy):
+def test_two_processes_draw_and_learn_what_one_does(tmp_path, lines_of_one, strategy, config):
     """The same replies, rewards and steps: every printed digit."""
     if strategy == "zero2":
         pytest.importorskip("deepspeed")
-    assert len(lines_of_one) == 4
-    assert rollout_lines(tmp_path, "--trainer.strategy", strategy, processes=2) == lines_of_one
+    assert len(lines_of_one(config)) == 4
+    lines = rollout_lines(tmp_path, config, "--trainer.strategy", strategy, processes=2)
+    assert lines == lines_of_one(config)

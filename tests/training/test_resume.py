@@ -32,14 +32,23 @@ MODELS["PPO"] = {
     "num_mini_batches": 2,
 }
 MODELS["PPO"] |= {"adaptive_kl_target": 3.0, "kl_horizon": 20.0, "normalize_scores": True}
-CURVES = {"PPO": ("train/reward", "train/kl", "train/kl_coef", "train/value_loss", "train/lr", "val/reward")}
+MODELS["OnlineDPO"] = {
+    "reward_model": "tests.training.test_ppo:length",
+    "max_new_tokens": 6,
+    "num_epochs": 2,
+    "num_mini_batches": 2,
+}
+CURVES = {
+    "PPO": ("train/reward", "train/kl", "train/kl_coef", "train/value_loss", "train/lr", "val/reward"),
+    "OnlineDPO": ("train/reward", "train/kl", "train/loss", "train/pairs", "train/lr", "val/reward"),
+}
 ZERO = ["--trainer.strategy", "zero2", "--trainer.precision", "16-mixed", "--trainer.devices", "2"]
 
 
 def write_config(path: Path, kind: str, backbone: Path, pairs: Path, **model: object) -> str:
     """Write the configuration of a run of 9 optimizer steps: 18 batches in three epochs, validations between.
 
-    PPO makes four steps of each of the 18 batches.
+    PPO and OnlineDPO make four steps of each of the 18 batches.
     """
     plain_names = {"auto_insert_metric_name": False, "enable_version_counter": False}
     best = {"monitor": "val/loss", "mode": "min", "filename": "best-{step}"} | plain_names
@@ -57,7 +66,7 @@ def write_config(path: Path, kind: str, backbone: Path, pairs: Path, **model: ob
         "model": {"class_path": kind, "init_args": settings | MODELS[kind] | model},
     }
     run["data"] = {"class_path": "PreferenceDataModule", "init_args": data}
-    if kind == "PPO":
+    if kind in ("PPO", "OnlineDPO"):
         run["data"]["class_path"] = "PromptDataModule"
         del trainer["accumulate_grad_batches"], trainer["gradient_clip_val"]
         best |= {"monitor": "val/reward", "mode": "max"}
@@ -154,6 +163,8 @@ def unbroken(tmp_path_factory, config):
         ("PPO", "batch", 8),
         ("PPO", "validation", 7),
         ("PPO", "checkpoint", 4),
+        ("OnlineDPO", "batch", 8),
+        ("OnlineDPO", "checkpoint", 4),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, kind, moment, count):

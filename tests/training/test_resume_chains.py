@@ -19,27 +19,24 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning import DPO, PPO, SFT, PreferenceDataModule, PromptDataModule, RewardModel
+from rlhf_lightning import DPO, PPO, SFT, OnlineDPO, PreferenceDataModule, PromptDataModule, RewardModel
 from rlhf_lightning.training.callbacks import Results
 from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint
+from rlhf_lightning.training.online import OnlineModule
 from rlhf_lightning.training.resume import ProcessStates
 from rlhf_lightning.training.signals import SaveAtSignal
 from rlhf_lightning.training.validation import ValidateOnce
 
 LORA = {"lora": {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.2, "target_modules": "all-linear"}}
-PPO_KEYS = {
-    "reward_model": "tests.training.test_ppo:length",
-    "max_new_tokens": 4,
-    "num_ppo_epochs": 2,
-    "num_mini_batches": 2,
-}
+ONLINE = {"reward_model": "tests.training.test_ppo:length", "max_new_tokens": 4, "num_mini_batches": 2}
 KINDS = {
     "RewardModel": (RewardModel, {"dropout": 0.2}),
     "SFT": (SFT, LORA),
     "DPO frozen": (DPO, {"reference": "frozen"}),
     "DPO adapter": (DPO, LORA),
     "DPO precomputed": (DPO, {"precompute_reference": True}),
-    "PPO": (PPO, PPO_KEYS),
+    "PPO": (PPO, ONLINE | {"num_ppo_epochs": 2}),
+    "OnlineDPO": (OnlineDPO, ONLINE | {"num_epochs": 2}),
 }
 # Six batches an epoch. Epochs end after a checkpoint, inside an accumulation, before a validation that is not due.
 SCHEDULES = [
@@ -49,6 +46,7 @@ SCHEDULES = [
     {"max_epochs": 3, "every": 3, "check_val_every_n_epoch": 2},
     {"max_epochs": -1, "max_steps": 7, "accumulate_grad_batches": 2, "every": 3},
     {"max_epochs": 3, "every": 6},
+    {"max_epochs": 3, "every": 4},
 ]
 
 
@@ -77,7 +75,7 @@ class Breaker(pl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_validation_end(self, trainer, module):
-        name = "val/reward" if isinstance(module, PPO) else "val/loss"
+        name = "val/reward" if isinstance(module, OnlineModule) else "val/loss"
         self.seen["val", trainer.global_step] = float(trainer.callback_metrics[name])
 
     def on_save_checkpoint(self, trainer, module, checkpoint):
@@ -98,7 +96,7 @@ def chain(tmp_path, tiny_qwen2, pairs):
         keeps_newest = trainer_settings.pop("keeps_newest", True)
         every, monitor = trainer_settings.pop("every"), {"monitor": "val/loss", "mode": "min"}
         data_class = PreferenceDataModule
-        if make is PPO:
+        if issubclass(make, OnlineModule):
             every, monitor, data_class = every * 4, {"monitor": "val/reward", "mode": "max"}, PromptDataModule
         seen: dict = {}
         ended_at = 0
