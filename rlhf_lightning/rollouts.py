@@ -7,7 +7,7 @@ tokens of all rows together.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -100,13 +100,16 @@ class Experience(NamedTuple):
 
     responses: Responses
     scores: Tensor
-    """[B] float32, as the reward source gave them."""
+    """[B] float32, the weighted sum of what the reward source gave."""
     tokens: TokenNumbers
+    rewards: Mapping[str, Tensor]
+    """Every reward by itself, by its name, [B] each."""
 
     def numbers(self) -> dict[str, Tensor]:
         """What is logged of each response, [B]; each is defined in docs/metrics.md under its name."""
         mask, device = self.tokens.mask, self.scores.device
-        return {
+        several = {f"reward/{name}": values for name, values in self.rewards.items()} if len(self.rewards) > 1 else {}
+        return several | {
             "reward": self.scores,
             "kl": self.tokens.kl("k1").sum(dim=1),
             "kl_k3": self.tokens.kl("k3").sum(dim=1),
@@ -178,7 +181,7 @@ class Rollouts:
 
     @torch.no_grad()
     def score(self, responses: Responses, prompts: Sequence[Sequence[Message]], example_ids: Sequence[str]) -> Tensor:
-        """Scores [B] float32, as the reward source gives them; it is shown an end only where there is one.
+        """Rewards [B, K] float32, as the reward source gives them; it is shown an end only where there is one.
 
         `prompts` are the conversations that the responses answer, `example_ids` their names. Raises `TrainingError`
         naming the prompts for a score that is not finite, and when a function raises or gives too few.
@@ -186,11 +189,12 @@ class Rollouts:
         assert self.scorer is not None
         try:
             with self.arithmetic():
-                scores = self.scorer(prompts, responses.texts(self.chat_format), responses.ended.tolist())
+                rewards = self.scorer.each(prompts, responses.texts(self.chat_format), responses.ended.tolist())
         except ModelError as error:
             raise TrainingError(f"model.reward_model: {error}, asked about {first_few(example_ids)}") from error
-        check_scores(scores, example_ids, self.scorer.name)
-        return scores.to(responses.rows[0].device)
+        for scores, scorer in zip(rewards.unbind(dim=1), self.scorer.scorers, strict=True):
+            check_scores(scores, example_ids, scorer.name)
+        return rewards.to(responses.rows[0].device)
 
     @torch.no_grad()
     def logprobs(self, responses: Responses, *, values: bool = True) -> TokenNumbers:

@@ -58,9 +58,9 @@ def test_the_quickstart_learns_and_leaves_its_models_and_a_report(quickstart):
 class AlsoTrue(RewardSource):
     """A source of rewards that keeps what the rule says of the same replies."""
 
-    def __call__(self, prompts, responses, ended=None):
+    def each(self, prompts, responses, ended=None):
         self.true = getattr(self, "true", []) + true_utility(prompts, responses)
-        return super().__call__(prompts, responses, ended)
+        return super().each(prompts, responses, ended)
 
 
 @pytest.fixture

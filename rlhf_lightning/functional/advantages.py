@@ -121,6 +121,18 @@ def group_normalized_advantages(
     return torch.where(as_mask(mask), scaled.view(-1, 1), 0)
 
 
+def normalized_within_groups(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Each of K rewards less its mean over the responses to a prompt, in their standard deviations, [B, K] float32.
+
+    rewards [B, K]; rows, epsilon and ValueErrors as in `group_normalized_advantages`, equal ones get exactly 0. The sum
+    of what comes out is GDPO's (Liu et al. 2026, arXiv 2601.05242): each reward tells responses apart at its own scale.
+    """
+    check_layout(rewards=(rewards, "B K"))
+    whole = torch.ones(rewards.shape[0], 1, dtype=torch.bool, device=rewards.device)
+    columns = [group_normalized_advantages(each[:, None], whole, group_size=group_size) for each in rewards.unbind(1)]
+    return torch.cat(columns, dim=1)
+
+
 def groups_that_differ(scores: Tensor, *, group_size: int) -> Tensor:
     """True for the responses of the groups whose scores are not all equal, [B] bool; equal ones teach nothing.
 

@@ -1,31 +1,114 @@
-"""Where the reward of a response comes from: a reward model, a sequence classifier, or a function of the user's.
+"""Where the reward of a response comes from: reward models, sequence classifiers, functions of the user's, or several.
 
-B responses.
+B responses, K rewards.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import TrainingError
-from rlhf_lightning.rewards.functions import RewardFunction, reward_scorer
+from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.rewards.functions import RewardFunction, check_text_of, reward_scorer
 from rlhf_lightning.rewards.scorers import RewardScorer
+from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
+
+
+class RewardKeys(TypedDict, total=False):
+    """One of several rewards: its model or function, its weight in the sum, the text it reads, its name in the log."""
+
+    source: Required[str]
+    weight: float
+    chat_template: str
+    name: str
+
+
+if TYPE_CHECKING:
+    Reward = str | RewardFunction | Sequence[str | RewardFunction | RewardKeys | Mapping[str, Any]]
+else:
+    Reward = list[str | RewardKeys] | str  # what a configuration can name
+"""A model or a function (see `reward_scorer`), or a list of them, some with a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedReward:
+    """One of several rewards. Raises `ConfigurationError` for a weight that is no number, or is 0."""
+
+    source: str | RewardFunction
+    weight: float = 1.0
+    chat_template: str | None = None
+    """Of the text that a model reads (see `RewardScorer`)."""
+    name: str = ""
+    """In logs; the end of the source's own name when not given."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", re.split("[/:]", name_of(self.source).rstrip("/"))[-1])
+        weight = self.weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
+            raise ConfigurationError(
+                f"model.reward_model: the weight of {self.name} is {weight!r}; give a number that is not 0"
+            )
+
+
+def reward_list(given: Reward, chat_template: str | None = None) -> list[WeightedReward]:
+    """The rewards that are added up; of a single one its weight is 1.
+
+    `chat_template` is that of a single model. Raises `ConfigurationError` for what is no reward, for two of one name,
+    and for a template that nothing reads.
+    """
+    if isinstance(given, str) or callable(given):
+        given = [{"source": given, "chat_template": chat_template}]
+    elif chat_template is not None:
+        raise ConfigurationError(
+            "model.reward_chat_template: goes with one reward model; give chat_template with each of the list"
+        )
+    rewards = [_weighted(each) for each in given]
+    names = [reward.name for reward in rewards]
+    if not rewards:
+        raise ConfigurationError("model.reward_model: an empty list; name at least one model or function")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigurationError(f"model.reward_model: two rewards are named {repeated[0]}; give each its own name")
+    for reward in rewards:
+        check_text_of(reward.source, reward.chat_template, "model.reward_chat_template")
+    return rewards
+
+
+def _weighted(given: Any) -> WeightedReward:
+    if isinstance(given, str) or callable(given):
+        return WeightedReward(given)
+    if not isinstance(given, Mapping) or not {"source"} <= given.keys() <= set(WeightedReward.__dataclass_fields__):
+        raise ConfigurationError(
+            f"model.reward_model: {given!r} is no reward; give a model or a function, or "
+            "{source: ONE OF THEM, weight: 1, name: NAME, chat_template: TEMPLATE}"
+        )
+    return WeightedReward(**{key: value for key, value in given.items() if value is not None})
+
+
+def plain_reward(given: Reward) -> str | list[dict[str, Any]]:
+    """The same without objects, as a checkpoint holds it."""
+    if isinstance(given, str) or callable(given):
+        return name_of(given)
+    return [asdict(reward) | {"source": name_of(reward.source)} for reward in reward_list(given)]
 
 
 class RewardSource:
     """Scores responses; higher is better. Says so once when conversations are too long for a reward model.
 
     Args:
-        given: A function, `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`).
-        chat_template: Of the text that a model reads (see `RewardScorer`).
+        given: A function, `module:function`, or a directory or hub name of a model that scores (see `reward_scorer`);
+            or a list of them, whose weighted sum is the score.
+        chat_template: Of the text that a single model reads (see `RewardScorer`).
         batch_size: Rows of a model at a time.
         trust_remote_code: Run code that comes with a model.
 
@@ -34,27 +117,35 @@ class RewardSource:
 
     def __init__(
         self,
-        given: str | RewardFunction,
+        given: Reward,
         *,
         batch_size: int,
         chat_template: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.scorer = reward_scorer(
-            given, chat_template=chat_template, batch_size=batch_size, trust_remote_code=trust_remote_code
-        )
-        self.name = self.scorer.name
-        self._said = False
+        rewards = reward_list(given, chat_template)
+        loading: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
+        self.scorers = [reward_scorer(each.source, chat_template=each.chat_template, **loading) for each in rewards]
+        self.names = [reward.name for reward in rewards]
+        self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+        several = [f"{reward.weight:g} {scorer.name}" for reward, scorer in zip(rewards, self.scorers, strict=True)]
+        self.name = " + ".join(several) if len(rewards) > 1 else self.scorers[0].name
+        self._said: set[str] = set()
 
     @property
-    def model(self) -> nn.Module | None:
-        """What computes the scores; None for a function."""
-        return self.scorer.model if isinstance(self.scorer, RewardScorer) else None
+    def models(self) -> list[RewardScorer]:
+        """Those of its scorers that are models."""
+        return [scorer for scorer in self.scorers if isinstance(scorer, RewardScorer)]
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What computes their scores."""
+        return [scorer.model for scorer in self.models]
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Move a model there, its weights in `dtype` where one is given."""
-        if isinstance(self.scorer, RewardScorer):
-            self.scorer.to(device, dtype)
+        """Move the models there, their weights in `dtype` where one is given."""
+        for scorer in self.models:
+            scorer.to(device, dtype)
 
     def __call__(
         self,
@@ -62,20 +153,36 @@ class RewardSource:
         responses: Sequence[str],
         ended: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Scores [B], float32, on the CPU; those that have not `ended` as they stand (see `Scorer`).
+        """The weighted sum of `each`, [B] float32."""
+        return self.added(self.each(prompts, responses, ended))
+
+    def each(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        ended: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """Every reward by itself, [B, K] float32, on the CPU; those that have not `ended` as they stand (see `Scorer`).
 
         Raises `ModelError` when a function raises, or gives too few.
         """
-        scored = self.scorer(prompts, responses, ended)
-        cut = sum(each.truncated for each in scored)
-        if cut and not self._said:
-            self._said = True
-            log.warning(
-                "reward: %d of %d conversations are longer than what %s reads; it scores them without the beginning of "
-                "their prompts",
-                *(cut, len(scored), self.name),
-            )
-        return torch.tensor([each.score for each in scored], dtype=torch.float32)
+        columns = []
+        for scorer in self.scorers:
+            scored = scorer(prompts, responses, ended)
+            cut = sum(each.truncated for each in scored)
+            if cut and scorer.name not in self._said:
+                self._said.add(scorer.name)
+                log.warning(
+                    "reward: %d of %d conversations are longer than what %s reads; it scores them without the "
+                    "beginning of their prompts",
+                    *(cut, len(scored), scorer.name),
+                )
+            columns.append(torch.tensor([each.score for each in scored], dtype=torch.float32))
+        return torch.stack(columns, dim=1)
+
+    def added(self, rewards: Tensor) -> Tensor:
+        """The weighted sum of K rewards, [B, K], of each response, [B] float32."""
+        return (rewards.double() @ self.weights.to(rewards.device)).float()
 
 
 def check_scores(scores: Tensor, example_ids: Sequence[str], name: str) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.functional.advantages import overlong_share
+from rlhf_lightning.functional.advantages import normalized_within_groups, overlong_share
 from rlhf_lightning.metrics import ResponseCount
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
 from rlhf_lightning.models.objects import ModelSource
@@ -28,8 +28,7 @@ from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.models.vllm_engine import VLLMEngine
-from rlhf_lightning.rewards.functions import check_text_of
-from rlhf_lightning.rewards.source import RewardSource
+from rlhf_lightning.rewards.source import Reward, RewardSource, plain_reward, reward_list
 from rlhf_lightning.rollouts import Experience, Responses, Rollouts
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
@@ -38,7 +37,6 @@ from rlhf_lightning.training.processes import mean_over_processes, over_processe
 from rlhf_lightning.training.references import Reference, held_dtype
 from rlhf_lightning.training.rollout_log import RolloutLog
 from rlhf_lightning.training.validation import validate
-from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +53,11 @@ class OnlineModule(PolicyModule):
     Args:
         reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
             label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
-            floats; in Python the function itself.
+            floats; in Python the function itself. Or a list of them, `{source: ..., weight: 1, name: ...,
+            chat_template: ...}` each, whose weighted sum is the reward.
+        multi_objective_aggregation: Of several rewards: `sum_then_normalize`, their weighted sum is learned from; or
+            `normalize_then_sum` (GDPO), the weighted sum of each reward's difference to the mean of its prompt's
+            responses, in their standard deviations.
         reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
             `pair`, prompt and response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`;
             or a Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
@@ -89,8 +91,9 @@ class OnlineModule(PolicyModule):
     def __init__(
         self,
         backbone: ModelSource,
-        reward_model: str | Callable[..., Any],
+        reward_model: Reward,
         reward_chat_template: str | None = None,
+        multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
         num_generations: PositiveInt = 1,
         max_new_tokens: PositiveInt = 128,
         temperature: PositiveFloat = 1.0,
@@ -107,9 +110,10 @@ class OnlineModule(PolicyModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
-        self.save_hyperparameters({"reward_model": name_of(reward_model)})  # which is what a checkpoint holds
+        rewards = reward_list(reward_model, reward_chat_template)
+        self.save_hyperparameters({"reward_model": plain_reward(reward_model)})  # which is what a checkpoint holds
         self.automatic_optimization = False
-        check_text_of(self.hparams.reward_model, reward_chat_template, "model.reward_chat_template")
+        _check_aggregation(multi_objective_aggregation, rewards=len(rewards), group_size=num_generations)
         if engine != TRANSFORMERS and not engine.startswith(("http://", "https://")):
             raise ConfigurationError(
                 f"model.engine: {engine!r} is no engine; use {TRANSFORMERS}, or the http:// address of a vLLM server"
@@ -129,7 +133,8 @@ class OnlineModule(PolicyModule):
         self.value: ValueNetwork | RewardHead | None = None
         self.rollouts_done = 0
         self.rollout_log = RolloutLog(self)
-        self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
+        several = [f"reward/{reward.name}" for reward in rewards] if len(rewards) > 1 else []
+        self.val_metrics, self.test_metrics = _evaluation_metrics(*several), _evaluation_metrics(*several)
 
     def check_data(self, data: LightningDataModule | None) -> None:
         """Check that the data is prompts that fit the policy. Raises `ConfigurationError` when they do not."""
@@ -204,7 +209,7 @@ class OnlineModule(PolicyModule):
         """Of passes without gradients: in a rollout as in its updates, so that ratios begin at 1; else float32."""
         if self.trainer.training:
             return self.trainer.precision_plugin.forward_context()
-        return self.reference.float32(self.policy, self.rewards.model)
+        return self.reference.float32(self.policy, *self.rewards.networks)
 
     def rollout(self, batch: PromptBatch, role: Role, *seed: object, samples: int, values: bool) -> Experience:
         """`samples` scored responses to each prompt, those to one prompt side by side.
@@ -218,8 +223,10 @@ class OnlineModule(PolicyModule):
         responses = rollouts.sample(prompts, seeds, temperature=self.hparams.temperature)
         known = data.example_ids(role)
         conversations = [data.messages(role, position) for position in positions]
-        scores = rollouts.score(responses, conversations, [known[position] for position in positions])
-        experience = Experience(responses, scores, rollouts.logprobs(responses, values=values))
+        rewards = rollouts.score(responses, conversations, [known[position] for position in positions])
+        each = dict(zip(self.rewards.names, rewards.unbind(dim=1), strict=True))
+        tokens = rollouts.logprobs(responses, values=values)
+        experience = Experience(responses, self.rewards.added(rewards), tokens, each)
         self._check_engine(experience)
         return experience
 
@@ -248,6 +255,13 @@ class OnlineModule(PolicyModule):
     def kl_penalty(self, experience: Experience, kl_coef: float) -> Tensor:
         """What the KL of each response takes off its reward, [B]; of the sum over its tokens when not overridden."""
         return kl_coef * experience.tokens.kl("k1").sum(dim=1)
+
+    def learned_scores(self, experience: Experience) -> Tensor:
+        """What is learned from, before penalties, [B]: the scores, or the sum of rewards normalized in their groups."""
+        if self.hparams.multi_objective_aggregation == "sum_then_normalize":
+            return experience.scores
+        rewards, size = torch.stack(list(experience.rewards.values()), dim=1), self.hparams.num_generations
+        return self.rewards.added(normalized_within_groups(rewards, group_size=size))
 
     def overlong_penalty(self, responses: Responses) -> Tensor:
         """What responses that ended lose for ending in the last `overlong_buffer` tokens, [B]."""
@@ -353,6 +367,12 @@ class OnlineModule(PolicyModule):
         self.rollout_log.restore(checkpoint["rollouts"]["path"])
 
 
-def _evaluation_metrics() -> nn.ModuleDict:
-    names = ("reward", "reward_with_kl", "kl", "response_length", "missing_eos")
+def _check_aggregation(aggregation: str, *, rewards: int, group_size: int) -> None:
+    if aggregation == "normalize_then_sum" and (rewards < 2 or group_size < 2):
+        lacks = "model.num_generations of 2 or more" if group_size < 2 else "a list of rewards in model.reward_model"
+        raise ConfigurationError(f"model.multi_objective_aggregation: normalize_then_sum needs {lacks}")
+
+
+def _evaluation_metrics(*several: str) -> nn.ModuleDict:
+    names = (*several, "reward", "reward_with_kl", "kl", "response_length", "missing_eos")
     return nn.ModuleDict(means(*names) | {"responses": ResponseCount()})

@@ -105,10 +105,10 @@ class OnlineDPO(OnlineModule):
 
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Pairs, dict[str, float]]:
-        responses, scores, _ = experience
+        responses, scores, *_ = experience
         settings, ended = self.hparams, responses.ended.to(self.device)
         penalties = settings.missing_eos_penalty * (~ended).float() + self.overlong_penalty(responses)
-        shaped, size = scores - penalties, settings.num_generations
+        shaped, size = self.learned_scores(experience) - penalties, settings.num_generations
         pairs = Pairs(*best_and_worst(shaped, group_size=size, min_gap=settings.min_score_gap))
         numbers = experience.numbers() | {
             "reward_with_kl": shaped - self.kl_penalty(experience, self.kl_weight),

@@ -26,7 +26,6 @@ from rlhf_lightning.functional.reductions import RunningMoments, masked_whiten, 
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork, has_head_for_tokens, value_source, zero_last_layer
-from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.rollouts import Experience
 from rlhf_lightning.training.checks import (
     check_finite_step,
@@ -157,12 +156,13 @@ class PPO(OnlineModule):
         super().setup(stage)
         settings = self.hparams
         if self.estimator.uses_values and settings.value_model != SHARED:  # a checkpoint says what its value model was
-            scorer, chat_format, reward_model = self.rewards.scorer, chat_format_of(self.trainer.datamodule), None
-            if isinstance(scorer, RewardScorer) and chat_format is not None:
-                reward_model = None if different_tokens(scorer.tokenizer, chat_format.tokenizer) else scorer.name
+            chat_format, alike = chat_format_of(self.trainer.datamodule), []
+            if chat_format is not None:
+                models = self.rewards.models
+                alike = [each.name for each in models if not different_tokens(each.tokenizer, chat_format.tokenizer)]
             settings.value_model = value_source(
                 settings.value_model,
-                reward_model=reward_model,
+                reward_model=alike[0] if alike else None,
                 backbone=settings.backbone,
                 policy=self.backbone_config,
                 trust_remote_code=settings.trust_remote_code,
@@ -211,9 +211,9 @@ class PPO(OnlineModule):
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
         """What a rollout teaches, and the numbers that say how it went, over all processes."""
-        responses, scores, tokens = experience
+        responses, scores, tokens, _ = experience
         ended = responses.ended.to(self.device)
-        shaped = self.shaped_scores(scores - self.overlong_penalty(responses), ended)
+        shaped = self.shaped_scores(self.learned_scores(experience) - self.overlong_penalty(responses), ended)
         advantages, returns = self._advantages(experience, shaped)
         numbers = experience.numbers() | {"reward_with_kl": shaped - self.kl_penalty(experience, self.kl_coef)}
         out, said = left_out(self.hparams, shaped, ended)

@@ -169,3 +169,35 @@ def test_a_function_itself_will_do(given, name, expected):
     assert source.name == name
     with pytest.raises(ConfigurationError, match="gets messages and responses as they are"):
         RewardSource(given, batch_size=4, chat_template="plain")
+
+
+def test_several_rewards_are_a_weighted_sum_with_names():
+    source = RewardSource([Longest(2.0), {"source": count_words, "weight": -0.5, "name": "words"}], batch_size=4)
+    prompts, responses = [[{"role": "user", "content": "?"}]] * 2, ["a bcd", "ab"]
+    assert source.names == ["Longest", "words"]
+    assert source.each(prompts, responses).tolist() == [[10.0, 2.0], [4.0, 1.0]]
+    assert source(prompts, responses).tolist() == [9.0, 3.5]
+    assert "-0.5 tests.rewards.test_functions:count_words" in source.name
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "an empty list"),
+        ([count_words, {"source": count_words, "weight": 2}], "two rewards are named count_words"),
+        ([{"source": count_words, "weight": 0}], "weight of count_words is 0"),
+        ([{"source": count_words, "weight": float("nan")}], "weight of count_words is nan"),
+        ([{"source": count_words, "wait": 2}], "'wait': 2} is no reward"),
+        ([{"weight": 2}], "'weight': 2} is no reward"),
+        ([3], "3 is no reward"),
+        ([{"source": count_words, "chat_template": "plain"}], "gets messages and responses as they are"),
+    ],
+)
+def test_what_is_no_list_of_rewards_is_refused(given, words):
+    with pytest.raises(ConfigurationError, match=words):
+        RewardSource(given, batch_size=4)
+
+
+def test_a_text_for_all_of_several_rewards_is_refused():
+    with pytest.raises(ConfigurationError, match="with each of the list"):
+        RewardSource([count_words], batch_size=4, chat_template="plain")

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning import PPO, PromptDataModule
+from rlhf_lightning import PPO, OnlineDPO, PromptDataModule
 from rlhf_lightning.commands.main import main
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -34,6 +34,10 @@ def length(prompts, responses):
     """A rule that looks at everything it is given."""
     assert all(messages[-1]["role"] == "user" for messages in prompts)
     return [len(response) / 10 for response in responses]
+
+
+def spaces(prompts, responses):
+    return [float(response.count(" ")) for response in responses]
 
 
 def constant(prompts, responses):
@@ -60,11 +64,12 @@ def raising(prompts, responses):
 def build_ppo(tiny_qwen2):
     """Make a PPO module and its prompts; keyword arguments go to the module."""
 
-    def make(*, data=None, **settings):
+    def make(kind=PPO, *, data=None, **settings):
         torch.manual_seed(0)
         optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)
         plain = {"backbone": str(tiny_qwen2), "reward_model": f"{HERE}:length", "optimizer": optimizer}
-        module = PPO(**plain | {"lr_scheduler_type": "constant", "max_new_tokens": 6, "value_lr": 1e-3} | settings)
+        plain |= {"lr_scheduler_type": "constant", "max_new_tokens": 6} | ({"value_lr": 1e-3} if kind is PPO else {})
+        module = kind(**plain | settings)
         prompts = {"train": "builtin:courtesy", "tokenizer": str(tiny_qwen2), "batch_size": 6, "seed": 3}
         return module, PromptDataModule(**prompts | {"limit": 18} | (data or {}))
 
@@ -322,7 +327,7 @@ def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(b
     module.rollout = lambda *given, **named: kept.append(rollout(*given, **named)) or kept[-1]
     numbers = trainer().validate(module, data, verbose=False)[0]
     values = []
-    for responses, _, tokens in kept:
+    for responses, _, tokens, _ in kept:
         for i, length in enumerate(responses.lengths.tolist()):
             d = (tokens.logprobs - tokens.reference)[i, :length].double()
             kl = (torch.expm1(-d) + d).mean() if settings else d.sum()
@@ -451,6 +456,48 @@ def test_a_reward_that_is_no_reward_stops_the_run(build_ppo, trainer, name, word
 def test_settings_that_contradict_each_other_are_refused(build_ppo, settings, words):
     with pytest.raises(ConfigurationError, match=words):
         build_ppo(**settings)
+
+
+SEVERAL = [f"{HERE}:length", {"source": f"{HERE}:spaces", "weight": -3, "name": "gaps"}]
+
+
+@pytest.mark.parametrize("kind", [PPO, OnlineDPO])
+def test_several_rewards_are_logged_by_their_names_and_learned_from_by_their_sum(build_ppo, trainer, kind):
+    module, recorder, _ = fitted(trainer, build_ppo(kind, reward_model=SEVERAL, num_generations=3))
+    for row in recorder.rows:
+        assert row["reward"] == pytest.approx(row["reward/length"] - 3 * row["reward/gaps"], abs=1e-5)
+    assert recorder.rows[0]["reward/gaps"] > 0
+    numbers = trainer().validate(module, build_ppo()[1], verbose=False)[0]
+    assert numbers["val/reward"] == pytest.approx(numbers["val/reward/length"] - 3 * numbers["val/reward/gaps"])
+    assert [each["source"] for each in module.hparams.reward_model] == [f"{HERE}:length", f"{HERE}:spaces"]
+
+
+def test_rewards_normalized_in_their_groups_are_added_before_penalties(build_ppo, trainer):
+    settings = {"advantage_estimator": "grpo", "scale_rewards": "none", "missing_eos_penalty": 0.0}
+    both = {"reward_model": SEVERAL, "multi_objective_aggregation": "normalize_then_sum", "num_generations": 3}
+    module, data = build_ppo(**settings, **both)
+    kept, update = [], module._update
+    module._update = lambda *given: kept.append(given) or update(*given)
+    trainer(limit_val_batches=0).fit(module, data)
+    for experience, targets in kept:
+        length, gaps = (experience.rewards[name].double().view(-1, 3) for name in ("length", "gaps"))
+        expected = sum(
+            weight * (each - each.mean(dim=1, keepdim=True)) / (each.std(dim=1, keepdim=True) + 1e-4)
+            for weight, each in ((1, length), (-3, gaps))
+        )
+        assert targets.advantages[:, 0].tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_generations": 2}, "needs a list of rewards"),
+        ({"reward_model": SEVERAL}, "needs model.num_generations of 2 or more"),
+    ],
+)
+def test_rewards_that_cannot_be_normalized_in_groups_are_refused(build_ppo, settings, words):
+    with pytest.raises(ConfigurationError, match=words):
+        build_ppo(multi_objective_aggregation="normalize_then_sum", **settings)
 
 
 def test_replies_that_leave_no_room_for_a_prompt_are_refused(build_ppo, trainer):
