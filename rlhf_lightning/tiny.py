@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_lightning.files.model_cache import cached_model
+from rlhf_lightning.files.packages import PACKAGE, package_path
 from rlhf_lightning.gguf_files import converted, gguf_file
 
 TINY = "builtin:tiny"
@@ -27,10 +28,12 @@ _CHAT_TEMPLATE = (
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The directory of `builtin:tiny`, or of a GGUF file, made first if need be; any other name as it is.
+    """The directory of `package:NAME`, of `builtin:tiny` or of a GGUF file, made first if need be; others as they are.
 
-    Raises `ModelError` where a GGUF file cannot be converted.
+    Raises `ModelError` where a GGUF file cannot be converted, or a package is not installed.
     """
+    if name_or_path.startswith(PACKAGE):
+        name_or_path = str(package_path(name_or_path))
     if name_or_path == TINY:
         texts = builtin_texts()
         # The name says what it was made of, by what: a stale copy in the cache is never used.

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_lightning.errors import ConfigurationError, reason_of
+from rlhf_lightning.files.packages import PACKAGE
 from rlhf_lightning.tiny import TINY
 
 
 def names_function(given: str) -> bool:
-    """Whether a name has the form `module:function`, and is not that of a built-in model."""
+    """Whether a name has the form `module:function`, and is not that of a built-in model or of one in a package."""
     module, _, function = given.partition(":")
-    return given != TINY and all(part.isidentifier() for part in (*module.split("."), function))
+    return not given.startswith((TINY, PACKAGE)) and all(part.isidentifier() for part in (*module.split("."), function))
 
 
 def load_function(given: str, otherwise: str) -> Callable[..., Any]:

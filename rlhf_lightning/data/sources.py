@@ -27,7 +27,7 @@ SPLIT_STEMS: dict[str, tuple[str, ...]] = {
     "val": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test",),
 }
-BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_"}
+BUILTIN = {"builtin:courtesy": "", "builtin:courtesy_answers": "answers_", "builtin:courtesy_others": "others_"}
 """The sets that come with the package, and how their files' names begin."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import ModelError
+from rlhf_lightning.files.packages import PACKAGE
 from rlhf_lightning.tiny import TINY, resolve_model
 
 CONFIG = "adapter_config.json"
@@ -110,4 +111,4 @@ def check_base_of_others(backbone: str) -> None:
 
 def is_local(path: str) -> bool:
     """Whether a name is that of a file or directory, be it here or not, and no name of the hub."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return Path(path).exists() or path.startswith((".", "/", "~", PACKAGE)) or path.count("/") > 1

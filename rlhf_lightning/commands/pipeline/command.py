@@ -6,21 +6,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_lightning.commands.pipeline.parsing import Settings, read_stages, refuse_duplicates, remember, split_arguments
+from rlhf_lightning.commands.pipeline.parsing import (
+    Settings,
+    parse_layers,
+    read_stages,
+    refuse_duplicates,
+    remember,
+    split_arguments,
+)
 from rlhf_lightning.commands.pipeline.processes import Terminated, terminated
 from rlhf_lightning.commands.pipeline.runs import StageFailed, State, run_stage
 from rlhf_lightning.commands.pipeline.stages import Stage, check_order
-from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.terminal import Terminal, say
 
-_USAGE = """rlhf-lightning pipeline --config FILE.yaml [--STAGE.KEY VALUE ...] [--again STAGE] [--only STAGE]
+_USAGE = """rlhf-lightning pipeline --config FILE.yaml [--config OVERLAY.yaml ...] [--STAGE.KEY VALUE ...]
+       [--again STAGE] [--only STAGE]
 
 Runs the stages of a file after each other, each in a process of its own. A stage that was done is not run again while
 nothing that it was made from has changed: its settings, the files and directories that they name (by content), this
 program, and while what it wrote is as it left it. An interrupted `fit` resumes from its last checkpoint.
 --STAGE.KEY is a key of one stage, as on its own command line: --ppo.model.kl_coef 0.1
+A further --config changes or adds stages: {stages: {ppo: {set: {model.kl_coef: 0.1}}}}
 
 Exit code 0: all stages are done, 2: the file or a setting cannot be used, 128 and the number of a signal (Ctrl-C: 130,
 SIGTERM: 143): interrupted; the same command resumes. Else that of the stage which failed.
@@ -30,7 +38,7 @@ SIGTERM: 143): interrupted; the same command resumes. Else that of the stage whi
 def run(arguments: Sequence[str]) -> int:
     """Run the stages that have something to do, and return the exit code. Raises `UserError`."""
     own, of_stages = split_arguments(arguments)
-    settings = parse_settings(Settings, "pipeline", _USAGE, own)
+    settings = parse_layers(_USAGE, own)
     refuse_duplicates(own)
     try:
         with terminated():

@@ -20,6 +20,7 @@ import yaml
 from jsonargparse.typing import Path_fr
 
 from rlhf_lightning.commands.pipeline.stages import Stage, program_inputs
+from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.files.disks import write_whole
 
@@ -74,6 +75,18 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, list
             current = own
         current.append(argument)
     return own, of_stages
+
+
+def parse_layers(usage: str, arguments: Sequence[str]) -> Settings:
+    """The pipeline's own settings. A later `--config` changes stages of an earlier one or adds some, and drops none.
+
+    Raises `UserError`.
+    """
+    settings = parse_settings(Settings, "pipeline", usage, arguments)
+    ends = [place for place, argument in enumerate(arguments) if argument.split("=")[0] == "--config"][1:]
+    for end in reversed(ends):  # the parser itself keeps of several `stages` the last
+        settings.stages = parse_settings(Settings, "pipeline", usage, arguments[:end]).stages | settings.stages
+    return settings
 
 
 def refuse_duplicates(arguments: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import xxhash
 
-from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.errors import ConfigurationError, ModelError
+from rlhf_lightning.files.packages import PACKAGE, package_path
 from rlhf_lightning.files.seals import MARK
 
 _PACKAGE = Path(__file__).parents[2]
@@ -73,8 +74,8 @@ def paths_in(stage: Stage) -> Iterator[tuple[str, Path]]:
             if not isinstance(text, str) or not text or len(text) > 1000 or "\n" in text:
                 continue
             if not key.startswith(_NO_INPUTS[stage.command]):
-                with suppress(RuntimeError):  # ~nobody
-                    yield key, Path(text).expanduser()
+                with suppress(RuntimeError, ModelError):  # ~nobody; a package that is not there, which the stage says
+                    yield key, package_path(text) if text.startswith(PACKAGE) else Path(text).expanduser()
             if re.fullmatch(r"[A-Za-z_][\w.]*(:\w+)?", text):  # module:function and the classes of the user
                 parts = text.partition(":")[0].split(".")
                 for count in range(1, len(parts) + 1):

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Makes the built-in sets `builtin:courtesy` and `builtin:courtesy_answers`.
+"""Makes the built-in sets `builtin:courtesy`, `builtin:courtesy_answers` and `builtin:courtesy_others`.
 
 Run: python -m rlhf_lightning.data.courtesy.make
 
@@ -9,7 +9,8 @@ and a closing (kind, plain or rude) and one to three steps (of this task, or of 
 labels are therefore noisy, as people's are, and the accuracy of somebody who knows the utilities (`oracle_accuracy`) is
 the ceiling for any reward model. Training and validation ask about different tasks. `courtesy_answers` is made in the
 same way, of all tasks: for SFT, so that a tiny model can speak of what it is asked later. Its validation pairs ask about
-the same tasks in other words.
+the same tasks in other words. `courtesy_others` asks about `OTHER_TASKS` alone: for a second judge, whose prompts no
+policy and no first judge has seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import random
 from pathlib import Path
 
 UTILITY = {"kind": 2.0, "plain": 0.0, "rude": -3.0, "step": 1.0, "off_topic": -3.0}
-PAIRS = {"train": 600, "val": 200, "answers_train": 1000, "answers_val": 100}
+PAIRS = {"train": 600, "val": 200, "answers_train": 1000, "answers_val": 100, "others_train": 300, "others_val": 100}
 SEED = 7
 
 FRAMES = [
@@ -71,12 +72,33 @@ TASKS = {
 }
 VALIDATION_TASKS = 6
 
+OTHER_TASKS = {
+    "wash a car": "Rinse off the loose dirt with a hose. | Wash it from the roof down with a soft sponge. | Dry it with a clean cloth before the sun does.",
+    "cook rice": "Rinse the rice until the water stays clear. | Simmer it in twice as much water with the lid on. | Let it rest off the heat for five minutes.",
+    "prune a rose bush": "Cut out the dead wood at the base. | Shorten the other shoots just above an outer bud. | Sweep up the leaves and water the roots.",
+    "clean an oven": "Spread a paste of baking soda inside. | Leave it overnight with the door closed. | Scrape it off and wipe with a damp cloth.",
+    "wrap a present": "Cut the paper a hand wider than the box. | Fold the long sides over and tape them. | Crease the ends to triangles and fold them up.",
+    "wax a wooden floor": "Sweep and mop the boards and let them dry. | Spread a thin coat of wax along the grain. | Buff it after half an hour with a dry cloth.",
+    "oil a squeaking door": "Lift the pin out of the hinge. | Rub it with a drop of oil. | Put it back and swing the door a few times.",
+    "make a pot of tea": "Warm the pot with hot water and pour it away. | Add a spoon of leaves for each cup. | Pour on boiling water and wait four minutes.",
+    "pack a suitcase": "Lay heavy things at the wheels. | Roll the clothes and fill the gaps with socks. | Put what you need first on top.",
+    "dry fresh herbs": "Tie the stems into small bunches. | Hang them upside down in a dark and airy place. | Crumble the dry leaves into a jar.",
+    "clean a fish tank": "Move a third of the water and the fish into a bucket. | Wipe the glass and vacuum the gravel. | Fill in fresh water of the same temperature.",
+    "put up a tent": "Clear the ground of stones and spread the floor. | Push the poles through and raise the roof. | Peg the corners and tighten the ropes.",
+}
+OTHER_VALIDATION_TASKS = 3
+
 
 def make_rows(split: str) -> list[dict]:
     """The rows of a split, one of `PAIRS`, with the utilities of both answers."""
     random_source = random.Random(f"{SEED} {split}")
-    names = list(TASKS)
-    tasks = {"train": names[:-VALIDATION_TASKS], "val": names[-VALIDATION_TASKS:]}.get(split, names)
+    names, others = list(TASKS), list(OTHER_TASKS)
+    tasks = {
+        "train": names[:-VALIDATION_TASKS],
+        "val": names[-VALIDATION_TASKS:],
+        "others_train": others[:-OTHER_VALIDATION_TASKS],
+        "others_val": others[-OTHER_VALIDATION_TASKS:],
+    }.get(split, names)
     frames = {"answers_train": FRAMES[:-1], "answers_val": FRAMES[-1:]}.get(split, FRAMES)
     rows: list[dict] = []
     while len(rows) < PAIRS[split]:
@@ -106,7 +128,7 @@ def _answer(task: str, tasks: list[str], random_source: random.Random) -> tuple[
     opening, closing = random_source.choice(list(OPENINGS)), random_source.choice(list(CLOSINGS))
     steps, on_topic = random_source.randint(1, 3), random_source.random() < 0.75
     source = task if on_topic else random_source.choice([name for name in tasks if name != task])
-    sentences = TASKS[source].split(" | ")[:steps]
+    sentences = (TASKS | OTHER_TASKS)[source].split(" | ")[:steps]
     phrases = random_source.choice(OPENINGS[opening]), random_source.choice(CLOSINGS[closing])
     value = UTILITY[opening] + UTILITY[closing] + UTILITY["step"] * steps + (0 if on_topic else UTILITY["off_topic"])
     return " ".join(filter(None, [phrases[0], *sentences, phrases[1]])), value

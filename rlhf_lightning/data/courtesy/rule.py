@@ -27,6 +27,14 @@ def true_utility(prompts: Sequence[Sequence[Message]], responses: Sequence[str])
     return [_utility(prompt[-1]["content"], response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def brevity(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
+    """Minus the distance of each response's length from that of the sets' answers, in hundreds of characters.
+
+    A rule for any prompt: half of the answers of `builtin:courtesy` have at least 108 characters, the longest has 201.
+    """
+    return [-abs(len(response) - 108) / 100 for response in responses]
+
+
 def _utility(question: str, response: str) -> float:
     task = next((task for task in TASKS if task in question), None)
     if task is None:
