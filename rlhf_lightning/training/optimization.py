@@ -84,6 +84,7 @@ def optimizer_and_schedule(
     if module.trainer.max_steps != -1:
         total_steps = min(total_steps, module.trainer.max_steps)
     warmup_steps, total_steps = math.ceil(module.hparams.warmup_ratio * total_steps), int(total_steps)
+    module.total_steps = total_steps
     _warn_of_few_steps(module.trainer, total_steps)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     built = module.optimizer_factory(groups or trained)

@@ -63,11 +63,12 @@ class RolloutLog:
         if not sys.stderr.isatty():
             mismatch = numbers.get("engine_mismatch")
             log.info(
-                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f%s%s",
+                "rollout %d (step %d): reward %.4f, less penalty and KL %.4f, KL %.3f, length %.1f%s%s%s",
                 *(module.rollouts_done, trainer.global_step, numbers["reward"], numbers["reward_with_kl"]),
                 *(numbers["kl"], numbers["response_length"]),
                 "".join(f", {words} {numbers[name]:.3f}" for name, words in module.log_line.items()),
                 "" if mismatch is None else f", engine mismatch {mismatch:.4f}",
+                module.time_left(),
             )
 
     def samples(self, responses: Responses, scores: Tensor, kl: Tensor) -> None:

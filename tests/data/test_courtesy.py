@@ -41,13 +41,22 @@ def test_train_and_validation_share_no_task():
     assert len(tasks("train") | tasks("val")) == len(make.TASKS)
 
 
+def test_the_pairs_of_a_second_judge_ask_about_tasks_that_no_other_set_has():
+    named = [{task for task in make.ALL_TASKS for row in rows(split) if task in row["prompt"]} for split in make.PAIRS]
+    found = dict(zip(make.PAIRS, named, strict=True))
+    assert found["others_train"] | found["others_val"] == set(make.OTHER_TASKS)
+    assert found["others_train"].isdisjoint(found["others_val"])
+    for split in ("train", "val", "answers_train", "answers_val"):
+        assert found[split].isdisjoint(make.OTHER_TASKS)
+
+
 def test_no_step_of_a_validation_task_is_in_a_training_answer():
     steps = [step for task in tasks("val") for step in make.TASKS[task].split(" | ")]
     answers = " ".join(row["chosen"] + row["rejected"] for row in rows("train"))
     assert not [step for step in steps if step in answers]
 
 
-@pytest.mark.parametrize(("split", "right"), [("train", 530), ("val", 177)])
+@pytest.mark.parametrize(("split", "right"), [("train", 530), ("val", 177), ("others_train", 271.5)])
 def test_the_ceiling_of_a_reward_model_is_known_and_is_that_of_bradley_terry(split, right):
     pairs = rows(split)
     assert make.oracle_accuracy(pairs) == right / len(pairs)

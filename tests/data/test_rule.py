@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 
 from rlhf_lightning.data.courtesy import make
-from rlhf_lightning.data.courtesy.rule import true_utility
+from rlhf_lightning.data.courtesy.rule import brevity, true_utility
 from tests.data.test_courtesy import DIRECTORY
 
 
@@ -21,6 +22,13 @@ def test_every_shipped_answer_has_the_utility_that_it_was_made_with(split):
     for side in ("chosen", "rejected"):
         found = true_utility([asked(row["prompt"]) for row in rows], [row[side] for row in rows])
         assert found == [row[f"{side}_utility"] for row in rows]
+
+
+def test_brevity_is_how_far_a_length_is_from_that_of_the_middle_answer_in_hundreds_of_characters():
+    rows = [json.loads(line) for line in (DIRECTORY / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lengths = [len(row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert (statistics.median(lengths), max(lengths)) == (108, 201)  # as its docstring says
+    assert brevity([asked("x")] * 3, ["a" * 108, "a" * 208, ""]) == [0.0, -1.0, -1.08]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def test_accumulation_gives_the_weights_of_one_large_batch(build_sft, trainer, m
     start.configure_model()
     assert (weights(whole) - weights(start)).abs().max() > 1e-3
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-5)
+
+
+def test_a_line_in_a_log_says_how_long_the_training_will_take_at_this_speed(build_sft, trainer, caplog):
+    caplog.set_level("INFO")
+    trained(build_sft, trainer, batch_size=2, max_steps=4, log_every_n_steps=1, limit_val_batches=0)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    assert [bool(re.search(r", about \d+ s left$", line)) for line in lines] == [True, True, True, False]
 
 
 def test_training_lowers_the_perplexity(build_sft, trainer):

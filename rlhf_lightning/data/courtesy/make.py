@@ -88,6 +88,8 @@ OTHER_TASKS = {
 }
 OTHER_VALIDATION_TASKS = 3
 
+ALL_TASKS = TASKS | OTHER_TASKS
+
 
 def make_rows(split: str) -> list[dict]:
     """The rows of a split, one of `PAIRS`, with the utilities of both answers."""
@@ -128,7 +130,7 @@ def _answer(task: str, tasks: list[str], random_source: random.Random) -> tuple[
     opening, closing = random_source.choice(list(OPENINGS)), random_source.choice(list(CLOSINGS))
     steps, on_topic = random_source.randint(1, 3), random_source.random() < 0.75
     source = task if on_topic else random_source.choice([name for name in tasks if name != task])
-    sentences = (TASKS | OTHER_TASKS)[source].split(" | ")[:steps]
+    sentences = ALL_TASKS[source].split(" | ")[:steps]
     phrases = random_source.choice(OPENINGS[opening]), random_source.choice(CLOSINGS[closing])
     value = UTILITY[opening] + UTILITY[closing] + UTILITY["step"] * steps + (0 if on_topic else UTILITY["off_topic"])
     return " ".join(filter(None, [phrases[0], *sentences, phrases[1]])), value

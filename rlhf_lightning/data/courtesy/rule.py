@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rlhf_lightning.data.courtesy.make import CLOSINGS, OPENINGS, TASKS, UTILITY
+from rlhf_lightning.data.courtesy.make import ALL_TASKS, CLOSINGS, OPENINGS, UTILITY
 from rlhf_lightning.data.examples import Message
 
 UNKNOWN_SENTENCE = -1.0
 """Utility of a stretch of text that is no phrase or step of the set, or repeats one."""
 
-_STEPS = {step: task for task, steps in TASKS.items() for step in steps.split(" | ")}
+_STEPS = {step: task for task, steps in ALL_TASKS.items() for step in steps.split(" | ")}
 
 
 def true_utility(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
@@ -36,7 +36,7 @@ def brevity(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> l
 
 
 def _utility(question: str, response: str) -> float:
-    task = next((task for task in TASKS if task in question), None)
+    task = next((task for task in ALL_TASKS if task in question), None)
     if task is None:
         raise ValueError(f"{question[:60]!r} asks about none of the built-in tasks")
     rest = response.strip()
