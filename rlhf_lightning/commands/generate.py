@@ -162,7 +162,7 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        engine=SlotEngine(settings.batch_size),
+        engine=SlotEngine(settings.batch_size, say_progress=ranks.rank == 0),
         model=weights_fingerprint(policy),
         file=_kept(Path(settings.out)) / "responses.jsonl",
         keep_every=4 * settings.batch_size,

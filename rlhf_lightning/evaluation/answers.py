@@ -122,7 +122,7 @@ class Answers:
                 temperature=temperature,
                 max_new_tokens=self.settings.max_new_tokens,
                 seed=self.settings.seed,
-                engine=SlotEngine(self.settings.batch_size),
+                engine=SlotEngine(self.settings.batch_size, say_progress=self.ranks.rank == 0),
                 model=policy.fingerprint,
                 file=self.session.kept / f"replies-{label}-{policy.fingerprint[:16]}.jsonl",
                 keep_every=4 * self.settings.batch_size,

@@ -6,8 +6,9 @@ S slots, V vocabulary. Prompts and responses are ragged: 1-D int64 ids, never pa
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from rlhf_lightning.models.rollout_weights import sampling_weights
 from rlhf_lightning.models.row_check import difference, exact_arithmetic, probe_of
 from rlhf_lightning.models.slots import Prompts, Slots, compute_prompts
 from rlhf_lightning.models.states import forget_longest_row
+from rlhf_lightning.terminal import progress
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,12 @@ class SlotEngine:
 
     Args:
         batch_size: Slots: responses that are made at a time.
+        say_progress: Write into a log how far a call is, in tokens, of which there may be fewer than it says.
     """
 
-    def __init__(self, batch_size: int = 64) -> None:
+    def __init__(self, batch_size: int = 64, *, say_progress: bool = False) -> None:
         self.batch_size = batch_size
+        self.say_progress = say_progress
 
     def synchronize(self, policy: CausalLM) -> None:
         """Nothing: the policy itself samples."""
@@ -83,7 +87,9 @@ class SlotEngine:
                 return engine.draw(policy, prompts, seeds, pad_id=pad_id, **options._asdict())
             with sampling_weights(policy.model):
                 drawing = _Drawing(policy, prompts, seeds, min(self.batch_size, len(prompts)), options)
-                return [Sampled(response) for response in drawing.responses()]
+                told = self.say_progress and not sys.stderr.isatty()  # a terminal has the bar of its caller
+                with progress("tokens of these responses", len(prompts) * max_new_tokens, shown=told) as advance:
+                    return [Sampled(response) for response in drawing.responses(advance)]
 
 
 def greedy_responses(
@@ -118,15 +124,19 @@ class _Drawing:
         self.begun = _Begun(None, deque())
         self.found: dict[int, Tensor] = {}
 
-    def responses(self) -> list[Tensor]:
+    def responses(self, advance: Callable[[int], None]) -> list[Tensor]:
+        """All of them; `advance` is told how many tokens were sampled, or need not be."""
         look_every = _LOOK_EVERY.get(self.slots.device.type, 8)
-        steps = 0
+        steps = told = 0
         while self.running or self.left:
             self._refill()
             self._end(look=steps % look_every == 0)
             if self.running:
                 self._take(self.slots.step(), self.running)
                 steps += 1
+            settled = len(self.found) * self.options.max_new_tokens + sum(each.tokens for each in self.running)
+            advance(settled - told)
+            told = settled
         rows = [self.found[i] for i in range(len(self.prompts))]
         return until_eos(pad_sequence(rows, batch_first=True, padding_value=self.options.eos_id), self.options.eos_id)
 

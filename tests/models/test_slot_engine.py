@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.profiler import profile
@@ -68,6 +70,22 @@ SEEDS = [seed_of(place) for place in range(len(PROMPTS))]
 def drawn(engine, policy, prompts=PROMPTS, seeds=SEEDS, *, temperature=1.5, new=NEW, eos=EOS):
     options = {"max_new_tokens": new, "temperature": temperature, "eos_id": eos, "pad_id": PAD}
     return [response.ids.tolist() for response in engine.draw(policy, prompts, seeds, **options)]
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_log_says_how_far_the_responses_are_where_it_is_asked_to(tmp_path, monkeypatch, caplog, said):
+    policy = policy_of(tmp_path, "llama", FAMILIES["llama"], None)
+    monkeypatch.setattr("rlhf_lightning.terminal.SECONDS_BETWEEN_LINES", 0.0)
+    caplog.set_level("INFO")
+    found = drawn(SlotEngine(4, say_progress=said), policy)
+    lines = [re.search(r"^tokens of these responses: (\d+) of (\d+)", message) for message in caplog.messages]
+    counts = [(int(line[1]), int(line[2])) for line in lines if line]
+    assert bool(counts) == said
+    if said:
+        assert {total for _, total in counts} == {NEW * len(PROMPTS)}
+        done = [count for count, _ in counts]
+        assert done == sorted(done)
+        assert sum(map(len, found)) < done[-1] < NEW * len(PROMPTS), "what an ended response leaves is counted as done"
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft sets it for GPT-2 by itself
