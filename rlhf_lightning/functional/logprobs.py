@@ -22,6 +22,9 @@ from rlhf_lightning.functional.shapes import (
     check_token_ids,
 )
 
+_SPREAD = 2.0**14
+"""float16 ends at 6e-8, where many a token's probability is smaller; times this it ends at 4e-12, and 1 still fits."""
+
 
 def gather_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at the targets, float32, [...] for logits [..., V] and targets [...].
@@ -63,11 +66,11 @@ def linear_logprobs(
 ) -> Tensor:
     """`gather_logprobs(hidden @ weight.T + bias, targets)`, float32, [N]; the [N, V] logits never exist.
 
-    hidden [N, H], weight [V, H], targets [N], bias [V]. Logits exist for `chunk_size` tokens at a time and
-    are made again in the backward pass: 8 H V FLOP per token instead of 6, and chunk_size * V * 4 bytes
-    instead of N * V * 4. Products of half-precision operands are summed and returned in float32, weight
-    gradients are summed over the chunks in float32. Under autocast the operands are rounded as `nn.Linear`
-    would round them. Not differentiable twice.
+    hidden [N, H], weight [V, H], targets [N], bias [V]. Logits exist for `chunk_size` tokens at a time, so
+    chunk_size * V * 4 bytes instead of N * V * 4. The backward pass makes them again, but for the first chunk, whose
+    logits are kept: 8 H V FLOP per token instead of 6. Where weight and bias are frozen it makes nothing again: 4 H V.
+    Products of half-precision operands are summed and returned in float32, weight gradients are summed over the chunks
+    in float32. Under autocast the operands are rounded as `nn.Linear` would round them. Not differentiable twice.
     ValueError: shapes, targets not integer, temperature <= 0, chunk_size < 1.
     """
     shapes = {"hidden": (hidden, "N H"), "weight": (weight, "V H"), "targets": (targets, "N")}
@@ -121,25 +124,42 @@ def _entropies(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward: `gather_logprobs` chunk by chunk. Backward: the same logits again, and their gradients."""
+    """`gather_logprobs` chunk by chunk, and its gradients: d logprob / d logits = (one-hot - softmax) / temperature.
+
+    With a frozen weight all is made in the forward pass, since the gradient of a token's hidden state is the one number
+    that comes back times a row that is known there. Else the logits of all chunks but the first are made again.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, operand_dtype):
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.options = temperature, chunk_size, operand_dtype
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        frozen = needs_hidden and not (needs_weight or needs_bias)
+        ctx.options, ctx.hidden_dtype = (temperature, chunk_size, operand_dtype), hidden.dtype
+        originals = hidden, weight, bias, targets
         hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
         logprobs = torch.empty(hidden.shape[0], dtype=_sum_dtype(operand_dtype), device=hidden.device)
+        slopes = torch.empty_like(hidden, dtype=logprobs.dtype) if frozen else None
+        first = None
         # Autocast would take the float32 products back to half precision.
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, chunk_size):
                 logits = _chunk_logits(hidden[rows], weight, bias, temperature)
                 logprobs[rows] = gather_logprobs(logits, targets[rows])
+                if slopes is not None:
+                    slopes[rows] = _slopes(logits, targets[rows], weight, temperature)
+                elif first is None and (needs_weight or needs_bias):
+                    first = logits  # as large as what the backward pass begins with anyhow
+        ctx.frozen = frozen
+        ctx.save_for_backward(*((slopes,) if frozen else (*originals, first)))
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad_logprobs.unsqueeze(1)).to(ctx.hidden_dtype), *[None] * 6
+        hidden, weight, bias, targets, first = ctx.saved_tensors
         temperature, chunk_size, operand_dtype = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sum_dtype = _sum_dtype(operand_dtype)
@@ -149,11 +169,9 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, chunk_size):
-                logits = _chunk_logits(hidden[rows], weight, bias, temperature)
-                # d logprob / d logits = (one-hot(target) - softmax) / temperature
+                logits = first if rows.start == 0 else _chunk_logits(hidden[rows], weight, bias, temperature)
                 scale = (grad_logprobs[rows] / temperature).unsqueeze(1)
-                grad_logits = torch.softmax(logits, dim=-1).mul_(-scale)
-                grad_logits.scatter_add_(1, targets[rows].unsqueeze(1), scale)
+                grad_logits = _minus_softmax(logits, targets[rows], scale)
                 if needs_hidden:
                     grad_hidden[rows] = _matmul(grad_logits, weight)
                 if needs_weight:
@@ -162,6 +180,18 @@ class _LinearLogprobs(torch.autograd.Function):
                     grad_bias += grad_logits.sum(dim=0)
         # Autograd rounds each of them, once, to the dtype of its tensor.
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _minus_softmax(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """scale * (one-hot(targets) - softmax(logits)), [N, V] for logits [N, V], targets [N] and scale [N, 1]."""
+    return torch.softmax(logits, dim=-1).mul_(-scale).scatter_add_(1, targets.unsqueeze(1), scale)
+
+
+def _slopes(logits: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """d logprob / d hidden, [N, H]: (one-hot - softmax) @ weight / temperature."""
+    spread = _SPREAD if weight.dtype == torch.float16 else 1.0
+    scale = torch.full_like(logits[:, :1], spread)
+    return _matmul(_minus_softmax(logits, targets, scale), weight).div_(spread * temperature)
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -251,6 +251,55 @@ def test_only_what_is_trained_gets_a_gradient(trained):
     assert all(ours[name].grad is None for name in ours if name != trained)
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of the operands of each product that is made, in order."""
+    made: list[tuple[torch.Size, torch.Size]] = []
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        made.append((left.shape, right.shape))
+        return left @ right
+
+    monkeypatch.setattr("rlhf_lightning.functional.logprobs._matmul", multiply)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("trained", "forward", "backward"),
+    [
+        (("hidden", "weight", "bias"), 4, 3 + 2 * 4),
+        (("hidden",), 2 * 4, 0),
+        (("weight",), 4, 3 + 4),
+        ((), 4, 0),
+    ],
+)
+def test_the_logits_of_the_first_chunk_are_made_once_and_with_a_frozen_weight_all_are(
+    products, trained, forward, backward
+):
+    example = head(with_bias=True)
+    for name, tensor in example.items():
+        tensor.requires_grad_(name in trained)
+    found = chunked(example, ids(V, N), chunk_size=3)
+    assert len(products) == forward
+    if trained:
+        gradients(found, example)
+    assert len(products) == forward + backward
+
+
+def test_with_a_frozen_half_precision_weight_the_least_probabilities_count(monkeypatch):
+    """The target has 0.99 and each of 65,535 other tokens 1.5e-7, which float16 alone rounds up by 17 %."""
+
+    def as_tensor_cores_do(left: Tensor, right: Tensor) -> Tensor:
+        return left.to(right.dtype).float() @ right.float()
+
+    monkeypatch.setattr("rlhf_lightning.functional.logprobs._matmul", as_tensor_cores_do)
+    hidden = torch.zeros(1, H, dtype=torch.float16, requires_grad=True)
+    weight, bias = torch.ones(65_536, H, dtype=torch.float16), torch.zeros(65_536)
+    weight[7], bias[7] = 0, math.log(99 * 65_535)
+    linear_logprobs(hidden, weight, torch.tensor([7]), bias=bias).backward()
+    torch.testing.assert_close(hidden.grad, torch.full_like(hidden, -0.01), rtol=0.04, atol=0)  # torch's own sum: 3 %
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that any operation returned."""
 
