@@ -174,7 +174,7 @@ def test_swapping_chosen_and_rejected_maps_the_loss_at_x_to_that_at_minus_x(buil
     batch = next(iter(module.trainer.datamodule.train_dataloader()))
     there = module.losses(module(batch), module.reference_logprobs(batch))
     back = module.losses(module(swapped(batch)), module.reference_logprobs(swapped(batch)))
-    x = module.rewards(module(batch), module.reference_logprobs(batch))
+    x = module.loss.rewards(module(batch), module.reference_logprobs(batch))
     margin = x[0] - x[1]
     assert margin.abs().min() > 0.05
     torch.testing.assert_close(there, F.softplus(-margin), rtol=0, atol=1e-5)

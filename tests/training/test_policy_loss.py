@@ -174,9 +174,9 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     settings += ["--model.mask_truncated_responses", "true", "--model.max_new_tokens", "40"]
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one = rollout_lines(tmp_path / "one", *settings)
+    one = rollout_lines(tmp_path / "one", "ppo.yaml", *settings)
     assert len(one) == 4
-    assert rollout_lines(tmp_path / "two", *settings, "--trainer.strategy", "ddp", processes=2) == one
+    assert rollout_lines(tmp_path / "two", "ppo.yaml", *settings, "--trainer.strategy", "ddp", processes=2) == one
 
 
 # ---- what is learned from ----------------------------------------------------------------------------------
