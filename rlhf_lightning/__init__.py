@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "DPO": "rlhf_lightning.training.dpo",
+    "KTO": "rlhf_lightning.training.kto",
     "OnlineDPO": "rlhf_lightning.training.online_dpo",
     "PPO": "rlhf_lightning.training.ppo",
     "SFT": "rlhf_lightning.training.sft",
@@ -16,10 +17,12 @@ _PUBLIC = {
     "RewardNetwork": "rlhf_lightning.models.reward_network",
     "PreferenceDataModule": "rlhf_lightning.data.datamodules",
     "SFTDataModule": "rlhf_lightning.data.sft_datamodule",
-    "PromptDataModule": "rlhf_lightning.data.datamodules",
+    "UnpairedDataModule": "rlhf_lightning.data.unpaired_datamodule",
+    "PromptDataModule": "rlhf_lightning.data.prompt_datamodule",
 }
 __all__ = [
     "DPO",
+    "KTO",
     "PPO",
     "SFT",
     "OnlineDPO",
@@ -28,13 +31,17 @@ __all__ = [
     "RewardModel",
     "RewardNetwork",
     "SFTDataModule",
+    "UnpairedDataModule",
 ]
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
+    from rlhf_lightning.data.datamodules import PreferenceDataModule
+    from rlhf_lightning.data.prompt_datamodule import PromptDataModule
     from rlhf_lightning.data.sft_datamodule import SFTDataModule
+    from rlhf_lightning.data.unpaired_datamodule import UnpairedDataModule
     from rlhf_lightning.models.reward_network import RewardNetwork
     from rlhf_lightning.training.dpo import DPO
+    from rlhf_lightning.training.kto import KTO
     from rlhf_lightning.training.online_dpo import OnlineDPO
     from rlhf_lightning.training.ppo import PPO
     from rlhf_lightning.training.reward_model import RewardModel

@@ -111,6 +111,26 @@ class SFTBatch(NamedTuple):
         return self[:3]
 
 
+class UnpairedBatch(NamedTuple):
+    """B responses that are judged one at a time, as padded rows."""
+
+    input_ids: Tensor
+    """[B, T] int64: prompt, response, EOS, padding."""
+    attention_mask: Tensor
+    """[B, T] bool, True on every token of the row, EOS included."""
+    response_mask: Tensor
+    """[B, T] bool, True on the response and its EOS."""
+    desirable: Tensor
+    """[B] bool, True where the response is a good one."""
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
+    """[B] int64, position of the response in its data set."""
+    weight: Tensor
+    """[] float32, as that of a `PreferenceBatch`."""
+    mismatched: ModelInputs | None
+    """Prompts with the responses to other ones, K rows: of an optimizer step all those of this process, in its first
+    batch, and None in the others; of an evaluation those of the batch's prompts. K may be 0."""
+
+
 class PromptBatch(NamedTuple):
     """B prompts, each as long as it is: nothing is padded."""
 

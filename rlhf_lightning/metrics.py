@@ -30,12 +30,15 @@ from rlhf_lightning.errors import ConfigurationError, UserError
 from rlhf_lightning.functional.shapes import check_layout
 
 __all__ = [
+    "LabelAUROC",
     "MarginAUROC",
+    "MeanGap",
     "PairCount",
     "PairwiseAccuracy",
     "PairwiseCalibrationError",
     "Perplexity",
     "PooledAUROC",
+    "ShiftedLoss",
     "TokensPerSecond",
 ]
 
@@ -147,11 +150,13 @@ class _RewardMetric(_PairMetric):
         self.chosen.append(_float64_copy(chosen))
         self.rejected.append(_float64_copy(rejected))
 
+    def _whole(self, state: list[Tensor]) -> Tensor:
+        """A state as one tensor, empty where nothing was seen."""
+        return dim_zero_cat(state) if len(state) else _float64_copy(torch.empty(0, device=self.device))
+
     def _rewards(self) -> tuple[Tensor, Tensor]:
         """Rewards of the split, chosen [N] and rejected [N], float64 and finite."""
-        none = _float64_copy(torch.empty(0, device=self.device))
-        chosen = dim_zero_cat(self.chosen) if len(self.chosen) else none
-        rejected = dim_zero_cat(self.rejected) if len(self.rejected) else none
+        chosen, rejected = self._whole(self.chosen), self._whole(self.rejected)
         _refuse_not_finite(self, _not_finite(chosen, rejected), len(chosen))
         return chosen, rejected
 
@@ -218,6 +223,88 @@ class PairwiseCalibrationError(_RewardMetric):
         return binary_calibration_error(probability, _labels(margin, -margin), n_bins=self.n_bins)
 
 
+class MeanGap(_PairMetric):
+    """Mean reward of desirable responses minus that of the others: float64, NaN without one of both.
+
+    Takes `update(rewards [B], desirable [B] bool)`. State: two sums and two counts.
+    """
+
+    higher_is_better = True
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, rewards: Tensor, desirable: Tensor) -> None:
+        check_layout(rewards=(rewards, "B"), desirable=(desirable, "B"))
+        masks = _float64_copy(torch.stack([desirable, ~desirable]))
+        self.sums = self.sums + masks @ _float64_copy(rewards)
+        self.counts = self.counts + masks.sum(dim=1)
+
+    def compute(self) -> Tensor:
+        desirable, other = self.sums / self.counts
+        return desirable - other
+
+
+class LabelAUROC(_RewardMetric):
+    """Probability that a desirable response has a higher reward than another one, a tie counted one half.
+
+    Takes `update(rewards [B], desirable [B] bool)`; NaN without one of both. Kept as the rewards of two classes.
+    """
+
+    higher_is_better = True
+
+    def update(self, rewards: Tensor, desirable: Tensor) -> None:
+        check_layout(rewards=(rewards, "B"), desirable=(desirable, "B"))
+        self.chosen.append(_float64_copy(rewards[desirable]))
+        self.rejected.append(_float64_copy(rewards[~desirable]))
+
+    def compute(self) -> Tensor:
+        chosen, rejected = self._whole(self.chosen), self._whole(self.rejected)
+        every = torch.cat([chosen, rejected])
+        _refuse_not_finite(self, _not_finite(every, every), len(every))
+        return _auroc(chosen, rejected)
+
+
+class ShiftedLoss(_PairMetric):
+    """Mean of losses whose shift is known only once all responses are: float64.
+
+    Takes `update(ratios [B], desirable [B] bool, mismatched [K])`: log-ratios policy - reference of responses, and of
+    responses to other prompts. `loss(ratios [N], desirable [N], mismatched [])` gives the loss of each response of the
+    split, where `mismatched` is the mean of the last, 0 without any.
+    """
+
+    higher_is_better = False
+    ratios: list[Tensor]
+    desirable: list[Tensor]
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss = loss
+        self.add_state("ratios", [], dist_reduce_fx="cat")
+        self.add_state("desirable", [], dist_reduce_fx="cat")
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, ratios: Tensor, desirable: Tensor, mismatched: Tensor) -> None:
+        check_layout(ratios=(ratios, "B"), desirable=(desirable, "B"), mismatched=(mismatched, "K"))
+        self.ratios.append(_float64_copy(ratios))
+        self.desirable.append(_float64_copy(desirable))
+        self.total = self.total + _float64_copy(mismatched).sum()
+        self.count = self.count + mismatched.numel()
+
+    def compute(self) -> Tensor:
+        if not len(self.ratios):
+            return self.total.new_tensor(math.nan)
+        mean = self.total / self.count.clamp(min=1)
+        return self.loss(dim_zero_cat(self.ratios), dim_zero_cat(self.desirable).bool(), mean).mean()
+
+
 class Perplexity(_PairMetric):
     """exp of the mean negative log-likelihood per token, over all tokens of the split: float64.
 
@@ -263,12 +350,12 @@ class TokensPerSecond(_PairMetric):
 
 
 def _auroc(positive: Tensor, negative: Tensor) -> Tensor:
-    """AUROC of float64 scores [N] and [N], a tie one half, NaN if N is 0.
+    """AUROC of float64 scores [N] and [M], a tie one half, NaN if N or M is 0.
 
     torchmetrics puts a sigmoid on scores outside [0, 1], which ties 20 and 23 in float32 (its issue 2819);
     ranks over their number keep the order and stay inside.
     """
-    if not len(positive):
+    if not len(positive) or not len(negative):
         return positive.new_tensor(math.nan)
     values, ranks = torch.unique(torch.cat([positive, negative]), return_inverse=True)
     with _dividing_in_float64():

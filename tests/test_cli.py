@@ -82,6 +82,7 @@ def test_help_of_a_command_lists_its_keys(capsys):
     [
         ("RewardModel", "pulls the mean reward to 0"),
         ("DPO", "the policy without its adapters"),
+        ("KTO", "between 1:1 and 4:3"),
         ("SFT", "Train low-rank adapters alone"),
     ],
 )
@@ -406,7 +407,8 @@ def test_an_optimizer_inherits_nothing_from_another(capsys, tmp_path, optimizer,
 
 
 @pytest.mark.parametrize(
-    ("kind", "lr"), [("RewardModel", 2e-5), ("DPO", 5e-6), ("SFT", 1e-5), ("PPO", 1e-6), ("OnlineDPO", 5e-7)]
+    ("kind", "lr"),
+    [("RewardModel", 2e-5), ("DPO", 5e-6), ("KTO", 5e-6), ("SFT", 1e-5), ("PPO", 1e-6), ("OnlineDPO", 5e-7)],
 )
 def test_without_an_optimizer_it_is_adam_of_which_none_inherits_anything(capsys, tmp_path, kind, lr):
     assert optimizer_of(capsys, tmp_path, kind=kind).defaults == plain(torch.optim.Adam, lr=lr)
@@ -516,28 +518,38 @@ def documented_scalars(name: str) -> set[str]:
 
 
 @pytest.mark.usefixtures("forked_proof")
-@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
-def test_the_mission_s_dpo_runs_on_the_cpu_with_a_tiny_model_and_test_repeats_its_numbers(capsys, tmp_path, adapters):
+@pytest.mark.parametrize(
+    ("kind", "adapters", "model", "rows"),
+    [
+        ("DPO", False, "models/rl_policy", ["loss", "reward accuracy", "reward margin", "log-ratio (k1)"]),
+        ("DPO", True, "models/rl_policy", ["loss", "reward accuracy", "reward margin", "log-ratio (k1)"]),
+        ("KTO", True, "models/kto_policy", ["loss", "pooled AUROC", "reward margin", "log-ratio (k1)"]),
+    ],
+)
+def test_the_mission_s_dpo_and_kto_run_on_the_cpu_with_a_tiny_model_and_test_repeats_their_numbers(
+    capsys, tmp_path, kind, adapters, model, rows
+):
+    config = str(ROOT / "configs" / f"{kind.lower()}.yaml")
     lora = ["--model.lora.r", "4", "--model.optimizer.lr", "1e-2"] if adapters else WHOLE
     few = ["--data.limit", "128", "--trainer.val_check_interval", "1.0", *lora]
-    assert main(["fit", "--config", DPO, *TINY, *few]) == 0
+    assert main(["fit", "--config", config, *TINY, *few]) == 0
     text = capsys.readouterr().out
     fitted = table_values(text)
-    assert list(fitted) == ["loss", "reward accuracy", "reward margin", "log-ratio (k1)"]
+    assert list(fitted) == rows
     (checkpoint,) = re.findall(r"^checkpoint: +(\S+)$", text, re.MULTILINE)
-    assert re.findall(r"^model: +(\S+)$", text, re.MULTILINE) == ["models/rl_policy"]
-    (run,) = (tmp_path / "runs" / "dpo").iterdir()
-    assert logged_scalars(run) == documented_scalars("DPO")
-    assert main(["test", "--config", DPO, *TINY, *lora, "--ckpt_path", checkpoint]) == 0
+    assert re.findall(r"^model: +(\S+)$", text, re.MULTILINE) == [model]
+    (run,) = (tmp_path / "runs" / kind.lower()).iterdir()
+    assert logged_scalars(run) == documented_scalars(kind)
+    assert main(["test", "--config", config, *TINY, *lora, "--ckpt_path", checkpoint]) == 0
     assert table_values(capsys.readouterr().out) == fitted
     if adapters:
         from transformers import AutoModelForCausalLM
 
         assert main(["export", "--ckpt_path", checkpoint, "--out", "exported"]) == 0
-        exported, best = (AutoModelForCausalLM.from_pretrained(name) for name in ("exported", "models/rl_policy"))
+        exported, best = (AutoModelForCausalLM.from_pretrained(name) for name in ("exported", model))
         for ours, theirs in zip(exported.parameters(), best.parameters(), strict=True):
             assert torch.equal(ours, theirs)
-        wrong = ["test", "--config", DPO, *TINY, *WHOLE, "--ckpt_path", checkpoint]
+        wrong = ["test", "--config", config, *TINY, *WHOLE, "--ckpt_path", checkpoint]
         assert "those of another model" in refusal(capsys, *wrong), "the adapters were left out"
 
 

@@ -16,7 +16,17 @@ import torch
 import yaml
 from lightning import Trainer
 
-from rlhf_lightning import DPO, PPO, SFT, OnlineDPO, PreferenceDataModule, PromptDataModule, RewardModel
+from rlhf_lightning import (
+    DPO,
+    KTO,
+    PPO,
+    SFT,
+    OnlineDPO,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModel,
+    UnpairedDataModule,
+)
 from rlhf_lightning.commands.main import COMMANDS, TRAINER_COMMANDS, main
 from rlhf_lightning.data import DataError, load_preferences, load_prompts, load_sft
 from rlhf_lightning.functional import advantages, losses
@@ -338,8 +348,8 @@ def parameters(*classes: type) -> set[str]:
 
 
 KEYS = {
-    "model": parameters(RewardModel, SFT, DPO, PPO, OnlineDPO),
-    "data": parameters(PreferenceDataModule, PromptDataModule),
+    "model": parameters(RewardModel, SFT, DPO, KTO, PPO, OnlineDPO),
+    "data": parameters(PreferenceDataModule, PromptDataModule, UnpairedDataModule),
     "trainer": parameters(Trainer),
 }
 

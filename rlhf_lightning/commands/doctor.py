@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.doctor import Diagnosis
     from rlhf_lightning.data.roles import Role
 
-_DESCRIPTION = """What is in preference pairs, or in rows for SFT: a judgement, rows left out and why, columns not used,
-lengths and what max_length cuts, padding, copies and contradictions, prompts on both sides, length bias, and examples
-as the model gets them.
+_DESCRIPTION = """What is in preference pairs, rows for SFT or judged responses: a judgement, rows left out and why,
+columns not used, lengths and what max_length cuts, padding, copies and contradictions, prompts on both sides, length
+bias, how many responses are good, and examples as the model gets them.
 
 SOURCE (a file, a directory or a hub name) is examined alone, with the settings of the configuration if there is one, or
 against the pairs of --data.val; without SOURCE, the training and validation pairs of the configuration or of
@@ -62,20 +62,22 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
     from rlhf_lightning.data.doctor import diagnose
     from rlhf_lightning.data.sft_datamodule import SFTDataModule
     from rlhf_lightning.data.sources import has_split
+    from rlhf_lightning.data.unpaired_datamodule import UnpairedDataModule
 
     given = _names(settings)
     if "--config" not in given:
         # The parser wants a model; the doctor looks at none.
         model = ["--model", "RewardModel", "--model.backbone", ""]
         train = source if source is not None else _value(settings, "--data.train")
-        kind = "SFTDataModule" if _holds_conversations(train) else "PreferenceDataModule"
+        kind = _data_module_for(train)
         settings = ["--seed_everything", "false", *model, "--data", kind, *settings]
     if source is not None:
         settings = [*settings, "--data.train", source]
     parsed = program.run(["fit", *settings], program=program.ParsedRun).settings
     name = parsed.data.class_path.rpartition(".")[2]
-    if name not in ("PreferenceDataModule", "SFTDataModule"):
-        raise ConfigurationError(f"data: doctor examines pairs (PreferenceDataModule) and SFTDataModule's, not {name}")
+    modules = {each.__name__: each for each in (datamodules.PreferenceDataModule, SFTDataModule, UnpairedDataModule)}
+    if name not in modules:
+        raise ConfigurationError(f"data: doctor examines the rows of {', '.join(modules)}, not of {name}")
     keys = dict(parsed.data.init_args)
     roles: tuple[Role, ...] = ("train", "val")
     if source is not None and "--data.val" not in given:
@@ -84,8 +86,7 @@ def _diagnosis(source: str | None, settings: Sequence[str]) -> Diagnosis:
     keys["tokenizer"] = keys["tokenizer"] or None
     accumulate = parsed.trainer.accumulate_grad_batches
     with silenced(datamodules.__name__):  # the findings say it all, but for the progress of reading
-        module = SFTDataModule if name == "SFTDataModule" else datamodules.PreferenceDataModule
-        return diagnose(module(**keys), roles=roles, accumulate=accumulate)
+        return diagnose(modules[name](**keys), roles=roles, accumulate=accumulate)
 
 
 def _value(settings: Sequence[str], name: str) -> str:
@@ -94,15 +95,19 @@ def _value(settings: Sequence[str], name: str) -> str:
     return given[-1] if given else settings[settings.index(name) + 1] if name in settings[:-1] else ""
 
 
-def _holds_conversations(source: str) -> bool:
-    """Whether the first row of a source is one for SFT; what cannot be read is the reader's to say."""
+def _data_module_for(source: str) -> str:
+    """The data module that the first row of a source is for; what cannot be read is the reader's to say."""
     from rlhf_lightning.data.sft import is_sft_row
     from rlhf_lightning.data.sources import read_rows
+    from rlhf_lightning.data.unpaired import is_labelled_row
 
     try:
-        return is_sft_row(next(read_rows(source)).values)
+        row = next(read_rows(source)).values
     except (DataError, StopIteration):
-        return False
+        return "PreferenceDataModule"
+    if is_labelled_row(row):
+        return "UnpairedDataModule"
+    return "SFTDataModule" if is_sft_row(row) else "PreferenceDataModule"
 
 
 def _names(settings: Sequence[str]) -> set[str]:

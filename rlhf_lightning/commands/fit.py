@@ -24,8 +24,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rlhf_lightning.commands.quiet import quieten
 from rlhf_lightning.commands.refusals import OneLineParser
 from rlhf_lightning.commands.trainer_checks import check_monitors, refuse_callbacks, refuse_wrong_numbers
-from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.sft_datamodule import SFTDataModule
+from rlhf_lightning.data.unpaired_datamodule import UnpairedDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError, with_causes
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
@@ -39,6 +41,7 @@ from rlhf_lightning.training.best import SavingOrder, how_to_resume, newest_chec
 from rlhf_lightning.training.callbacks import ExportBest, PredictionWriter, print_results
 from rlhf_lightning.training.checkpoints import WholeFileIO, check_class, has_states, is_sharded, read_checkpoint
 from rlhf_lightning.training.dpo import DPO
+from rlhf_lightning.training.kto import KTO
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.online_dpo import OnlineDPO
 from rlhf_lightning.training.overlays import replace_in_later_layers
@@ -59,8 +62,8 @@ from rlhf_lightning.training.zero import ZeroStrategy, corrected, register
 log = logging.getLogger(__name__)
 
 # Imported so that their bare names resolve in YAML and on the command line.
-DATA = (PreferenceDataModule, SFTDataModule, PromptDataModule)
-CLASSES = (RewardModel, DPO, SFT, PPO, OnlineDPO, *DATA, ExportBest, PredictionWriter, Samples)
+DATA = (PreferenceDataModule, SFTDataModule, UnpairedDataModule, PromptDataModule)
+CLASSES = (RewardModel, DPO, KTO, SFT, PPO, OnlineDPO, *DATA, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
 bound_parsers()

@@ -64,7 +64,7 @@ examples:
 
 options:
   -h, --help       this text; `rlhf-lightning fit --help` lists every key, and
-                   `rlhf-lightning fit --model.help RewardModel` (SFT, DPO, PPO, OnlineDPO) and
+                   `rlhf-lightning fit --model.help RewardModel` (SFT, DPO, KTO, PPO, OnlineDPO) and
                    `--data.help PreferenceDataModule` those of a class
   --version        the version
 """

@@ -54,7 +54,7 @@ class Steps:
     """How long a run is, as far as the data could be read."""
 
     kind: str
-    """`pairs` or `conversations`."""
+    """`pairs`, `conversations` or `responses`."""
     pairs: int
     """How many of them."""
     longest: int
@@ -113,7 +113,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
     planned = program.run(["fit", *settings], program=_Planned)
     trainer, module, data = planned.trainer_settings, planned.model, planned.datamodule
     if not (isinstance(module, TrainedModule) and module.learns_from_pairs):
-        raise ConfigurationError(f"plan: counts RewardModel, SFT and DPO, and not yet {type(module).__name__}")
+        raise ConfigurationError(f"plan: counts RewardModel, SFT, DPO and KTO, and not yet {type(module).__name__}")
     machine = machine_of(trainer, gpu=gpu)
     module.check_data(data)
     unread = _unread(data) if read_data else "--no_data"

@@ -15,8 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.batches import PreferenceBatch, PromptBatch, SFTBatch, collate_rows
-from rlhf_lightning.data.selection import TokenizedConversations, TokenizedPairs, TokenizedPrompts
+from rlhf_lightning.batches import ModelInputs, PreferenceBatch, PromptBatch, SFTBatch, UnpairedBatch, collate_rows
+from rlhf_lightning.data.selection import TokenizedConversations, TokenizedPairs, TokenizedPrompts, TokenizedResponses
+from rlhf_lightning.data.unpaired import partners
 from rlhf_lightning.errors import ConfigurationError
 
 
@@ -25,6 +26,9 @@ class MicroBatch(NamedTuple):
 
     indices: np.ndarray
     weight: float
+    mismatched: np.ndarray | None = None
+    """[K, 2], where the plan knows the prompts: rows, and for each the row of another prompt whose response is put
+    behind its prompt. Of an optimizer step the first batch has all those of its process, the others None."""
 
 
 class TrainingPlan:
@@ -34,7 +38,8 @@ class TrainingPlan:
     the last step of an epoch takes what is left, and fewer leftover pairs than processes join the step before. Every
     process gets the same number of batches, none empty; where the pairs do not divide evenly, a batch may hold
     `batch_size + 1`. `shuffle=False` keeps the file's order (and then nothing is regrouped by length).
-    `repeat` makes every epoch the first one again.
+    `repeat` makes every epoch the first one again. With `prompts` ([P], a hash of each row's), the rows of a step get
+    responses to other prompts of the step, whatever its division into batches and processes.
 
     In a mixture, pair i belongs to source `source[i]` ([P] int), whose pairs come `weights[source[i]]` times in an
     epoch: 2.5 is every pair twice and half of them, others each epoch, once more.
@@ -54,8 +59,10 @@ class TrainingPlan:
         source: np.ndarray | None = None,
         weights: Sequence[float] = (1.0,),
         repeat: bool = False,
+        prompts: np.ndarray | None = None,
     ) -> None:
         self.lengths = lengths
+        self.prompts = prompts
         source = np.zeros(len(lengths), dtype=np.int32) if source is None else source
         self.mixture = [(np.flatnonzero(source == number), weight) for number, weight in enumerate(weights)]
         self.epoch_rows = sum(round(len(indices) * weight) for indices, weight in self.mixture)
@@ -93,12 +100,15 @@ class TrainingPlan:
         if self.shuffle:
             order = random.permutation(order)
         for step in self._steps_of(order):
-            for part in self._divided(step, self._batches_of(len(step)) * self.world_size)[
-                self.rank :: self.world_size
-            ]:
+            parts = self._divided(step, self._batches_of(len(step)) * self.world_size)[self.rank :: self.world_size]
+            mismatched = None
+            if self.prompts is not None:
+                mismatched = _mismatched(np.concatenate(parts), np.unique(step), self.prompts)
+            for part in parts:
                 # Lightning divides by `accumulate` and averages over processes; undone here, so that each pair of the
                 # step counts the same, also in the shorter last step.
-                yield MicroBatch(part, len(part) * self.accumulate * self.world_size / len(step))
+                yield MicroBatch(part, len(part) * self.accumulate * self.world_size / len(step), mismatched)
+                mismatched = None
 
     def _steps_of(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """The pairs of each optimizer step."""
@@ -134,8 +144,16 @@ def _repeated(indices: np.ndarray, weight: float, random: np.random.Generator) -
     return np.concatenate([*[indices] * whole, drawn])
 
 
+def _mismatched(own: np.ndarray, among: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Some rows and their partners out of others (sorted, `own` among them), [K, 2]; see `partners`."""
+    other = partners(prompts[among])[np.searchsorted(among, own)]
+    return np.stack([own, among[other]], axis=1)[other >= 0]
+
+
 class EvaluationPlan:
     """Every pair exactly once, longest first, in the same number of batches on every process.
+
+    With `prompts` ([P], a hash of each row's), each row gets a response to another prompt.
 
     `limit` is how much of it a trainer looks at, a number of batches of each process or a share of them: the batches up
     to there hold pairs drawn at random, always the same for as many pairs, longest first; the rest comes after them.
@@ -152,10 +170,12 @@ class EvaluationPlan:
         limit: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
+        prompts: np.ndarray | None = None,
     ) -> None:
         if len(lengths) < world_size:
             raise ConfigurationError(f"{len(lengths)} evaluation rows cannot be shared by {world_size} processes")
         self.lengths = lengths
+        self.prompts = prompts
         self.rank = rank
         self.world_size = world_size
         self.batches_per_process = _batches_per_process(len(lengths), batch_size, world_size)
@@ -173,8 +193,9 @@ class EvaluationPlan:
         # The longest alone would be no fair sample of the whole.
         order = np.concatenate([self._longest_first(drawn[:seen]), self._longest_first(drawn[seen:])])
         parts = np.split(order, np.cumsum(sizes)[:-1])
+        every = np.arange(len(self.lengths))
         for part in parts[self.rank :: self.world_size]:
-            yield MicroBatch(part, 1.0)
+            yield MicroBatch(part, 1.0, None if self.prompts is None else _mismatched(part, every, self.prompts))
 
     def _longest_first(self, indices: np.ndarray) -> np.ndarray:
         indices = np.sort(indices)
@@ -285,9 +306,7 @@ def collate_pairs(micro_batch: MicroBatch, pairs: TokenizedPairs, *, pad_id: int
     """Right-padded rows of a micro-batch: B chosen rows, then the B rejected rows of the same pairs."""
     indices = np.asarray(micro_batch.indices, dtype=np.int64)
     segments = [pairs.segments(index) for index in indices]
-    sides = [(prompt, side[which]) for which in (0, 1) for prompt, *side in segments]
-    rows = [torch.from_numpy(np.concatenate(both, dtype=np.int64)) for both in sides]
-    inputs = collate_rows(rows, [len(prompt) for prompt, _ in sides], pad_id=pad_id)
+    inputs = _padded([(prompt, side[which]) for which in (0, 1) for prompt, *side in segments], pad_id=pad_id)
     return PreferenceBatch(
         *inputs.text,
         margin=torch.from_numpy(pairs.margin[indices]),
@@ -309,6 +328,34 @@ def collate_conversations(micro_batch: MicroBatch, conversations: TokenizedConve
         index=torch.from_numpy(indices),
         weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
     )
+
+
+def collate_responses(
+    micro_batch: MicroBatch, responses: TokenizedResponses, desirable: np.ndarray, *, pad_id: int
+) -> UnpairedBatch:
+    """Right-padded rows of a micro-batch, B judged responses of which `desirable` [P] says which are good."""
+    indices = np.asarray(micro_batch.indices, dtype=np.int64)
+    inputs = _padded([(prompt, response) for prompt, response in map(responses.segments, indices)], pad_id=pad_id)
+    mismatched = None
+    if micro_batch.mismatched is not None:
+        found = (responses.mismatched(*couple) for couple in micro_batch.mismatched.tolist())
+        mismatched = _padded([sides for sides in found if sides is not None], pad_id=pad_id)
+    return UnpairedBatch(
+        *inputs.text,
+        desirable=torch.from_numpy(desirable[indices]),
+        index=torch.from_numpy(indices),
+        weight=torch.tensor(micro_batch.weight, dtype=torch.float32),
+        mismatched=mismatched,
+    )
+
+
+def _padded(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, pad_id: int) -> ModelInputs:
+    """Right-padded rows of a prompt and a response each; of no row, tensors of the shape [0, 1]."""
+    if not rows:
+        none = torch.zeros(0, 1, dtype=torch.int64)
+        return ModelInputs(none, none.bool(), none.bool())
+    ids = [torch.from_numpy(np.concatenate(both, dtype=np.int64)) for both in rows]
+    return collate_rows(ids, [len(prompt) for prompt, _ in rows], pad_id=pad_id)
 
 
 def collate_prompts(micro_batch: MicroBatch, prompts: TokenizedPrompts) -> PromptBatch:

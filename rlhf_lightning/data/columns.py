@@ -14,6 +14,8 @@ from rlhf_lightning.errors import DataError
 COLUMNS = ("prompt", "chosen", "rejected", "system", "history", "margin", "id", "source")
 SFT_COLUMNS = ("response", "messages")
 """What is mapped beside `COLUMNS` where rows are for SFT."""
+LABEL = "label"
+"""What is mapped beside both where a row says how good its response is."""
 RESPONSE_COLUMNS = ("response", "completion", "output")
 """Columns that the response of an SFT row is looked for in, in this order, where none is mapped."""
 CONVERSATION_COLUMNS = ("messages", "conversations")

@@ -1,4 +1,4 @@
-"""From sources to batches: a data module for preference pairs, one for prompts, and what both share."""
+"""From sources to batches: what all data modules share, and that of preference pairs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from rlhf_lightning.data.batching import (
     MicroBatch,
     TrainingPlan,
     collate_pairs,
-    collate_prompts,
 )
 from rlhf_lightning.data.chat_format import ChatFormat, load_chat_format
-from rlhf_lightning.data.examples import LoadReport, Message, OnBadRows
+from rlhf_lightning.data.examples import LoadReport, OnBadRows
 from rlhf_lightning.data.learner import Learner
 from rlhf_lightning.data.roles import Role, RoleSources, part_masks, role_sources, roles_of, sources_by_role
-from rlhf_lightning.data.selection import TokenizedPairs, TokenizedPrompts, TokenizedRows, Truncation
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedRows, Truncation
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.data.statistics import (
     contradictions,
@@ -64,7 +63,7 @@ class DataModule(CheckedArguments, LightningDataModule, Generic[Rows]):
         batch_size: Rows in one batch on one device; a pair is one row, and two in the forward pass.
         eval_batch_size: The same for validation, test and predict; `batch_size` when not given.
         columns: Our names (prompt, chosen, rejected, system, history, margin, id, source; for SFT also response and
-            messages) to the file's columns.
+            messages, for judged responses label as well) to the file's columns.
         on_bad_rows: `error` refuses a source with unusable rows and names them; `drop` leaves them out and counts them.
         chat_template: A Jinja file, or `transcript` for plain `Human: ... Assistant: ...`; the tokenizer's own template
             when not given (`transcript` where it has none).
@@ -223,7 +222,12 @@ class DataModule(CheckedArguments, LightningDataModule, Generic[Rows]):
 
     def _plan_settings(self) -> dict[str, Any]:
         source, weights = self.rows["train"].source, self._weights()
-        return {"shuffle": self.shuffle, "seed": self.seed, "source": source, "weights": weights}
+        plain = {"shuffle": self.shuffle, "seed": self.seed, "source": source, "weights": weights}
+        return plain | {"prompts": self._prompts("train")}
+
+    def _prompts(self, role: Role) -> np.ndarray | None:
+        """A hash of each row's prompt, [P], where rows are to get responses to other prompts."""
+        return None
 
     def val_dataloader(self) -> BatchLoader:
         return self._evaluation_loader("val", "limit_val_batches")
@@ -269,7 +273,14 @@ class DataModule(CheckedArguments, LightningDataModule, Generic[Rows]):
         """All rows of a role once; those up to the trainer's `limit` are a fair sample."""
         share = getattr(self.trainer, limit) if self.trainer else 1.0
         (rank, world_size), lengths = self._process(), self.rows[role].lengths
-        plan = EvaluationPlan(lengths, batch_size=self.eval_batch_size, limit=share, rank=rank, world_size=world_size)
+        plan = EvaluationPlan(
+            lengths,
+            batch_size=self.eval_batch_size,
+            limit=share,
+            rank=rank,
+            world_size=world_size,
+            prompts=self._prompts(role),
+        )
         return self._loader(role, plan)
 
     def _loader(self, role: Role, plan: TrainingPlan | EvaluationPlan) -> BatchLoader:
@@ -381,68 +392,6 @@ class PreferenceDataModule(ResponseDataModule[TokenizedPairs]):
             f"{len(duplicates(train))} duplicates and {len(contradictions(train))} contradictory pairs in train; "
             f"{leak}; more from `rlhf-lightning doctor`"
         )
-
-
-class PromptDataModule(DataModule[TokenizedPrompts]):
-    """Prompts as `PromptBatch`es of ragged ids; preference data serves as well, by its prompts.
-
-    Args:
-        max_prompt_length: Longest prompt in tokens, up to where the assistant's response begins.
-        truncation: For prompts over max_prompt_length. `drop` leaves them out and counts them; `left` truncates them
-            from the left, after the template's head, for policy and reward model alike; `error` refuses the source.
-        unique: Take each prompt once, however often it occurs in a role's sources; prompts that differ only in case,
-            blanks or Unicode forms are the same.
-    """
-
-    rows_class = TokenizedPrompts
-
-    def __init__(
-        self,
-        train: Source,
-        val: Source | None = None,
-        test: Source | None = None,
-        tokenizer: TokenizerSource | None = None,
-        max_prompt_length: PositiveInt = 512,
-        truncation: Truncation = "drop",
-        unique: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        # Nothing is grouped by length: nothing is padded, and a process with all the long prompts would see other
-        # rewards than the rest.
-        super().__init__(train, val, test, tokenizer, **kwargs)
-        self.max_prompt_length = max_prompt_length
-        self.truncation = truncation
-        self.unique = unique
-
-    @property
-    def prompts(self) -> dict[Role, TokenizedPrompts]:
-        """Tokenized prompts by role, once `setup` has run."""
-        return self.rows
-
-    def messages(self, role: Role, index: int) -> list[Message]:
-        """The conversation of a prompt, by its position in the role; where its ids were cut, what is left of it.
-
-        A reward model with another tokenizer renders it, and the response after it, in its own way: it reads what the
-        policy read.
-        """
-        return self.rows[role].messages_as_cut(index, self._format())
-
-    def example_ids(self, role: Role) -> list[str]:
-        """The id of each prompt of a role: the row's own, or `file:row`."""
-        return self.rows[role].example_ids
-
-    def _select(self, role: Role) -> tuple[TokenizedPrompts, LoadReport]:
-        prompts, report = self._fitting(role, max_length=self.max_prompt_length, truncation=self.truncation)
-        if self.unique:
-            prompts, report.rows_repeated = prompts.once()
-        return prompts, report
-
-    def _collate(self, role: Role) -> Callable[[MicroBatch], NamedTuple]:
-        return functools.partial(collate_prompts, prompts=self.rows[role])
-
-    def _statistics(self, leak: str) -> str:
-        lengths = self.rows["train"].lengths
-        return f"prompts: {lengths.min()} to {lengths.max()} tokens in train, median {int(np.median(lengths))}; {leak}"
 
 
 def chat_format_of(data: LightningDataModule | None) -> ChatFormat | None:

@@ -1,4 +1,4 @@
-"""The data doctor: what is in pairs or conversations, row by row, before a run meets it.
+"""The data doctor: what is in pairs, conversations or judged responses, row by row, before a run meets it.
 
 It looks through the eyes of the run's data module: same reading, same tokens, same reasons for leaving a row out.
 """
@@ -19,6 +19,7 @@ from rlhf_lightning.data.roles import Role
 from rlhf_lightning.data.selection import (
     TokenizedConversations,
     TokenizedPairs,
+    TokenizedResponses,
     TokenizedRows,
     Truncation,
     fit_rows,
@@ -26,6 +27,7 @@ from rlhf_lightning.data.selection import (
 from rlhf_lightning.data.sources import local_files
 from rlhf_lightning.data.statistics import (
     LayoutCost,
+    both_labels,
     contradictions,
     duplicates,
     layout_costs,
@@ -33,6 +35,7 @@ from rlhf_lightning.data.statistics import (
     shared_prompts,
 )
 from rlhf_lightning.data.tokenized import READERS
+from rlhf_lightning.data.unpaired_datamodule import UnpairedDataModule
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 """Percent."""
@@ -93,7 +96,7 @@ class RoleDiagnosis:
     columns_unused: list[str]
     """Columns, and keys of turns such as `prompt[].name`, that nothing was made of."""
     kind: str
-    """`pairs` or `conversations`."""
+    """`pairs`, `conversations` or `responses`."""
     pairs: int
     """Rows that would be used."""
     rows_cut: list[str]
@@ -105,6 +108,9 @@ class RoleDiagnosis:
     duplicates: list[str]
     """Used rows, as in the fields below, that stand more than once: all but the first."""
     contradictions: list[str]
+    """Pairs that also stand with the opposite preference, or judged responses that also have the opposite label."""
+    desirable: int | None
+    """How many of the judged responses that would be used are good; None where none are judged."""
     shared_prompts: list[str] | None
     """Validation rows whose prompt is also trained on; None for training rows."""
     longer_chosen: float | None
@@ -241,6 +247,9 @@ def _diagnose_role(
     trained = data.rows["train"]
     if is_val and max_length is not None:
         trained, _, _ = _fitted(trained, max_length, truncation)
+    good = None
+    if isinstance(data, UnpairedDataModule) and isinstance(kept, TokenizedResponses):
+        good = kept.desirable(data.rating_threshold)
     return RoleDiagnosis(
         role=role,
         source=report.source,
@@ -257,12 +266,19 @@ def _diagnose_role(
         limits=limits,
         layouts=layouts,
         duplicates=kept.origins(duplicates(kept)),
-        contradictions=kept.origins(contradictions(kept)) if isinstance(kept, TokenizedPairs) else [],
+        contradictions=kept.origins(_contradictions(kept, good)),
+        desirable=None if good is None else int(good.sum()),
         shared_prompts=kept.origins(shared_prompts(trained, kept)) if is_val else None,
         longer_chosen=longer_chosen(kept) if len(kept) and isinstance(kept, TokenizedPairs) else None,
         foreign_tokens=kept.origins(np.flatnonzero(kept.numbers("foreign_tokens"))),
         samples=_token_samples(kept, form) if isinstance(form, ChatFormat) else _text_samples(data, role),
     )
+
+
+def _contradictions(rows: TokenizedRows, desirable: np.ndarray | None) -> np.ndarray:
+    if isinstance(rows, TokenizedPairs):
+        return contradictions(rows)
+    return np.array([], dtype=np.int64) if desirable is None else both_labels(rows, desirable)
 
 
 def _fitted(

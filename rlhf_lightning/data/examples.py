@@ -93,6 +93,14 @@ class SFTExample:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledExample(SFTExample):
+    """A prompt and one response, with what is said of how good it is."""
+
+    label: float = 1.0
+    """The number that the row has; infinite, and below 0 for a bad response, where it says so in another way."""
+
+
+@dataclass(frozen=True, slots=True)
 class PromptExample:
     """A conversation that waits for the assistant's reply."""
 

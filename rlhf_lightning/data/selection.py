@@ -18,6 +18,7 @@ from rlhf_lightning.data.examples import LoadReport, Message, Refusal
 from rlhf_lightning.data.splits import Part
 from rlhf_lightning.data.tokenized import Kind, TokenStore
 from rlhf_lightning.data.truncation import resume_at, truncate_left
+from rlhf_lightning.data.unpaired import desirable_of
 from rlhf_lightning.errors import DataError
 
 Truncation = Literal["left", "drop", "error"]
@@ -213,6 +214,30 @@ class TokenizedConversations(TokenizedRows):
             learned[start:stop] = True
         learned = truncate_left(learned, store.turns(row), room=self.max_length - len(response))
         return np.concatenate([learned, np.ones(len(response), dtype=bool)])
+
+
+class TokenizedResponses(TokenizedRows):
+    """P judged responses out of one or more stores, each truncated to fit into `max_length`."""
+
+    kind, limit_key = "responses", "max_length"
+
+    def desirable(self, threshold: float | None) -> np.ndarray:
+        """[P] bool: which are good by their labels. Raises `DataError` as `desirable_of` does for each store."""
+        labels = self.numbers("label")
+        found: np.ndarray = np.empty(len(self), dtype=bool)
+        for number in range(len(self.stores)):
+            own = self.source == number
+            found[own] = desirable_of(labels[own], threshold)
+        return found
+
+    def mismatched(self, index: int, other: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids of the prompt of one row and of the response of another; None where none of its last turn would fit."""
+        store, row = self._place(index)
+        prompt, response = store.segments(row)[0], self.segments(other)[1]
+        room, turns = self.max_length - len(response), store.turns(row)
+        if len(prompt) > room and room - turns[0] <= store.tail_length:
+            return None
+        return truncate_left(prompt, turns, room=room), response
 
 
 class TokenizedPrompts(TokenizedRows):

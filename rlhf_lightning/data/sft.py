@@ -77,14 +77,31 @@ def is_sft_row(values: Mapping[str, Any]) -> bool:
 
 
 def _example(row: Row, columns: SourceColumns) -> SFTExample:
+    if has_pair(row, columns):
+        pair = preference_of(row, columns)
+        return SFTExample(pair.prompt, pair.chosen, False, pair.example_id, pair.origin, pair.has_reasoning)
+    return single_response(row, columns)
+
+
+def has_pair(row: Row, columns: SourceColumns) -> bool:
+    """Whether a row is read as a pair."""
+    if any(row.values.get(columns.name(side)) is not None for side in SIDES):
+        return True
+    return columns.layout is not None and not any(_response_columns(row, columns))
+
+
+def _response_columns(row: Row, columns: SourceColumns) -> tuple[str | None, str | None]:
+    """The column of a row that holds a response, and that which holds a conversation."""
     response, conversation = (
         _first(row.values, [columns.mapped[ours]] if ours in columns.mapped else names)
         for ours, names in (("response", RESPONSE_COLUMNS), ("messages", CONVERSATION_COLUMNS))
     )
-    has_sides = any(row.values.get(columns.name(side)) is not None for side in SIDES)
-    if has_sides or (columns.layout and response is None and conversation is None):
-        pair = preference_of(row, columns)
-        return SFTExample(pair.prompt, pair.chosen, False, pair.example_id, pair.origin, pair.has_reasoning)
+    return response, conversation
+
+
+def single_response(row: Row, columns: SourceColumns) -> SFTExample:
+    """The response of a row to its prompt, or the conversation that it holds. Raises `BadRow`."""
+    response, conversation = _response_columns(row, columns)
     if response is not None:
         value = columns.take(row, response)
         prompt, text = _answer(value, row, columns)

@@ -10,14 +10,16 @@ import numpy as np
 from rlhf_lightning.batches import Layout
 from rlhf_lightning.data.batching import TrainingPlan
 from rlhf_lightning.data.examples import LoadReport
-from rlhf_lightning.data.selection import TokenizedPairs, TokenizedRows
+from rlhf_lightning.data.selection import TokenizedPairs, TokenizedResponses, TokenizedRows
 
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))  # odd
 
 
 def duplicates(rows: TokenizedRows) -> np.ndarray:
-    """Positions of rows that repeat the prompt and every response of an earlier one, outer blanks aside."""
+    """Positions of rows that repeat prompt, every response and label of an earlier one, outer blanks aside."""
     keys = _pair_keys(rows) if isinstance(rows, TokenizedPairs) else _pair_keys(rows, ("response", "response"))
+    if isinstance(rows, TokenizedResponses):
+        keys = keys ^ rows.numbers("label").view(np.uint32)
     first = np.unique(keys, return_index=True)[1]
     return np.setdiff1d(np.arange(len(keys)), first)
 
@@ -25,6 +27,12 @@ def duplicates(rows: TokenizedRows) -> np.ndarray:
 def contradictions(pairs: TokenizedPairs) -> np.ndarray:
     """Positions of pairs that also occur with the opposite preference; both of each contradiction."""
     return np.flatnonzero(np.isin(_pair_keys(pairs), _pair_keys(pairs, ("rejected", "chosen"))))
+
+
+def both_labels(rows: TokenizedRows, desirable: np.ndarray) -> np.ndarray:
+    """Positions of judged responses that are good in one row and bad in another; `desirable` is [P] bool."""
+    keys = _pair_keys(rows, ("response", "response"))
+    return np.flatnonzero(np.isin(keys, np.intersect1d(keys[desirable], keys[~desirable])))
 
 
 def longer_chosen(pairs: TokenizedPairs) -> float:

@@ -22,7 +22,15 @@ import pyarrow as pa
 from rlhf_lightning.data.chat_format import ChatFormat, EncodedPrompt, EncodedResponses
 from rlhf_lightning.data.chat_text import TURN_MARKERS
 from rlhf_lightning.data.conversations import BadRow, plain_form
-from rlhf_lightning.data.examples import LoadReport, Message, PreferenceExample, PromptExample, Refusal, SFTExample
+from rlhf_lightning.data.examples import (
+    LabelledExample,
+    LoadReport,
+    Message,
+    PreferenceExample,
+    PromptExample,
+    Refusal,
+    SFTExample,
+)
 from rlhf_lightning.data.preferences import iterate_preferences
 from rlhf_lightning.data.prompts import iterate_prompts
 from rlhf_lightning.data.reading import watched
@@ -30,9 +38,10 @@ from rlhf_lightning.data.sft import iterate_sft
 from rlhf_lightning.data.sources import Split, WeightedSource, described, fingerprint, row_count
 from rlhf_lightning.data.splits import prompt_hash
 from rlhf_lightning.data.token_cache import cached_directory, content_key
+from rlhf_lightning.data.unpaired import iterate_unpaired
 from rlhf_lightning.errors import DataError
 
-Kind = Literal["pairs", "conversations", "prompts"]
+Kind = Literal["pairs", "conversations", "responses", "prompts"]
 Example = PreferenceExample | SFTExample | PromptExample
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 4_000_000
 _IDS = pa.list_(pa.int32())
@@ -70,6 +79,7 @@ SFT_SCHEMA = pa.schema(
         "origin": pa.string(),
     }
 )
+RESPONSE_SCHEMA = SFT_SCHEMA.remove(SFT_SCHEMA.get_field_index("learned")).append(pa.field("label", pa.float32()))
 PROMPT_SCHEMA = pa.schema(
     {
         "prompt": _IDS,
@@ -82,10 +92,16 @@ PROMPT_SCHEMA = pa.schema(
     }
 )
 
-_SCHEMAS: dict[Kind, pa.Schema] = {"pairs": PAIR_SCHEMA, "conversations": SFT_SCHEMA, "prompts": PROMPT_SCHEMA}
+_SCHEMAS: dict[Kind, pa.Schema] = {
+    "pairs": PAIR_SCHEMA,
+    "conversations": SFT_SCHEMA,
+    "responses": RESPONSE_SCHEMA,
+    "prompts": PROMPT_SCHEMA,
+}
 READERS: dict[Kind, Callable[..., Iterator[Example | Refusal]]] = {
     "pairs": iterate_preferences,
     "conversations": iterate_sft,
+    "responses": iterate_unpaired,
     "prompts": iterate_prompts,
 }
 
@@ -253,7 +269,10 @@ def _pair_values(
 def _sft_values(
     example: SFTExample, prompt: EncodedPrompt, ids: EncodedResponses | DataError, chat_format: ChatFormat
 ) -> dict[str, object]:
-    """The values of one conversation by `SFT_SCHEMA`. Raises `BadRow`, and `ids` where the template did not take it."""
+    """The values of one example by `SFT_SCHEMA`, or `RESPONSE_SCHEMA`.
+
+    Raises `BadRow`, and `ids` where the template did not take it.
+    """
     if isinstance(ids, DataError):
         raise ids
     (response,) = ids.responses
@@ -268,6 +287,7 @@ def _sft_values(
         "prompt_hash": prompt_hash(example.prompt),
         "prompt_text_hash": _turns_hash(example.prompt),
         "response_hash": _text_hash(example.response),
+        "label": example.label if isinstance(example, LabelledExample) else None,
         "foreign_tokens": any(map(TURN_MARKERS.search, example.texts)),
         "example_id": example.example_id,
         "origin": example.origin,
@@ -308,7 +328,7 @@ class TokenStore:
     """R tokenized rows in an Arrow file that is mapped into memory, untruncated.
 
     C of its columns hold token ids: the prompt first, then, for pairs, the chosen and the rejected response, for
-    conversations the last assistant turn; responses end with the EOS token.
+    conversations the last assistant turn, of judged responses that one; responses end with the EOS token.
     """
 
     def __init__(self, directory: str | Path) -> None:

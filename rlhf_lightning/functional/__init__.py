@@ -33,15 +33,29 @@ from rlhf_lightning.functional.policy_losses import (
     token_weights,
 )
 from rlhf_lightning.functional.reductions import last_token_index, masked_mean, masked_whiten
+from rlhf_lightning.functional.unpaired_losses import (
+    UNPAIRED_LOSSES,
+    RewardShift,
+    UnpairedLoss,
+    apo_zero_unpaired_loss,
+    bco_loss,
+    kto_loss,
+    kto_shift,
+)
 
 __all__ = [
     "POLICY_LOSSES",
     "PREFERENCE_LOSSES",
+    "UNPAIRED_LOSSES",
     "AdaptiveKLController",
     "PolicyLoss",
     "PreferenceLoss",
+    "RewardShift",
+    "UnpairedLoss",
     "apo_down_loss",
     "apo_zero_loss",
+    "apo_zero_unpaired_loss",
+    "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
     "cispo_loss",
@@ -55,6 +69,8 @@ __all__ = [
     "hinge_loss",
     "ipo_loss",
     "kl_estimate",
+    "kto_loss",
+    "kto_shift",
     "last_token_index",
     "linear_argmax",
     "linear_logprobs",

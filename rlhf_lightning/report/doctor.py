@@ -80,6 +80,7 @@ def _judged(role: RoleDiagnosis, diagnosis: Diagnosis) -> Iterator[str]:
             "length and nothing else. Add pairs in which it is the other way, and read its accuracy at equal length."
         )
     total = max(role.pairs, 1)
+    yield from _judged_balance(role)
     counts = [
         (role.contradictions, "state the opposite of another one, so they teach nothing", "remove one of each two"),
         (
@@ -102,6 +103,18 @@ def _judged(role: RoleDiagnosis, diagnosis: Diagnosis) -> Iterator[str]:
         yield f"{role.dropped} of {role.rows_read} rows of {role.role} cannot be used: the table says why."
 
 
+def _judged_balance(role: RoleDiagnosis) -> Iterator[str]:
+    """What the numbers of good and bad responses ask of KTO's weights."""
+    if role.desirable is None or role.role != "train" or role.pairs < _FEW:
+        return
+    good, bad = role.desirable, role.pairs - role.desirable
+    if good and not bad <= good <= 4 / 3 * bad:
+        yield (
+            f"{good} responses of train are good and {bad} are bad: with KTO set model.desirable_weight to "
+            f"{bad / good:.3g} to {4 / 3 * bad / good:.3g}, so that good ones weigh 1 to 4/3 times what bad ones do."
+        )
+
+
 _FEW = 20
 """Pairs below which nothing is said of a share."""
 
@@ -115,6 +128,7 @@ def _rows(diagnosis: Diagnosis) -> Finding:
             f"{role.dropped}",
             NOT_MEASURED if diagnosis.max_length is None else f"{len(role.rows_cut)}",
             *_longer(role),
+            *([] if role.desirable is None else [_share(role.desirable, role.pairs)]),
         )
         for role in diagnosis.roles
     ]
@@ -128,7 +142,9 @@ def _rows(diagnosis: Diagnosis) -> Finding:
             "Longer is chosen: the share of the used pairs whose chosen response has more characters, which a reward "
             "model has to beat."
         )
-    header = ("role", "rows read", "used", "left out", "prompt cut", *(["longer is chosen"] if pairs else []))
+    judged = any(role.desirable is not None for role in diagnosis.roles)
+    shares = [*(["longer is chosen"] if pairs else []), *(["good"] if judged else [])]
+    header = ("role", "rows read", "used", "left out", "prompt cut", *shares)
     return Finding("Rows", header, rows, remarks)
 
 
@@ -286,7 +302,8 @@ def visible(text: str) -> str:
 
 def _oddities(role: RoleDiagnosis) -> Iterator[tuple[str, list[str]]]:
     yield f"copies of an earlier {role.kind.removesuffix('s')}", role.duplicates
-    yield "contradicted by another pair", role.contradictions
+    judged = role.kind == "responses"
+    yield "the same with the opposite label" if judged else "contradicted by another pair", role.contradictions
     if role.shared_prompts is not None:
         yield "prompt is also trained on", role.shared_prompts
     yield "prompt is cut to fit max_length", role.rows_cut

@@ -53,6 +53,15 @@ class ResponseScores(NamedTuple):
     """[B] float32, of all learned tokens of each, in nats."""
 
 
+class ResponseRewards(NamedTuple):
+    """Implicit rewards of B responses, as `predict` returns them."""
+
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
+    """[B] int64, position of the response in the evaluated data."""
+    reward: Tensor
+    """[B] float32, beta times the log-ratio of policy and reference."""
+
+
 def print_results(trainer: Trainer) -> None:
     """Print the table of what a run measured, and where its files lie.
 
@@ -199,7 +208,7 @@ class PredictionWriter(BasePredictionWriter):
     """Writes the scores of `predict` as JSON lines, in the order of the data.
 
     Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference); of a conversation
-    `example_id` and `logprob`.
+    `example_id` and `logprob`; of a judged response `example_id` and `reward`.
 
     Args:
         path: The file; `predictions.jsonl` in the run's log directory when not given.

@@ -15,10 +15,12 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from rlhf_lightning.batches import PreferenceBatch, SFTBatch
-from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule, PromptDataModule
+from rlhf_lightning.batches import PreferenceBatch, SFTBatch, UnpairedBatch
+from rlhf_lightning.data.datamodules import DataModule, PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.sft_datamodule import SFTDataModule
 from rlhf_lightning.data.tokenized import Kind
+from rlhf_lightning.data.unpaired_datamodule import UnpairedDataModule
 from rlhf_lightning.errors import ConfigurationError, ModelError, TrainingError
 from rlhf_lightning.functional.advantages import AdvantageEstimator
 from rlhf_lightning.models.causal_lm import CausalLM
@@ -66,12 +68,10 @@ def check_tokens_fit(
     """
     kind = data.rows_class.kind if isinstance(data, DataModule) else "pairs"
     if data is not None and kind not in kinds:
-        known = [
-            each for each in (PreferenceDataModule, SFTDataModule, PromptDataModule) if each.rows_class.kind in kinds
-        ]
+        modules = (PreferenceDataModule, SFTDataModule, UnpairedDataModule, PromptDataModule)
+        known = [each.__name__ for each in modules if each.rows_class.kind in kinds]
         raise ConfigurationError(
-            f"data: this model learns from {' or '.join(kinds)}; use {' or '.join(each.__name__ for each in known)}, "
-            f"not {type(data).__name__}"
+            f"data: this model learns from {' or '.join(kinds)}; use {' or '.join(known)}, not {type(data).__name__}"
         )
     if not isinstance(data, DataModule):
         return
@@ -101,7 +101,7 @@ def check_tokens_fit(
         )
 
 
-def check_finite(module: LightningModule, batch: PreferenceBatch | SFTBatch, losses: Tensor) -> None:
+def check_finite(module: LightningModule, batch: PreferenceBatch | SFTBatch | UnpairedBatch, losses: Tensor) -> None:
     """Stop before a NaN or infinite loss, [B], reaches the weights. Raises `TrainingError` naming step and examples."""
     wrong = ~losses.detach().isfinite()
     if not wrong.any():
@@ -126,7 +126,7 @@ def start_tolerance(precision: str) -> float:
 def check_start(module: LightningModule, losses: Tensor, expected: Tensor) -> None:
     """Check the first losses against those of a policy equal to its reference, both [B]. Raises `TrainingError`.
 
-    For the sigmoid family that is ln 2: nothing has been learned yet.
+    For the sigmoid family that is ln 2, for KTO 1/2: nothing has been learned yet.
     """
     tolerance = start_tolerance(str(module.trainer.precision)) * expected.abs().clamp(min=1)
     difference = (losses - expected).detach().abs()
@@ -187,6 +187,33 @@ def check_ppo_settings(settings: Any, estimator: AdvantageEstimator) -> None:
 def adapters_moved(policy: CausalLM) -> bool:
     """Whether any adapter has left its start, where every B is 0."""
     return any(bool(parameter.any()) for name, parameter in policy.named_parameters() if "lora_B" in name)
+
+
+class AdapterWatch:
+    """Stops a run whose adapters have not moved after the first optimizer step with a learning rate above 0."""
+
+    def __init__(self) -> None:
+        self.moved = False
+        self._learning_rate = 0.0
+        self._steps_without_move = 0
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the learning rate of the step to come."""
+        self._learning_rate = optimizer.param_groups[0]["lr"]
+
+    def after_batch(self, trainer: Trainer, policy: CausalLM) -> None:
+        """Raises `TrainingError`."""
+        if self.moved or not policy.has_adapters or self._learning_rate == 0:
+            return
+        self.moved = adapters_moved(policy)
+        self._steps_without_move += 1
+        # float16's loss scaler skips some of its first steps.
+        allowed = 20 * trainer.accumulate_grad_batches if trainer.precision == "16-mixed" else 1
+        if not self.moved and self._steps_without_move >= allowed:
+            raise TrainingError(
+                f"step {trainer.global_step}: the optimizer stepped with learning rate {self._learning_rate:g}, "
+                "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.target_modules"
+            )
 
 
 def warn_of_falling_chosen(chosen: float, rejected: float, *, sft_weight: bool = False) -> bool:

@@ -17,18 +17,13 @@ from torch import Tensor, nn
 
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.data.roles import Role
-from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.functional.kl import kl_estimate
 from rlhf_lightning.metrics import PairCount, PairwiseAccuracy, TokensPerSecond
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.training.callbacks import PairScores
-from rlhf_lightning.training.checks import (
-    adapters_moved,
-    check_finite,
-    check_start,
-    warn_of_falling_chosen,
-)
+from rlhf_lightning.training.checks import AdapterWatch, check_finite, check_start, warn_of_falling_chosen
 from rlhf_lightning.training.measures import Measured, means, named
 from rlhf_lightning.training.optimization import Fraction, Smoothing
 from rlhf_lightning.training.pair_loss import LossType, PairLogprobs, PairLoss
@@ -112,9 +107,8 @@ class DPO(PolicyModule):
         self.val_metrics, self.test_metrics = self._metrics(PairCount()), self._metrics(PairCount())
         self.throughput = TokensPerSecond()
         self.log_ratios = nn.ModuleDict(means("chosen", "rejected") | {"pairs": PairCount()})
-        self._learning_rate = 0.0
-        self._steps_without_move = 0
-        self._start_checked = self._moved = self._warned = False
+        self._adapters = AdapterWatch()
+        self._start_checked = self._warned = False
 
     def _metrics(self, pairs: PairCount | None = None) -> nn.ModuleDict:
         names = [f"{what}/{side}" for what in ("rewards", "logps", "lengths") for side in ("chosen", "rejected")]
@@ -199,10 +193,10 @@ class DPO(PolicyModule):
         return self.losses(self(batch), self.reference_logprobs(batch, "train")).mean()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._learning_rate = optimizer.param_groups[0]["lr"]
+        self._adapters.before_step(optimizer)
 
     def on_train_batch_end(self, outputs, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._check_adapters()
+        self._adapters.after_batch(self.trainer, self.policy)
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def log_numbers(self) -> dict[str, float] | None:
@@ -233,17 +227,3 @@ class DPO(PolicyModule):
         if reference is not None:
             values["kl"] = kl_estimate(torch.cat(policy[:2]), torch.cat(reference[:2]), estimator="k1")
         return Measured(values, (chosen, rejected))
-
-    def _check_adapters(self) -> None:
-        """After the first optimizer step with a learning rate above 0 the adapters must have moved."""
-        if self._moved or not self.policy.has_adapters or self._learning_rate == 0:
-            return
-        self._moved = adapters_moved(self.policy)
-        self._steps_without_move += 1
-        # float16's loss scaler skips some of its first steps.
-        allowed = 20 * self.trainer.accumulate_grad_batches if self.trainer.precision == "16-mixed" else 1
-        if not self._moved and self._steps_without_move >= allowed:
-            raise TrainingError(
-                f"step {self.trainer.global_step}: the optimizer stepped with learning rate {self._learning_rate:g}, "
-                "but no adapter moved: no gradient reaches them; check model.optimizer and model.lora.target_modules"
-            )

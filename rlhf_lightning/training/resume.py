@@ -108,7 +108,7 @@ class ProcessStates(Callback):
             self._step_began = _states(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        open_batches = _batches_of_open_step(trainer)
+        open_batches = batches_of_open_step(trainer)
         states_now = _states(pl_module)
         if self._saves_as_remembered and (before := self._before_validation) is not None:
             checkpoint["loops"], states_now = copy.deepcopy(before.loops), before.states
@@ -257,7 +257,7 @@ def _states(module: LightningModule) -> dict[str, Any]:
     return {"random": _random_states(), "metrics": metrics, "logged_step": logged_step}
 
 
-def _batches_of_open_step(trainer: Trainer) -> int:
+def batches_of_open_step(trainer: Trainer) -> int:
     """Batches since the last optimizer step, the current one included."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return 0 if progress.is_last_batch else progress.current.ready % trainer.accumulate_grad_batches

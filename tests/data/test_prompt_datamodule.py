@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.data import DataError
-from rlhf_lightning.data.datamodules import PreferenceDataModule, PromptDataModule
+from rlhf_lightning.data.datamodules import PreferenceDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.data.sources import WeightedSource
 from rlhf_lightning.errors import ConfigurationError
 from tests.data.test_preference_datamodule import batches, numbered

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from rlhf_lightning import DPO, SFT, PreferenceDataModule, RewardModel
+from rlhf_lightning import DPO, KTO, SFT, PreferenceDataModule, RewardModel, UnpairedDataModule
 from rlhf_lightning.data.courtesy.make import make_rows
 
 TRAIN_PAIRS, VAL_PAIRS = 11, 7
@@ -37,7 +37,7 @@ def sgd(lr: float):
     return functools.partial(torch.optim.SGD, lr=lr)
 
 
-def builder(kind, directory, pairs, *, lr: float):
+def builder(kind, directory, pairs, *, lr: float, data_kind=PreferenceDataModule):
     """A function that makes a module and a data module; its keyword arguments go where they belong."""
 
     def make(*, model=None, data=None):
@@ -49,7 +49,7 @@ def builder(kind, directory, pairs, *, lr: float):
             "warmup_ratio": 0.0,
         }
         module = kind(**settings | (model or {}))
-        datamodule = PreferenceDataModule(
+        datamodule = data_kind(
             **{"train": str(pairs), "tokenizer": str(directory), "batch_size": 2, "seed": 3} | (data or {})
         )
         return module, datamodule
@@ -67,6 +67,12 @@ def build(tiny_qwen2, pairs):
 def build_dpo(tiny_qwen2, pairs):
     """Make a DPO module and its data."""
     return builder(DPO, tiny_qwen2, pairs, lr=0.003)
+
+
+@pytest.fixture
+def build_kto(tiny_qwen2, pairs):
+    """Make a KTO module and its data: of each pair a good and a bad response."""
+    return builder(KTO, tiny_qwen2, pairs, lr=0.05, data_kind=UnpairedDataModule)
 
 
 @pytest.fixture

@@ -474,7 +474,7 @@ def test_adapters_that_do_not_move_stop_the_run(build_dpo, trainer):
 
 def test_a_learning_rate_of_0_is_no_reason_to_stop(build_dpo, trainer):
     module, _ = trained(build_dpo, trainer, model=LORA | {"optimizer": sgd(0.0)}, limit_val_batches=0)
-    assert not module._moved
+    assert not module._adapters.moved
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])

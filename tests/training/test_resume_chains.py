@@ -19,7 +19,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rlhf_lightning import DPO, PPO, SFT, OnlineDPO, PreferenceDataModule, PromptDataModule, RewardModel
+from rlhf_lightning import (
+    DPO,
+    KTO,
+    PPO,
+    SFT,
+    OnlineDPO,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModel,
+    UnpairedDataModule,
+)
 from rlhf_lightning.training.callbacks import Results
 from rlhf_lightning.training.checkpoints import WholeFileIO, read_checkpoint
 from rlhf_lightning.training.online import OnlineModule
@@ -35,6 +45,8 @@ KINDS = {
     "DPO frozen": (DPO, {"reference": "frozen"}),
     "DPO adapter": (DPO, LORA),
     "DPO precomputed": (DPO, {"precompute_reference": True}),
+    "KTO": (KTO, LORA),
+    "BCO": (KTO, {"loss_type": "bco", "beta": 1.0}),
     "PPO": (PPO, ONLINE | {"num_ppo_epochs": 2}),
     "OnlineDPO": (OnlineDPO, ONLINE | {"num_epochs": 2}),
 }
@@ -45,6 +57,14 @@ SCHEDULES = [
     {"max_epochs": 3, "every": 2, "val_check_interval": 4, "check_val_every_n_epoch": None},
     {"max_epochs": 3, "every": 3, "check_val_every_n_epoch": 2},
     {"max_epochs": -1, "max_steps": 7, "accumulate_grad_batches": 2, "every": 3},
+    {
+        "max_epochs": 2,
+        "accumulate_grad_batches": 3,
+        "every": 1,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+    },
+    {"max_epochs": 2, "accumulate_grad_batches": 3, "every": 2, "val_check_interval": 0.5},
     {"max_epochs": 3, "every": 6},
     {"max_epochs": 3, "every": 4},
 ]
@@ -95,7 +115,7 @@ def chain(tmp_path, tiny_qwen2, pairs):
         trainer_settings = dict(schedule)
         keeps_newest = trainer_settings.pop("keeps_newest", True)
         every, monitor = trainer_settings.pop("every"), {"monitor": "val/loss", "mode": "min"}
-        data_class = PreferenceDataModule
+        data_class = UnpairedDataModule if make is KTO else PreferenceDataModule
         if issubclass(make, OnlineModule):
             every, monitor, data_class = every * 4, {"monitor": "val/reward", "mode": "max"}, PromptDataModule
         seen: dict = {}

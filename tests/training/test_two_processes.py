@@ -10,7 +10,11 @@ import torch
 import yaml
 
 from tests.programs import run, start
-from tests.training.conftest import VAL_PAIRS
+from tests.training.conftest import TRAIN_PAIRS, VAL_PAIRS
+
+DATA = {"RewardModel": "PreferenceDataModule", "KTO": "UnpairedDataModule"}
+ROWS = {"RewardModel": 1, "KTO": 2}
+"""Rows of a pair."""
 
 
 def run_program(directory: Path, command: str, processes: int, *arguments: str, forked: bool = True) -> None:
@@ -25,9 +29,17 @@ def run_program(directory: Path, command: str, processes: int, *arguments: str, 
     assert code == 0, error[-3000:]
 
 
+@pytest.fixture(scope="module", params=["RewardModel", "KTO"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_qwen2, pairs):
-    """Directory of the run with one process and of that with two: 11 training and 7 validation pairs."""
+def runs(tmp_path_factory, tiny_qwen2, pairs, kind):
+    """Directory of the run with one process and of that with two: 11 training and 7 validation pairs.
+
+    KTO has two responses of each.
+    """
     root = tmp_path_factory.mktemp("runs")
     checkpoint = {"monitor": "val/auroc", "mode": "max", "dirpath": "checkpoints", "filename": "best"}
     config = {
@@ -42,7 +54,7 @@ def runs(tmp_path_factory, tiny_qwen2, pairs):
             "callbacks": [{"class_path": "ModelCheckpoint", "init_args": checkpoint}],
         },
         "model": {
-            "class_path": "RewardModel",
+            "class_path": kind,
             "init_args": {
                 "backbone": str(tiny_qwen2),
                 "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
@@ -50,7 +62,7 @@ def runs(tmp_path_factory, tiny_qwen2, pairs):
                 "warmup_ratio": 0.0,
             },
         },
-        "data": {"class_path": "PreferenceDataModule", "init_args": {"train": str(pairs), "batch_size": 1}},
+        "data": {"class_path": DATA[kind], "init_args": {"train": str(pairs), "batch_size": 1}},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(config))
     directories = {}
@@ -73,28 +85,34 @@ def test_two_processes_train_the_weights_of_one(runs):
         torch.testing.assert_close(two["state_dict"][name], tensor, rtol=0, atol=2e-6, msg=name)
 
 
-def test_two_processes_validate_to_the_numbers_of_one(runs):
+def test_two_processes_validate_to_the_numbers_of_one(runs, kind):
     metrics = []
     for directory in runs.values():
         (state,) = (s for name, s in stored(directory)["callbacks"].items() if name.startswith("Results"))
         metrics.append(state["metrics"])
-    assert metrics[0]["pairs"] == metrics[1]["pairs"] == VAL_PAIRS
-    assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
+    count = "pairs" if kind == "RewardModel" else "responses"
+    assert metrics[0][count] == metrics[1][count] == VAL_PAIRS * ROWS[kind]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-6, abs=1e-5)
 
 
-def test_two_processes_log_the_training_numbers_of_one(runs):
+@pytest.mark.parametrize("name", ["loss", "shift"])
+def test_two_processes_log_the_training_numbers_of_one(runs, kind, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if (kind, name) == ("RewardModel", "shift"):
+        pytest.skip("it has none")
     curves = []
     for directory in runs.values():
         (log,) = (directory / "runs" / "run").iterdir()
         events = EventAccumulator(str(log)).Reload()
-        curves.append({e.step: e.value for e in events.Scalars("train/loss")})
-    assert list(curves[0]) == [2, 4, 6]
+        curves.append({e.step: e.value for e in events.Scalars(f"train/{name}")})
+    steps = 2 * -(-TRAIN_PAIRS * ROWS[kind] // 4)
+    assert list(curves[0]) == [*range(2, steps + 1, 2)]
+    assert max(map(abs, curves[0].values())) > 1e-4
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
 
-def test_two_processes_predict_every_pair_once_in_the_order_of_the_data(runs):
+def test_two_processes_predict_every_pair_once_in_the_order_of_the_data(runs, kind):
     rows = {}
     for processes, directory in runs.items():
         path = directory / "scores.jsonl"
@@ -103,6 +121,8 @@ def test_two_processes_predict_every_pair_once_in_the_order_of_the_data(runs):
             directory, "predict", processes, "--ckpt_path", str(runs[1] / "checkpoints" / "best.ckpt"), *callback
         )
         rows[processes] = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["example_id"] for row in rows[1]] == [f"courtesy-val-{number}" for number in range(VAL_PAIRS)]
+    names = [f"courtesy-val-{number}" for number in range(VAL_PAIRS)]
+    sides = {"RewardModel": [""], "KTO": [":chosen", ":rejected"]}[kind]
+    assert [row["example_id"] for row in rows[1]] == [name + side for name in names for side in sides]
     for one, two in zip(rows[1], rows[2], strict=True):
         assert two == pytest.approx(one, abs=1e-5)
