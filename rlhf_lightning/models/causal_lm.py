@@ -264,27 +264,24 @@ class CausalLM(nn.Module):
         if getattr(model, "is_quantized", False):
             raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out load_in_4bit")
         with replaced_model(directory) as made:
-            model.save_pretrained(made, state_dict=self._merged_weights(dtype), max_shard_size="5GB")
+            merged = {name: weight.to(dtype).cpu() for name, weight in self.merged_weights()}
+            model.save_pretrained(made, state_dict=merged, max_shard_size="5GB")
             write_published_settings(model, made)
 
-    @torch.no_grad()
-    def _merged_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All weights by the names of the model without adapters, with the adapters' part added, on the host.
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights by the names of the model without adapters, with the adapters' part added, one at a time.
 
-        Each is added to and rounded on its device: the host never holds more than the copy that is asked for.
+        Each is added to on its device: never is there a second copy of all of them. They have no gradient.
         """
         model = inner_model(self.model)
         layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
-        merged: dict[str, Tensor] = {}
         for name, weight in model.state_dict().items():
             owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
             if ".original_module." in name or (owner is not None and ".base_layer." not in name):
                 continue
             if owner is not None and name.endswith(".weight"):
-                weight = weight + layers[owner].get_delta_weight(layers[owner].active_adapters[0])
-            plain = name.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-            merged[plain] = weight.detach().to(dtype).cpu()
-        return merged
+                weight = weight + layers[owner].get_delta_weight(layers[owner].active_adapters[0]).detach()
+            yield name.replace(".modules_to_save.default.", ".").replace(".base_layer.", "."), weight.detach()
 
 
 def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

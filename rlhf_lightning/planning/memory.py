@@ -77,6 +77,8 @@ class Run:
     stored_as_halves: bool = False
     """The model's files hold numbers of the run's own mixed precision."""
     quantized: bool = False
+    stores_reference: bool = False
+    """Checkpoints hold the reference's weights as well."""
 
     @property
     def zero(self) -> bool:
@@ -167,6 +169,7 @@ class Estimator:
             phases["reference pass"] = always + copy + evaluation
         stored = weights.trained if shape.lora else weights.total
         checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * weights.trained
+        checkpoint += copy if run.stores_reference else 0
         host = _on_host(run, weights)
         return Footprint(weights, device, phases, host, checkpoint, 4 * weights.total, run.context)
 

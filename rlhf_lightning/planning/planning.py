@@ -151,6 +151,7 @@ def run_of(
         float32_gradients=settings.precision == "bf16-mixed" and strategy == "zero2" and not offload,
         stored_as_halves=module.backbone_config.dtype == HALVES.get(settings.precision, torch.float32) != torch.float32,
         quantized=hparams.get("load_in_4bit", False),
+        stores_reference=hparams.get("reference_update_steps") is not None,
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class DPO(PolicyModule):
             given. `simpo` and `orpo` have none.
         precompute_reference: Compute the reference's log-probs once, keep them on disk, and train without it in memory.
         reference_cache: Where precomputed log-probs are kept; `~/.cache/rlhf_lightning/references` when not given.
+        reference_update_steps: Let a reference that is a model of its own follow the policy: it is updated every so
+            many optimizer steps (TR-DPO). Checkpoints hold its weights, too.
+        reference_update_alpha: How far an update goes, above 0 to 1; 1, when not given, makes it the policy.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 5e-6 when none is named.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
@@ -82,6 +85,8 @@ class DPO(PolicyModule):
         reference: str | None = None,
         precompute_reference: bool = False,
         reference_cache: str | None = None,
+        reference_update_steps: PositiveInt | None = None,
+        reference_update_alpha: PositiveFloat | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-6),
         warmup_ratio: Fraction = 0.1,
         **shared: Any,
@@ -97,11 +102,17 @@ class DPO(PolicyModule):
             dpop_lambda=dpop_lambda,
         )
         if self.loss.uses_reference:
-            self.reference = Reference(reference, self, precomputed=precompute_reference)
-        elif reference is not None or precompute_reference:
+            self.reference = Reference(
+                reference,
+                self,
+                precomputed=precompute_reference,
+                update_steps=reference_update_steps,
+                update_alpha=reference_update_alpha,
+            )
+        elif reference is not None or precompute_reference or reference_update_steps is not None:
             raise ConfigurationError(
                 f"model.reference: the loss {self.loss.name} has no reference; leave the key out (null), and "
-                "model.precompute_reference"
+                "model.precompute_reference and model.reference_update_steps"
             )
         self.train_metrics = self._metrics()
         self.val_metrics, self.test_metrics = self._metrics(PairCount()), self._metrics(PairCount())

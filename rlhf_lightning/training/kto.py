@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
@@ -61,6 +61,9 @@ class KTO(PolicyModule):
         reference: `frozen`, a copy of the start; `adapter`, the policy without its adapters; or the directory or name
             of another model of the same architecture and tokenizer. `adapter` with LoRA and else `frozen` when not
             given.
+        reference_update_steps: Let a reference that is a model of its own follow the policy: it is updated every so
+            many optimizer steps (TR-DPO). Checkpoints hold its weights, too.
+        reference_update_alpha: How far an update goes, above 0 to 1; 1, when not given, makes it the policy.
         optimizer: Any torch optimizer with its arguments, which has torch's defaults for the rest of them; Adam with
             learning rate 5e-6 when none is named.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises to its value.
@@ -81,13 +84,17 @@ class KTO(PolicyModule):
         desirable_weight: NonNegativeFloat = 1.0,
         undesirable_weight: NonNegativeFloat = 1.0,
         reference: str | None = None,
+        reference_update_steps: PositiveInt | None = None,
+        reference_update_alpha: PositiveFloat | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=5e-6),
         warmup_ratio: Fraction = 0.1,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, optimizer=optimizer, warmup_ratio=warmup_ratio, **shared)
         self.loss = UNPAIRED_LOSSES[loss_type]
-        self.reference = Reference(reference, self)
+        self.reference = Reference(
+            reference, self, update_steps=reference_update_steps, update_alpha=reference_update_alpha
+        )
         self.train_metrics = nn.ModuleDict(self._metrics() | means("loss", "shift"))
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict(

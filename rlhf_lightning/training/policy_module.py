@@ -88,6 +88,8 @@ class PolicyModule(TrainedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch_began = time.perf_counter()
+        if self.reference is not None:
+            self.reference.follow(self.policy, self.trainer.global_step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.throughput is not None:
@@ -103,7 +105,7 @@ class PolicyModule(TrainedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
-            self.reference.check_same(checkpoint)
+            self.reference.restore(checkpoint)
         super().on_load_checkpoint(checkpoint)
         complete_adapters(self, checkpoint)
 

@@ -26,6 +26,7 @@ from rlhf_lightning.terminal import progress
 from rlhf_lightning.training.checkpoints import ORIGIN
 from rlhf_lightning.training.checks import start_tolerance
 from rlhf_lightning.training.reference_cache import ReferenceCache, pair_hash
+from rlhf_lightning.training.reference_updates import ReferenceUpdates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,12 +63,21 @@ class Reference:
         module: The policy's, with all its settings.
         temperature: What its logits are divided by, besides what the model itself does.
         precomputed: Compute the log-probs of all pairs once, keep them on disk, and let go of the model.
+        update_steps: Move the model towards the policy after so many optimizer steps (see `ReferenceUpdates`).
+        update_alpha: How far.
 
     Raises `ConfigurationError` when the settings contradict each other, or the model is of another kind.
     """
 
     def __init__(
-        self, given: str | None, module: PolicyModule, *, temperature: float = 1.0, precomputed: bool = False
+        self,
+        given: str | None,
+        module: PolicyModule,
+        *,
+        temperature: float = 1.0,
+        precomputed: bool = False,
+        update_steps: int | None = None,
+        update_alpha: float | None = None,
     ) -> None:
         kind = given or (FROZEN if module.lora is None else ADAPTER)
         _check_kind(kind, module)
@@ -87,6 +97,8 @@ class Reference:
             raise ConfigurationError(
                 "model.precompute_reference: goes with a backbone by name, not with a model object; leave it out"
             )
+        is_copy = kind != ADAPTER
+        self.updates = ReferenceUpdates(update_steps, update_alpha, module, is_copy=is_copy, precomputed=precomputed)
         if not self.is_start:
             _check_model(kind, module)
 
@@ -99,7 +111,7 @@ class Reference:
 
     def __str__(self) -> str:
         words = "the policy without its adapters" if self.source == ADAPTER else self.source
-        return f"{words}, precomputed" if self.precomputed else words
+        return f"{words}, precomputed" if self.precomputed else f"{words}{self.updates}"
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `ConfigurationError` when another model has another tokenizer than the data."""
@@ -111,6 +123,8 @@ class Reference:
 
         With a Trainer it goes to its device, so that the host never holds it beside the policy or an optimizer there.
         """
+        if trainer is not None:
+            self.updates.check_trainer(trainer)
         if self.source == ADAPTER or self.network is not None:
             return
         model = self._model if isinstance(self._model, str) else copy.deepcopy(self._model)
@@ -128,6 +142,12 @@ class Reference:
                 return policy(*rows)
         self.match(policy)
         return self.network(*rows)
+
+    def follow(self, policy: CausalLM, step: int) -> None:
+        """Move towards the policy where that is due after so many optimizer steps."""
+        if self.network is not None:
+            self.match(policy)
+            self.updates.follow(self.network, policy, step)
 
     def match(self, policy: CausalLM) -> None:
         """Take the policy's device, and the dtype of its weights: the same arithmetic gives the same log-probs."""
@@ -147,17 +167,19 @@ class Reference:
         return float32_arithmetic(policy, self.network, *others)
 
     def store(self, checkpoint: dict[str, Any]) -> None:
-        """Write into a checkpoint which weights it has."""
+        """Write into a checkpoint which weights it was loaded with, and those that it has where they move."""
         checkpoint[ORIGIN]["reference"] = self.fingerprint
+        self.updates.store(self.network, checkpoint)
 
-    def check_same(self, checkpoint: dict[str, Any]) -> None:
-        """Raise `ConfigurationError` when it has other weights than that of a checkpoint's run."""
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on as that of a checkpoint's run. Raises `ConfigurationError` when it was loaded with other weights."""
         before = checkpoint[ORIGIN].get("reference")
         if None not in (before, self.fingerprint) and before != self.fingerprint:
             raise ConfigurationError(
                 f"ckpt_path: the reference of its run had other weights than {self.source} has now, so its losses and "
                 "rewards would mean nothing; give model.backbone and model.reference as they were then"
             )
+        self.updates.restore(self.network, checkpoint)
 
     def sums(self, role: Role, index: Tensor) -> Tensor:
         """Precomputed log-probs of both responses of the pairs at B positions of a role, [B, 2]."""
