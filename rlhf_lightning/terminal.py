@@ -88,7 +88,8 @@ class Pace:
     """
 
     def __init__(self, done: int = 0) -> None:
-        self._began, self._before = time.monotonic(), done
+        self._began = self._said = time.monotonic()
+        self._before = done
 
     def left(self, done: int, total: float) -> str:
         """`about 40 s left`, or `about 12 min left`, with so many parts of all done; empty where that is not known."""
@@ -96,6 +97,12 @@ class Pace:
             return ""
         seconds = (time.monotonic() - self._began) / (done - self._before) * (total - done)
         return f"about {seconds:.0f} s left" if seconds < 120 else f"about {seconds / 60:.0f} min left"
+
+    def say(self, what: str, done: int, total: float) -> None:
+        """Write a line into the log, unless the last one is younger than `SECONDS_BETWEEN_LINES` or all is done."""
+        if (now := time.monotonic()) - self._said > SECONDS_BETWEEN_LINES and done < total < math.inf:
+            self._said = now
+            log.info("%s: %d of %d, %s", what, done, total, self.left(done, total))
 
 
 @contextmanager
@@ -113,14 +120,12 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
             task = bar.add_task(escape(visible(what)), total=total)
             yield lambda parts: bar.advance(task, parts)
         return
-    pace, said, done = Pace(), time.monotonic(), 0
+    pace, done = Pace(), 0
 
     def advance(parts: int) -> None:
-        nonlocal done, said
-        done, now = done + parts, time.monotonic()
-        if now - said > SECONDS_BETWEEN_LINES and done < total:
-            said = now
-            log.info("%s: %d of %d, %s", what, done, total, pace.left(done, total))
+        nonlocal done
+        done += parts
+        pace.say(what, done, total)
 
     yield advance
 

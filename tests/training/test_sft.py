@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rlhf_lightning import DPO, SFT, RewardModel, SFTDataModule
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.training.callbacks import PredictionWriter
+from rlhf_lightning.training.results import Results
 from tests.training.conftest import VAL_PAIRS, weights
 from tests.training.test_dpo import LORA
 from tests.training.test_reward_model import LossLog
@@ -67,6 +68,15 @@ def test_a_line_in_a_log_says_how_long_the_training_will_take_at_this_speed(buil
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
     assert [line.split(":")[0] for line in lines] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
     assert [bool(re.search(r", about \d+ s left$", line)) for line in lines] == [True, True, True, False]
+
+
+def test_a_log_says_how_far_a_validation_is(build_sft, trainer, caplog, monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.terminal.SECONDS_BETWEEN_LINES", 0.0)
+    caplog.set_level("INFO")
+    trained(build_sft, trainer, max_epochs=1, data={"eval_batch_size": 1}, callbacks=[Results()])
+    lines = [message for message in caplog.messages if message.startswith("batches of the validation")]
+    said = [re.match(r"batches of the validation: (\d+) of (\d+), about \d+ s left$", line).groups() for line in lines]
+    assert said == [(str(done), str(VAL_PAIRS)) for done in range(1, VAL_PAIRS)]
 
 
 def test_training_lowers_the_perplexity(build_sft, trainer):
