@@ -27,10 +27,12 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.commands.pipeline import parsing, processes, runs
 from rlhf_lightning.commands.pipeline import stages as pipeline_stages
+from rlhf_lightning.commands.pipeline.iterations import numbers_of, planned
 from rlhf_lightning.commands.pipeline.parsing import Settings, parse_layers, read_stages, remember, split_arguments
 from rlhf_lightning.commands.pipeline.runs import State
 from rlhf_lightning.commands.pipeline.stages import Stage, check_order, content_hash, difference, inputs_of, paths_in
 from rlhf_lightning.commands.settings import parse_settings
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.models.storage import replaced_model
 from tests.patience import PATIENCE
 from tests.programs import forked, run
@@ -86,6 +88,9 @@ def act(what: str) -> None:
     if what == "raise":
         raise RuntimeError("the script says so")
     if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "die in 2" and not Path("died").exists():
+        Path("died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "main":
         spec = sys.modules["__main__"].__spec__
@@ -471,7 +476,7 @@ MISTAKES = [
     ({"stages": {}}, "no stages"),
     ({"stages": [1]}, "stages: expected a mapping"),
     ({"stages": {"a b": {"command": "fit"}}}, "stage a b"),
-    ({"stages": {"a": {"command": "train"}}}, "stages.command: expected one of 'fit', 'evaluate', not 'train'"),
+    ({"stages": {"a": {"command": "train"}}}, "stages.command: expected one of 'fit', 'generate', 'evaluate', not 'train'"),
     ({"stages": {"a": {"config": "first.yaml"}}}, "command"),
     ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "'confg' is not accepted"),
     ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "nowhere.yaml"),
@@ -748,3 +753,124 @@ def test_a_difference_is_said_in_words():
     assert difference({"a": "1"}, {"a": "2", "content of x": "f"}) == "a 1 -> 2, content of x"
     assert difference({"content of x": "f", "a": "1"}, {}) == "content of x, a 1 -> not set"
     assert difference({}, dict.fromkeys("abcde", "1")).endswith("c not set -> 1 and 2 more")
+
+
+# ---- iterations
+
+
+def write_loop(iterations: int = 3, *, first: dict | None = None, **settings) -> None:
+    """`first` counts on from the model of the iteration before, `second` from the last one of all."""
+    keys = {"model.source": "{policy}", "model.word": "{iteration}", "trainer.callbacks.directory": "m/{iteration}"}
+    keys["trainer.logger.name"] = "first_{iteration}"
+    stages = {
+        "first": {"command": "fit", "config": "first.yaml", "iterated": True, "set": keys | (first or {})},
+        "second": {"command": "fit", "config": "second.yaml", "set": {"model.source": "{policy}"}},
+    }
+    content = {"directory": "state", "iterations": iterations, "policy": "data.txt", "stages": stages} | settings
+    Path("pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_iterations_go_on_from_the_policy_before_and_are_reported_in_a_row_each(ran):
+    write_loop(2)
+    assert ran() == {"first_1": "done", "first_2": "done", "second": "done"}
+    assert Path("m/2/config.json").read_text() == "data\n1 18\n2 18\n"
+    assert written("second") == "data\n1 18\n2 18\nword 18\n"
+    rows = json.loads(Path("state/iterations.json").read_text())
+    assert rows == [{"iteration": i, "policy": f"m/{i}", "numbers": {}} for i in (1, 2)]
+    assert "report:  state/iterations.html\n" in ran.out
+    assert "m/2" in Path("state/iterations.html").read_text()
+    write_loop(3)
+    assert ran() == {"first_1": "unchanged", "first_2": "unchanged", "first_3": "done", "second": "done"}
+    assert len(json.loads(Path("state/iterations.json").read_text())) == 3
+
+
+def test_a_kill_within_an_iteration_costs_what_came_after_its_last_checkpoint(ran):
+    write_loop(2, first={"model.act": "die in {iteration}", "model.at": 9})
+    assert ran(code=137) == {"first_1": "done", "first_2": "failed"}
+    assert ran() == {"first_1": "unchanged", "first_2": "done", "second": "done"}
+    assert (
+        "resuming from runs/first_2/version_0/checkpoints/best-6.ckpt (step 6)" in Path("state/first_2.log").read_text()
+    )
+    assert written("second") == "data\n1 18\n2 18\nword 18\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policy": None}, "stage first_1: {policy} in '{policy}' needs the pipeline's key `policy`"),
+        ({"first": {"trainer.callbacks.directory": "m/same"}}, "also writes"),
+        ({"iterations": 0}, "iterations"),
+        ({"stages": {"first": {"command": "fit", "config": "first.yaml"}}}, "`iterated: true`"),
+    ],
+)
+def test_iterations_that_cannot_be_are_refused(ran, change, words):
+    write_loop(**change)
+    assert ran(code=2) == {}
+    assert words in ran.error
+    assert len(ran.error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [("Aab", ["A", "a_1", "b_1", "a_2", "b_2"]), ("abA", ["a_1", "b_1", "a_2", "b_2", "A"]), ("AB", ["A", "B"])],
+)
+def test_stages_in_small_letters_are_repeated_together(names, expected):
+    found = planned({name: name.islower() for name in names}, 2 if names != "AB" else 1)
+    assert [name if number is None else f"{name}_{number}" for name, number in found] == expected
+
+
+def test_a_stage_between_those_that_are_repeated_is_refused():
+    with pytest.raises(ConfigurationError, match="stage B stands between"):
+        list(planned({"a": True, "B": False, "c": True}, 2))
+
+
+def count_letters(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def test_pairs_of_the_policys_own_responses_are_a_stage(ran):
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(3)))
+    keys = {"policy": "builtin:tiny", "prompts": "prompts.jsonl", "reward_model": "tests.test_pipeline:count_letters"}
+    keys |= {"rows": "pairs", "max_new_tokens": 4, "require_eos": False, "out": "out/{iteration}.jsonl"}
+    pairs = {"command": "generate", "iterated": True, "set": keys | {"seed": "{iteration}"}}
+    first = {"command": "fit", "config": "first.yaml", "iterated": True}
+    first["set"] = {"model.source": "out/{iteration}.jsonl", "trainer.callbacks.directory": "m/{iteration}"}
+    content = {"directory": "state", "iterations": 2, "stages": {"pairs": pairs, "first": first}}
+    Path("pipeline.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert list(ran()) == ["pairs_1", "first_1", "pairs_2", "first_2"]
+    for row in json.loads(Path("state/iterations.json").read_text()):
+        numbers = row["numbers"]
+        assert (numbers["pairs: prompts"], numbers["pairs: responses"]) == (3, 12)
+        rows = [json.loads(line) for line in Path(f"out/{row['iteration']}.jsonl").read_text().splitlines()]
+        assert len(rows) == numbers["pairs: rows"]
+        assert numbers["pairs: best_of_n"] >= numbers["pairs: reward"] > 0
+        if len(rows) == 3:
+            best = sum(each["score_chosen"] for each in rows) / 3
+            assert numbers["pairs: best_of_n"] == pytest.approx(best)
+    Path("out/1.jsonl").write_text("")
+    assert ran()["pairs_1"] == "done"
+    assert set(ran().values()) == {"unchanged"}
+
+
+def test_what_a_fit_measured_is_that_of_its_best_checkpoint(tmp_path):
+    arguments = ["--config", str(ROOT / "configs" / "quickstart" / "dpo.yaml"), "--model.backbone", "builtin:tiny"]
+    few = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
+    ended = run(tmp_path, "fit", *arguments, *few)
+    numbers = numbers_of(Stage("dpo_1", "fit", [], {}, ["models/quickstart_dpo"]), ended.out)
+    printed = float(re.search(r"│ loss +│ +([\d.]+) │", ended.out)[1])
+    assert numbers["val/loss"] == pytest.approx(printed, abs=5e-5)
+    assert 0 < numbers["val/pairs"] <= 32
+
+
+def test_iterative_dpo_as_it_is_shipped_can_be_run():
+    path = ROOT / "configs" / "iterative_dpo.yaml"
+    stages = read_stages(parse_settings(Settings, "pipeline", "", ["--config", str(path)]), {})
+    check_order(stages)
+    repeated = [f"{name}_{i}" for i in (1, 2, 3) for name in ("pairs", "dpo")]
+    assert [stage.name for stage in stages[2:]] == [*repeated, "evaluation"]
+    settings = {stage.name: stage.settings for stage in stages}
+    policies = ["models/quickstart_sft", *(f"models/iterative_dpo_{i}" for i in (1, 2, 3))]
+    for number, policy in enumerate(policies[:3], 1):
+        assert settings[f"pairs_{number}"]["policy"] == settings[f"dpo_{number}"]["model.backbone"] == policy
+        assert settings[f"dpo_{number}"]["data.train"] == settings[f"pairs_{number}"]["out"]
+    assert (settings["evaluation"]["policy"], settings["evaluation"]["reference"]) == (policies[3], policies[0])

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 Rows = Literal["samples", "pairs", "best"]
 
+NUMBERS = "numbers.json"
+"""What was measured of the responses, by name."""
+
 _USAGE = """rlhf-lightning generate --policy MODEL --prompts FILE --out FILE.jsonl [--reward_model MODEL] [--rows KIND]
 
 Samples responses of a policy to prompts, scores them with a reward model or a function, and writes rows that the other
@@ -115,13 +118,18 @@ class Scored:
 def run(arguments: Sequence[str]) -> int:
     """Generate, write, say what was written, and return the exit code. Raises `UserError`."""
     quieten()
-    settings = parse_settings(GenerationSettings, "generate", _USAGE, arguments)
+    settings = parse(arguments)
     check(settings)
     device, out = device_of(settings.device), Path(settings.out)
     check_devices(device, settings.devices)
     busy = f"out: {out}: another process is writing there; wait for its end, or give another file"
-    run_together(device, settings.devices, _kept(out) / ".lock", busy, partial(_run, settings))
+    run_together(device, settings.devices, kept(out) / ".lock", busy, partial(_run, settings))
     return 0
+
+
+def parse(arguments: Sequence[str]) -> GenerationSettings:
+    """The settings of a command line. Raises `UserError`, and SystemExit after `--help` or `--print_config`."""
+    return parse_settings(GenerationSettings, "generate", _USAGE, arguments)
 
 
 def _run(settings: GenerationSettings, ranks: Ranks) -> None:
@@ -134,7 +142,7 @@ def check(settings: GenerationSettings) -> None:
     """Refuse settings that contradict each other, before a model is loaded. Raises `ConfigurationError`."""
     if Path(settings.out).is_dir():
         raise ConfigurationError(f"out: {settings.out} is a directory; name a file, such as pairs.jsonl")
-    if Path(settings.out).exists() and not _kept(Path(settings.out)).exists():
+    if Path(settings.out).exists() and not kept(Path(settings.out)).exists():
         raise ConfigurationError(f"out: {settings.out} exists, and was not written by generate; name another file")
     if settings.rows != "samples" and settings.reward_model is None:
         raise ConfigurationError(f"rows: {settings.rows} are chosen by their scores; give reward_model")
@@ -164,7 +172,7 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
         seed=settings.seed,
         engine=SlotEngine(settings.batch_size, say_progress=ranks.rank == 0),
         model=weights_fingerprint(policy),
-        file=_kept(Path(settings.out)) / "responses.jsonl",
+        file=kept(Path(settings.out)) / "responses.jsonl",
         keep_every=4 * settings.batch_size,
         ranks=ranks,
     )
@@ -175,7 +183,8 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
     return [Scored(prompt, responses[part], scores[part]) for prompt, part in zip(prompts, parts, strict=True)]
 
 
-def _kept(out: Path) -> Path:
+def kept(out: Path) -> Path:
+    """Where the responses behind a file of rows are kept, and `NUMBERS`."""
     return out.parent / f".{out.name}.kept"
 
 
@@ -219,20 +228,33 @@ def _write(settings: GenerationSettings, scored: Sequence[Scored]) -> None:
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_whole(kept(out) / NUMBERS, json.dumps({"rows": len(rows)} | _numbers(scored), allow_nan=False))
     say(f"{out}: {len(rows)} {settings.rows} of {len(scored)} prompts; {_why(settings, scored)}")
 
 
 def _why(settings: GenerationSettings, scored: Sequence[Scored]) -> str:
     """What the responses were like, in words."""
-    responses = [response for each in scored for response in each.responses]
-    ended = sum(response.ended for response in responses)
-    words = f"{ended} of {len(responses)} responses ended with an EOS token"
-    scores = [score for each in scored for score in each.scores]
-    if scores:
-        mean = math.fsum(scores) / len(scores)
-        best = math.fsum(max(each.scores) for each in scored) / len(scored)
-        words += f", mean score {mean:.4f}, mean of the best of {settings.num_generations} {best:.4f}"
+    numbers = _numbers(scored)
+    words = f"{numbers['ended']} of {numbers['responses']} responses ended with an EOS token"
+    if "reward" in numbers:
+        best = f"mean of the best of {settings.num_generations} {numbers['best_of_n']:.4f}"
+        words += f", mean score {numbers['reward']:.4f}, {best}"
     return words
+
+
+def _numbers(scored: Sequence[Scored]) -> dict[str, float]:
+    """What was measured: of all responses their mean reward, of each prompt's best the same (best of n)."""
+    responses = [response for each in scored for response in each.responses]
+    numbers: dict[str, float] = {
+        "prompts": len(scored),
+        "responses": len(responses),
+        "ended": sum(response.ended for response in responses),
+        "response_length": math.fsum(response.tokens for response in responses) / len(responses),
+    }
+    if scores := [score for each in scored for score in each.scores]:
+        numbers["reward"] = math.fsum(scores) / len(scores)
+        numbers["best_of_n"] = math.fsum(max(each.scores) for each in scored) / len(scored)
+    return numbers
 
 
 def _samples(settings: GenerationSettings, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:

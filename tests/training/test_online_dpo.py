@@ -66,25 +66,27 @@ def kept(module):
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "ipo"}, {"num_epochs": 2, "num_mini_batches": 2}], ids=str)
 def test_the_loss_of_a_step_is_dpo_of_best_against_worst(build, trainer, settings):
     """From the scores and log-probs of a rollout alone, in float64; two of its three rollouts have moved weights."""
-    module, data = build(num_generations=3, max_new_tokens=8, missing_eos_penalty=0.25, **settings)
+    module, data = build(num_generations=3, max_new_tokens=8, missing_eos_penalty=2.0, **settings)
     module.engine = Ending(module.engine)
     steps = kept(module)
     trainer(limit_val_batches=0).fit(module, data)
     assert len(steps) == 3 * settings.get("num_epochs", 1) * settings.get("num_mini_batches", 1)
     for experience, _, part, policy, logged in steps:
         responses, scores, tokens, _ = experience
-        shaped = scores - 0.25 * (~responses.ended).float()
+        shaped = scores - 2.0 * (~responses.ended).float()
         assert 0 < responses.ended.sum() < len(scores)
-        reference, lengths, losses = tokens.reference.double().sum(dim=1), responses.lengths, []
+        reference, lengths, losses, rewards = tokens.reference.double().sum(dim=1), responses.lengths, [], []
         for prompt in part:
             group = list(range(3 * prompt, 3 * prompt + 3))
             best, worst = max(group, key=lambda i: shaped[i]), min(group, key=lambda i: shaped[i])
             ratio = (policy - reference) / (lengths if settings.get("loss_type") else 1)
             margin = (ratio[best] - ratio[worst]).item()
             if shaped[best] > shaped[worst]:
+                rewards.append(0.3 * ratio[best].item())
                 ipo = (margin - 1 / (2 * 0.3)) ** 2
                 losses.append(ipo if settings.get("loss_type") else math.log1p(math.exp(-0.3 * margin)))
         assert logged["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert logged["rewards/chosen"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
     first = steps[0][-1]["loss"]
     assert first == pytest.approx(1 / 0.36 if settings.get("loss_type") else math.log(2), abs=1e-5)
     assert steps[-1][-1]["loss"] != pytest.approx(first, abs=1e-4)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_lightning.commands.pipeline.iterations import write_report
 from rlhf_lightning.commands.pipeline.parsing import (
     Settings,
     parse_layers,
@@ -29,6 +30,10 @@ nothing that it was made from has changed: its settings, the files and directori
 program, and while what it wrote is as it left it. An interrupted `fit` resumes from its last checkpoint.
 --STAGE.KEY is a key of one stage, as on its own command line: --ppo.model.kl_coef 0.1
 A further --config changes or adds stages: {stages: {ppo: {set: {model.kl_coef: 0.1}}}}
+
+With `iterations: k` the stages that are `iterated: true` are repeated, as STAGE_1 to STAGE_k. In their keys,
+`{iteration}` is its number, `{policy}` the policy that the `fit` of the iteration before exported, the first being that
+of the key `policy`, which is `{start}` in all. iterations.html in the directory has a row for each.
 
 Exit code 0: all stages are done, 2: the file or a setting cannot be used, 128 and the number of a signal (Ctrl-C: 130,
 SIGTERM: 143): interrupted; the same command resumes. Else that of the stage which failed.
@@ -70,4 +75,7 @@ def _run(settings: Settings, stages: Sequence[Stage]) -> None:
                 run_stage(stage, state, status, again=stage.name in again)
     for stage in chosen:
         say(f"\n== {stage.name}\n{state.records[stage.name].results}")
+    if any(stage.iteration for stage in stages):
+        rows = write_report(home, stages, {name: record.numbers for name, record in state.records.items()})
+        say("\n".join(["\n== iterations", *rows]))
     say(f"\nlogs and state: {home}")

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse.typing import Path_fr
+from jsonargparse.typing import Path_fr, PositiveInt
 
+from rlhf_lightning.commands.pipeline.iterations import filled, planned, policy_of
 from rlhf_lightning.commands.pipeline.stages import Stage, program_inputs
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.errors import ConfigurationError, UserError
@@ -36,14 +37,16 @@ class StageSettings:
     """One command of the program.
 
     Args:
-        command: `fit` or `evaluate`.
+        command: `fit`, `generate` or `evaluate`.
         config: Its configuration, a path relative to the pipeline's file, or several that are layered.
-        set: Keys as on its command line, and their values.
+        set: Keys as on its command line, and their values; `{policy}`, `{start}`, `{iteration}` in them are replaced.
+        iterated: Whether it is run in every iteration.
     """
 
-    command: Literal["fit", "evaluate"]
+    command: Literal["fit", "generate", "evaluate"]
     config: Path_fr | list[Path_fr] = field(default_factory=list)
     set: dict[str, Any] | None = None
+    iterated: bool = False
 
 
 @dataclass
@@ -53,12 +56,16 @@ class Settings:
     Args:
         directory: Where state and logs are kept.
         stages: The stages in their order, by name.
+        iterations: How often the stages that are `iterated` are run.
+        policy: What `{policy}` is before any iteration, and `{start}` in all of them.
         again: A stage, or several, to run from the beginning though nothing has changed.
         only: The only stage to run.
     """
 
     directory: str
     stages: dict[str, StageSettings]
+    iterations: PositiveInt = 1
+    policy: str | None = None
     again: str | list[str] = field(default_factory=list)
     only: str | None = None
 
@@ -106,29 +113,42 @@ def read_stages(given: Settings, of_stages: Mapping[str, Sequence[str]]) -> list
     for name in of_stages:
         if name not in given.stages:
             raise ConfigurationError(f"pipeline: --{name}.KEY: no such stage; the stages are {', '.join(given.stages)}")
-    stages, remembered = [], _remembered(Path(given.directory).expanduser())
-    for name, stage in given.stages.items():
+    for name in given.stages:
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
             raise ConfigurationError(
                 f"pipeline: stage {name}: a name consists of letters, digits, _ and -, since it names the log"
             )
-        arguments: list[str] = []
-        for config in stage.config if isinstance(stage.config, list) else [stage.config]:
-            inside = Path(config.absolute).is_relative_to(Path.cwd())
-            arguments += ["--config", os.path.relpath(config.absolute) if inside else config.absolute]
-        for key, value in (stage.set or {}).items():
-            arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        arguments += of_stages.get(name, [])
+    stages, remembered, policy = [], _remembered(Path(given.directory).expanduser()), given.policy
+    iterated = {name: stage.iterated for name, stage in given.stages.items()}
+    for base, iteration in planned(iterated, given.iterations):
+        stage, name = given.stages[base], base if iteration is None else f"{base}_{iteration}"
+        own = [*_set(stage), *of_stages.get(base, [])]
+        own = [filled(each, name, iteration=iteration, start=given.policy, policy=policy) for each in own]
+        arguments = [*_configurations(stage), *own]
         parsed = remembered.get(_digest(stage.command, arguments)) or _parsed(name, stage.command, arguments)
-        stages.append(Stage(name, stage.command, arguments, **parsed))
+        stages.append(Stage(name, stage.command, arguments, **parsed, base=base, iteration=iteration))
+        policy = policy if iteration is None else policy_of(stages[-1]) or policy
+    if repeated := [name for name in iterated if [stage.name for stage in stages].count(name) > 1]:
+        raise ConfigurationError(f"pipeline: two stages are named {repeated[0]}, one by its iteration; rename one")
     return stages
+
+
+def _configurations(stage: StageSettings) -> Iterator[str]:
+    for config in stage.config if isinstance(stage.config, list) else [stage.config]:
+        inside = Path(config.absolute).is_relative_to(Path.cwd())
+        yield from ("--config", os.path.relpath(config.absolute) if inside else config.absolute)
+
+
+def _set(stage: StageSettings) -> Iterator[str]:
+    for key, value in (stage.set or {}).items():
+        yield from (f"--{key}", value if isinstance(value, str) else json.dumps(value))
 
 
 def _parsed(name: str, command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """`settings` and `outputs` of a stage. The imports behind it take seconds."""
     try:
         with redirect_stdout(io.StringIO()):
-            settings, outputs = (_fit if command == "fit" else _evaluate)(arguments)
+            settings, outputs = {"fit": _fit, "generate": _generate, "evaluate": _evaluate}[command](arguments)
     except (UserError, OSError) as error:
         raise ConfigurationError(f"pipeline: stage {name}: {error}") from error
     except SystemExit as error:
@@ -189,6 +209,13 @@ def _fit(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _evaluate(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     from rlhf_lightning.commands.evaluate import parse
+
+    settings = parse(arguments)
+    return asdict(settings), [settings.out]
+
+
+def _generate(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    from rlhf_lightning.commands.generate import parse
 
     settings = parse(arguments)
     return asdict(settings), [settings.out]

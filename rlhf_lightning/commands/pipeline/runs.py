@@ -15,6 +15,7 @@ from typing import Any
 from rich.status import Status
 from rich.text import Text
 
+from rlhf_lightning.commands.pipeline.iterations import numbers_of
 from rlhf_lightning.commands.pipeline.parsing import parsed_fit
 from rlhf_lightning.commands.pipeline.processes import Terminated, run_program
 from rlhf_lightning.commands.pipeline.stages import Stage, content_hash, difference, inputs_of
@@ -38,9 +39,11 @@ class Record:
     """When the first of the runs with these inputs began, in seconds since 1970. Older checkpoints are of others."""
     done: bool = False
     outputs: dict[str, str] = field(default_factory=dict)
-    """Each directory that it wrote, and the hash of its content."""
+    """Each directory or file that it wrote, and the hash of its content."""
     results: str = ""
     """What it printed."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """What it measured, where it is repeated."""
 
 
 class State:
@@ -114,7 +117,7 @@ def run_stage(stage: Stage, state: State, status: Status, *, again: bool) -> Non
     except Terminated:
         say(f"{stage.name}: interrupted")
         raise
-    missing = [f"did not write {output}" for output in stage.outputs if not Path(output).expanduser().is_dir()]
+    missing = [f"did not write {output}" for output in stage.outputs if not Path(output).expanduser().exists()]
     if ended.code or missing:
         say(f"{stage.name}: failed")
         how = f"exit code {ended.code}" if ended.code >= 0 else f"killed by {signal.Signals(-ended.code).name}"
@@ -123,7 +126,8 @@ def run_stage(stage: Stage, state: State, status: Status, *, again: bool) -> Non
             128 - ended.code if ended.code < 0 else ended.code or 1,
         )
     outputs = {output: content_hash(Path(output), home) for output in stage.outputs}
-    state.put(stage.name, replace(record, done=True, outputs=outputs, results=ended.results))
+    numbers = {} if stage.iteration is None else numbers_of(stage, ended.results)
+    state.put(stage.name, replace(record, done=True, outputs=outputs, results=ended.results, numbers=numbers))
     say(f"{stage.name}: done in {time.monotonic() - began:.0f} s")
 
 

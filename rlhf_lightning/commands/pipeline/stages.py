@@ -29,6 +29,7 @@ _NO_INPUTS = {
         *("model.engine_directory", "model.reference_cache", "data.cache_dir"),
     ),
     "evaluate": ("out",),
+    "generate": ("out",),
 }
 """Beginnings of keys that name what a stage writes, or keeps for later runs."""
 
@@ -50,7 +51,11 @@ class Stage:
     settings: dict[str, Any]
     """All of them, defaults too, flat, under the names of their keys on the command line."""
     outputs: list[str]
-    """The directories that it writes for others to use."""
+    """The directories and files that it writes for others to use."""
+    base: str = ""
+    """Its name in the pipeline's file, where it is repeated."""
+    iteration: int | None = None
+    """From 1, where it is repeated."""
 
 
 def check_order(stages: Sequence[Stage]) -> None:
