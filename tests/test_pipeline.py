@@ -476,7 +476,7 @@ MISTAKES = [
     ({"stages": {}}, "no stages"),
     ({"stages": [1]}, "stages: expected a mapping"),
     ({"stages": {"a b": {"command": "fit"}}}, "stage a b"),
-    ({"stages": {"a": {"command": "train"}}}, "stages.command: expected one of 'fit', 'generate', 'evaluate', not 'train'"),
+    ({"stages": {"a": {"command": "train"}}}, "'generate', 'evaluate', not 'train'"),
     ({"stages": {"a": {"config": "first.yaml"}}}, "command"),
     ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "'confg' is not accepted"),
     ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "nowhere.yaml"),
