@@ -50,6 +50,7 @@ from rlhf_lightning.training.measures import Measured, named
 from rlhf_lightning.training.opening import say_what_is_trained
 from rlhf_lightning.training.optimization import (
     Fraction,
+    OptimizerFactory,
     Schedule,
     begin_with_found_rate,
     check_optimizer,
@@ -140,7 +141,7 @@ class TrainedModule(CheckedArguments, LightningModule):
         check_optimizer(optimizer)
         check_attention(attn_implementation)
         chosen_layout(layout, attn_implementation)
-        self.optimizer_factory = optimizer
+        self.optimizer_factory = OptimizerFactory(optimizer)
         if isinstance(backbone, str):
             check_has_name(name := backbone, type(self).__name__)
             self.backbone_config: PretrainedConfig = self.read_config(backbone, trust_remote_code=trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jsonargparse.typing import restricted_number_type
@@ -45,6 +45,22 @@ def learning_rate_factor(step: int, *, schedule: Schedule, warmup_steps: int, to
         return (step + 1) / warmup_steps
     share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[schedule]
+
+
+class OptimizerFactory:
+    """Makes an optimizer of parameters, as it was given; a copy of its module has the same one.
+
+    What the command line gives holds its parser, whose locks cannot be copied, as an average of the weights would.
+    """
+
+    def __init__(self, given: OptimizerCallable) -> None:
+        self.given = given
+
+    def __call__(self, parameters: Any) -> torch.optim.Optimizer:
+        return self.given(parameters)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 def check_optimizer(optimizer: OptimizerCallable) -> None:

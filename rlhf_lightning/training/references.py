@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -101,6 +101,10 @@ class Reference:
         self.updates = ReferenceUpdates(update_steps, update_alpha, module, is_copy=is_copy, precomputed=precomputed)
         if not self.is_start:
             _check_model(kind, module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the module, such as an average of its weights, has the same reference: one in memory is enough."""
+        return self
 
     @property
     def kind(self) -> ReferenceKind:

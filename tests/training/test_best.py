@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from rlhf_lightning.training.callbacks import ExportBest, print_results
 from rlhf_lightning.training.checkpoints import metrics_of, read_checkpoint
 from rlhf_lightning.training.checks import warn_of_divergence
 from rlhf_lightning.training.results import Results
+from tests.programs import run as run_program
 from tests.training.conftest import build, build_dpo, build_sft, pairs, sgd, trainer  # noqa: F401 (fixtures)
 from tests.training.test_dpo import LORA
 
@@ -207,6 +209,23 @@ def test_the_average_that_was_validated_is_saved_and_exported(
         held = best["state_dict"].keys() | best.get("current_model_state", {}).keys()
         assert all("lora_" in name for name in held), "not the weights below them"
     assert export.exported
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_an_average_is_made_under_the_command_line(tmp_path, tiny_qwen2, pairs, kind):  # noqa: F811
+    """What the command line makes of an optimizer holds locks, which nothing can copy."""
+    data = {"DPO": "PreferenceDataModule", "KTO": "UnpairedDataModule"}[kind]
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay", "0.7"]
+    settings = ["--model", kind, "--model.backbone", str(tiny_qwen2), "--model.optimizer", "SGD"]
+    settings += ["--model.optimizer.lr", "0.01", "--data", data, "--data.train", str(pairs)]
+    short = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    code, _, error = run_program(tmp_path, "fit", *average, *settings, *short)
+    assert code == 0, error[-2000:]
+
+
+def test_a_copy_of_a_module_has_the_same_reference(build_dpo):  # noqa: F811
+    module, _ = build_dpo()
+    assert copy.deepcopy(module).reference is module.reference
 
 
 def test_a_run_with_an_average_of_adapters_goes_on_as_if_it_had_not_stopped(build_dpo, fit, tmp_path):  # noqa: F811
