@@ -266,10 +266,30 @@ def test_a_directory_that_holds_something_else_is_refused(checkpoint, tmp_path, 
     assert "mine" in (target.read_text() if held == "a file" else (target / "thesis.tex").read_text())
 
 
-def test_export_best_refuses_to_merge_into_four_bits_before_the_training(build_dpo, trainer, tmp_path):  # noqa: F811
-    module, datamodule = build_dpo(model=LORA | {"load_in_4bit": True})
-    with pytest.raises(ConfigurationError, match="set merge: false"):
-        trainer(callbacks=[ExportBest(str(tmp_path / "best"))]).fit(module, datamodule)
+@pytest.mark.usefixtures("forked_proof")
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_on_four_bits_are_exported_alone_or_merged(checkpoint, build_dpo, trainer, tmp_path, merge):  # noqa: F811
+    """The merged model is not quantized, and gives what the 4-bit model gives with its adapters."""
+    pytest.importorskip("bitsandbytes")
+    callback = ExportBest(str(tmp_path / "best"), merge=merge)
+    path = checkpoint("build_dpo", callback, model=LORA | {"load_in_4bit": True, "optimizer": sgd(0.05)})
+    assert callback.exported
+    difference, _ = export_checkpoint(path, tmp_path / "exported", merge=merge)
+    assert difference < 1e-4
+    if not merge:
+        assert (tmp_path / "best" / "adapter_config.json").is_file()
+        return
+    batches = batches_of(build_dpo, trainer)
+    own = response_sums(DPO.load_from_checkpoint(path).policy, batches)
+    for directory in (tmp_path / "best", tmp_path / "exported"):
+        config = json.loads((directory / "config.json").read_text())
+        assert "quantization_config" not in config
+        merged = AutoModelForCausalLM.from_pretrained(directory)
+        assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
+        torch.testing.assert_close(response_sums(CausalLM(merged), batches), own, rtol=0, atol=1e-3)
+    start = DPO.load_from_checkpoint(path).policy
+    with start.adapters_off():
+        assert (response_sums(start, batches) - own).abs().max() > 0.1, "or the adapters do nothing"
 
 
 def test_a_checkpoint_without_its_origin_is_refused(checkpoint, tmp_path):

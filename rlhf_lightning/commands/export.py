@@ -81,7 +81,7 @@ def export_checkpoint(ckpt_path: str | Path, directory: str | Path, *, merge: bo
     module.eval()
     expected, kind = _outputs(module)
     options = ["trust"] if module.hparams.trust_remote_code else []
-    options += ["4bit"] if module.hparams.get("load_in_4bit") else []
+    options += ["4bit"] if module.hparams.get("load_in_4bit") and not merge else []
     options += [module.layout]
     check_room(directory, exported_bytes(module, merge=merge), "the model")
     with replaced_model(

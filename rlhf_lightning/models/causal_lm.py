@@ -6,7 +6,6 @@ R rows, T padded tokens, N response tokens of all rows together, H hidden size, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from rlhf_lightning.models.adapters import adapted_layers, switched_off
 from rlhf_lightning.models.backbones import AttentionImplementation, load_weights, probed_attention, use_attention
 from rlhf_lightning.models.configuration import load_config, write_published_settings
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.four_bits import check_four_bits, dequantized, four_bits, is_quantized, with_whole_weights
 from rlhf_lightning.models.packed_attention import FLEX
 from rlhf_lightning.models.precision import frozen_linear
 from rlhf_lightning.models.reward_network import is_reward_network
@@ -231,18 +231,16 @@ class CausalLM(nn.Module):
     def save_pretrained(self, directory: str | Path, *, merge: bool = True) -> Path:
         """Write a directory that `AutoModelForCausalLM` loads; tied weights stay tied. Returns the directory.
 
-        Adapters are merged into the weights, for good; with `merge=False` they alone are written, beside the name of
-        the model that they belong to. Written beside the directory first, so that it is never half there.
-        Raises `ModelError` when adapters on 4-bit weights are to be merged.
+        Adapters are merged into the weights, for good (into a copy of 4-bit weights, in the dtype of the embeddings);
+        with `merge=False` they alone are written, beside the name of the model that they belong to. Written beside the
+        directory first, so that it is never half there.
         """
         model = self.model
         if self.has_adapters and not merge:
             check_base_of_others(inner_model(model).name_or_path)
-        if self.has_adapters and merge:
-            if getattr(inner_model(model), "is_quantized", False):
-                raise ModelError(
-                    "adapters on 4-bit weights: merging would round them to 4 bits as well; export with merge: false"
-                )
+        if self.has_adapters and merge and is_quantized(inner_model(model)):
+            model = with_whole_weights(inner_model(model), self.merged_weights())
+        elif self.has_adapters and merge:
             for layer in frozen_linear(model):  # see `halve_frozen`: the sum is none of halves
                 layer.weight.data = layer.weight.data.to(model.get_input_embeddings().weight.dtype)
             model = self.model = model.merge_and_unload()
@@ -261,7 +259,7 @@ class CausalLM(nn.Module):
         Raises `ModelError` for 4-bit weights.
         """
         model = inner_model(self.model)
-        if getattr(model, "is_quantized", False):
+        if is_quantized(model):
             raise ModelError("4-bit weights cannot be handed on with adapters merged into them; leave out load_in_4bit")
         with replaced_model(directory) as made:
             merged = {name: weight.to(dtype).cpu() for name, weight in self.merged_weights()}
@@ -271,17 +269,22 @@ class CausalLM(nn.Module):
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by the names of the model without adapters, with the adapters' part added, one at a time.
 
-        Each is added to on its device: never is there a second copy of all of them. They have no gradient.
+        Each is added to on its device: never is there a second copy of all of them. Those in 4 bits are given as what
+        they stand for. They have no gradient.
         """
         model = inner_model(self.model)
         layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+        held = dict(model.named_parameters())
         for name, weight in model.state_dict().items():
             owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
             if ".original_module." in name or (owner is not None and ".base_layer." not in name):
                 continue
+            if f"{name.partition('.weight.')[0]}.weight" in held and ".weight." in name:
+                continue  # how a weight is quantized
+            weight = dequantized(held.get(name, weight)).detach()
             if owner is not None and name.endswith(".weight"):
                 weight = weight + layers[owner].get_delta_weight(layers[owner].active_adapters[0]).detach()
-            yield name.replace(".modules_to_save.default.", ".").replace(".base_layer.", "."), weight.detach()
+            yield name.replace(".modules_to_save.default.", ".").replace(".base_layer.", "."), weight
 
 
 def load_causal_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -411,24 +414,3 @@ def _check_adapters(model: PreTrainedModel, lora: Lora) -> None:
             f"{inner_model(model).config.model_type} model ({reason_of(error)}); name other layers, such as "
             "[q_proj, v_proj]"
         ) from error
-
-
-def check_four_bits(backbone: str | PreTrainedModel, load_in_4bit: bool) -> None:
-    """Refuse 4-bit weights below adapters that are to be merged into them. Raises `ModelError`."""
-    if load_in_4bit and isinstance(backbone, str) and adapters_alone(backbone) is not None:
-        raise ModelError(
-            f"model.load_in_4bit: the adapters of {backbone} cannot be merged into 4-bit weights without rounding; "
-            "merge them first (CausalLM.from_pretrained(DIR).save_pretrained(OUT)), and give that directory"
-        )
-
-
-def four_bits() -> Any:
-    """The quantization of QLoRA, for transformers. Raises `ModelError` without bitsandbytes."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("model.load_in_4bit: the package bitsandbytes is not installed; pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    half = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
-    )

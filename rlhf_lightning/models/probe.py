@@ -42,7 +42,7 @@ def main(directory: str, file: str, *options: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf_lightning.models.causal_lm import four_bits
+    from rlhf_lightning.models.four_bits import four_bits
     from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 
     trust = "trust" in options

@@ -143,10 +143,6 @@ class ExportBest(Callback):
                 f"ExportBest: a {type(pl_module).__name__} has no export; derive it from "
                 "rlhf_lightning.training.module.TrainedModule, or leave the callback out"
             )
-        if self.merge and pl_module.hparams.get("load_in_4bit", False):
-            raise ConfigurationError(
-                "ExportBest.merge: merging adapters into 4-bit weights would round them to 4 bits too; set merge: false"
-            )
         if stage != "fit":
             return
         settings = pl_module.hparams

@@ -13,7 +13,8 @@ from lightning.pytorch import LightningDataModule
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.models.causal_lm import CausalLM, Lora, check_four_bits, decoder, load_causal_config
+from rlhf_lightning.models.causal_lm import CausalLM, Lora, decoder, load_causal_config
+from rlhf_lightning.models.four_bits import check_four_bits
 from rlhf_lightning.models.objects import ModelSource
 from rlhf_lightning.models.precision import halve_frozen
 from rlhf_lightning.models.states import counts_from_padding
