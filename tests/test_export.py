@@ -145,7 +145,9 @@ def test_export_best_writes_the_best_checkpoint(checkpoint, tmp_path, build_dpo,
     exported = CausalLM(AutoModelForCausalLM.from_pretrained(tmp_path / "best"))
     batches = batches_of(build_dpo, trainer)
     own = response_sums(DPO.load_from_checkpoint(path).policy, batches)
-    torch.testing.assert_close(response_sums(exported, batches), own, rtol=0 if merge else 1e-6, atol=1e-3 if merge else 0)
+    torch.testing.assert_close(
+        response_sums(exported, batches), own, rtol=0 if merge else 1e-6, atol=1e-3 if merge else 0
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "best").chat_template
 
 
