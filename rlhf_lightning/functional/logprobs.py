@@ -67,8 +67,8 @@ def linear_logprobs(
     """`gather_logprobs(hidden @ weight.T + bias, targets)`, float32, [N]; the [N, V] logits never exist.
 
     hidden [N, H], weight [V, H], targets [N], bias [V]. Logits exist for `chunk_size` tokens at a time, so
-    chunk_size * V * 4 bytes instead of N * V * 4. The backward pass makes them again, but for the first chunk, whose
-    logits are kept: 8 H V FLOP per token instead of 6. Where weight and bias are frozen it makes nothing again: 4 H V.
+    chunk_size * V * 4 bytes instead of N * V * 4. The backward pass makes them again, 8 H V FLOP per token instead of
+    6, unless they fit into one chunk, and are kept. Where weight and bias are frozen it makes nothing again: 4 H V.
     Products of half-precision operands are summed and returned in float32, weight gradients are summed over the chunks
     in float32. Under autocast the operands are rounded as `nn.Linear` would round them. Not differentiable twice.
     ValueError: shapes, targets not integer, temperature <= 0, chunk_size < 1.
@@ -127,7 +127,7 @@ class _LinearLogprobs(torch.autograd.Function):
     """`gather_logprobs` chunk by chunk, and its gradients: d logprob / d logits = (one-hot - softmax) / temperature.
 
     With a frozen weight all is made in the forward pass, since the gradient of a token's hidden state is the one number
-    that comes back times a row that is known there. Else the logits of all chunks but the first are made again.
+    that comes back times a row that is known there. Else the logits are made again, unless they are a single chunk.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
         logprobs = torch.empty(hidden.shape[0], dtype=_sum_dtype(operand_dtype), device=hidden.device)
         slopes = torch.empty_like(hidden, dtype=logprobs.dtype) if frozen else None
-        first = None
+        only = None
         # Autocast would take the float32 products back to half precision.
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, chunk_size):
@@ -147,10 +147,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 logprobs[rows] = gather_logprobs(logits, targets[rows])
                 if slopes is not None:
                     slopes[rows] = _slopes(logits, targets[rows], weight, temperature)
-                elif first is None and (needs_weight or needs_bias):
-                    first = logits  # as large as what the backward pass begins with anyhow
+                elif (needs_weight or needs_bias) and hidden.shape[0] <= chunk_size:
+                    only = logits  # as large as what the backward pass begins with anyhow
         ctx.frozen = frozen
-        ctx.save_for_backward(*((slopes,) if frozen else (*originals, first)))
+        ctx.save_for_backward(*((slopes,) if frozen else (*originals, only)))
         return logprobs
 
     @staticmethod
@@ -159,7 +159,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad_logprobs.unsqueeze(1)).to(ctx.hidden_dtype), *[None] * 6
-        hidden, weight, bias, targets, first = ctx.saved_tensors
+        hidden, weight, bias, targets, only = ctx.saved_tensors
         temperature, chunk_size, operand_dtype = ctx.options
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sum_dtype = _sum_dtype(operand_dtype)
@@ -169,7 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight = hidden.to(operand_dtype), weight.to(operand_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, chunk_size):
-                logits = first if rows.start == 0 else _chunk_logits(hidden[rows], weight, bias, temperature)
+                logits = only if only is not None else _chunk_logits(hidden[rows], weight, bias, temperature)
                 scale = (grad_logprobs[rows] / temperature).unsqueeze(1)
                 grad_logits = _minus_softmax(logits, targets[rows], scale)
                 if needs_hidden:

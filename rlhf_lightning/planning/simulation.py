@@ -118,15 +118,15 @@ def simulate(config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
 
 
 def head_bytes(positions: int, hidden: int, vocabulary: int, *, operand: int, cast: bool, trained: bool) -> int:
-    """Bytes of `linear_logprobs` on a GPU at its highest, in the backward pass: three chunks of float32 logits.
+    """Bytes of `linear_logprobs` on a GPU at its highest: two or three chunks of float32 logits.
 
     `operand` bytes of the numbers that are multiplied; `cast` where the weight is kept in more than those.
     """
     chunk = min(positions, _HEAD_CHUNK) * vocabulary * 4
-    logits = 3 * chunk if positions > _HEAD_CHUNK else 2 * chunk + (chunk // 2 if operand == 2 else 0)
+    logits = 3 * chunk if trained and positions > _HEAD_CHUNK else 2 * chunk + (chunk // 2 if operand == 2 else 0)
     weight = hidden * vocabulary * (operand if cast else 0)
     gradients = 2 * hidden * vocabulary * 4 if trained else 0
-    return logits + weight + gradients + positions * hidden * operand
+    return logits + weight + gradients + positions * hidden * (operand if trained else 4)
 
 
 def cache_bytes(config: PretrainedConfig, tokens: int, *, size_of_number: int) -> int:

@@ -257,6 +257,7 @@ class TrainedModule(CheckedArguments, LightningModule):
 
     def on_fit_start(self) -> None:
         self.logged_step = 0
+        self.pace: Pace | None = None  # of a run that is resumed, not yet: it logs what it had done
         for metric in named(self.train_metrics).values():  # an earlier fit, or a search for a batch size, has fed them
             metric.reset()
         begin_with_found_rate(self)
@@ -267,7 +268,7 @@ class TrainedModule(CheckedArguments, LightningModule):
 
     def time_left(self) -> str:
         """`, about 40 s left` of the training, its validations included, as the end of a line; or nothing."""
-        left = self.pace.left(self.trainer.global_step, self.total_steps)
+        left = self.pace.left(self.trainer.global_step, self.total_steps) if self.pace is not None else ""
         return f", {left}" if left else ""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

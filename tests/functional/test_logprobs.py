@@ -265,21 +265,24 @@ def products(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("trained", "forward", "backward"),
+    ("trained", "chunk_size", "forward", "backward"),
     [
-        (("hidden", "weight", "bias"), 4, 3 + 2 * 4),
-        (("hidden",), 2 * 4, 0),
-        (("weight",), 4, 3 + 4),
-        ((), 4, 0),
+        (("hidden", "weight", "bias"), 3, 4, 4 + 2 * 4),
+        (("hidden", "weight", "bias"), N, 1, 2),
+        (("hidden",), 3, 2 * 4, 0),
+        (("hidden",), N, 2, 0),
+        (("weight",), 3, 4, 4 + 4),
+        (("weight",), N, 1, 1),
+        ((), 3, 4, 0),
     ],
 )
-def test_the_logits_of_the_first_chunk_are_made_once_and_with_a_frozen_weight_all_are(
-    products, trained, forward, backward
+def test_logits_of_one_chunk_are_made_once_and_with_a_frozen_weight_all_are(
+    products, trained, chunk_size, forward, backward
 ):
     example = head(with_bias=True)
     for name, tensor in example.items():
         tensor.requires_grad_(name in trained)
-    found = chunked(example, ids(V, N), chunk_size=3)
+    found = chunked(example, ids(V, N), chunk_size=chunk_size)
     assert len(products) == forward
     if trained:
         gradients(found, example)
