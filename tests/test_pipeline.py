@@ -48,7 +48,7 @@ class Scripted(LightningModule):
         source: A file that it reads, or a model that an earlier stage wrote.
         word: Stands in what it writes.
         act: What it does at batch `at`: nothing, raise an error, die, pause, or wait for a file `go`.
-        at: A batch, counted from 1 over all epochs.
+        at: A batch, counted from 1 over all epochs; 0: before it says anything.
         reward_model: A function of the user's.
     """
 
@@ -63,12 +63,14 @@ class Scripted(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.count = torch.nn.Parameter(torch.zeros(()))
+        if at == 0:
+            perform(act)
 
     def training_step(self, batch, index: int):
         number = self.trainer.global_step + 1
         print(f"step {number}/18: by hand", file=sys.stderr, flush=True)
         if number == self.hparams.at:
-            act(self.hparams.act)
+            perform(self.hparams.act)
         return -self.count
 
     def validation_step(self, batch, index: int) -> None:
@@ -84,7 +86,7 @@ class Scripted(LightningModule):
             (made / "config.json").write_text(f"{text}{self.hparams.word} {self.count.item():g}\n")
 
 
-def act(what: str) -> None:
+def perform(what: str) -> None:
     if what == "raise":
         raise RuntimeError("the script says so")
     if what == "die":
@@ -209,6 +211,7 @@ def say_often() -> None:
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_a_stage_is(ran):
+    write_stage("first", source="data.txt", act="pause", at=0)
     write_stage("second", source="models/first", act="pause", at=15)
     assert ran(prepare=say_often) == BOTH
     assert re.search(r"^first  \d s  starting$", ran.error, re.MULTILINE)
