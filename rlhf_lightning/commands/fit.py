@@ -32,6 +32,7 @@ from rlhf_lightning.errors import ConfigurationError, TrainingError, UserError, 
 from rlhf_lightning.files.disks import named_full_disk
 from rlhf_lightning.files.locks import alone
 from rlhf_lightning.files.yaml_text import bound_parsers, check_configurations, write_configuration
+from rlhf_lightning.models.precision import allow_tf32
 from rlhf_lightning.models.reward_network import is_reward_network
 from rlhf_lightning.other_names import OTHER_NAMES
 from rlhf_lightning.planning.planning import refuse_what_cannot_fit
@@ -204,6 +205,8 @@ class Program(LightningCLI):
         """Read the data and hold it against the model before anything is written or loaded."""
         refuse_wrong_numbers(self.trainer)
         refuse_callbacks(self.trainer)
+        if allow_tf32(self.trainer.strategy.root_device, self.trainer.precision):
+            log.info("float32 products of training are TF32; NVIDIA_TF32_OVERRIDE=0 makes them float32")
         if type(self.model) in CLASSES:  # one of the user's own may log what it likes
             check_monitors(self.trainer, self.model)
         self._check_checkpoint(self.config[self.subcommand].get("ckpt_path"))

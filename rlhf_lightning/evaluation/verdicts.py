@@ -95,8 +95,10 @@ def _win_rate(policies: PolicyResults | None) -> Verdict:
     if comparison.anchored is not None and comparison.anchored.refused:
         reason = f"{comparison.anchored.refused}; by it the win rate would be {rate.value:.3f}"
         return Verdict(target, "not measured", None, "prompts", reason)
-    outcome: Outcome = "met with confidence" if rate.low > 0.5 else "met" if rate.value > 0.5 else "not met"
+    outcome: Outcome = "met with confidence" if rate.low > 0.5 else "not met"
     reason = f"by the reward model {judge}; ties count one half"
+    if rate.low <= 0.5 < rate.value:
+        reason = f"not clearly above one half; {reason}"
     if (controlled := comparison.length_controlled) is not None:
         reason += f"; at equal length {controlled.win_rate.value:.3f}"
         reason += f" ({controlled.warning})" if controlled.warning else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -41,6 +42,21 @@ def float32_arithmetic(*models: nn.Module | None) -> Iterator[None]:
             stack.enter_context(_dequantized_to_float32(model))
             stack.enter_context(_without_flash(model))
         yield
+
+
+def allow_tf32(device: torch.device, precision: str) -> bool:
+    """Let float32 products of a run be TF32 on a CUDA device (10 bits of mantissa, 8 of exponent), unless the user
+    chose already; whether it did so. What is measured stays exact (`float32_arithmetic`).
+
+    Args:
+        device: That of the run.
+        precision: The Trainer's; under any but `32-true` products are halves anyway.
+    """
+    chosen = "NVIDIA_TF32_OVERRIDE" in os.environ or torch.get_float32_matmul_precision() != "highest"
+    if device.type != "cuda" or precision != "32-true" or chosen:
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_nothing_given_is_nothing_measured_and_every_line_says_why():
         ({"lift": 0.26, "noise": 0.1}, "25 points", "met"),
         ({"lift": 0.2}, "25 points", "not met"),
         ({"lift": 1.0}, "win against", "met with confidence"),
-        ({"lift": 0.02, "noise": 0.1}, "win against", "met"),
+        ({"lift": 0.02, "noise": 0.1}, "win against", "not met"),
         ({"lift": -1.0}, "win against", "not met"),
         ({}, "refuse safe", "met"),
         ({"more_refusals": 8}, "refuse safe", "not met"),

@@ -9,7 +9,7 @@ import torch
 from transformers import DebertaV2Config, DebertaV2Model
 
 from rlhf_lightning.models.causal_lm import CausalLM, Lora
-from rlhf_lightning.models.precision import float32_arithmetic
+from rlhf_lightning.models.precision import allow_tf32, float32_arithmetic
 from rlhf_lightning.models.reward_network import RewardNetwork
 
 
@@ -46,6 +46,28 @@ def test_products_are_exact_also_where_a_user_has_switched_to_tf32(tiny_llama):
 ADAPTERS = Lora(r=4, lora_alpha=8.0)
 
 
+@pytest.mark.parametrize(
+    ("device", "precision", "override", "before", "after"),
+    [
+        ("cuda", "32-true", None, "highest", "high"),
+        ("cuda", "32-true", "0", "highest", "highest"),
+        ("cuda", "32-true", None, "medium", "medium"),
+        ("cuda", "bf16-mixed", None, "highest", "highest"),
+        ("cpu", "32-true", None, "highest", "highest"),
+    ],
+)
+def test_tf32_is_for_float32_runs_on_cuda(monkeypatch, device, precision, override, before, after):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    torch.set_float32_matmul_precision(before)
+    try:
+        assert allow_tf32(torch.device(device), precision) == (after == "high")
+        assert torch.get_float32_matmul_precision() == after
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("directory", "lora"),
@@ -53,6 +75,7 @@ ADAPTERS = Lora(r=4, lora_alpha=8.0)
 )
 def test_halves_are_multiplied_in_float32(request, directory, lora, dtype):
     """Weights rounded to halves give what the same rounded weights give as float32 numbers."""
+    torch.manual_seed(0)  # of the new head
     name = str(request.getfixturevalue(directory))
     ids, mask, response_mask = rows()
     if directory == "tiny_bert":
