@@ -156,8 +156,10 @@ class Rollouts:
     arithmetic: Callable[[], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Tensor], seeds: Sequence[int], *, temperature: float) -> Responses:
-        """One response to each of B prompts (1-D int64), which may be repeated.
+    def sample(
+        self, prompts: Sequence[Tensor], seeds: Sequence[int], *, temperature: float, top_p: float = 1.0
+    ) -> Responses:
+        """One response to each of B prompts (1-D int64), which may be repeated; `top_p`: see `RolloutEngine.draw`.
 
         A response depends on its prompt and its seed, not on its batch.
         """
@@ -168,6 +170,7 @@ class Rollouts:
                 seeds,
                 max_new_tokens=self.max_new_tokens,
                 temperature=temperature,
+                top_p=top_p,
                 eos_id=self.chat_format.eos_id,
                 pad_id=self.chat_format.pad_id,
             )

@@ -67,6 +67,13 @@ def test_the_best_of_n_has_the_largest_score(generated):
     assert [row["score"] for row in best] == expected
 
 
+def test_top_p_is_another_sample_that_no_batch_size_changes(generated):
+    whole, _, _ = generated()
+    cut, _, _ = generated("--top_p", "0.5", out="cut.jsonl")
+    assert [row["response"] for row in cut] != [row["response"] for row in whole]
+    assert generated("--top_p", "0.5", "--batch_size", "1", out="alone.jsonl")[0] == cut
+
+
 def test_no_batch_size_and_no_kill_changes_a_row(generated, tmp_path):
     whole, _, _ = generated("--batch_size", "16")
     alone, _, _ = generated("--batch_size", "1", out="alone.jsonl")
@@ -92,6 +99,8 @@ def test_responses_without_an_end_are_left_out_of_pairs(generated):
         (["--rows", "pairs"], "reward_model"),
         (["--rows", "best", "--reward_model", LENGTH, "--num_generations", "1"], "num_generations"),
         (["--temperature", "0"], "temperature"),
+        (["--temperature", "0", "--num_generations", "1", "--top_p", "0.9"], "top_p"),
+        (["--top_p", "0"], "top_p"),
         (["--reward_chat_template", "plain"], "reward_chat_template"),
         (["--rows", "triples"], "rows"),
         (["--nonsense", "1"], "nonsense"),

@@ -22,7 +22,7 @@ from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
 from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of, run_together
-from rlhf_lightning.evaluation.settings import Dtype
+from rlhf_lightning.evaluation.settings import Dtype, TopP
 from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.slot_engine import SlotEngine
@@ -61,6 +61,7 @@ class GenerationSettings:
             tokenizer's chat template, else the transcript.
         num_generations: Responses to each prompt.
         temperature: Sampling temperature; 0 takes the most likely tokens.
+        top_p: Sample from the fewest most likely tokens whose probabilities add up to this or more; 1 keeps all.
         max_new_tokens: Longest response, in tokens.
         min_score_gap: Pairs are written where the scores of best and worst differ by more than this.
         require_eos: Leave out of `pairs` and `best` responses that did not end with an EOS token within
@@ -84,6 +85,7 @@ class GenerationSettings:
     reward_chat_template: str | None = None
     num_generations: PositiveInt = 4
     temperature: NonNegativeFloat = 1.0
+    top_p: TopP = 1.0
     max_new_tokens: PositiveInt = 256
     min_score_gap: NonNegativeFloat = 0.0
     require_eos: bool = True
@@ -148,6 +150,8 @@ def check(settings: GenerationSettings) -> None:
         raise ConfigurationError(f"rows: {settings.rows} are chosen by their scores; give reward_model")
     if settings.rows != "samples" and settings.num_generations < 2:
         raise ConfigurationError(f"rows: {settings.rows} need several responses; set num_generations to 2 or more")
+    if settings.top_p < 1 and settings.temperature == 0:
+        raise ConfigurationError("top_p: at temperature 0 the most likely token is taken; leave top_p out")
     if settings.num_generations > 1 and settings.temperature == 0:
         raise ConfigurationError("temperature: at 0 all responses to a prompt are the same; set num_generations to 1")
     check_text_of(settings.reward_model, settings.reward_chat_template)
@@ -168,6 +172,7 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
         prompts,
         samples=settings.num_generations,
         temperature=settings.temperature,
+        top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
         engine=SlotEngine(settings.batch_size, say_progress=ranks.rank == 0),

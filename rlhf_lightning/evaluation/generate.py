@@ -58,6 +58,7 @@ def generate_responses(
     *,
     samples: int,
     temperature: float,
+    top_p: float = 1.0,
     max_new_tokens: int,
     seed: int,
     engine: RolloutEngine,
@@ -69,7 +70,8 @@ def generate_responses(
     """`samples` responses to each prompt, those to one prompt side by side, in the order of the prompts.
 
     Response k to a prompt has the seed of (seed, prompt id, k), so it depends neither on the batch nor on the other
-    prompts, and two policies sample with the same noise. Temperature 0 takes the most likely tokens.
+    prompts, and two policies sample with the same noise. Temperature 0 takes the most likely tokens; `top_p`: see
+    `RolloutEngine.draw`.
 
     With `file` (see `Ledger`) responses are appended as they come, and the same call resumes where one was killed:
     responses to the same prompts with the same settings are read from it, more samples or prompts are added. `model`
@@ -89,7 +91,7 @@ def generate_responses(
         "seed": seed,
         "engine": type(engine).__name__,
         "dtype": str(next(policy.parameters()).dtype),
-    }
+    } | ({} if top_p == 1 else {"top_p": top_p})
     hashes = {name: _hash(ids.tolist()) for name, ids in encoded.items()}
     wanted = {f"{hashes[name]} {sample} {name}": (name, sample) for name in encoded for sample in range(samples)}
     rollouts = Rollouts(policy, chat_format, engine, max_new_tokens=max_new_tokens)
@@ -98,7 +100,7 @@ def generate_responses(
         part = [wanted[key] for key in keys]
         ids = [encoded[name] for name, _ in part]
         seeds = [seed_of(seed, *each) for each in part]
-        sampled = rollouts.sample(ids, seeds, temperature=temperature)
+        sampled = rollouts.sample(ids, seeds, temperature=temperature, top_p=top_p)
         ends = zip(sampled.texts(chat_format), sampled.lengths.tolist(), sampled.ended.tolist(), strict=True)
         return [
             Response(*each, text, length, ended, row[-length:].tolist())

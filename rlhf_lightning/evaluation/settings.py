@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt, restricted_number_type
 
 from rlhf_lightning.data.examples import OnBadRows
 from rlhf_lightning.data.sources import Source
@@ -16,6 +16,10 @@ REWARDBENCH_PROMPTS = "rewardbench"
 """`prompts` that are those of `rewardbench`, or of its Lite set."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+if TYPE_CHECKING:
+    TopP = float
+else:
+    TopP = restricted_number_type("TopP", float, [(">", 0), ("<=", 1)])
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,15 @@ class RolloutEngine(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
         """One response to each prompt, on the prompt's device.
 
-        Each is sampled from softmax(logits / temperature), without any filter, and ends with the EOS token or has
-        `max_new_tokens` ids. The same seed gives the same response. Temperature 0 takes the most likely token.
+        Each is sampled from softmax(logits / temperature), with `top_p` below 1 from the tokens of its `nucleus`
+        alone, and ends with the EOS token or has `max_new_tokens` ids. The same seed gives the same response.
+        Temperature 0 takes the most likely token.
         """
         ...
 
@@ -85,6 +87,7 @@ class TransformersEngine:
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
@@ -96,7 +99,7 @@ class TransformersEngine:
             if self.batch_size > 1 and len(prompts) > 1:
                 _check_company(policy)
             for part in self._batches(policy, order, [len(prompt) + max_new_tokens for prompt in prompts]):
-                drawing = _Drawing([seeds[i] for i in part], temperature) if temperature > 0 else None
+                drawing = _Drawing([seeds[i] for i in part], temperature, top_p) if temperature > 0 else None
                 for i, response in zip(
                     part, _generate(policy, [prompts[i] for i in part], drawing, **options), strict=True
                 ):
@@ -127,23 +130,40 @@ class _Drawing:
     Gumbel 1954; Maddison et al. 2014 (arXiv 1411.0030), section 2.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
         self.seeds = seeds
         self.temperature = temperature
+        self.top_p = top_p
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.generators:
             self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        return with_noise(scores, self.generators, self.temperature)
+        return with_noise(scores, self.generators, self.temperature, self.top_p)
 
 
-def with_noise(scores: Tensor, generators: Sequence[torch.Generator], temperature: float) -> Tensor:
-    """Scores [R, V] whose largest is a sample of softmax(scores / temperature), by a generator for each row."""
+def with_noise(scores: Tensor, generators: Sequence[torch.Generator], temperature: float, top_p: float = 1.0) -> Tensor:
+    """Scores [R, V] whose largest is a sample of softmax(scores / temperature), by a generator for each row.
+
+    With `top_p` below 1 it is one of the `nucleus` of that distribution.
+    """
     noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
-    return scores.float() / temperature - noise.log()
+    scores = scores.float() / temperature
+    return (scores if top_p == 1 else nucleus(scores, top_p)) - noise.log()
+
+
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Scores [R, V] with -inf outside of the fewest most likely tokens whose softmax adds up to `top_p` or more.
+
+    Of equally likely tokens those of lower ids come first. Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
+    """
+    ordered, places = scores.sort(dim=-1, descending=True, stable=True)
+    shares = ordered.softmax(dim=-1)
+    outside = shares.cumsum(dim=-1) - shares >= top_p
+    outside[:, 0] = False
+    return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
 
 
 def _generate(

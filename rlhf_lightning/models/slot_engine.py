@@ -73,13 +73,14 @@ class SlotEngine:
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
         """As `RolloutEngine.draw`."""
         if not prompts:
             return []
-        options = _Options(max_new_tokens, temperature, eos_id)
+        options = _Options(max_new_tokens, temperature, top_p, eos_id)
         longest = max(map(len, prompts)) + max_new_tokens
         with ready_to_generate(policy):
             if not _fit(policy) or any(longest > limit for _, limit in rope_limits(policy.config)):
@@ -106,6 +107,7 @@ class _Options(NamedTuple):
 
     max_new_tokens: int
     temperature: float
+    top_p: float
     eos_id: int
 
 
@@ -179,7 +181,7 @@ class _Drawing:
         """Sample the next token of the last responses, whose scores [N, V] are given."""
         generators = [each.generator for each in running if each.generator is not None]
         if generators:
-            scores = with_noise(scores, generators, self.options.temperature)
+            scores = with_noise(scores, generators, self.options.temperature, self.options.top_p)
         self.slots.put(scores.argmax(dim=-1))
         for each in running:
             each.tokens += 1

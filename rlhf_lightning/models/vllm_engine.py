@@ -79,6 +79,7 @@ class VLLMEngine:
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         eos_id: int,
         pad_id: int,
     ) -> list[Sampled]:
@@ -88,7 +89,7 @@ class VLLMEngine:
             "model": server.model,
             "max_tokens": max_new_tokens,
             "temperature": temperature,
-            "top_p": 1.0,
+            "top_p": top_p,
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,

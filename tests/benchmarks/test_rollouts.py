@@ -42,8 +42,8 @@ def forced_lengths(monkeypatch):
     said: Counter[int] = Counter()
     sampled = generation.with_noise
 
-    def forced(scores, generators, temperature):
-        scores = sampled(scores, generators, temperature)
+    def forced(scores, generators, *how):
+        scores = sampled(scores, generators, *how)
         for row, generator in zip(scores, generators, strict=True):
             seed = generator.initial_seed()
             said[seed] += 1

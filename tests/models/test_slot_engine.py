@@ -67,8 +67,8 @@ PROMPTS = prompts_of(3, 9, 1, 14, 20, samples=3)
 SEEDS = [seed_of(place) for place in range(len(PROMPTS))]
 
 
-def drawn(engine, policy, prompts=PROMPTS, seeds=SEEDS, *, temperature=1.5, new=NEW, eos=EOS):
-    options = {"max_new_tokens": new, "temperature": temperature, "eos_id": eos, "pad_id": PAD}
+def drawn(engine, policy, prompts=PROMPTS, seeds=SEEDS, *, temperature=1.5, top_p=1.0, new=NEW, eos=EOS):
+    options = {"max_new_tokens": new, "top_p": top_p, "temperature": temperature, "eos_id": eos, "pad_id": PAD}
     return [response.ids.tolist() for response in engine.draw(policy, prompts, seeds, **options)]
 
 
@@ -108,6 +108,15 @@ def test_responses_are_those_of_generate_whatever_the_slots_and_the_order(
     some = slice(-4, None, -1)  # in another order
     responses = drawn(SlotEngine(1), policy, PROMPTS[some][:5], SEEDS[some][:5], temperature=temperature)
     assert responses == expected[some][:5]
+
+
+def test_top_p_is_that_of_generate_whatever_the_slots(tmp_path, monkeypatch):
+    policy = policy_of(tmp_path, "llama", DECODER)
+    expected = drawn(TransformersEngine(), policy, top_p=0.7)
+    assert expected != drawn(TransformersEngine(), policy)
+    monkeypatch.setattr(slot_engine.TransformersEngine, "draw", lambda *_, **__: pytest.fail("not in slots"))
+    for slots in (1, 4, 64):
+        assert drawn(SlotEngine(slots), policy, top_p=0.7) == expected
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ class StandIn(ThreadingHTTPServer):
                 [content["seed"]],
                 max_new_tokens=content["max_tokens"],
                 temperature=content["temperature"],
+                top_p=content["top_p"],
                 eos_id=self.extra_stop or end,
                 pad_id=0,
             )
