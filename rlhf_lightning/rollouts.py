@@ -26,7 +26,7 @@ from rlhf_lightning.models.causal_lm import CausalLM, ResponseLogprobs, Response
 from rlhf_lightning.models.generation import RolloutEngine
 from rlhf_lightning.models.reward_network import RewardHead
 from rlhf_lightning.models.value_network import ValueNetwork
-from rlhf_lightning.rewards.source import RewardSource, check_scores, first_few
+from rlhf_lightning.rewards.source import Rewards, RewardSource, check_scores, first_few
 
 
 class Reference(Protocol):
@@ -104,11 +104,14 @@ class Experience(NamedTuple):
     tokens: TokenNumbers
     rewards: Mapping[str, Tensor]
     """Every reward by itself, by its name, [B] each."""
+    spreads: Mapping[str, Tensor]
+    """Of each of them that comes of an ensemble, by its name, the standard deviation over the heads, [B]."""
 
     def numbers(self) -> dict[str, Tensor]:
         """What is logged of each response, [B]; each is defined in docs/metrics.md under its name."""
         mask, device = self.tokens.mask, self.scores.device
         several = {f"reward/{name}": values for name, values in self.rewards.items()} if len(self.rewards) > 1 else {}
+        several |= {spread_name(name, several=bool(several)): values for name, values in self.spreads.items()}
         return several | {
             "reward": self.scores,
             "kl": self.tokens.kl("k1").sum(dim=1),
@@ -127,6 +130,11 @@ class Experience(NamedTuple):
         """How far an engine's own log-probs of the N tokens are from the policy's, in nats, [N]; None without any."""
         ratio = self.engine_log_ratio()
         return None if ratio is None else ratio.abs()
+
+
+def spread_name(reward: str, *, several: bool) -> str:
+    """Under which the spread of an ensemble is logged, that may be one of `several` rewards."""
+    return f"reward_spread/{reward}" if several else "reward_spread"
 
 
 @dataclass(frozen=True)
@@ -183,8 +191,8 @@ class Rollouts:
         )
 
     @torch.no_grad()
-    def score(self, responses: Responses, prompts: Sequence[Sequence[Message]], example_ids: Sequence[str]) -> Tensor:
-        """Rewards [B, K] float32, as the reward source gives them; it is shown an end only where there is one.
+    def score(self, responses: Responses, prompts: Sequence[Sequence[Message]], example_ids: Sequence[str]) -> Rewards:
+        """What the reward source gives, on the responses' device; it is shown an end only where there is one.
 
         `prompts` are the conversations that the responses answer, `example_ids` their names. Raises `TrainingError`
         naming the prompts for a score that is not finite, and when a function raises or gives too few.
@@ -195,9 +203,11 @@ class Rollouts:
                 rewards = self.scorer.each(prompts, responses.texts(self.chat_format), responses.ended.tolist())
         except ModelError as error:
             raise TrainingError(f"model.reward_model: {error}, asked about {first_few(example_ids)}") from error
-        for scores, scorer in zip(rewards.unbind(dim=1), self.scorer.scorers, strict=True):
+        for scores, scorer in zip(rewards.scores.unbind(dim=1), self.scorer.scorers, strict=True):
             check_scores(scores, example_ids, scorer.name)
-        return rewards.to(responses.rows[0].device)
+        device = responses.rows[0].device
+        spreads = {name: values.to(device) for name, values in rewards.spreads.items()}
+        return Rewards(rewards.scores.to(device), spreads)
 
     @torch.no_grad()
     def logprobs(self, responses: Responses, *, values: bool = True) -> TokenNumbers:

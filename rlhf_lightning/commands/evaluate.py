@@ -125,15 +125,22 @@ def write(results: EvaluationResults, settings: EvaluationSettings) -> None:
 
 
 def _score_rows(results: EvaluationResults) -> Iterator[dict[str, Any]]:
-    """Every pair and every row of a benchmark with the scores of its responses, the correct ones first."""
+    """Every pair and every row of a benchmark with the scores of its responses, the correct ones first.
+
+    Of an ensemble with their `spreads`, the standard deviations over the heads.
+    """
     for scorer in results.scorers:
         if (of := scorer.scores) is not None:
-            for name, source, *scores in zip(of.ids, of.sources, of.chosen, of.rejected, strict=True):
-                found = {"id": name, "source": source, "scores": [float(score) for score in scores]}
-                yield {"scorer": scorer.title, "data": "pairs", **found}
+            none: list[list[float]] = [[]] * len(of.ids)
+            spreads = none if of.spreads is None else of.spreads.tolist()
+            columns = (of.ids, of.sources, of.chosen.tolist(), of.rejected.tolist(), spreads)
+            for name, source, chosen, rejected, own in zip(*columns, strict=True):
+                found = {"id": name, "source": source, "scores": [chosen, rejected]}
+                yield {"scorer": scorer.title, "data": "pairs", **found} | ({"spreads": own} if own else {})
         for data, result in scorer.benchmarks.items():
             for row in result.score_rows():
-                yield {"scorer": scorer.title, "data": data, "id": row.id, "source": row.subset, "scores": row.scores}
+                found = {"id": row.id, "source": row.subset, "scores": row.scores}
+                yield {"scorer": scorer.title, "data": data, **found} | ({"spreads": row.spreads} if row.heads else {})
 
 
 def _details(results: EvaluationResults) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class PairScores:
     sources: list[str]
     chosen: np.ndarray
     rejected: np.ndarray
+    spreads: np.ndarray | None = None
+    """Of the two scores, the standard deviations over the heads of an ensemble, [N, 2]."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def _scorer_metrics(scorer: ScorerResults) -> Iterator[tuple[str, Quantity]]:
         if quality.length is not None:
             yield "length_spearman", quality.length.spearman
             yield "longer_wins", quality.length.longer_wins
+        if (heads := quality.heads) is not None:
+            yield from (("spread", heads.spread), ("spread_auroc", heads.wrong_auroc))
     for result in scorer.benchmarks.values():
         yield from result.metrics().items()
 

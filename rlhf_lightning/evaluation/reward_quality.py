@@ -76,6 +76,21 @@ class LengthBias:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadAgreement:
+    """How far K heads of one reward model agree: standard deviations over them, with divisor K."""
+
+    heads: int
+    spread: Estimate
+    """Mean over the 2N responses of the standard deviation of a score."""
+    spread_right: Estimate | None
+    """Mean over the pairs in the right order of the standard deviation of the margin; None without such a pair."""
+    spread_wrong: Estimate | None
+    """The same over pairs in the wrong order, ties included."""
+    wrong_auroc: float | None
+    """P(a pair in the wrong order has a larger deviation of its margin than one in the right order), ties one half."""
+
+
+@dataclass(frozen=True, slots=True)
 class RewardQuality:
     """A reward model on N pairs; n of an estimate is a number of pairs."""
 
@@ -97,6 +112,8 @@ class RewardQuality:
     truncated: int | None
     """Pairs of which a response was cut."""
     accuracy_by_source: dict[str, Estimate]
+    heads: HeadAgreement | None = None
+    """None where the scores do not come of several heads."""
 
 
 def reward_quality(
@@ -107,9 +124,12 @@ def reward_quality(
     sources: Sequence[str] = (),
     truncated: np.ndarray | None = None,
     prompts: Sequence[Hashable] | None = None,
+    heads: tuple[np.ndarray, np.ndarray] | None = None,
     **how: Unpack[Resampling],
 ) -> RewardQuality:
     """Scores of both responses [N]; their lengths [N], the source of each pair [N], and True where one was cut [N].
+
+    `heads` are the scores of both by the K heads of an ensemble, [N, K].
 
     UserError: a score that is not finite, fewer than two pairs. ConfigurationError: shapes differ.
     """
@@ -136,7 +156,25 @@ def reward_quality(
         ties=int((margin == 0).sum()),
         truncated=None if truncated is None else int(truncated.sum()),
         accuracy_by_source={str(name): mean_rate(points[names == name]) for name in sorted(set(names))},
+        heads=None if heads is None else head_agreement(*heads, **how),
     )
+
+
+def head_agreement(chosen: np.ndarray, rejected: np.ndarray, **how: Unpack[Resampling]) -> HeadAgreement:
+    """Scores of both responses of N pairs by K heads, [N, K]."""
+    spread, wrong = (chosen - rejected).std(axis=1), chosen.mean(axis=1) <= rejected.mean(axis=1)
+    larger = np.sign(spread[wrong][:, None] - spread[~wrong][None, :])
+    return HeadAgreement(
+        heads=chosen.shape[1],
+        spread=mean_estimate((chosen.std(axis=1) + rejected.std(axis=1)) / 2, **how),
+        spread_right=_mean(spread[~wrong], **how),
+        spread_wrong=_mean(spread[wrong], **how),
+        wrong_auroc=float(larger.mean() / 2 + 0.5) if larger.size else None,
+    )
+
+
+def _mean(values: np.ndarray, **how: Unpack[Resampling]) -> Estimate | None:
+    return mean_estimate(values, **how) if len(values) > 1 else None
 
 
 def target_outcome(auroc: Estimate) -> Literal["met with confidence", "met", "not met"]:

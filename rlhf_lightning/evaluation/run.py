@@ -166,6 +166,7 @@ def _pairs(session: Session, scorer: Scorer, file: Path) -> tuple[RewardQuality,
     rows = [BenchmarkRow(p.example_id, "pairs", p.prompt, (p.chosen, p.rejected), 1, p.origin) for p in pairs]
     scored = score_rows(scorer, rows, file, ranks=session.ranks)
     chosen, rejected = np.array([row.scores for row in scored]).T
+    heads = np.array([row.heads for row in scored]) if scored[0].heads else None
     tokens, sources = np.array([row.tokens for row in scored]), sources_of(pairs)
     quality = reward_quality(
         chosen,
@@ -174,9 +175,11 @@ def _pairs(session: Session, scorer: Scorer, file: Path) -> tuple[RewardQuality,
         sources=sources,
         truncated=np.array([any(row.truncated) for row in scored]),
         prompts=[prompt_hash(pair.prompt) for pair in pairs],
+        heads=None if heads is None else (heads[:, 0], heads[:, 1]),
         seed=session.settings.seed,
     )
-    return quality, PairScores([pair.example_id for pair in pairs], sources, chosen, rejected)
+    spreads = None if heads is None else heads.std(axis=2)
+    return quality, PairScores([pair.example_id for pair in pairs], sources, chosen, rejected, spreads)
 
 
 def measure_judges(session: Session) -> list[JudgeResults]:

@@ -18,6 +18,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.functional.reductions import masked_mean
 from rlhf_lightning.models.backbones import AttentionImplementation, load_backbone, use_attention
 from rlhf_lightning.models.configuration import HEAD_KEY, load_config, rope_limits, write_published_settings
+from rlhf_lightning.models.head_ensemble import HeadEnsemble, each_score, head_settings, load_heads, save_heads
 from rlhf_lightning.models.linear_head import LinearHead, check_classifier, classifier_without_weights
 from rlhf_lightning.models.states import first_position, hidden_states, last_states, layer_states
 from rlhf_lightning.models.storage import edited_settings, replaced_model
@@ -97,8 +98,12 @@ class RewardHead(nn.Sequential):
         return x.squeeze(-1)
 
 
+Head = RewardHead | LinearHead | HeadEnsemble
+"""What gives the score: one head, or the mean of several."""
+
+
 class HeadSettings(TypedDict, total=False):
-    """Keys of a head: the `mlp` has all of them, a `linear` one none but its own name."""
+    """Keys of a head: the `mlp` has all of them, a `linear` one none but its own name and `num_heads`."""
 
     head: HeadKind
     hidden_size: int | None
@@ -106,31 +111,48 @@ class HeadSettings(TypedDict, total=False):
     activation: Activation
     dropout: float
     pooling: Pooling
+    num_heads: int
+    """Above 1, a `HeadEnsemble`."""
 
 
-_USUAL: HeadSettings = {"head": "mlp", "hidden_size": None, "activation": "relu", "dropout": 0.0, "pooling": "last"}
+_USUAL: HeadSettings = {
+    "head": "mlp",
+    "hidden_size": None,
+    "activation": "relu",
+    "dropout": 0.0,
+    "pooling": "last",
+    "num_heads": 1,
+}
 
 
 def saved_head(config: PretrainedConfig) -> HeadSettings | None:
     """The head of a saved `RewardNetwork`; None for the configuration of any other model."""
-    return {**_USUAL, **getattr(config, HEAD_KEY)} if is_reward_network(config) else None
+    return {**_USUAL, **head_settings(getattr(config, HEAD_KEY))} if is_reward_network(config) else None
 
 
 def check_head(settings: HeadSettings) -> None:
     """Raise `ConfigurationError` where a `linear` head is to have what it has not."""
     if settings.get("head") == "linear":
         for key, value in settings.items():
-            if key != "head" and value != _USUAL.get(key):
+            if key not in ("head", "num_heads") and value != _USUAL.get(key):
                 raise ConfigurationError(
                     f"model.{key}: {value} goes with model.head: mlp; a linear head is one layer on the last token's "
                     f"state. Leave model.{key} out"
                 )
 
 
-def new_head(config: PretrainedConfig, **settings: Unpack[HeadSettings]) -> RewardHead | LinearHead:
-    """A head for a backbone of this configuration. Raises `ConfigurationError` as `check_head` does."""
+def new_head(config: PretrainedConfig, **settings: Unpack[HeadSettings]) -> Head:
+    """A head, or `num_heads` of them, for a backbone of this configuration.
+
+    Raises `ConfigurationError` as `check_head` does.
+    """
     check_head(settings)
     given: HeadSettings = {**_USUAL, **settings}
+    heads = [_one_head(config, given) for _ in range(given["num_heads"])]
+    return HeadEnsemble(heads) if len(heads) > 1 else heads[0]
+
+
+def _one_head(config: PretrainedConfig, given: HeadSettings) -> RewardHead | LinearHead:
     width = head_input_size(config, "last")
     if given["head"] == "linear":
         return LinearHead(width)
@@ -157,8 +179,9 @@ class RewardNetwork(nn.Module):
         self.backbone = backbone
         self.pooling: Pooling = head.get("pooling", "last")
         self.score = new_head(backbone.config, **head)
-        if isinstance(self.score, LinearHead):
-            check_classifier(backbone, self.score)
+        one = self.score.one if isinstance(self.score, HeadEnsemble) else self.score
+        if isinstance(one, LinearHead):
+            check_classifier(backbone, one)
 
     @classmethod
     def from_backbone(
@@ -199,20 +222,24 @@ class RewardNetwork(nn.Module):
         """
         directory = Path(directory).expanduser()
         config = load_config(str(directory), trust_remote_code=trust_remote_code)
-        if not is_reward_network(config):
+        if (head := saved_head(config)) is None:
             raise ModelError(
                 f"{directory}: a {config.model_type} model without a reward head (no {HEAD_KEY} in config.json); "
                 "train one with `rlhf-lightning fit`, or use it as a backbone"
             )
         network = cls.from_backbone(
             str(directory),
-            **getattr(config, HEAD_KEY),
+            **head,
             attn_implementation=attn_implementation,
             layout=layout,
             trust_remote_code=trust_remote_code,
         )
         try:
-            network.score.load_state_dict(_head_tensors(directory))
+            tensors = _head_tensors(directory)
+            if isinstance(network.score, HeadEnsemble):
+                load_heads(network.score, directory, tensors)
+            else:
+                network.score.load_state_dict(tensors)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(f"{directory}: its score.* weights do not make up the head ({reason})") from error
@@ -224,7 +251,15 @@ class RewardNetwork(nn.Module):
         `input_ids` [R, T] int64; `attention_mask` [R, T] bool, True on tokens. Raises `ValueError` when a row of the
         mask is empty.
         """
-        return self.score(pooled(self.backbone, input_ids, attention_mask, self.pooling))
+        return self.each(input_ids, attention_mask).mean(dim=-1)
+
+    def each(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [R, K] of all heads, float32; `forward` gives their mean, and says what is taken."""
+        return self.each_of(pooled(self.backbone, input_ids, attention_mask, self.pooling))
+
+    def each_of(self, states: Tensor) -> Tensor:
+        """Scores [R, K] float32 of what the heads read of rows (see `pooled`)."""
+        return each_score(self.score, states)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write `config.json` and safetensors; the weights are named as a sequence classifier's.
@@ -232,24 +267,32 @@ class RewardNetwork(nn.Module):
         The backbone's tensors stand under its own prefix (`model.` for Qwen2), the head's under `score.0` and `score.2`
         (`score.3` with dropout), or `score.weight`. Transformers loads a linear head by itself, and an MLP with
         `trust_remote_code=True`, by a module that is written beside it, unless the backbone has code of its own;
-        else it stops with an error. Written beside the directory first, so that it is never half there; what the
+        else it stops with an error. Of several heads this is one that gives their mean, and they stand in a file of
+        their own. Written beside the directory first, so that it is never half there; what the
         directory held under other names stays. Returns the directory.
         """
         prefix = self.backbone.base_model_prefix or "model"
         tensors = {f"{prefix}.{key}": value for key, value in self.backbone.state_dict().items()}
-        tensors |= {f"score.{key}": value for key, value in self.score.state_dict().items()}
+        tensors |= {f"score.{key}": value for key, value in self._written_head.state_dict().items()}
         with replaced_model(directory) as made:
             self.backbone.save_pretrained(made, state_dict=tensors, max_shard_size="5GB")
             write_published_settings(self.backbone, made)
             with edited_settings(made / "config.json") as config:
                 _forget_other_head(config)
                 config |= self._settings_to_save()
-                if isinstance(self.score, LinearHead):
+                if isinstance(self._written_head, LinearHead):
                     _forget_padding_that_ends_rows(config)
                 elif "AutoModel" not in config.get("auto_map", {}):
                     config["auto_map"] = config.get("auto_map", {}) | _OWN_CLASS_MAP
                     shutil.copy(Path(__file__).with_name("modeling_reward.py"), made)
+            if isinstance(self.score, HeadEnsemble):
+                save_heads(self.score, made)
         return Path(directory).expanduser()
+
+    @property
+    def _written_head(self) -> RewardHead | LinearHead:
+        """The one whose weights stand beside the backbone's."""
+        return self.score.mean() if isinstance(self.score, HeadEnsemble) else self.score
 
     def _settings_to_save(self) -> dict[str, Any]:
         """What config.json says besides what it says of the backbone."""
@@ -258,7 +301,7 @@ class RewardNetwork(nn.Module):
         settings |= {"problem_type": "regression"}
         settings |= {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
         architecture = type(self.backbone).__name__.removesuffix("Model")
-        if isinstance(self.score, LinearHead):
+        if isinstance(self._written_head, LinearHead):
             name = type(classifier_without_weights(self.backbone.config)).__name__
             return settings | {"architectures": [name]}
         from rlhf_lightning.models.modeling_reward import STOP
@@ -273,7 +316,7 @@ class RewardNetwork(nn.Module):
         """Whether vLLM's `*ForRewardModel` computes this head; it looks at the name, and not at the other settings."""
         width = head_input_size(self.backbone.config, "last")
         own = {"hidden_size": width, "activation": "relu", "dropout": 0.0}
-        return self.pooling == "last" and self.score.settings == own
+        return self.pooling == "last" and self._written_head.settings == own
 
 
 def _forget_other_head(config: dict[str, Any]) -> None:

@@ -15,8 +15,7 @@ from rlhf_lightning.batches import Layout
 from rlhf_lightning.errors import ModelError
 from rlhf_lightning.models.backbones import AttentionImplementation
 from rlhf_lightning.models.configuration import load_config
-from rlhf_lightning.models.linear_head import LinearHead
-from rlhf_lightning.models.reward_network import RewardHead, RewardNetwork, is_reward_network, pooling_of
+from rlhf_lightning.models.reward_network import Head, RewardHead, RewardNetwork, is_reward_network, pooling_of
 from rlhf_lightning.models.states import token_states
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def has_head_for_tokens(config: PretrainedConfig) -> bool:
     return pooling_of(config) in ("last", "mean")
 
 
-def zero_last_layer(head: RewardHead | LinearHead) -> None:
+def zero_last_layer(head: Head) -> None:
     """Let a head begin with the value 0 for every state."""
     last = head[-1] if isinstance(head, RewardHead) else head
     for parameter in last.parameters():

@@ -107,10 +107,7 @@ def _quality(scorers: Sequence[_Measured]) -> Section:
     """How well the reward models order held-out pairs, beside each other."""
     text = [f"{of.head}: {of.name}, on {of.quality.pairs} pairs about {of.quality.prompts} prompts." for of in scorers]
     text.append("The intervals of the first three numbers resample prompts with all their pairs, the others pairs.")
-    rows = [
-        [name, *(measure(scorer.quality) for scorer in scorers), what]
-        for name, measure, what in [*_ORDER, *(_LENGTH if any(of.quality.length for of in scorers) else ())]
-    ]
+    rows = [[name, *(measure(scorer.quality) for scorer in scorers), what] for name, measure, what in _rows(scorers)]
     heads = [scorer.head for scorer in scorers]
     blocks: list[Block] = [Table(["", *heads, "what it is"], rows, "How well they order the pairs")]
     for head, _, quality, _ in scorers:
@@ -126,6 +123,16 @@ def _quality(scorers: Sequence[_Measured]) -> Section:
         blocks += [Beside(sources)] if len(sources) > 1 else sources
     head = "Reward models" if len(scorers) > 1 else scorers[0].head
     return Section(f"{head} on held-out pairs", blocks, "\n\n".join(text))
+
+
+def _rows(scorers: Sequence[_Measured]) -> list[tuple[str, Callable[[RewardQuality], Quantity], str]]:
+    length = _LENGTH if any(of.quality.length for of in scorers) else ()
+    heads = _HEADS if any(of.quality.heads for of in scorers) else ()
+    return [*_ORDER, *length, *heads]
+
+
+def _of_heads(name: str) -> Callable[[RewardQuality], Quantity]:
+    return lambda quality: getattr(quality.heads, name, None)
 
 
 def _of_length(name: str) -> Callable[[RewardQuality], Quantity]:
@@ -148,6 +155,13 @@ _LENGTH = (
     ("margin against length", _of_length("spearman"), "Spearman, within pairs"),
     ("accuracy, chosen is longer", _of_length("accuracy_chosen_longer"), "in tokens; of a function, in characters"),
     ("accuracy, chosen is shorter", _of_length("accuracy_chosen_shorter"), ""),
+)
+_HEADS = (
+    ("heads", _of_heads("heads"), "of one reward model; the score is their mean"),
+    ("spread of a score", _of_heads("spread"), "standard deviation over the heads, mean over responses"),
+    ("spread of the margin, right order", _of_heads("spread_right"), "mean over pairs that the mean orders right"),
+    ("spread of the margin, wrong order", _of_heads("spread_wrong"), "mean over the others: larger, if it knows doubt"),
+    ("wrong pairs spread more", _of_heads("wrong_auroc"), "AUROC of the spread of the margin; 0.5: it says nothing"),
 )
 
 

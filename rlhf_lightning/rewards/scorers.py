@@ -25,6 +25,7 @@ from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.classifiers import load_classifier, token_head
 from rlhf_lightning.models.configuration import load_config, max_positions
 from rlhf_lightning.models.fingerprint import weights_fingerprint
+from rlhf_lightning.models.head_ensemble import HeadEnsemble
 from rlhf_lightning.models.precision import move
 from rlhf_lightning.models.reward_network import RewardNetwork, is_reward_network
 from rlhf_lightning.models.states import last_states
@@ -51,6 +52,8 @@ class Scored(NamedTuple):
     """Of the response, EOS token included; its characters where a function scores."""
     truncated: bool
     """Whether the beginning of its prompt was cut off, or more."""
+    heads: tuple[float, ...] = ()
+    """float32, of each head of an ensemble, whose mean is the score; empty for any other scorer."""
 
 
 class Scorer(Protocol):
@@ -139,6 +142,8 @@ class RewardScorer:
         self._say_text(chat_template)
         parts = (weights_fingerprint(self.model), self.chat_format.fingerprint(), self.limit, str(dtype))
         self.fingerprint = _digest(self.kind, *parts)
+        head = getattr(self.model, "score", None)
+        self.num_heads = len(head) if isinstance(head, HeadEnsemble) else 1
         self.to(torch.device(device), dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -179,7 +184,7 @@ class RewardScorer:
         device = next(self.model.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
         if isinstance(self.model, RewardNetwork):
-            return self.model(ids, mask)
+            return self.model.each(ids, mask)
         head = token_head(self.model)
         if head is None:  # an encoder's own pooling, which goes by the mask
             types = {"token_type_ids": response_mask.long().to(device)} if self._has_types else {}
@@ -326,13 +331,19 @@ def padded(rows: Sequence[EncodedRow], pad_id: int) -> ModelInputs:
 def _in_batches(
     rows: Sequence[EncodedRow], score: Callable[[Tensor, Tensor, Tensor], Tensor], *, batch_size: int, pad_id: int
 ) -> list[Scored]:
-    """The rows in their order, scored in batches of like length and of the same prompts."""
-    scores = torch.empty(len(rows), dtype=torch.float32)
+    """The rows in their order, scored in batches of like length and of the same prompts.
+
+    `score` gives scores [R], or those of K heads, [R, K].
+    """
+    found: list[Scored] = [Scored(0.0, 0, False)] * len(rows)
     order = like_together([row.prompt for row in rows], [len(row.prompt) + len(row.response) for row in rows])
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        scores[part] = score(*padded([rows[i] for i in part], pad_id).text).float().cpu()
-    return [Scored(value, len(row.response), row.truncated) for value, row in zip(scores.tolist(), rows, strict=True)]
+        scores = score(*padded([rows[i] for i in part], pad_id).text).float().cpu()
+        each = scores if scores.dim() == 2 else scores[:, None]
+        for i, mean, heads in zip(part, each.mean(dim=1).tolist(), each.tolist(), strict=True):
+            found[i] = Scored(mean, len(rows[i].response), rows[i].truncated, tuple(heads) if len(heads) > 1 else ())
+    return found
 
 
 def _limit(name: str, max_length: int | None, positions: int | None) -> int | None:

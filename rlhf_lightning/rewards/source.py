@@ -10,13 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, TrainingError
+from rlhf_lightning.functional.ensembles import careful_score, ensemble_spread
 from rlhf_lightning.rewards.functions import RewardFunction, check_text_of, reward_scorer
 from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.user_code import name_of
@@ -102,6 +103,15 @@ def plain_reward(given: Reward) -> str | list[dict[str, Any]]:
     return [asdict(reward) | {"source": name_of(reward.source)} for reward in reward_list(given)]
 
 
+class Rewards(NamedTuple):
+    """What B responses get."""
+
+    scores: Tensor
+    """[B, K] float32, every reward by itself."""
+    spreads: dict[str, Tensor]
+    """Of each reward that comes of an ensemble, by its name: the standard deviation over its heads, [B] float32."""
+
+
 class RewardSource:
     """Scores responses; higher is better. Says so once when conversations are too long for a reward model.
 
@@ -111,8 +121,10 @@ class RewardSource:
         chat_template: Of the text that a single model reads (see `RewardScorer`).
         batch_size: Rows of a model at a time.
         trust_remote_code: Run code that comes with a model.
+        ensemble_penalty: How many standard deviations over its heads are taken off the score of a reward model.
 
-    Raises `ConfigurationError` or `ModelError` when `given` names nothing of the kind.
+    Raises `ConfigurationError` or `ModelError` when `given` names nothing of the kind, and `ConfigurationError` for a
+    penalty where a reward model has one head, or none is a model.
     """
 
     def __init__(
@@ -122,6 +134,7 @@ class RewardSource:
         batch_size: int,
         chat_template: str | None = None,
         trust_remote_code: bool = False,
+        ensemble_penalty: float = 0.0,
     ) -> None:
         rewards = reward_list(given, chat_template)
         loading: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
@@ -131,6 +144,19 @@ class RewardSource:
         several = [f"{reward.weight:g} {scorer.name}" for reward, scorer in zip(rewards, self.scorers, strict=True)]
         self.name = " + ".join(several) if len(rewards) > 1 else self.scorers[0].name
         self._said: set[str] = set()
+        self.ensemble_penalty = ensemble_penalty
+        single = [scorer.name for scorer in self.models if scorer.num_heads == 1]
+        if ensemble_penalty and (single or not self.models):
+            raise ConfigurationError(
+                f"model.ensemble_penalty: {single[0] if single else self.name} has no heads that could disagree; train "
+                "a reward model with model.num_heads of 2 or more, or leave ensemble_penalty out"
+            )
+
+    @property
+    def ensembles(self) -> list[str]:
+        """Names of the rewards that come of several heads."""
+        pairs = zip(self.names, self.scorers, strict=True)
+        return [name for name, scorer in pairs if isinstance(scorer, RewardScorer) and scorer.num_heads > 1]
 
     @property
     def models(self) -> list[RewardScorer]:
@@ -154,20 +180,20 @@ class RewardSource:
         ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """The weighted sum of `each`, [B] float32."""
-        return self.added(self.each(prompts, responses, ended))
+        return self.added(self.each(prompts, responses, ended).scores)
 
     def each(
         self,
         prompts: Sequence[Sequence[Message]],
         responses: Sequence[str],
         ended: Sequence[bool] | None = None,
-    ) -> Tensor:
-        """Every reward by itself, [B, K] float32, on the CPU; those that have not `ended` as they stand (see `Scorer`).
+    ) -> Rewards:
+        """Every reward by itself, on the CPU; responses that have not `ended` as they stand (see `Scorer`).
 
         Raises `ModelError` when a function raises, or gives too few.
         """
-        columns = []
-        for scorer in self.scorers:
+        columns, spreads = [], {}
+        for name, scorer in zip(self.names, self.scorers, strict=True):
             scored = scorer(prompts, responses, ended)
             cut = sum(each.truncated for each in scored)
             if cut and scorer.name not in self._said:
@@ -177,8 +203,14 @@ class RewardSource:
                     "beginning of their prompts",
                     *(cut, len(scored), scorer.name),
                 )
-            columns.append(torch.tensor([each.score for each in scored], dtype=torch.float32))
-        return torch.stack(columns, dim=1)
+            column = torch.tensor([each.score for each in scored], dtype=torch.float32)
+            if name in self.ensembles:
+                heads = torch.tensor([each.heads for each in scored], dtype=torch.float32)
+                spreads[name] = ensemble_spread(heads)
+                if self.ensemble_penalty:
+                    column = careful_score(heads, penalty=self.ensemble_penalty)
+            columns.append(column)
+        return Rewards(torch.stack(columns, dim=1), spreads)
 
     def added(self, rewards: Tensor) -> Tensor:
         """The weighted sum of K rewards, [B, K], of each response, [B] float32."""

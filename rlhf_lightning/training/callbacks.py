@@ -44,6 +44,23 @@ class PairScores(NamedTuple):
     """[B] float32."""
 
 
+class EnsembleScores(NamedTuple):
+    """Scores of B pairs by several heads, as `predict` returns them: means, and standard deviations over the heads."""
+
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name
+    """[B] int64, position of the pair in the evaluated data."""
+    chosen: Tensor
+    """[B] float32."""
+    rejected: Tensor
+    """[B] float32."""
+    chosen_spread: Tensor
+    """[B] float32."""
+    rejected_spread: Tensor
+    """[B] float32."""
+    margin_spread: Tensor
+    """[B] float32, of the difference of the two."""
+
+
 class ResponseScores(NamedTuple):
     """What a policy says of B conversations, as `predict` returns it."""
 
@@ -203,7 +220,8 @@ def exported_bytes(module: LightningModule, *, merge: bool) -> int:
 class PredictionWriter(BasePredictionWriter):
     """Writes the scores of `predict` as JSON lines, in the order of the data.
 
-    Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference); of a conversation
+    Each line holds `example_id`, `chosen`, `rejected` (scores) and `margin` (their difference), by several heads also
+    the standard deviations over them, `chosen_spread`, `rejected_spread` and `margin_spread`; of a conversation
     `example_id` and `logprob`; of a judged response `example_id` and `reward`.
 
     Args:
@@ -225,7 +243,7 @@ class PredictionWriter(BasePredictionWriter):
         path = Path(self.path) if self.path else directory / "predictions.jsonl"
         index, *scores = torch.cat(parts, dim=1)
         rows, names = trainer.datamodule.rows["test"], list(predictions[0]._fields[1:])
-        if isinstance(predictions[0], PairScores):
+        if isinstance(predictions[0], PairScores | EnsembleScores):
             names, scores = [*names, "margin"], [*scores, scores[0] - scores[1]]
         lines = [
             json.dumps(

@@ -10,6 +10,7 @@ from typing import Any
 from rlhf_lightning import __version__
 from rlhf_lightning.files.adapters import hub_name
 from rlhf_lightning.models.configuration import HEAD_KEY
+from rlhf_lightning.models.head_ensemble import FILE
 from rlhf_lightning.training.checkpoints import ORIGIN, metrics_of
 from rlhf_lightning.training.results import TABLE_ROWS
 
@@ -36,7 +37,7 @@ score = model(**batch).logits[0, 0].item()
 The score is a number without bounds; higher is better. A sigmoid belongs on the difference of the scores of two \
 responses to one prompt, not on a score. The text has to end with the token that the chat template ends it with.
 
-| with | head `$head`: $about |
+$heads| with | head `$head`: $about |
 |---|---|
 | transformers | as above |
 | its pipeline | `pipeline("text-classification", "$name"$trust)(text, add_special_tokens=False)` |
@@ -60,6 +61,12 @@ from rlhf_lightning import RewardNetwork
 model = RewardNetwork.from_pretrained("$name", trust_remote_code=True)
 ```
 The backbone has code of its own, and transformers has no class of it with this head, and stops with an error.""")
+
+_HEADS = Template("""\
+The score is the mean of $count heads. transformers, and all that stand on it, load one head that gives this mean. The \
+heads themselves lie in `$file` and are read by rlhf_lightning; their standard deviation says how sure the score is.
+
+""")
 
 _ABOUT = {
     "linear": "a class of transformers itself",
@@ -119,10 +126,12 @@ def reward_usage(name: str, config: dict[str, Any]) -> str:
     trusted = head == "mlp"
     if trusted and "AutoModelForSequenceClassification" not in config["auto_map"]:
         return _OURS.substitute(name=name)
+    count = config[HEAD_KEY].get("num_heads", 1)
     vllm = Template(_IN_VLLM.get(architecture if trusted else head, "no; it stops with an error"))
     return _REWARD.substitute(
         name=name,
         head=head,
+        heads=_HEADS.substitute(count=count, file=FILE) if count > 1 else "",
         about=_ABOUT[head],
         trust=", trust_remote_code=True" if trusted else "",
         vllm=vllm.substitute(name=name),

@@ -29,7 +29,7 @@ from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.models.value_network import ValueNetwork
 from rlhf_lightning.models.vllm_engine import VLLMEngine
 from rlhf_lightning.rewards.source import Reward, RewardSource, plain_reward, reward_list
-from rlhf_lightning.rollouts import Experience, Responses, Rollouts
+from rlhf_lightning.rollouts import Experience, Responses, Rollouts, spread_name
 from rlhf_lightning.training.checks import check_tokens_fit
 from rlhf_lightning.training.measures import Measured, means
 from rlhf_lightning.training.policy_module import PolicyModule
@@ -58,6 +58,8 @@ class OnlineModule(PolicyModule):
         multi_objective_aggregation: Of several rewards: `sum_then_normalize`, their weighted sum is learned from; or
             `normalize_then_sum` (GDPO), the weighted sum of each reward's difference to the mean of its prompt's
             responses, in their standard deviations.
+        ensemble_penalty: Standard deviations over the heads of a reward model with `num_heads` above 1 that are taken
+            off its mean score: what its heads disagree on is worth less. Refused where a reward model has one head.
         reward_chat_template: The text that the reward model reads: `plain`, the words alone, a line for each turn;
             `pair`, prompt and response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`;
             or a Jinja file that writes the whole. When not given, its tokenizer's chat template, else the transcript.
@@ -92,6 +94,7 @@ class OnlineModule(PolicyModule):
         self,
         backbone: ModelSource,
         reward_model: Reward,
+        ensemble_penalty: NonNegativeFloat = 0.0,
         reward_chat_template: str | None = None,
         multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
         num_generations: PositiveInt = 1,
@@ -154,7 +157,11 @@ class OnlineModule(PolicyModule):
                 chat_template=settings.reward_chat_template,
                 batch_size=settings.generation_micro_batch_size,
                 trust_remote_code=settings.trust_remote_code,
+                ensemble_penalty=settings.ensemble_penalty,
             )
+        spreads = [spread_name(name, several=len(self.rewards.names) > 1) for name in self.rewards.ensembles]
+        for metrics in (self.val_metrics, self.test_metrics):
+            metrics.update({name: metric for name, metric in means(*spreads).items() if name not in metrics})
 
     def build_network(self) -> None:
         super().build_network()
@@ -225,9 +232,9 @@ class OnlineModule(PolicyModule):
         known = data.example_ids(role)
         conversations = [data.messages(role, position) for position in positions]
         rewards = rollouts.score(responses, conversations, [known[position] for position in positions])
-        each = dict(zip(self.rewards.names, rewards.unbind(dim=1), strict=True))
+        each = dict(zip(self.rewards.names, rewards.scores.unbind(dim=1), strict=True))
         tokens = rollouts.logprobs(responses, values=values)
-        experience = Experience(responses, self.rewards.added(rewards), tokens, each)
+        experience = Experience(responses, self.rewards.added(rewards.scores), tokens, each, rewards.spreads)
         self._check_engine(experience)
         return experience
 

@@ -211,7 +211,7 @@ class PPO(OnlineModule):
     @torch.no_grad()
     def _learnable(self, experience: Experience) -> tuple[Targets, dict[str, float]]:
         """What a rollout teaches, and the numbers that say how it went, over all processes."""
-        responses, scores, tokens, _ = experience
+        responses, scores, tokens, *_ = experience
         ended = responses.ended.to(self.device)
         shaped = self.shaped_scores(self.learned_scores(experience) - self.overlong_penalty(responses), ended)
         advantages, returns = self._advantages(experience, shaped)

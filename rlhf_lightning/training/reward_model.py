@@ -22,8 +22,10 @@ from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.datamodules import chat_format_of
 from rlhf_lightning.data.roles import Role
 from rlhf_lightning.errors import ConfigurationError
+from rlhf_lightning.functional.ensembles import ensemble_spread
 from rlhf_lightning.functional.losses import bradley_terry_loss
 from rlhf_lightning.metrics import (
+    LabelAUROC,
     MarginAUROC,
     PairCount,
     PairwiseAccuracy,
@@ -45,7 +47,7 @@ from rlhf_lightning.models.reward_network import (
 )
 from rlhf_lightning.models.states import counts_from_padding
 from rlhf_lightning.models.storage import pad_with
-from rlhf_lightning.training.callbacks import PairScores
+from rlhf_lightning.training.callbacks import EnsembleScores, PairScores
 from rlhf_lightning.training.checkpoints import save_format
 from rlhf_lightning.training.checks import check_finite
 from rlhf_lightning.training.frozen_states import FrozenStates
@@ -71,6 +73,9 @@ class RewardModel(TrainedModule):
         dropout: Of the head's hidden layer. The backbone's dropout is always off.
         pooling: The hidden state that the head reads: of the `last` token, the `mean` over all tokens, or `layers`, the
             means of the embeddings and of all layers side by side. Of a saved reward network, its own is kept.
+        num_heads: Heads on the one backbone, each begun and trained by itself. Above 1 the score is their mean, and
+            their standard deviation, the spread, says how sure it is. Set `center_rewards_coefficient` too: the loss
+            leaves an offset of each head free, and the spread contains it. Of a saved reward network, its own is kept.
         freeze_backbone: Train the head alone, on states of the backbone that are computed once for a fit of one process
             (up to 2 GiB of them). Goes with `pooling: layers`, as the last layer alone says little of what nobody
             trained it for. Gradient checkpointing does nothing then.
@@ -95,6 +100,7 @@ class RewardModel(TrainedModule):
         activation: Activation = "relu",
         dropout: Fraction = 0.0,
         pooling: Pooling = "last",
+        num_heads: PositiveInt = 1,
         freeze_backbone: bool = False,
         label_smoothing: Smoothing = 0.0,
         center_rewards_coefficient: NonNegativeFloat = 0.0,
@@ -107,19 +113,20 @@ class RewardModel(TrainedModule):
             raise ConfigurationError(
                 "model.backbone: a saved reward network as an object has no head; give its directory"
             )
-        self._keep_own_head(head=head, pooling=pooling)
+        self._keep_own_head(head=head, pooling=pooling, num_heads=num_heads)
         check_head(self.head_settings)
         if self.hparams.head == "linear":
             classifier_without_weights(self.backbone_config)
         self.frozen_states = FrozenStates()
-        self.train_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy()} | means("loss", "margin", "reward"))
-        self.val_metrics, self.test_metrics = _evaluation_metrics(), _evaluation_metrics()
+        several = self.hparams.num_heads > 1
+        names = ("loss", "margin", "reward", *(["spread"] if several else []))
+        self.train_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy()} | means(*names))
+        self.val_metrics, self.test_metrics = (_evaluation_metrics(*names) for _ in range(2))
 
-    def _keep_own_head(self, **given: str) -> None:
+    def _keep_own_head(self, **given: str | int) -> None:
         """A saved reward network keeps its head, and says so where another was asked for."""
-        usual = {"head": "mlp", "pooling": "last"}
         for key, value in (saved_head(self.backbone_config) or {}).items():
-            if key in given and given[key] not in (usual[key], value):
+            if key in given and given[key] not in (_USUAL[key], value):
                 log.warning("model.%s: %s keeps its own, %s, not %s", key, self.hparams.backbone, value, given[key])
             self.hparams[key] = value
 
@@ -133,6 +140,7 @@ class RewardModel(TrainedModule):
             "activation": settings.activation,
             "dropout": settings.dropout,
             "pooling": settings.pooling,
+            "num_heads": settings.num_heads,
         }
 
     def build_network(self) -> None:
@@ -149,7 +157,9 @@ class RewardModel(TrainedModule):
         super().on_fit_start()
         head = "its own" if is_reward_network(self.backbone_config) else "a new"
         head = head if self.trainer.ckpt_path is None else "the checkpoint's"
-        log.info("reward: %s %s head, pooling %s", head, self.hparams.head, self.hparams.pooling)
+        settings = self.hparams
+        several = f", {settings.num_heads} of them" if settings.num_heads > 1 else ""
+        log.info("reward: %s %s head%s, pooling %s", head, settings.head, several, settings.pooling)
         if self.hparams.freeze_backbone:
             self.frozen_states.prepare(self)
 
@@ -157,16 +167,25 @@ class RewardModel(TrainedModule):
         self.frozen_states.clear()
 
     def forward(self, batch: PreferenceBatch, role: Role | None = None) -> tuple[Tensor, Tensor]:
-        """Scores of the chosen and of the rejected responses, each [B] float32, in one pass over 2B rows.
+        """Scores of the chosen and of the rejected responses, each [B] float32: the means of `each`."""
+        chosen, rejected = self.each(batch, role)
+        return chosen.mean(dim=1), rejected.mean(dim=1)
 
-        Those of a `role` that the fit has the states of a frozen backbone of take the head alone.
+    def each(self, batch: PreferenceBatch, role: Role | None = None) -> tuple[Tensor, Tensor]:
+        """Scores by each of K heads, [B, K] float32 of the chosen and the rejected ones, in one pass over 2B rows.
+
+        Those of a `role` that the fit has the states of a frozen backbone of take the heads alone.
         """
-        states = None if role is None else self.frozen_states.find(role, batch)
-        scores = self.network(batch.input_ids, batch.attention_mask) if states is None else self.network.score(states)
-        return scores.chunk(2)
+        states, network = None if role is None else self.frozen_states.find(role, batch), self.network
+        rows = (batch.input_ids, batch.attention_mask)
+        chosen, rejected = (network.each(*rows) if states is None else network.each_of(states)).chunk(2)
+        return chosen, rejected
 
     def losses(self, batch: PreferenceBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Loss of each pair, [B] float32."""
+        """Loss of each pair, [B] float32, of scores [B]; or of scores [B, K] the mean of the K heads' own losses."""
+        if chosen.dim() == 2:
+            heads = zip(chosen.unbind(dim=1), rejected.unbind(dim=1), strict=True)
+            return torch.stack([self.losses(batch, *scores) for scores in heads]).mean(dim=0)
         return bradley_terry_loss(
             chosen,
             rejected,
@@ -176,7 +195,7 @@ class RewardModel(TrainedModule):
         )
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        chosen, rejected = self(batch, "train")
+        chosen, rejected = self.each(batch, "train")
         losses = self.losses(batch, chosen, rejected)
         check_finite(self, batch, losses)
         _measured(losses.detach(), chosen.detach(), rejected.detach()).feed(self.train_metrics)
@@ -184,16 +203,18 @@ class RewardModel(TrainedModule):
 
     def trial_loss(self, batch: PreferenceBatch) -> Tensor:
         """The mean loss of a batch, of which nothing is logged."""
-        return self.losses(batch, *self(batch)).mean()
+        return self.losses(batch, *self.each(batch)).mean()
 
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores:
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> PairScores | EnsembleScores:
         with float32_arithmetic(self.network):
-            return PairScores(batch.index, *self(batch))
+            chosen, rejected = self.each(batch)
+        scores = PairScores(batch.index, chosen.mean(dim=1), rejected.mean(dim=1))
+        return scores if chosen.shape[1] == 1 else EnsembleScores(*scores, *_spreads(chosen, rejected))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Raises `ConfigurationError` when the head would read other states, or go on with an optimizer of others."""
         super().on_load_checkpoint(checkpoint)
-        for key, usual in (("head", "mlp"), ("pooling", "last")):
+        for key, usual in _USUAL.items():
             value = checkpoint["hyper_parameters"].get(key, usual)
             if value != self.hparams[key]:
                 raise ConfigurationError(
@@ -229,17 +250,32 @@ class RewardModel(TrainedModule):
 
     def measure(self, batch: PreferenceBatch, stage: Role) -> Measured:
         with float32_arithmetic(self.network):
-            chosen, rejected = self(batch, stage)
+            chosen, rejected = self.each(batch, stage)
         return _measured(self.losses(batch, chosen, rejected), chosen, rejected)
 
 
-def _evaluation_metrics() -> nn.ModuleDict:
+_USUAL = {"head": "mlp", "pooling": "last", "num_heads": 1}
+"""Keys of a head that a saved network, and a checkpoint, keep, as they are when not given."""
+
+
+def _evaluation_metrics(*names: str) -> nn.ModuleDict:
     ours = {"accuracy": PairwiseAccuracy(), "auroc": PooledAUROC(), "margin_auroc": MarginAUROC()}
     ours |= {"calibration_error": PairwiseCalibrationError(), "pairs": PairCount()}
-    return nn.ModuleDict(means("loss", "margin", "reward") | ours)
+    if "spread" in names:
+        ours["spread_auroc"] = LabelAUROC()
+    return nn.ModuleDict(means(*names) | ours)
 
 
 def _measured(losses: Tensor, chosen: Tensor, rejected: Tensor) -> Measured:
-    """What B pairs give: the losses, the differences, the mean rewards, and the two sides."""
-    means = {"loss": losses, "margin": chosen - rejected, "reward": (chosen + rejected) / 2}
-    return Measured(means, (chosen, rejected))
+    """What B pairs give, by K heads [B, K]: losses, differences, mean rewards, spreads, and the two sides."""
+    sides = c, r = chosen.mean(dim=1), rejected.mean(dim=1)
+    values: dict[str, Tensor | tuple[Tensor, ...]] = {"loss": losses, "margin": c - r, "reward": (c + r) / 2}
+    if chosen.shape[1] > 1:
+        of_chosen, of_rejected, of_margin = _spreads(chosen, rejected)
+        values |= {"spread": (of_chosen + of_rejected) / 2, "spread_auroc": (of_margin, c <= r)}
+    return Measured(values, sides)
+
+
+def _spreads(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the scores of K heads, [B, K], and of the differences of the two sides, [B] each."""
+    return ensemble_spread(chosen), ensemble_spread(rejected), ensemble_spread(chosen - rejected)

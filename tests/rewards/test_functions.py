@@ -175,7 +175,7 @@ def test_several_rewards_are_a_weighted_sum_with_names():
     source = RewardSource([Longest(2.0), {"source": count_words, "weight": -0.5, "name": "words"}], batch_size=4)
     prompts, responses = [[{"role": "user", "content": "?"}]] * 2, ["a bcd", "ab"]
     assert source.names == ["Longest", "words"]
-    assert source.each(prompts, responses).tolist() == [[10.0, 2.0], [4.0, 1.0]]
+    assert source.each(prompts, responses).scores.tolist() == [[10.0, 2.0], [4.0, 1.0]]
     assert source(prompts, responses).tolist() == [9.0, 3.5]
     assert "-0.5 tests.rewards.test_functions:count_words" in source.name
 

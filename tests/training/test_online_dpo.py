@@ -72,7 +72,7 @@ def test_the_loss_of_a_step_is_dpo_of_best_against_worst(build, trainer, setting
     trainer(limit_val_batches=0).fit(module, data)
     assert len(steps) == 3 * settings.get("num_epochs", 1) * settings.get("num_mini_batches", 1)
     for experience, _, part, policy, logged in steps:
-        responses, scores, tokens, _ = experience
+        responses, scores, tokens, *_ = experience
         shaped = scores - 2.0 * (~responses.ended).float()
         assert 0 < responses.ended.sum() < len(scores)
         reference, lengths, losses, rewards = tokens.reference.double().sum(dim=1), responses.lengths, [], []

@@ -328,7 +328,7 @@ def test_a_validation_measures_the_reward_with_penalty_and_kl_by_one_yardstick(b
     module.rollout = lambda *given, **named: kept.append(rollout(*given, **named)) or kept[-1]
     numbers = trainer().validate(module, data, verbose=False)[0]
     values = []
-    for responses, _, tokens, _ in kept:
+    for responses, _, tokens, *_ in kept:
         for i, length in enumerate(responses.lengths.tolist()):
             d = (tokens.logprobs - tokens.reference)[i, :length].double()
             kl = (torch.expm1(-d) + d).mean() if settings else d.sum()

@@ -14,9 +14,11 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from rlhf_lightning.data.conversations import BadRow, check_prompt, prompt_messages
 from rlhf_lightning.data.examples import Message
@@ -148,6 +150,13 @@ class RowScores:
     """Of each response, EOS included."""
     truncated: list[bool]
     """Whether it, or rather the beginning of its prompt, was cut."""
+    heads: list[list[float]] = field(default_factory=list)
+    """Of each response, by an ensemble: the scores of its heads; empty for any other scorer."""
+
+    @property
+    def spreads(self) -> list[float]:
+        """Of each response, the standard deviation over the heads."""
+        return [float(np.std(each)) for each in self.heads]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +245,7 @@ class _Kept:
     scores: list[float]
     tokens: list[int]
     truncated: list[bool]
+    heads: list[list[float]] = field(default_factory=list)
 
 
 def score_rows(
@@ -261,7 +271,7 @@ def score_rows(
     order = sorted(by_key, key=length, reverse=True)
     ledger.fill("rows", order, lambda part: _score(scorer, [by_key[key] for key in part]), at_a_time=_ROWS_AT_A_TIME)
     kept = ((row, ledger.known[key]) for row, key in zip(rows, keys, strict=True))
-    return [RowScores(row.id, row.subset, each.scores, each.tokens, each.truncated) for row, each in kept]
+    return [RowScores(row.id, row.subset, each.scores, each.tokens, each.truncated, each.heads) for row, each in kept]
 
 
 def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[_Kept]:
@@ -276,7 +286,8 @@ def _score(scorer: Scorer, rows: Sequence[BenchmarkRow]) -> list[_Kept]:
                 f"{scorer.name}: its scores of {row.origin} are {', '.join(str(each.score) for each in own)}, not "
                 "finite; the model is damaged, or its dtype too narrow"
             )
-        found.append(_Kept([x.score for x in own], [x.tokens for x in own], [x.truncated for x in own]))
+        heads = [list(x.heads) for x in own if x.heads]
+        found.append(_Kept([x.score for x in own], [x.tokens for x in own], [x.truncated for x in own], heads))
     return found
 
 
