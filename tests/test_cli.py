@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -404,6 +406,20 @@ DECAYING = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5, "weight_
 )
 def test_an_optimizer_inherits_nothing_from_another(capsys, tmp_path, optimizer, arguments, expected):
     assert optimizer_of(capsys, tmp_path, *arguments, optimizer=optimizer).defaults == expected
+
+
+def test_a_short_name_is_torch_s_optimizer_whatever_else_is_imported(capsys, tmp_path, monkeypatch):
+    """As bitsandbytes has an AdamW, and transformers an Adafactor; by its path another one is taken."""
+    code = "".join(f"class {name}(torch.optim.SGD):\n    pass\n" for name in ("AdamW", "AdamW8bit"))
+    (tmp_path / "bitsandbytes_stand_in.py").write_text(f"import torch\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes_stand_in", importlib.import_module("bitsandbytes_stand_in"))
+    for name, path in (("AdamW", "torch.optim.AdamW"), ("AdamW8bit", "bitsandbytes_stand_in.AdamW8bit")):
+        arguments = ("fit", "--config", QUICKSTART, "--model.optimizer", name)
+        assert printed_config(capsys, *arguments)["model"]["init_args"]["optimizer"]["class_path"] == path
+    arguments = ("fit", "--config", QUICKSTART, "--model.optimizer", "bitsandbytes_stand_in.AdamW")
+    found = printed_config(capsys, *arguments)["model"]["init_args"]["optimizer"]
+    assert found["class_path"] == "bitsandbytes_stand_in.AdamW"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from rlhf_lightning.training.dpo import DPO
 from rlhf_lightning.training.kto import KTO
 from rlhf_lightning.training.module import TrainedModule
 from rlhf_lightning.training.online_dpo import OnlineDPO
+from rlhf_lightning.training.optimizer_names import take_torch_optimizers
 from rlhf_lightning.training.overlays import replace_in_later_layers
 from rlhf_lightning.training.own_directories import locks_of, take_version
 from rlhf_lightning.training.ppo import PPO
@@ -67,6 +68,7 @@ DATA = (PreferenceDataModule, SFTDataModule, UnpairedDataModule, PromptDataModul
 CLASSES = (RewardModel, DPO, KTO, SFT, PPO, OnlineDPO, *DATA, ExportBest, PredictionWriter, Samples)
 register()
 replace_in_later_layers()
+take_torch_optimizers()
 bound_parsers()
 # What a run is told may hold an Enum (the default of Timer's interval), which no YAML has.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.planning.simulation import Kind, Live, Pass, Shape, Weights, cache_bytes, count_weights, simulate
@@ -329,21 +329,29 @@ def _smaller_batches(rows: int, accumulate: int) -> Callable[[Run], Run]:
 
 
 def optimizer_bytes(factory: Callable, *, foreach: bool) -> tuple[float, float]:
-    """Bytes per weight of an optimizer's states, and of what its step makes besides, measured on a small matrix.
+    """Bytes per weight of an optimizer's states, and of what its step makes besides, measured on two small matrices.
 
-    With `foreach`, torch's default on a GPU, a step of the Adam family makes the square roots of all weights at once.
+    What the larger one takes more: so what an 8-bit optimizer keeps once for each tensor (its tables of 256 numbers) is
+    left out, which is nothing next to the matrices of a model. With `foreach`, torch's default on a GPU, a step of the
+    Adam family makes the square roots of all weights at once.
     """
+    (rows, more), columns = (64, 128), 64
+    (fewer, defaults), (larger, _) = (_states(factory, count, columns) for count in (rows, more))
+    states = (larger - fewer) / ((more - rows) * columns)
+    at_once = foreach and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
+    return states, 4.0 if at_once and states else 0.0
+
+
+def _states(factory: Callable, *shape: int) -> tuple[int, dict[str, Any]]:
+    """Bytes of an optimizer's states after a step on one weight, and its settings."""
     import torch
 
-    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    weight = torch.nn.Parameter(torch.zeros(shape))
     optimizer = factory([weight])
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-    states = sum(value.nbytes for value in tensors if value.numel() > 1) / weight.numel()
-    defaults = optimizer.defaults
-    at_once = foreach and "foreach" in defaults and defaults["foreach"] is not False and not defaults.get("fused")
-    return states, 4.0 if at_once and states else 0.0
+    return sum(value.nbytes for value in tensors if value.numel() > 1), optimizer.defaults
 
 
 def host_temporary(factory: Callable) -> float:

@@ -217,6 +217,43 @@ def test_an_optimizer_s_bytes_are_measured(factory, foreach, expected):
     assert optimizer_bytes(factory, foreach=foreach) == expected
 
 
+class EightBits(torch.optim.SGD):
+    """Keeps what bitsandbytes' AdamW8bit does: two numbers of 8 bits a weight, their scales, and two tables."""
+
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            for number in (1, 2):
+                scales = torch.zeros(-(-weight.numel() // 256))
+                own = {
+                    "state": torch.zeros(weight.shape, dtype=torch.uint8),
+                    "absmax": scales,
+                    "qmap": torch.zeros(256),
+                }
+                self.state[weight] |= {f"{name}{number}": value for name, value in own.items()}
+
+
+EIGHT_BITS = (2 + 2 * 4 / 256, 0.0)
+
+
+def test_what_an_8_bit_optimizer_keeps_for_each_tensor_is_no_part_of_its_bytes_per_weight():
+    assert optimizer_bytes(lambda params: EightBits(params, lr=0.1), foreach=False) == EIGHT_BITS
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["Adam8bit", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit"])
+def test_bitsandbytes_optimizers_are_counted_as_they_are(name):
+    """And over a large weight they take that many bytes, tables and all."""
+    optimizers = pytest.importorskip("bitsandbytes").optim
+    counted, temporary = optimizer_bytes(getattr(optimizers, name), foreach=True)
+    assert (counted, temporary) == ({"PagedAdamW32bit": 8.0, "Lion8bit": EIGHT_BITS[0] / 2}.get(name, EIGHT_BITS[0]), 0)
+    weight = torch.nn.Parameter(torch.zeros(2**20))
+    optimizer = getattr(optimizers, name)([weight])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    taken = sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
+    assert taken / 2**20 == pytest.approx(counted, rel=2e-3)
+
+
 def test_the_advice_fits_and_none_of_its_changes_can_be_left_out(estimator):
     big = run(shape={"rows": 16, "tokens": 2048}, strategy="single", half=False, reference="copy", accumulate=1)
     limit = estimator.footprint(run(shape={"lora": Lora(), "rows": 2, "tokens": 2048}, reference="adapter")).peak * 1.2
