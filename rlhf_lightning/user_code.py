@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-from rlhf_lightning.errors import ConfigurationError, reason_of
+from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
 from rlhf_lightning.files.packages import PACKAGE
 from rlhf_lightning.tiny import TINY
+
+Value = TypeVar("Value")
 
 
 def names_function(given: str) -> bool:
@@ -39,6 +44,31 @@ def load_function(given: str, otherwise: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigurationError(f"{given}: names an object of type {type(found).__name__}, not a function")
     return found
+
+
+def call(
+    function: Callable[..., Any], name: str, rows: Sequence[Any], *others: Any, gives: Callable[[Any], Value]
+) -> list[Value]:
+    """What a user's function gives for rows, one value for each, made a `gives`.
+
+    Raises `ModelError` when the function raises, or gives another number of values.
+    """
+    try:
+        values = [gives(value) for value in function(rows, *others)]
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"{name}: raised {type(error).__name__} ({reason_of(error)}) at {place.filename}, line {place.lineno}"
+        ) from error
+    if len(values) != len(rows):
+        raise ModelError(f"{name}: gave {len(values)} results for {len(rows)} rows")
+    return values
+
+
+def code_fingerprint(name: str) -> str:
+    """A hash of a function's name and of the file of its module; what the module imports is not looked at."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(name.encode() + b"\0" + (Path(file).read_bytes() if file else b"")).hexdigest()
 
 
 def named_entry(given: str | Callable[..., Any], table: Mapping[str, Any], key: str) -> Any:

@@ -479,7 +479,7 @@ MISTAKES = [
     ({"stages": {}}, "no stages"),
     ({"stages": [1]}, "stages: expected a mapping"),
     ({"stages": {"a b": {"command": "fit"}}}, "stage a b"),
-    ({"stages": {"a": {"command": "train"}}}, "'generate', 'evaluate', not 'train'"),
+    ({"stages": {"a": {"command": "train"}}}, "'judge', 'evaluate', not 'train'"),
     ({"stages": {"a": {"config": "first.yaml"}}}, "command"),
     ({"stages": {"a": {"command": "fit", "confg": "first.yaml"}}}, "'confg' is not accepted"),
     ({"stages": {"a": {"command": "fit", "config": "nowhere.yaml"}}}, "nowhere.yaml"),
@@ -682,7 +682,7 @@ def test_arguments_are_the_pipelines_own_or_a_stages():
 
 
 def test_an_evaluation_depends_on_the_logs_of_a_run_and_not_on_its_checkpoints_or_its_own_report(tmp_path):
-    settings, outputs = parsing._evaluate(("--runs", "[run]", "--out", "report", "--policy", "policy"))
+    settings, outputs = parsing._other("evaluate", ("--runs", "[run]", "--out", "report", "--policy", "policy"))
     assert outputs == ["report"]
     stage = Stage("evaluation", "evaluate", [], settings, outputs)
     for name in ("run", "report", "policy"):

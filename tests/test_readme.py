@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -105,9 +106,8 @@ def test_every_command_parses(capsys, monkeypatch, command):
         assert main([*command[:1], "--help"]) == 0
         assert {word for word in command if word.startswith("--")} <= {"--ckpt_path", "--out", "--merge"}
         return
-    if command[0] == "evaluate":
-        from rlhf_lightning.commands.evaluate import parse
-
+    if command[0] in ("evaluate", "generate", "contrast", "judge"):
+        parse = importlib.import_module(f"rlhf_lightning.commands.{command[0]}").parse
         assert parse(command[1:]) is not None
         return
     if command[0] not in TRAINER_COMMANDS:

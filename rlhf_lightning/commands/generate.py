@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,28 +14,26 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf_lightning.commands.quiet import quieten
+from rlhf_lightning.commands.rows import check_out, kept, write_rows
 from rlhf_lightning.commands.settings import parse_settings
 from rlhf_lightning.data.examples import OnBadRows, PromptExample
 from rlhf_lightning.data.prompts import load_prompts
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.errors import ConfigurationError
-from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
+from rlhf_lightning.evaluation.generate import Response, generate_responses
 from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of, run_together
 from rlhf_lightning.evaluation.settings import Dtype, TopP
-from rlhf_lightning.files.disks import write_whole
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.source import RewardSource, check_scores
+from rlhf_lightning.rewards.writers import load_frozen_policy
 from rlhf_lightning.terminal import say
 from rlhf_lightning.user_code import names_function
 
 log = logging.getLogger(__name__)
 
 Rows = Literal["samples", "pairs", "best"]
-
-NUMBERS = "numbers.json"
-"""What was measured of the responses, by name."""
 
 _USAGE = """rlhf-lightning generate --policy MODEL --prompts FILE --out FILE.jsonl [--reward_model MODEL] [--rows KIND]
 
@@ -142,10 +139,7 @@ def _run(settings: GenerationSettings, ranks: Ranks) -> None:
 
 def check(settings: GenerationSettings) -> None:
     """Refuse settings that contradict each other, before a model is loaded. Raises `ConfigurationError`."""
-    if Path(settings.out).is_dir():
-        raise ConfigurationError(f"out: {settings.out} is a directory; name a file, such as pairs.jsonl")
-    if Path(settings.out).exists() and not kept(Path(settings.out)).exists():
-        raise ConfigurationError(f"out: {settings.out} exists, and was not written by generate; name another file")
+    check_out("generate", settings.out)
     if settings.rows != "samples" and settings.reward_model is None:
         raise ConfigurationError(f"rows: {settings.rows} are chosen by their scores; give reward_model")
     if settings.rows != "samples" and settings.num_generations < 2:
@@ -188,11 +182,6 @@ def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
     return [Scored(prompt, responses[part], scores[part]) for prompt, part in zip(prompts, parts, strict=True)]
 
 
-def kept(out: Path) -> Path:
-    """Where the responses behind a file of rows are kept, and `NUMBERS`."""
-    return out.parent / f".{out.name}.kept"
-
-
 def _scores(
     settings: GenerationSettings,
     prompts: Sequence[PromptExample],
@@ -230,11 +219,8 @@ def _write(settings: GenerationSettings, scored: Sequence[Scored]) -> None:
             f"rows: no {settings.rows} came of {len(scored)} prompts ({_why(settings, scored)}); raise max_new_tokens, "
             "num_generations or temperature, or lower min_score_gap"
         )
-    out = Path(settings.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-    write_whole(kept(out) / NUMBERS, json.dumps({"rows": len(rows)} | _numbers(scored), allow_nan=False))
-    say(f"{out}: {len(rows)} {settings.rows} of {len(scored)} prompts; {_why(settings, scored)}")
+    write_rows(Path(settings.out), rows, _numbers(scored))
+    say(f"{settings.out}: {len(rows)} {settings.rows} of {len(scored)} prompts; {_why(settings, scored)}")
 
 
 def _why(settings: GenerationSettings, scored: Sequence[Scored]) -> str:

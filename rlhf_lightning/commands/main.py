@@ -18,6 +18,8 @@ COMMANDS = {
     **dict.fromkeys(TRAINER_COMMANDS, "fit"),
     "evaluate": "evaluate",
     "generate": "generate",
+    "contrast": "contrast",
+    "judge": "judge",
     "doctor": "doctor",
     "plan": "plan",
     "export": "export",
@@ -39,6 +41,10 @@ commands:
   evaluate   judge models without training, and write a report: reward model, RewardBench, policy, refusal, toxicity
   generate   sample a policy's responses, score them, write them as samples, preference pairs or the best of n
              --policy MODEL --prompts FILE --out FILE.jsonl [--reward_model MODEL] [--rows samples|pairs|best]
+  contrast   build preference pairs out of prompts alone: a response, and a good one to a modified instruction
+             --maker MODEL --prompts FILE --out PAIRS.jsonl
+  judge      judge pairs many times in both orders; keep what agrees with their labels as rows that train a judge
+             --judge MODEL --pairs FILE --out DIRECTORY
   doctor     say what is in preference data     [SOURCE] [--json FILE] [--html FILE]
   plan       say whether a run fits, before it runs   --config FILE [--gpu NAME] [--json FILE]
   export     write a checkpoint as a Hugging Face directory, and load it again to prove it

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import Message, PromptExample
 from rlhf_lightning.evaluation.estimates import mean_estimate, mean_rate
-from rlhf_lightning.evaluation.generate import Response, generate_responses, load_frozen_policy
+from rlhf_lightning.evaluation.generate import Response, generate_responses
 from rlhf_lightning.evaluation.kl import ResponseKL, kl_of_responses
 from rlhf_lightning.evaluation.policy import Anchors, KLSummary, best_of_n, compare_policies, summarise_kl
 from rlhf_lightning.evaluation.refusal import (
@@ -43,6 +43,7 @@ from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.precision import float32_arithmetic
 from rlhf_lightning.models.slot_engine import SlotEngine
 from rlhf_lightning.rewards.scorers import Scorer
+from rlhf_lightning.rewards.writers import load_frozen_policy
 
 
 class Policy(NamedTuple):

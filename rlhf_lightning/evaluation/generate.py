@@ -14,14 +14,12 @@ from torch import Tensor
 
 from rlhf_lightning.data.chat_format import ChatFormat
 from rlhf_lightning.data.examples import PromptExample
-from rlhf_lightning.data.tokenizer import load_tokenizer
 from rlhf_lightning.errors import ConfigurationError, DataError
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
 from rlhf_lightning.evaluation.store import Ledger
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.configuration import max_positions
 from rlhf_lightning.models.generation import RolloutEngine, seed_of
-from rlhf_lightning.models.precision import move
 from rlhf_lightning.rollouts import Rollouts
 
 
@@ -40,15 +38,6 @@ class Response:
     """Whether it ended by itself, with the EOS token, and not at `max_new_tokens`."""
     ids: list[int]
     """As they were sampled: encoding the text may give others."""
-
-
-def load_frozen_policy(
-    name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
-) -> tuple[CausalLM, ChatFormat]:
-    """A policy in eval mode and without gradients, and its tokenizer's format. Raises `ModelError`."""
-    policy = CausalLM.from_pretrained(name, layout="auto", trust_remote_code=trust_remote_code)
-    move(policy.eval().requires_grad_(False), torch.device(device), dtype)
-    return policy, ChatFormat(load_tokenizer(name, trust_remote_code=trust_remote_code))
 
 
 def generate_responses(

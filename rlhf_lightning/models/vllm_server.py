@@ -36,17 +36,55 @@ _SAME = (
 """Keys of a config.json that decide which weights there are and what is computed with them."""
 
 
-class VLLMServer:
-    """A vLLM server at an address.
+class Server:
+    """A program that answers JSON with JSON.
 
     Args:
         url: `http://127.0.0.1:8000`.
         timeout: Seconds that an answer may take.
     """
 
+    key = ""
+    """Begins a refusal."""
+
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url.rstrip("/")
         self.timeout = timeout
+
+    def get(self, route: str) -> dict[str, Any]:
+        """What a route answers. Raises `ModelError` when nothing does, or with an error."""
+        return self._ask(urllib.request.Request(self.url + route))
+
+    def post(self, route: str, content: dict[str, Any]) -> dict[str, Any]:
+        """What a route answers to some content, as `get`."""
+        body = json.dumps(content).encode()
+        return self._ask(urllib.request.Request(self.url + route, body, {"Content-Type": "application/json"}))
+
+    def hint(self, code: int) -> str:
+        """What to do about an error, or about no answer, which is 0."""
+        return "start it, or correct the address" if not code else ""
+
+    def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            reason = " ".join(error.read().decode(errors="replace").split())[:120]
+            hint = f" ({self.hint(error.code)})" if self.hint(error.code) else ""
+            raise ModelError(f"{self.key}{request.full_url} answered {error.code}{hint}: {reason}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ModelError(
+                f"{self.key}no server answers at {self.url} ({reason_of(error)[:80]}); {self.hint(0)}"
+            ) from error
+
+
+class VLLMServer(Server):
+    """A vLLM server at an address."""
+
+    key = "model.engine: "
+
+    def __init__(self, url: str, timeout: float) -> None:
+        super().__init__(url, timeout)
         self.model: str | None = None
         """The name under which it has its model; None until `connect`."""
         self.dtype = ""
@@ -65,15 +103,6 @@ class VLLMServer:
             )
         self.model, self.dtype = name, served["dtype"].removeprefix("torch.")
 
-    def get(self, route: str) -> dict[str, Any]:
-        """What a route answers. Raises `ModelError` when nothing does, or with an error."""
-        return self._ask(urllib.request.Request(self.url + route))
-
-    def post(self, route: str, content: dict[str, Any]) -> dict[str, Any]:
-        """What a route answers to some content, as `get`."""
-        body = json.dumps(content).encode()
-        return self._ask(urllib.request.Request(self.url + route, body, {"Content-Type": "application/json"}))
-
     def _check_model(self, name: str, policy: PretrainedConfig) -> None:
         """Weights of other shapes would leave the server half-loaded, and equal ones of another architecture pass."""
         try:
@@ -89,22 +118,9 @@ class VLLMServer:
                     "it on the policy's own model (model.backbone)"
                 )
 
-    def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            reason = " ".join(error.read().decode(errors="replace").split())[:120]
-            hint = " (start it with VLLM_SERVER_DEV_MODE=1)" if error.code == 404 else ""
-            if error.code >= 500:
-                hint = f" ({self._restart()})"
-            raise ModelError(f"model.engine: {request.full_url} answered {error.code}{hint}: {reason}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ModelError(
-                f"model.engine: no vLLM server answers at {self.url} ({reason_of(error)[:80]}); {self._restart()}"
-            ) from error
-
-    def _restart(self) -> str:
-        if self.model is None:
-            return f"start one with {START.format('MODEL')}"
-        return f"restart it with {START.format('MODEL')}"
+    def hint(self, code: int) -> str:
+        if code == 404:
+            return "start it with VLLM_SERVER_DEV_MODE=1"
+        if 0 < code < 500:
+            return ""
+        return f"{'start one' if self.model is None else 'restart it'} with {START.format('MODEL')}"

@@ -5,18 +5,14 @@ R rows (a prompt and one response each).
 
 from __future__ import annotations
 
-import hashlib
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.errors import ConfigurationError, ModelError, reason_of
+from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer, ScorerKind
 from rlhf_lightning.rewards.texts import check_reward_template
-from rlhf_lightning.user_code import load_function, name_of, names_function
+from rlhf_lightning.user_code import call, code_fingerprint, load_function, name_of, names_function
 
 RewardFunction = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[float]]
 """Takes R conversations, each a sequence of {role, content}, and the R responses as text; gives R floats."""
@@ -64,9 +60,7 @@ class FunctionScorer:
     def __init__(self, given: str | RewardFunction) -> None:
         self.name = name_of(given)
         self.function = load_function(given, "the directory of a reward model") if isinstance(given, str) else given
-        file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
-        code = Path(file).read_bytes() if file else b""
-        self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + code).hexdigest()
+        self.fingerprint = code_fingerprint(self.name)
 
     def __call__(
         self,
@@ -78,14 +72,5 @@ class FunctionScorer:
 
         Raises `ModelError` when the function raises, or gives another number of scores.
         """
-        try:
-            scores = [float(score) for score in self.function(prompts, responses)]
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise ModelError(
-                f"{self.name}: raised {type(error).__name__} ({reason_of(error)}) at {place.filename}, line "
-                f"{place.lineno}"
-            ) from error
-        if len(scores) != len(responses):
-            raise ModelError(f"{self.name}: gave {len(scores)} scores for {len(responses)} responses")
+        scores = call(self.function, self.name, prompts, responses, gives=float)
         return [Scored(score, len(text), False) for score, text in zip(scores, responses, strict=True)]

@@ -106,7 +106,7 @@ def test_the_copy_has_the_adapters_merged_and_the_policy_keeps_them(tiny_llama, 
 
 def test_without_a_server_the_line_says_how_to_start_one(policy, tmp_path):
     engine = VLLMEngine("http://127.0.0.1:9", tmp_path / "weights")
-    with pytest.raises(ModelError, match=r"no vLLM server answers at .*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):
+    with pytest.raises(ModelError, match=r"no server answers at .*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):
         engine.synchronize(policy)
     assert not (tmp_path / "weights").exists(), "no gigabytes are written for nobody"
 

@@ -112,7 +112,7 @@ def test_a_rule_is_judged_on_pairs_and_judges_the_policies(rules, tmp_path):
     ("name", "words"),
     [
         ("rules:raising", r"rules:raising: raised KeyError ('no key') at "),
-        ("rules:one", "rules:one: gave 1 scores for "),
+        ("rules:one", "rules:one: gave 1 results for "),
         ("rules:nothing", "rules:nothing: its scores of "),
         ("rules:absent", "rules:absent: cannot be imported ("),
         ("no_rules:brief", "no_rules:brief: cannot be imported (ModuleNotFoundError: No module named 'no_rules')"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlhf_lightning.commands.pipeline.stages import Stage
+from rlhf_lightning.commands.rows import NUMBERS, kept
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
 
@@ -64,11 +65,9 @@ def policy_of(stage: Stage) -> str | None:
 
 def numbers_of(stage: Stage, results: str) -> dict[str, float]:
     """What a stage that is done measured, by name; `results` is what it printed."""
-    if stage.command == "generate":
-        from rlhf_lightning.commands.generate import NUMBERS, kept  # imports torch
-
+    if stage.command in ("generate", "contrast"):
         return json.loads((kept(Path(stage.outputs[0])) / NUMBERS).read_text(encoding="utf-8"))
-    if stage.command == "evaluate":
+    if stage.command in ("evaluate", "judge"):
         found = json.loads((Path(stage.outputs[0]) / "metrics.json").read_text(encoding="utf-8"))["metrics"]
         values = {name: each["value"] if isinstance(each, dict) else each for name, each in found.items()}
         return {name: float(value) for name, value in values.items() if value is not None}

@@ -43,7 +43,7 @@ class StageSettings:
         iterated: Whether it is run in every iteration.
     """
 
-    command: Literal["fit", "generate", "evaluate"]
+    command: Literal["fit", "generate", "contrast", "judge", "evaluate"]
     config: Path_fr | list[Path_fr] = field(default_factory=list)
     set: dict[str, Any] | None = None
     iterated: bool = False
@@ -148,7 +148,7 @@ def _parsed(name: str, command: str, arguments: Sequence[str]) -> dict[str, Any]
     """`settings` and `outputs` of a stage. The imports behind it take seconds."""
     try:
         with redirect_stdout(io.StringIO()):
-            settings, outputs = {"fit": _fit, "generate": _generate, "evaluate": _evaluate}[command](arguments)
+            settings, outputs = _fit(arguments) if command == "fit" else _other(command, arguments)
     except (UserError, OSError) as error:
         raise ConfigurationError(f"pipeline: stage {name}: {error}") from error
     except SystemExit as error:
@@ -207,17 +207,9 @@ def _fit(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return settings, [each["init_args"]["directory"] for each in exports]
 
 
-def _evaluate(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    from rlhf_lightning.commands.evaluate import parse
-
-    settings = parse(arguments)
-    return asdict(settings), [settings.out]
-
-
-def _generate(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    from rlhf_lightning.commands.generate import parse
-
-    settings = parse(arguments)
+def _other(command: str, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Of a command whose module has a `parse`, and whose settings have an `out`."""
+    settings = importlib.import_module(f"rlhf_lightning.commands.{command}").parse(arguments)
     return asdict(settings), [settings.out]
 
 

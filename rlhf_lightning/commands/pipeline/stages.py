@@ -30,6 +30,8 @@ _NO_INPUTS = {
     ),
     "evaluate": ("out",),
     "generate": ("out",),
+    "contrast": ("out",),
+    "judge": ("out",),
 }
 """Beginnings of keys that name what a stage writes, or keeps for later runs."""
 

@@ -24,16 +24,9 @@ from rlhf_lightning.evaluation.benchmarks.rewardbench2 import (
 )
 from rlhf_lightning.evaluation.blocks import Block, Column, Note, Table
 from rlhf_lightning.evaluation.estimates import Estimate, Quantity, wilson
-from rlhf_lightning.evaluation.judge import (
-    TOO_LONG,
-    Judge,
-    ask,
-    comparison_question,
-    parse_rating,
-    parse_verdict,
-    rating_question,
-)
+from rlhf_lightning.evaluation.judge import TOO_LONG, Judge, ask
 from rlhf_lightning.evaluation.ranks import ALONE, Ranks
+from rlhf_lightning.rewards.questions import comparison_question, parse_rating, parse_verdict, rating_question
 
 UNPARSED_RATING = -1.0
 """What a rating that cannot be read counts as, as in the official tool: below all others."""

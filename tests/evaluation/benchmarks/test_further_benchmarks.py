@@ -17,8 +17,8 @@ from rlhf_lightning.evaluation.benchmarks.judgebench import JudgeBench, JudgedJu
 from rlhf_lightning.evaluation.benchmarks.m_rewardbench import MRewardBench
 from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS, load_rewardbench, run_rewardbench
 from rlhf_lightning.evaluation.benchmarks.rm_bench import RMBench, by_difficulty, wins
-from rlhf_lightning.evaluation.judge import comparison_question
 from rlhf_lightning.evaluation.settings import EvaluationSettings
+from rlhf_lightning.rewards.questions import comparison_question
 from rlhf_lightning.rewards.scorers import Scored
 from tests.evaluation.benchmarks.test_judges import Scripted
 from tests.evaluation.benchmarks.test_runs import LengthScorer, make_rows

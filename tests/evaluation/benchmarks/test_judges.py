@@ -17,17 +17,11 @@ from rlhf_lightning.evaluation.benchmarks.base import BenchmarkRow
 from rlhf_lightning.evaluation.benchmarks.judged import judge_rewardbench, judge_rewardbench2, right_place
 from rlhf_lightning.evaluation.benchmarks.rewardbench import SUBSETS
 from rlhf_lightning.evaluation.benchmarks.rewardbench2 import SUBSETS_2, ties_score
-from rlhf_lightning.evaluation.judge import (
-    TOO_LONG,
-    PolicyJudge,
-    ask,
-    comparison_question,
-    parse_rating,
-    parse_verdict,
-    rating_question,
-)
+from rlhf_lightning.evaluation.judge import TOO_LONG, PolicyJudge, ask
 from rlhf_lightning.models.causal_lm import CausalLM
 from rlhf_lightning.models.slot_engine import greedy_responses
+from rlhf_lightning.rewards.questions import comparison_question, parse_rating, parse_verdict, rating_question
+from rlhf_lightning.rewards.writers import Sampling
 from tests.evaluation.kept import kept_entries
 
 QUESTION = [{"role": "user", "content": "Which is longer?"}]
@@ -309,8 +303,8 @@ def test_a_model_answers_as_it_would_alone_and_a_random_one_is_never_read(tiny_q
 
 def test_a_question_that_does_not_fit_is_not_asked_and_counted(tiny_qwen2):
     judge = PolicyJudge(str(tiny_qwen2), max_new_tokens=2000)
-    assert judge.room == 48
-    judge.max_new_tokens = 2
+    assert judge.writer.room == 48
+    judge.writer.how = Sampling(2)
     long, short = judge(["a question without an end " * 40, "Hello?"])
     assert long == TOO_LONG != short
     assert (parse_verdict(TOO_LONG, "ABCD"), parse_rating(TOO_LONG)) == (None, None)
