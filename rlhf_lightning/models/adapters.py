@@ -97,10 +97,11 @@ def merged(model: PreTrainedModel, directory: Path, name: str, *, vocabulary: in
     """The model, float32, with the adapters of a directory merged into its weights; all of them can be trained.
 
     `vocabulary` is the number of tokens that the adapters were trained with (`describe_vocabulary`). Raises
-    `ModelError` when weights of the adapters are missing or left over, and when the merged model would compute
-    something else than the model with adapters beside it.
+    `ModelError` when weights of the adapters are missing or left over, when the merged model would compute something
+    else than the model with adapters beside it, and as `_check_start`.
     """
     _require_peft(directory)
+    _check_start(adapter_settings(directory), name)
     from peft import PeftModel
 
     try:
@@ -161,6 +162,20 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
     finally:
         for layer, off in zip(layers, before, strict=True):
             layer._disable_adapters = off
+
+
+def _check_start(settings: dict[str, Any], name: str) -> None:
+    """Raise `ModelError` for adapters that belong to weights which their start made of the base's, and no other can.
+
+    peft 0.21 changes the base's weights where it loads such adapters, too. `pissa` and `olora` do so in one way only;
+    `pissa_niter_N` by chance, the others by data or a 4-bit base that are not in the directory.
+    """
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and (start.startswith(("pissa_niter", "corda")) or start in ("loftq", "lora_ga")):
+        raise ModelError(
+            f"{name}: its adapters began by {start}, which changed the weights below them, and those are not here; "
+            "merge them where they were trained (peft's merge_and_unload), and give the directory of the result"
+        )
 
 
 def _require_peft(directory: Path) -> None:

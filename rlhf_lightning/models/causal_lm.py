@@ -50,7 +50,7 @@ _PROBE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters: W + (lora_alpha / r) B A, with B = 0 at the start (Hu et al. 2021, arXiv 2106.09685).
+    """Low-rank adapters: W + (lora_alpha / r) B A, the model's own W at the start (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         r: Rank.
@@ -59,6 +59,9 @@ class Lora:
         target_modules: Names of the layers that get adapters (`[q_proj, v_proj]`), or `all-linear` for every linear
             layer but the output layer.
         modules_to_save: Layers that are trained whole in addition to the adapters, such as `lm_head`.
+        init_lora_weights: How they begin: true, B = 0 and A uniform; `gaussian`, B = 0 and A normal; `pissa` (arXiv
+            2404.02948) or `olora` (arXiv 2406.01775), parts of W that are taken off the weights below them, so that
+            with the adapters off the policy is another model: they go with `reference: frozen`.
     """
 
     r: int = 16
@@ -66,11 +69,22 @@ class Lora:
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the weights below the adapters are others than those of the model they were put on."""
+        return self.init_lora_weights in ("pissa", "olora")
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ModelError(
                 f"lora: r must be 1 or more, lora_alpha above 0, lora_dropout in [0, 1); given {asdict(self)}"
+            )
+        if self.init_lora_weights is not True and self.init_lora_weights not in ("gaussian", "pissa", "olora"):
+            raise ModelError(
+                f"model.lora.init_lora_weights: {self.init_lora_weights} is none of true, gaussian, pissa, olora; "
+                "peft's others need data, quantize, or begin as another model than the one below them"
             )
 
 
@@ -149,6 +163,11 @@ class CausalLM(nn.Module):
 
         if load_in_4bit and lora is None:
             raise ModelError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
+        if load_in_4bit and lora is not None and lora.changes_base:
+            raise ModelError(
+                f"model.lora.init_lora_weights: {lora.init_lora_weights} takes a part off the weights below, and 4 "
+                "bits cannot hold the rest; leave it out, or load_in_4bit"
+            )
         check_four_bits(name_or_path, load_in_4bit)
         if isinstance(name_or_path, str):
             config = load_causal_config(name_or_path, trust_remote_code=trust_remote_code)

@@ -306,16 +306,18 @@ def _changes(run: Run) -> Iterator[_Change]:
     if not run.shape.policy:
         return
     adapters = {} if run.shape.lora else {"model.lora.r": "16"}
-    adapters |= {"model.reference": "adapter"} if run.reference in ("copy", "precomputed") else {}
+    bound = run.shape.lora is not None and run.shape.lora.changes_base
+    adapters |= {"model.reference": "adapter"} if run.reference in ("copy", "precomputed") and not bound else {}
     if adapters:
         yield _Change(adapters, _on_adapters)
-    if not run.quantized and not run.on_cpu:
+    if not run.quantized and not run.on_cpu and not bound:
         keys = adapters | {"model.load_in_4bit": "true", "trainer.strategy": "auto", "trainer.precision": "16-mixed"}
         yield _Change(keys, _on_four_bits)
 
 
 def _on_adapters(run: Run) -> Run:
-    reference = "adapter" if run.reference in ("copy", "precomputed") else run.reference
+    bound = run.shape.lora is not None and run.shape.lora.changes_base
+    reference = "adapter" if run.reference in ("copy", "precomputed") and not bound else run.reference
     return replace(run, shape=replace(run.shape, lora=run.shape.lora or Lora()), reference=reference)
 
 

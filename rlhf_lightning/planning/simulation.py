@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -238,7 +238,7 @@ def _model(config: PretrainedConfig, shape: Shape) -> tuple[nn.Module, nn.Module
             model.requires_grad_(not shape.freeze_backbone)
             head = new_head(config, **shape.head).to(dtype)
         if shape.lora is not None:
-            model = with_adapters(model, shape.lora).to(dtype)
+            model = with_adapters(model, replace(shape.lora, init_lora_weights=True)).to(dtype)
             if shape.half_frozen:
                 for layer in frozen_linear(model):
                     layer.to(torch.bfloat16)

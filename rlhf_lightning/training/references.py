@@ -293,6 +293,11 @@ def _check_kind(kind: str, module: PolicyModule) -> None:
             "model.reference: adapter is the policy without its adapters, and there are none; give model.lora, or "
             "reference: frozen"
         )
+    if kind == ADAPTER and module.lora is not None and module.lora.changes_base:
+        raise ConfigurationError(
+            f"model.lora.init_lora_weights: {module.lora.init_lora_weights} changes the weights below the adapters, so "
+            "the policy without them is not its start; set model.reference: frozen, a copy of it, or leave the key out"
+        )
     if load_in_4bit and not adapters:
         raise ConfigurationError("model.load_in_4bit: 4-bit weights cannot be trained; give model.lora as well")
     if kind == FROZEN and load_in_4bit:

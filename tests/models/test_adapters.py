@@ -78,10 +78,12 @@ def point_at(directory: Path, base: str | None) -> None:
         {"target_modules": ["q_proj", "lm_head"]},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
         {"trainable_token_indices": [7, 8]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
     ],
     ids=[
         *("q and v", "DoRA", "rsLoRA, all linear", "no task", "norm whole", "tied lm_head", "both tied ends whole"),
-        "rows of tied ends",
+        *("rows of tied ends", "PiSSA", "OLoRA"),
     ],
 )
 def test_adapters_are_merged_into_a_model_that_computes_what_peft_computes(tiny_qwen2, tmp_path, settings):
@@ -318,6 +320,27 @@ def test_adapters_of_nothing_here_are_refused_in_a_line(tiny_qwen2, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=reason):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
+def test_adapters_whose_start_changed_the_weights_below_them_by_chance_or_data_are_refused(tiny_qwen2, tmp_path, start):
+    """peft 0.21 loads PiSSA's of a randomized decomposition onto other weights than theirs, without a word."""
+    write_adapters(tiny_qwen2, tmp_path / "sft", **({"init_lora_weights": start} if "pissa" in start else {}))
+    file = tmp_path / "sft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    with pytest.raises(ModelError, match=f"began by {start}"):
+        CausalLM.from_pretrained(str(tmp_path / "sft"))
+
+
+@pytest.mark.parametrize("start", [False, "eva", "loftq", "pissa_niter_4"])
+def test_a_start_that_is_another_model_or_needs_data_is_not_offered(start):
+    with pytest.raises(ModelError, match=r"model\.lora\.init_lora_weights"):
+        Lora(init_lora_weights=start)
+
+
+def test_a_part_of_4_bit_weights_cannot_be_taken_off(tiny_qwen2):
+    with pytest.raises(ModelError, match=r"model\.lora\.init_lora_weights: olora"):
+        CausalLM.from_pretrained(str(tiny_qwen2), lora=Lora(init_lora_weights="olora"), load_in_4bit=True)
 
 
 def test_adapters_below_four_bit_weights_are_refused(tiny_qwen2, tmp_path):
