@@ -89,7 +89,7 @@ def _exported(settings: EvaluationSettings, out: Path) -> EvaluationSettings:
     """Checkpoints replaced by directories that they were exported to."""
     for key in MODEL_KEYS:
         name = getattr(settings, key)
-        if name is not None and name.endswith(".ckpt"):
+        if isinstance(name, str) and name.endswith(".ckpt"):
             from rlhf_lightning.commands.export import run as export  # imports Lightning, seconds for one checkpoint
 
             directory = str(out / "exported" / key)

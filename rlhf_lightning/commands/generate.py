@@ -25,11 +25,10 @@ from rlhf_lightning.evaluation.ranks import Ranks, check_devices, device_of, run
 from rlhf_lightning.evaluation.settings import Dtype, TopP
 from rlhf_lightning.models.fingerprint import weights_fingerprint
 from rlhf_lightning.models.slot_engine import SlotEngine
-from rlhf_lightning.rewards.functions import check_text_of
-from rlhf_lightning.rewards.source import RewardSource, check_scores
+from rlhf_lightning.rewards.functions import FunctionScorer, check_text_of
+from rlhf_lightning.rewards.source import Reward, RewardSource, check_scores, reward_list
 from rlhf_lightning.rewards.writers import load_frozen_policy
 from rlhf_lightning.terminal import say
-from rlhf_lightning.user_code import names_function
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ class GenerationSettings:
         out: The file of the rows, JSON Lines. What was sampled is kept next to it, in `.NAME.kept/`.
         rows: `samples`, every response; `pairs`, best and worst of each prompt; `best`, the best of each prompt.
         reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
-            `module:function` of yours. `samples` alone can do without.
+            `module:function` of yours; or a list of them, `{source: ..., weight: 1, name: ..., chat_template: ...}`
+            each, whose weighted sum is the score. `samples` alone can do without.
         reward_chat_template: The text that it reads: `plain`, `pair`, `transcript` or a Jinja file; when not given, its
             tokenizer's chat template, else the transcript.
         num_generations: Responses to each prompt.
@@ -78,7 +78,7 @@ class GenerationSettings:
     prompts: Source
     out: str
     rows: Rows = "samples"
-    reward_model: str | None = None
+    reward_model: Reward | None = None
     reward_chat_template: str | None = None
     num_generations: PositiveInt = 4
     temperature: NonNegativeFloat = 1.0
@@ -148,7 +148,10 @@ def check(settings: GenerationSettings) -> None:
         raise ConfigurationError("top_p: at temperature 0 the most likely token is taken; leave top_p out")
     if settings.num_generations > 1 and settings.temperature == 0:
         raise ConfigurationError("temperature: at 0 all responses to a prompt are the same; set num_generations to 1")
-    check_text_of(settings.reward_model, settings.reward_chat_template)
+    if settings.reward_model is None:
+        check_text_of(None, settings.reward_chat_template)
+    else:
+        reward_list(settings.reward_model, settings.reward_chat_template, key="reward_model")
 
 
 def generate(settings: GenerationSettings, ranks: Ranks) -> list[Scored]:
@@ -207,7 +210,9 @@ def _scores(
         check_scores(scores, [each.prompt_id for each in part], source.name)
         return scores.tolist()
 
-    if names_function(settings.reward_model):  # which may tell responses apart by what it has seen
+    if any(
+        isinstance(scorer, FunctionScorer) for scorer in source.scorers
+    ):  # which may tell responses apart by what it has seen
         return ranks.once(lambda: score(responses))
     return ranks.each(responses, score)
 

@@ -28,7 +28,8 @@ from rlhf_lightning.evaluation.toxicity import find_toxic_labels
 from rlhf_lightning.models.causal_lm import load_causal_config
 from rlhf_lightning.rewards.functions import check_text_of
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer, check_scores_rows
-from rlhf_lightning.user_code import load_function, names_function
+from rlhf_lightning.rewards.source import reward_list
+from rlhf_lightning.user_code import load_function, name_of, names_function
 
 
 def evaluate(settings: EvaluationSettings, ranks: Ranks | None = None) -> EvaluationResults:
@@ -81,13 +82,25 @@ def check(settings: EvaluationSettings) -> None:
     if settings.policy is not None and not settings.implicit_reward and not answers:
         raise ConfigurationError("evaluate: the policy has nothing to answer; give prompts or refusal_prompts")
     check_devices(device_of(settings.device), settings.devices)
+    _check_rewards(settings)
     _check_models(settings)
-    for name in ("reward", "held_out_reward"):
-        key = f"{name}_chat_template"
-        check_text_of(getattr(settings, f"{name}_model"), getattr(settings, key), f"evaluate: {key}")
     for name in ("toxicity_model", "lexicon"):
         if getattr(settings, name) is not None and (settings.policy is None or settings.prompts is None):
             raise ConfigurationError(f"evaluate: {name} reads responses of a policy; give policy and prompts")
+
+
+def _check_rewards(settings: EvaluationSettings) -> None:
+    """Raise `ConfigurationError` for what is no list of rewards, and for templates that nothing reads."""
+    for name in ("reward", "held_out_reward"):
+        given, template = getattr(settings, f"{name}_model"), getattr(settings, f"{name}_chat_template")
+        if given is None:
+            check_text_of(None, template, f"evaluate: {name}_chat_template")
+            continue
+        rewards = reward_list(given, template, key=f"evaluate: {name}_model")
+        if not isinstance(given, str) and any(str(reward.source).endswith(".ckpt") for reward in rewards):
+            raise ConfigurationError(
+                f"evaluate: {name}_model: a checkpoint within a list; export it, and give its directory there"
+            )
 
 
 def _check_benchmarks(settings: EvaluationSettings) -> None:
@@ -115,11 +128,12 @@ def _check_models(settings: EvaluationSettings) -> None:
     for name in filter(None, (settings.policy, settings.reference, settings.judge)):
         if not name.endswith(".ckpt"):
             load_causal_config(name, **trust)
-    for name in filter(None, (settings.reward_model, settings.held_out_reward_model)):
-        if names_function(name):
-            load_function(name, "the directory of a reward model")
-        elif not name.endswith(".ckpt"):
-            check_scores_rows(name, **trust)
+    given = [each for each in (settings.reward_model, settings.held_out_reward_model) if each is not None]
+    for source in (reward.source for rewards in given for reward in reward_list(rewards)):
+        if not isinstance(source, str) or names_function(source):
+            load_function(name_of(source), "the directory of a reward model")
+        elif not source.endswith(".ckpt"):
+            check_scores_rows(source, **trust)
     if settings.toxicity_model is not None and settings.toxic_labels is None:
         find_toxic_labels(settings.toxicity_model, read_labels(settings.toxicity_model, **trust))
     if settings.refusal_classifier is not None:

@@ -16,8 +16,11 @@ from rlhf_lightning.evaluation.inputs import Inputs
 from rlhf_lightning.evaluation.ranks import Ranks
 from rlhf_lightning.evaluation.rounding import ROWS, Rounding, Row, measured_rounding, spread
 from rlhf_lightning.evaluation.settings import EvaluationSettings
-from rlhf_lightning.rewards.functions import FunctionScorer, reward_scorer
+from rlhf_lightning.rewards.functions import FunctionScorer
 from rlhf_lightning.rewards.scorers import Scorer
+from rlhf_lightning.rewards.source import reward_list
+from rlhf_lightning.rewards.weighted import scorer_of
+from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +60,13 @@ class Session:
     def reward_models(self) -> Iterator[RewardModel]:
         """Those of the settings."""
         settings = self.settings
-        for title, name, template in (
+        for title, given, template in (
             ("reward model", settings.reward_model, settings.reward_chat_template),
             ("held-out", settings.held_out_reward_model, settings.held_out_reward_chat_template),
         ):
-            if name is not None:
-                yield RewardModel(title, name, partial(reward_scorer, name, chat_template=template, **self.scoring))
+            if given is not None:
+                name = " + ".join(name_of(reward.source) for reward in reward_list(given))
+                yield RewardModel(title, name, partial(scorer_of, given, chat_template=template, **self.scoring))
 
     def made(self, make: Callable[..., Made], *arguments: Any, **named: Any) -> Made:
         """A model, loaded in every process; when one cannot, all of them stop."""

@@ -11,6 +11,7 @@ from rlhf_lightning.data.examples import OnBadRows
 from rlhf_lightning.data.sources import Source
 from rlhf_lightning.evaluation.benchmarks.rewardbench import LITE_SIZE
 from rlhf_lightning.evaluation.refusal import BUILTIN_PROMPTS
+from rlhf_lightning.rewards.source import Reward
 
 REWARDBENCH_PROMPTS = "rewardbench"
 """`prompts` that are those of `rewardbench`, or of its Lite set."""
@@ -30,12 +31,13 @@ class EvaluationSettings:
         out: Directory of the report. Scores and responses are kept there, so that a run that was killed resumes.
         reward_model: Directory or hub name of a reward model, ours or a sequence classifier with one label, or
             `module:function` of yours, which takes conversations and responses and gives a number for each. It is
-            evaluated on `pairs` and RewardBench, and scores the responses of the policies.
+            evaluated on `pairs` and RewardBench, and scores the responses of the policies. Or a list of them,
+            `{source: ..., weight: 1, name: ..., chat_template: ...}` each, whose weighted sum is the score.
         reward_chat_template: The text that it reads: `plain`, the words alone, a line for each turn; `pair`, prompt and
             response as its tokenizer's two texts; `transcript`, plain `Human: ... Assistant: ...`; or a Jinja file that
             writes the whole. When not given, its tokenizer's chat template, else the transcript.
-        held_out_reward_model: A second reward model, trained on other pairs, or a rule that was not trained: a gain
-            that it does not see is over-optimization.
+        held_out_reward_model: A second reward model, or list, trained on other pairs, or a rule that was not trained: a
+            gain that it does not see is over-optimization.
         held_out_reward_chat_template: The text that the held-out reward model reads.
         policy: Directory (whole, or LoRA adapters alone), hub name or GGUF file of a policy after training.
         reference: Directory or hub name of the policy before training.
@@ -82,9 +84,9 @@ class EvaluationSettings:
     """
 
     out: str = "reports/evaluation"
-    reward_model: str | None = None
+    reward_model: Reward | None = None
     reward_chat_template: str | None = None
-    held_out_reward_model: str | None = None
+    held_out_reward_model: Reward | None = None
     held_out_reward_chat_template: str | None = None
     policy: str | None = None
     reference: str | None = None

@@ -57,31 +57,35 @@ class WeightedReward:
             object.__setattr__(self, "name", re.split("[/:]", name_of(self.source).rstrip("/"))[-1])
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
-            raise ConfigurationError(
-                f"model.reward_model: the weight of {self.name} is {weight!r}; give a number that is not 0"
-            )
+            raise ConfigurationError(f"the weight of {self.name} is {weight!r}; give a number that is not 0")
 
 
-def reward_list(given: Reward, chat_template: str | None = None) -> list[WeightedReward]:
+def reward_list(
+    given: Reward, chat_template: str | None = None, *, key: str = "model.reward_model"
+) -> list[WeightedReward]:
     """The rewards that are added up; of a single one its weight is 1.
 
-    `chat_template` is that of a single model. Raises `ConfigurationError` for what is no reward, for two of one name,
-    and for a template that nothing reads.
+    `chat_template` is that of a single model, `key` what a refusal calls the list. Raises `ConfigurationError` for what
+    is no reward, for two of one name, and for a template that nothing reads.
     """
+    template_key = key.replace("reward_model", "reward_chat_template")
     if isinstance(given, str) or callable(given):
         given = [{"source": given, "chat_template": chat_template}]
     elif chat_template is not None:
         raise ConfigurationError(
-            "model.reward_chat_template: goes with one reward model; give chat_template with each of the list"
+            f"{template_key}: goes with one reward model; give chat_template with each of the list"
         )
-    rewards = [_weighted(each) for each in given]
+    try:
+        rewards = [_weighted(each) for each in given]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{key}: {error}") from error
     names = [reward.name for reward in rewards]
     if not rewards:
-        raise ConfigurationError("model.reward_model: an empty list; name at least one model or function")
+        raise ConfigurationError(f"{key}: an empty list; name at least one model or function")
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise ConfigurationError(f"model.reward_model: two rewards are named {repeated[0]}; give each its own name")
+        raise ConfigurationError(f"{key}: two rewards are named {repeated[0]}; give each its own name")
     for reward in rewards:
-        check_text_of(reward.source, reward.chat_template, "model.reward_chat_template")
+        check_text_of(reward.source, reward.chat_template, template_key)
     return rewards
 
 
@@ -90,7 +94,7 @@ def _weighted(given: Any) -> WeightedReward:
         return WeightedReward(given)
     if not isinstance(given, Mapping) or not {"source"} <= given.keys() <= set(WeightedReward.__dataclass_fields__):
         raise ConfigurationError(
-            f"model.reward_model: {given!r} is no reward; give a model or a function, or "
+            f"{given!r} is no reward; give a model or a function, or "
             "{source: ONE OF THEM, weight: 1, name: NAME, chat_template: TEMPLATE}"
         )
     return WeightedReward(**{key: value for key, value in given.items() if value is not None})

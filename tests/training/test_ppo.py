@@ -430,7 +430,7 @@ def test_the_kl_coefficient_goes_up_while_the_kl_is_above_its_target(build_ppo, 
     ("name", "words"),
     [
         ("not_a_number", "not finite for the prompts .*nan"),
-        ("too_few", r"gave 1 scores for 6 responses, asked about courtesy-train-\d+, .* and 1 more"),
+        ("too_few", r"gave 1 results for 6 rows, asked about courtesy-train-\d+, .* and 1 more"),
         ("raising", r"KeyError.*test_ppo.py, line \d+, asked about courtesy-train-\d+"),
     ],
 )
