@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rlhf_lightning.planning.planning import Machine, Verdict, advice, disk, gb,
 from rlhf_lightning.planning.simulation import NotSimulated
 from rlhf_lightning.terminal import Terminal, say, silenced
 from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.online import OnlineModule
 
 _DESCRIPTION = f"""Will the run of these settings fit, before anything is loaded or written: bytes on each device and
 on the host, by what takes them and when; checkpoints on the disk; tokens and optimizer steps; and where it does not
@@ -54,13 +55,13 @@ class Steps:
     """How long a run is, as far as the data could be read."""
 
     kind: str
-    """`pairs`, `conversations` or `responses`."""
+    """`pairs`, `conversations`, `responses` or `prompts`, each of which gets its responses."""
     pairs: int
     """How many of them."""
     longest: int
     tokens_per_pair: float
     per_step: int
-    """Pairs of one optimizer step, over all processes."""
+    """Pairs of one optimizer step, or prompts of one rollout, over all processes."""
     steps: int | None
     """Optimizer steps of the whole run; None without an end."""
 
@@ -103,7 +104,8 @@ def run(arguments: Sequence[str]) -> int:
     made = plan(settings, gpu=own.gpu, read_data=not own.no_data)
     if own.json:
         own.json.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(own.json, json.dumps(_plain(asdict(made)), indent=2) + "\n")
+        numbers = replace(made, run=replace(made.run, sampling=None))  # without the configurations of other models
+        write_whole(own.json, json.dumps(_plain(asdict(numbers)), indent=2) + "\n")
     _print(made, Terminal(soft_wrap=False))
     return 0 if _fits(made.verdict) else 1
 
@@ -112,8 +114,8 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
     """Work the plan of a run out, from the arguments that `fit` would get. Raises `UserError`."""
     planned = program.run(["fit", *settings], program=_Planned)
     trainer, module, data = planned.trainer_settings, planned.model, planned.datamodule
-    if not (isinstance(module, TrainedModule) and module.learns_from_pairs):
-        raise ConfigurationError(f"plan: counts RewardModel, SFT, DPO and KTO, and not yet {type(module).__name__}")
+    if not isinstance(module, TrainedModule):
+        raise ConfigurationError(f"plan: counts this package's classes, and {type(module).__name__} is none of them")
     machine = machine_of(trainer, gpu=gpu)
     module.check_data(data)
     unread = _unread(data) if read_data else "--no_data"
@@ -134,7 +136,7 @@ def plan(settings: Sequence[str], *, gpu: str | None = None, read_data: bool = T
         ) from error
     kept = disk(footprint, planned.callbacks)
     free = free_bytes(trainer.default_root_dir or ".") if gpu is None else None
-    steps = None if unread else _steps(data, described, trainer)
+    steps = None if unread else _steps(module, data, described, trainer)
     return Plan(machine, described, footprint, verdict, other, nearest, kept, free, steps, unread)
 
 
@@ -153,20 +155,25 @@ def _unread(data: LightningDataModule) -> str | None:
     return None
 
 
-def _steps(data: Any, described: Run, trainer: Any) -> Steps:
+def _steps(module: TrainedModule, data: Any, described: Run, trainer: Any) -> Steps:
     pairs = data.rows["train"]
-    segments = pairs.segment_lengths
-    rows = [segments[:, 0] + side for side in segments.T[1:]][: described.rows_per_pair]
     plan = data.training_plan(accumulate=described.accumulate, world_size=described.processes)
-    per_epoch = math.ceil(len(plan) / described.accumulate)
-    per_step = plan.step_rows if data.tokens_per_batch is None else math.ceil(plan.epoch_rows / per_epoch)
+    if isinstance(module, OnlineModule):
+        responses, new = module.hparams.num_generations, module.hparams.max_new_tokens
+        per_step, tokens = data.batch_size * described.processes, responses * (float(pairs.lengths.mean()) + new)
+        per_epoch = len(plan) * module.steps_per_rollout
+    else:
+        segments = pairs.segment_lengths
+        rows = [segments[:, 0] + side for side in segments.T[1:]][: described.rows_per_pair]
+        tokens, per_epoch = float(sum(row.mean() for row in rows)), math.ceil(len(plan) / described.accumulate)
+        per_step = plan.step_rows if data.tokens_per_batch is None else math.ceil(plan.epoch_rows / per_epoch)
     ends = [trainer.max_epochs * per_epoch] if trainer.max_epochs not in (None, -1) else []
     ends += [trainer.max_steps] if trainer.max_steps != -1 else []
     return Steps(
         kind=pairs.kind,
         pairs=len(pairs),
         longest=int(pairs.lengths.max()),
-        tokens_per_pair=float(sum(row.mean() for row in rows)),
+        tokens_per_pair=tokens,
         per_step=per_step,
         steps=min(ends) if ends else None,
     )
@@ -203,10 +210,11 @@ def _print(made: Plan, console: Terminal) -> None:
     say(f"disk:        {gb(footprint.checkpoint)} a checkpoint, up to {gb(made.disk)} in all{free}")
     if made.steps:
         s = made.steps
+        unit = "step" if run.sampling is None else "rollout"
         count = "without an end" if s.steps is None else f"{s.steps:,} optimizer steps"
         say(
-            f"steps:       {s.pairs:,} {s.kind}, {s.per_step} a step, {count}; "
-            f"{s.per_step * s.tokens_per_pair:,.0f} tokens a step on average"
+            f"steps:       {s.pairs:,} {s.kind}, {s.per_step} a {unit}, {count}; "
+            f"{s.per_step * s.tokens_per_pair:,.0f} tokens a {unit} {'on average' if unit == 'step' else 'at most'}"
         )
     for line in verdict_lines(made):
         say(line)

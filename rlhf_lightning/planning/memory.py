@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
+from rlhf_lightning.planning.sampling import Sampling, beside
 from rlhf_lightning.planning.simulation import Kind, Live, Pass, Shape, Weights, cache_bytes, count_weights, simulate
 from rlhf_lightning.training.references import ReferenceKind
 
@@ -79,6 +80,8 @@ class Run:
     quantized: bool = False
     stores_reference: bool = False
     """Checkpoints hold the reference's weights as well."""
+    sampling: Sampling | None = None
+    """Of a run that learns from its own responses."""
 
     @property
     def zero(self) -> bool:
@@ -131,7 +134,7 @@ class Estimator:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = config
-        self._passes: dict[tuple[str, Kind], Pass] = {}
+        self._passes: dict[tuple[str, str, Kind], Pass] = {}
 
     def footprint(self, run: Run) -> Footprint:
         """Raises `NotSimulated` for models that cannot be run without contents."""
@@ -167,6 +170,13 @@ class Estimator:
             phases["samples"] = always + cache + _wide(shape) * (weights.widened + weights.output_layer)
         if run.reference == "precomputed":
             phases["reference pass"] = always + copy + evaluation
+        if run.sampling is not None:
+            more = beside(run, run.sampling, self.config, shape, weights, self._simulated)
+            held = sum(more.held.values())
+            besides = {"training batch": more.training, "optimizer step": more.step}
+            phases = {name: size + held + besides.get(name, 0) for name, size in phases.items()}
+            phases |= {name: always + held + size for name, size in more.phases.items()}
+            device |= more.held
         stored = weights.trained if shape.lora else weights.total
         checkpoint = number * stored + (run.optimizer_bytes + (4 if run.zero else 0)) * weights.trained
         checkpoint += copy if run.stores_reference else 0
@@ -213,9 +223,12 @@ class Estimator:
         return Nearest(keys, self.footprint(_with(run, taken)))
 
     def _pass(self, shape: Shape, kind: Kind) -> Pass:
-        key = (repr(shape), kind)  # lists, such as the targets of adapters, cannot be hashed
+        return self._simulated(self.config, shape, kind)
+
+    def _simulated(self, config: PretrainedConfig, shape: Shape, kind: Kind) -> Pass:
+        key = (config.to_json_string(), repr(shape), kind)  # lists, such as the targets of adapters, cannot be hashed
         if key not in self._passes:
-            self._passes[key] = simulate(self.config, shape, kind)
+            self._passes[key] = simulate(config, shape, kind)
         return self._passes[key]
 
 
@@ -292,8 +305,14 @@ def _changes(run: Run) -> Iterator[_Change]:
     for fewer in [n for n in range(pairs - 1, 0, -1) if pairs % n == 0]:  # the same pairs in each optimizer step
         accumulate = run.accumulate * pairs // fewer
         keys = {"data.batch_size": str(fewer), "trainer.accumulate_grad_batches": str(accumulate)}
+        if run.sampling is not None:
+            keys, accumulate = {"model.micro_batch_size": str(fewer)}, run.accumulate
         yield _Change(keys, _smaller_batches(fewer * per_pair, accumulate))
-    yield _Change({"data.eval_batch_size": "1"}, lambda run: replace(run, eval_rows=per_pair))
+    if run.sampling is not None:
+        for rows in (16, 4, 1):
+            yield _Change({"model.generation_micro_batch_size": str(rows)}, _fewer_at_a_time(rows))
+    else:
+        yield _Change({"data.eval_batch_size": "1"}, lambda run: replace(run, eval_rows=per_pair))
     if run.reference == "copy":
         keys = {"model.precompute_reference": "true"}
         yield _Change(keys, lambda run: replace(run, reference="precomputed"))
@@ -307,7 +326,8 @@ def _changes(run: Run) -> Iterator[_Change]:
         return
     adapters = {} if run.shape.lora else {"model.lora.r": "16"}
     bound = run.shape.lora is not None and run.shape.lora.changes_base
-    adapters |= {"model.reference": "adapter"} if run.reference in ("copy", "precomputed") and not bound else {}
+    own_reference = run.reference in ("copy", "precomputed") or (run.sampling is not None and run.sampling.reference)
+    adapters |= {"model.reference": "adapter"} if own_reference and not bound else {}
     if adapters:
         yield _Change(adapters, _on_adapters)
     if not run.quantized and not run.on_cpu and not bound:
@@ -318,7 +338,9 @@ def _changes(run: Run) -> Iterator[_Change]:
 def _on_adapters(run: Run) -> Run:
     bound = run.shape.lora is not None and run.shape.lora.changes_base
     reference = "adapter" if run.reference in ("copy", "precomputed") and not bound else run.reference
-    return replace(run, shape=replace(run.shape, lora=run.shape.lora or Lora()), reference=reference)
+    sampling = run.sampling if run.sampling is None or bound else replace(run.sampling, reference=False)
+    shape = replace(run.shape, lora=run.shape.lora or Lora())
+    return replace(run, shape=shape, reference=reference, sampling=sampling)
 
 
 def _on_four_bits(run: Run) -> Run:
@@ -328,6 +350,16 @@ def _on_four_bits(run: Run) -> Run:
 
 def _smaller_batches(rows: int, accumulate: int) -> Callable[[Run], Run]:
     return lambda run: replace(run, shape=replace(run.shape, rows=rows), accumulate=accumulate)
+
+
+def _fewer_at_a_time(rows: int) -> Callable[[Run], Run]:
+    def fewer(run: Run) -> Run:
+        assert run.sampling is not None
+        sampling, scored = run.sampling, min(rows, run.sampling.scored)
+        sampling = replace(sampling, slots=min(rows, sampling.slots), scored=scored)
+        return replace(run, sampling=sampling, eval_rows=scored)
+
+    return fewer
 
 
 def optimizer_bytes(factory: Callable, *, foreach: bool) -> tuple[float, float]:

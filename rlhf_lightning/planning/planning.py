@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning.data.datamodules import ResponseDataModule
+from rlhf_lightning.data.prompt_datamodule import PromptDataModule
 from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.planning.memory import (
     GPUS,
@@ -26,10 +27,13 @@ from rlhf_lightning.planning.memory import (
     host_temporary,
     optimizer_bytes,
 )
+from rlhf_lightning.planning.sampling import sampling_of
 from rlhf_lightning.planning.simulation import NotSimulated, Shape, count_weights
 from rlhf_lightning.training.callbacks import ExportBest
 from rlhf_lightning.training.module import TrainedModule
+from rlhf_lightning.training.online import OnlineModule
 from rlhf_lightning.training.policy_module import PolicyModule
+from rlhf_lightning.training.ppo import PPO
 from rlhf_lightning.training.references import HALVES
 from rlhf_lightning.training.reward_model import RewardModel
 from rlhf_lightning.training.samples import Samples
@@ -108,24 +112,42 @@ def rows_of_batch(data: ResponseDataModule, tokens: int, rows_per_pair: int) -> 
     return rows_per_pair * -(-data.tokens_per_batch // (tokens * rows_per_pair))
 
 
+def _rows_of(module: TrainedModule, data: ResponseDataModule | PromptDataModule) -> tuple[int, int, int]:
+    """Rows of a pass that trains and of one that does not, and their tokens; before data is read, the most it may have.
+
+    A run that samples learns from `micro_batch_size` responses at a time; a pair of them is two rows.
+    """
+    read, hparams = data.rows.get("train"), module.hparams
+    longest = None if read is None else int(read.lengths.max())
+    if isinstance(module, OnlineModule):
+        tokens = (data.max_prompt_length if longest is None else longest) + hparams.max_new_tokens
+        each = 1 if isinstance(module, PPO) else 2
+        return each * hparams.micro_batch_size, hparams.generation_micro_batch_size, tokens
+    tokens, each = data.max_length if longest is None else longest, module.rows_per_pair
+    return rows_of_batch(data, tokens, each), data.eval_batch_size * each, tokens
+
+
 def run_of(
-    module: TrainedModule, data: ResponseDataModule, settings: Any, callbacks: Sequence[Any], machine: Machine
+    module: TrainedModule,
+    data: ResponseDataModule | PromptDataModule,
+    settings: Any,
+    callbacks: Sequence[Any],
+    machine: Machine,
 ) -> Run:
     """What the memory of a run depends on, from its module, its data module and the Trainer's settings.
 
-    Rows are as long as the longest of the training pairs once they are read, and as `max_length` before.
+    Rows are as long as the longest of the training data once it is read, and as long as they may be before.
     Raises `ConfigurationError` for strategies whose copies of the weights are not known here.
     """
-    hparams, rows_per_pair = module.hparams, module.rows_per_pair
+    hparams, online = module.hparams, isinstance(module, OnlineModule)
     strategy, offload = _strategy(settings.strategy, machine.devices * machine.machines)
-    read = data.rows.get("train")
-    tokens = int(read.lengths.max()) if read is not None else data.max_length
+    rows, eval_rows, tokens = _rows_of(module, data)
     states, temporary = optimizer_bytes(module.optimizer_factory, foreach=not machine.on_cpu)
     samples = [callback.max_new_tokens for callback in callbacks if isinstance(callback, Samples)]
     return Run(
         shape=Shape(
             policy=isinstance(module, PolicyModule),
-            rows=rows_of_batch(data, tokens, rows_per_pair),
+            rows=rows,
             tokens=tokens,
             lora=module.lora,
             packed=hparams.layout in ("packed", "shared"),
@@ -134,15 +156,15 @@ def run_of(
             head=module.head_settings if isinstance(module, RewardModel) else {},
             freeze_backbone=hparams.get("freeze_backbone", False),
         ),
-        eval_rows=data.eval_batch_size * rows_per_pair,
-        reference=module.reference_kind,
+        eval_rows=eval_rows,
+        reference="none" if online else module.reference_kind,
         strategy=strategy,
         offload=offload,
         half=settings.precision in ("16-mixed", "bf16-mixed"),
         processes=machine.devices * machine.machines,
         processes_per_machine=machine.devices,
         accumulate=settings.accumulate_grad_batches,
-        rows_per_pair=rows_per_pair,
+        rows_per_pair=1 if online else module.rows_per_pair,
         on_cpu=machine.on_cpu,
         sample_tokens=tokens + max(samples) if samples else 0,
         optimizer_bytes=states,
@@ -152,6 +174,7 @@ def run_of(
         stored_as_halves=module.backbone_config.dtype == HALVES.get(settings.precision, torch.float32) != torch.float32,
         quantized=hparams.get("load_in_4bit", False),
         stores_reference=hparams.get("reference_update_steps") is not None,
+        sampling=sampling_of(module) if isinstance(module, OnlineModule) else None,
     )
 
 

@@ -256,6 +256,11 @@ class OnlineModule(PolicyModule):
         return Measured(values | {"reward_with_kl": values["reward"] - penalties}, (experience.scores,))
 
     @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that are made of each batch of prompts."""
+        raise NotImplementedError
+
+    @property
     def kl_weight(self) -> float:
         """Of the KL in `val/reward_with_kl`, per nat; the same throughout a run."""
         raise NotImplementedError

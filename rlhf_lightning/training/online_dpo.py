@@ -93,7 +93,11 @@ class OnlineDPO(OnlineModule):
         )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return optimizer_and_schedule(self, steps_per_batch=self.hparams.num_epochs * self.hparams.num_mini_batches)
+        return optimizer_and_schedule(self, steps_per_batch=self.steps_per_rollout)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.hparams.num_epochs * self.hparams.num_mini_batches
 
     @property
     def kl_weight(self) -> float:

@@ -189,8 +189,11 @@ class PPO(OnlineModule):
         groups = [{"params": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}]
         if self.value is not None:
             groups.append({"params": list(self.value.parameters()), "lr": self.hparams.value_lr})
-        steps = self.hparams.num_ppo_epochs * self.hparams.num_mini_batches
-        return optimizer_and_schedule(self, groups=groups, steps_per_batch=steps)
+        return optimizer_and_schedule(self, groups=groups, steps_per_batch=self.steps_per_rollout)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.hparams.num_ppo_epochs * self.hparams.num_mini_batches
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

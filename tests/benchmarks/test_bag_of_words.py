@@ -5,7 +5,7 @@ python -m pytest -m benchmark tests/benchmarks/test_bag_of_words.py -s
 
 Both see the same tokens. They are trained on four fifths of the prompts and asked about the last fifth, five times, and
 trained on all and asked about the held-out file; then both together are compared, prompt by prompt. Also:
-RLHF_LIGHTNING_BACKBONE, another model than MiniLM from PyPI, and RLHF_LIGHTNING_LIMIT, the training pairs that are drawn.
+RLHF_LIGHTNING_BACKBONE, another model than MiniLM from PyPI; RLHF_LIGHTNING_LIMIT, how many training pairs are drawn.
 """
 
 from __future__ import annotations

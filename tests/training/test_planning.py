@@ -19,7 +19,8 @@ from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.planning import planning
 from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Run, host_temporary, optimizer_bytes
 from rlhf_lightning.planning.planning import Machine, judge, machine_of
-from rlhf_lightning.planning.simulation import Shape
+from rlhf_lightning.planning.sampling import Sampling, Scorer
+from rlhf_lightning.planning.simulation import Shape, count_weights
 from tests.test_configs import LLAMA, ROOT
 
 LLAMA_3_8B = {
@@ -426,10 +427,102 @@ def test_models_and_methods_that_are_not_counted_are_said_in_one_line(capsys, tm
     code, printed = plan_of(capsys, *sft, "--gpu", "A10")
     assert (code, printed.count("\n")) == (2, 1)
     assert "mixtral" in printed
-    ppo = ("--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny", "--gpu", "A10")
-    code, printed = plan_of(capsys, *ppo, "--model.reward_model", "rules:short", "--no_data")
-    assert (code, printed.count("\n")) == (2, 1)
-    assert "not yet PPO" in printed
+
+
+SCORER = Scorer(LlamaConfig(**LLAMA_3_8B | {"num_hidden_layers": 1, "vocab_size": 1000}), {"head": "linear"})
+PLAIN = {"strategy": "single", "half": False}
+
+
+def sampling(**settings) -> Sampling:
+    return Sampling(**{"slots": 0, "scored": 1, "rewards": (), "value": None, "reference": False} | settings)
+
+
+def test_a_run_that_samples_holds_what_it_samples_and_scores_with(estimator, weights):
+    alone = estimator.footprint(run(**PLAIN, sampling=sampling()))
+    made = estimator.footprint(
+        run(**PLAIN, sampling=sampling(slots=3, rewards=(SCORER, SCORER), value=SCORER, reference=True))
+    )
+    scorer = count_weights(SCORER.config, Shape(policy=False, rows=1, tokens=64, head=SCORER.head)).total
+    held = {
+        "reference model": 4 * weights,
+        "reward models": 2 * 4 * scorer,
+        "value model": 4 * scorer,
+        "its gradients and optimizer states": 12 * scorer,
+    }
+    assert {name: made.device[name] for name in held} == held
+    always = alone.device["weights"] + alone.device["optimizer states"] + sum(held.values())
+    keys_and_values = 2 * 2 * 8 * 128 * 4 * 3 * 64  # layers, both, heads, their size, float32, slots, tokens
+    assert made.phases["responses"] == always + keys_and_values + 3 * 4 * 3 * LLAMA_3_8B["vocab_size"]
+    assert made.phases["scoring"] > always
+    assert made.phases["optimizer step"] - alone.phases["optimizer step"] == sum(held.values()) + 4 * scorer
+    assert made.phases["training batch"] > alone.phases["training batch"] + sum(held.values())
+
+
+def test_zero_divides_a_value_model_and_an_engine_of_its_own_takes_no_cache(estimator):
+    scorer = count_weights(SCORER.config, Shape(policy=False, rows=1, tokens=64, head=SCORER.head)).total
+    for processes, offload, expected in ((1, False, 14.0), (4, False, 3.5), (4, True, 0.0)):
+        four = {"processes": processes, "processes_per_machine": processes, "offload": offload}
+        made = estimator.footprint(run(**four, sampling=sampling(value=SCORER)))
+        assert made.device["value model"] == 2 * scorer
+        assert made.device["its gradients and optimizer states"] == expected * scorer
+        assert made.phases["responses"] == made.phases["validation"] - made.device["evaluation batch"]
+
+
+def test_the_advice_for_a_run_that_samples_is_in_its_own_keys(estimator):
+    both = sampling(slots=64, scored=64, reference=True)
+    described = run(**PLAIN, shape={"rows": 8}, eval_rows=64, rows_per_pair=1, sampling=both)
+    one = estimator.footprint(run(**PLAIN, shape={"rows": 1, "gradient_checkpointing": True}, eval_rows=1)).device
+
+    def fits(footprint) -> bool:
+        batches = all(footprint.device[name] <= one[name] for name in ("activations", "evaluation batch"))
+        return batches and not footprint.device["reference model"]
+
+    expected = {"model.micro_batch_size": "1", "model.generation_micro_batch_size": "1", "model.reference": "adapter"}
+    found = estimator.nearest(described, fits)
+    assert expected.items() <= found.keys.items()
+    assert not {"data.batch_size", "data.eval_batch_size"} & found.keys.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "estimator", "rows", "value"),
+    [("ppo", "gae", 4, True), ("ppo", "grpo", 4, False), ("online_dpo", "", 8, False)],
+)
+def test_the_plan_of_a_run_that_samples_reads_its_models(config, estimator, rows, value, tmp_path):
+    LlamaConfig(**LLAMA_3_8B | {"num_hidden_layers": 1}, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    settings = ["--config", str(ROOT / "configs" / f"{config}.yaml"), "--model.backbone", str(tmp_path)]
+    settings += ["--model.reward_model", str(tmp_path), "--model.micro_batch_size", "4"]
+    settings += [
+        "--data.max_prompt_length",
+        "40",
+        "--model.max_new_tokens",
+        "24",
+        "--model.generation_micro_batch_size",
+        "16",
+    ]
+    if config == "ppo":
+        settings += ["--model.advantage_estimator", estimator, "--model.value_model", "null"]
+        settings += ["--model.num_generations", "2"] if estimator == "grpo" else []
+    made = plan(settings, gpu="A100-80GB", read_data=False)
+    assert (made.run.shape.rows, made.run.shape.tokens, made.run.eval_rows) == (rows, 64, 16)
+    assert (made.run.sampling.slots, len(made.run.sampling.rewards)) == (16, 1)
+    assert (made.run.sampling.value is not None) == value
+    assert made.footprint.device["reward models"] > 0
+
+
+def test_the_steps_of_a_run_that_samples_are_those_of_its_rollouts():
+    settings = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
+    settings += [
+        "--model.reward_model",
+        "rlhf_lightning.data.courtesy.rule:brevity",
+        "--data.train",
+        "builtin:courtesy",
+    ]
+    settings += ["--data.batch_size", "20", "--model.num_ppo_epochs", "3", "--model.num_mini_batches", "2"]
+    made = plan(settings, gpu="A10")
+    assert made.steps.kind == "prompts"
+    assert (made.steps.pairs, made.steps.per_step) == (107, 20)
+    assert made.steps.steps == 6 * 6  # six batches of 20 prompts, the last of 7
+    assert not made.footprint.device["reward models"]
 
 
 def test_fit_refuses_what_cannot_fit_before_loading_it_and_force_runs_it(capsys, tmp_path, monkeypatch):
