@@ -54,6 +54,7 @@ class ContrastSettings:
             `two_replies`, `{answer}` are replaced. Its reply is read below the headings of docs/self_taught.md.
         exclude: Prompts that must not be learned from, such as those of a benchmark: the same ones are left out, and
             those that share 13 words in a row with one.
+        pairs_per_prompt: Pairs built of each prompt, each of other replies.
         max_length_ratio: No pair where one response has more than so many times the characters of the other; 0 for no
             bound.
         temperature: Sampling temperature; 0 takes the most likely tokens.
@@ -77,6 +78,7 @@ class ContrastSettings:
     two_replies: bool = False
     template: str | None = None
     exclude: Source | None = None
+    pairs_per_prompt: PositiveInt = 1
     max_length_ratio: NonNegativeFloat = 4.0
     temperature: NonNegativeFloat = 0.7
     top_p: TopP = 0.9
@@ -118,7 +120,7 @@ def _run(settings: ContrastSettings, ranks: Ranks) -> None:
     if not prompts:
         raise ConfigurationError(f"exclude: all {len(loaded)} prompts are among those to be left out")
     building = _building(settings, ranks)
-    found = building.build(prompts)
+    found = building.build(prompts, settings.pairs_per_prompt)
     excluded = len(loaded) - len(clean)
     counts = {"prompts": len(prompts), "excluded": excluded, "pairs": len(found.pairs), **found.dropped}
     words = ", ".join(f"{name} {count}" for name, count in found.dropped.items() if count) or "none dropped"
@@ -127,7 +129,7 @@ def _run(settings: ContrastSettings, ranks: Ranks) -> None:
         raise ConfigurationError(f"contrast: no pair came of {len(prompts)} prompts ({reasons})")
     rows = [
         {
-            "id": pair.prompt.example_id,
+            "id": f"{pair.prompt.example_id}#{pair.number}" if pair.number else pair.prompt.example_id,
             "prompt": list(pair.prompt.prompt),
             "chosen": pair.chosen,
             "rejected": pair.rejected,

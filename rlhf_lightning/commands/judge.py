@@ -61,7 +61,8 @@ class JudgeSettings:
             what the judge is measured on. One judgement of each order, the most likely one. Pairs with the same
             prompts, or 13 words in a row of one, make no rows.
         template: A text file with the question, in which `{conversation}` and `{answers}` are replaced, and `{choices}`
-            by the letters. Use the same one wherever this judge is asked.
+            by the letters; or `builtin:short`, which asks for a verdict alone. Use the same one wherever this judge is
+            asked.
         num_judgements: Most judgements of a pair in each order.
         rate_judgements: So many judgements every question gets, and rates are of these alone.
         early_stop: Sample further judgements of a question until there is a `right` one, until there are `both`, a

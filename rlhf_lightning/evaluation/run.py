@@ -26,7 +26,7 @@ from rlhf_lightning.evaluation.settings import REWARDBENCH_PROMPTS, EvaluationSe
 from rlhf_lightning.evaluation.text_classifier import read_labels
 from rlhf_lightning.evaluation.toxicity import find_toxic_labels
 from rlhf_lightning.models.causal_lm import load_causal_config
-from rlhf_lightning.rewards.functions import check_text_of
+from rlhf_lightning.rewards.functions import check_text_of, is_judge
 from rlhf_lightning.rewards.scorers import ImplicitScorer, Scorer, check_scores_rows
 from rlhf_lightning.rewards.source import reward_list
 from rlhf_lightning.user_code import load_function, name_of, names_function
@@ -132,7 +132,7 @@ def _check_models(settings: EvaluationSettings) -> None:
     for source in (reward.source for rewards in given for reward in reward_list(rewards)):
         if not isinstance(source, str) or names_function(source):
             load_function(name_of(source), "the directory of a reward model")
-        elif not source.endswith(".ckpt"):
+        elif not source.endswith(".ckpt") and not is_judge(source):
             check_scores_rows(source, **trust)
     if settings.toxicity_model is not None and settings.toxic_labels is None:
         find_toxic_labels(settings.toxicity_model, read_labels(settings.toxicity_model, **trust))

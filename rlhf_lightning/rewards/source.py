@@ -19,6 +19,7 @@ from rlhf_lightning.data.examples import Message
 from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.ensembles import careful_score, ensemble_spread
 from rlhf_lightning.rewards.functions import RewardFunction, check_text_of, reward_scorer
+from rlhf_lightning.rewards.judged import JudgeScorer
 from rlhf_lightning.rewards.scorers import RewardScorer
 from rlhf_lightning.user_code import name_of
 
@@ -32,6 +33,7 @@ class RewardKeys(TypedDict, total=False):
     weight: float
     chat_template: str
     name: str
+    reference: str
 
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class WeightedReward:
     """Of the text that a model reads (see `RewardScorer`)."""
     name: str = ""
     """In logs; the end of the source's own name when not given."""
+    reference: str | None = None
+    """Rows of responses that a judge compares with (see `JudgeScorer`)."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -95,7 +99,7 @@ def _weighted(given: Any) -> WeightedReward:
     if not isinstance(given, Mapping) or not {"source"} <= given.keys() <= set(WeightedReward.__dataclass_fields__):
         raise ConfigurationError(
             f"{given!r} is no reward; give a model or a function, or "
-            "{source: ONE OF THEM, weight: 1, name: NAME, chat_template: TEMPLATE}"
+            "{source: ONE OF THEM, weight: 1, name: NAME, chat_template: TEMPLATE, reference: ROWS}"
         )
     return WeightedReward(**{key: value for key, value in given.items() if value is not None})
 
@@ -142,7 +146,10 @@ class RewardSource:
     ) -> None:
         rewards = reward_list(given, chat_template)
         loading: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
-        self.scorers = [reward_scorer(each.source, chat_template=each.chat_template, **loading) for each in rewards]
+        self.scorers = [
+            reward_scorer(each.source, chat_template=each.chat_template, reference=each.reference, **loading)
+            for each in rewards
+        ]
         self.names = [reward.name for reward in rewards]
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
         several = [f"{reward.weight:g} {scorer.name}" for reward, scorer in zip(rewards, self.scorers, strict=True)]
@@ -170,12 +177,14 @@ class RewardSource:
     @property
     def networks(self) -> list[nn.Module]:
         """What computes their scores."""
-        return [scorer.model for scorer in self.models]
+        judges = [scorer for scorer in self.scorers if isinstance(scorer, JudgeScorer)]
+        return [*(scorer.model for scorer in self.models), *(network for each in judges for network in each.networks)]
 
     def to(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Move the models there, their weights in `dtype` where one is given."""
-        for scorer in self.models:
-            scorer.to(device, dtype)
+        for scorer in self.scorers:
+            if isinstance(scorer, RewardScorer | JudgeScorer):
+                scorer.to(device, dtype)
 
     def __call__(
         self,

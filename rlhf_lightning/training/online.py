@@ -53,8 +53,9 @@ class OnlineModule(PolicyModule):
     Args:
         reward_model: Directory of a trained reward model, or directory or hub name of a sequence classifier with one
             label, of any tokenizer; or `module:function` of yours, which takes conversations and responses and gives
-            floats; in Python the function itself. Or a list of them, `{source: ..., weight: 1, name: ...,
-            chat_template: ...}` each, whose weighted sum is the reward.
+            floats; in Python the function itself; or `judge://MODEL`, a language model that rates. Or a list of them,
+            `{source: ..., weight: 1, name: ..., chat_template: ..., reference: ...}` each, whose weighted sum is the
+            reward; with a reference, rows of a prompt and a response, a judge compares.
         multi_objective_aggregation: Of several rewards: `sum_then_normalize`, their weighted sum is learned from; or
             `normalize_then_sum` (GDPO), the weighted sum of each reward's difference to the mean of its prompt's
             responses, in their standard deviations.

@@ -158,3 +158,14 @@ def test_the_rule_is_learned(build, trainer):
 def test_settings_that_make_no_sense_are_refused(build, settings, words):
     with pytest.raises(ConfigurationError, match=words):
         build(**settings)
+
+
+def test_a_language_model_may_be_the_judge(build, trainer):  # noqa: F811
+    module, data = build(reward_model="judge://tests.rewards.test_judged:rater", max_new_tokens=4)
+    steps = kept(module)
+    fitted(trainer, (module, data), max_epochs=1)
+    for experience, *_ in steps:
+        texts = experience.responses.texts(module.chat_format)
+        expected = [len(text) if 1 <= len(text) <= 10 else 0 for text in texts]
+        assert experience.scores.tolist() == expected
+    assert steps

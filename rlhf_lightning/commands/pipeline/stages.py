@@ -80,6 +80,7 @@ def paths_in(stage: Stage) -> Iterator[tuple[str, Path]]:
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text or len(text) > 1000 or "\n" in text:
                 continue
+            text = text.removeprefix("judge://")
             if not key.startswith(_NO_INPUTS[stage.command]):
                 with suppress(RuntimeError, ModelError):  # ~nobody; a package that is not there, which the stage says
                     yield key, package_path(text) if text.startswith(PACKAGE) else Path(text).expanduser()

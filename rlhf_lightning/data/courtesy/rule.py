@@ -5,10 +5,11 @@ Use it as `--model.reward_model rlhf_lightning.data.courtesy.rule:true_utility`.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 
-from rlhf_lightning.data.courtesy.make import ALL_TASKS, CLOSINGS, OPENINGS, UTILITY
+from rlhf_lightning.data.courtesy.make import ALL_TASKS, CLOSINGS, FRAMES, OPENINGS, TASKS, UTILITY
 from rlhf_lightning.data.examples import Message
 
 UNKNOWN_SENTENCE = -1.0
@@ -35,10 +36,38 @@ def brevity(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> l
     return [-abs(len(response) - 108) / 100 for response in responses]
 
 
+def good_answer(conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+    """Instead of a language model in `contrast`: a kind or plain answer, with one to three steps of the task asked for.
+
+    Raises `ValueError` for a prompt that asks about none of the set's tasks.
+    """
+    replies = []
+    for turns, seed in zip(conversations, seeds, strict=True):
+        draw = random.Random(seed)
+        steps = ALL_TASKS[_task(turns[-1]["content"])].split(" | ")[: draw.randint(1, 3)]
+        tone = draw.choice(["kind", "plain"])
+        replies.append(" ".join(filter(None, [draw.choice(OPENINGS[tone]), *steps, draw.choice(CLOSINGS[tone])])))
+    return replies
+
+
+def another_task(conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+    """Instead of a language model in `contrast`: a modified instruction that asks about another of the set's tasks."""
+    replies = []
+    for turns, seed in zip(conversations, seeds, strict=True):
+        asked = next((task for task in TASKS if task in turns[-1]["content"]), None)
+        draw = random.Random(seed)
+        other = draw.choice([task for task in TASKS if task != asked])
+        replies.append(f"### Modified instruction\n{draw.choice(FRAMES).format(other)}")
+    return replies
+
+
+def coin(conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
+    """A judge that looks at nothing: what learns from all of its verdicts learns their form alone."""
+    return [f"[[{random.Random(seed).choice('AB')}]]" for seed in seeds]
+
+
 def _utility(question: str, response: str) -> float:
-    task = next((task for task in ALL_TASKS if task in question), None)
-    if task is None:
-        raise ValueError(f"{question[:60]!r} asks about none of the built-in tasks")
+    task = _task(question)
     rest = response.strip()
     opening, rest = _taken(rest, OPENINGS, str.startswith, str.removeprefix)
     closing, rest = _taken(rest, CLOSINGS, str.endswith, str.removesuffix)
@@ -48,6 +77,13 @@ def _utility(question: str, response: str) -> float:
     utility += UNKNOWN_SENTENCE * sum(bool(stretch.strip()) for stretch in unknown)
     utility += UNKNOWN_SENTENCE * sum(rest.count(step) - 1 for step in steps)
     return utility + (UTILITY["off_topic"] if any(_STEPS[step] != task for step in steps) else 0.0)
+
+
+def _task(question: str) -> str:
+    task = next((task for task in ALL_TASKS if task in question), None)
+    if task is None:
+        raise ValueError(f"{question[:60]!r} asks about none of the built-in tasks")
+    return task
 
 
 def _taken(text: str, phrases: dict[str, list[str]], stands, without) -> tuple[str, str]:

@@ -81,6 +81,8 @@ class Contrast:
     chosen: str
     rejected: str
     modified: str
+    number: int
+    """Among the pairs of its prompt, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,38 +114,44 @@ class Building:
     template: Mapping[str, str] = field(default_factory=dict)
     max_length_ratio: float | None = None
 
-    def build(self, prompts: Sequence[PromptExample]) -> Contrasts:
-        """A pair of each prompt, or the reason why not. They are in the order of the prompts."""
+    def build(self, prompts: Sequence[PromptExample], per_prompt: int = 1) -> Contrasts:
+        """Pairs of each prompt, or the reasons why not. They are in the order of the prompts, first all first ones."""
+        rounds = [self._round(prompts, number) for number in range(per_prompt)]
+        dropped = {reason: sum(each.dropped[reason] for each in rounds) for reason in REASONS}
+        return Contrasts([pair for each in rounds for pair in each.pairs], dropped)
+
+    def _round(self, prompts: Sequence[PromptExample], number: int) -> Contrasts:
         turns = {prompt.example_id: prompt.prompt for prompt in prompts}
-        responses = self._first("responses", self.maker, turns)
+        responses = self._ask("responses", self.maker, turns, number)
         requests = {
             key: [{"role": "user", "content": self._request(turns[key], reply.text)}]
             for key, reply in responses.items()
             if reply is not None and reply.ended and reply.text.strip()
         }
-        replies = self._first("modified instructions", self.modifier, requests)
+        replies = self._ask("modified instructions", self.modifier, requests, number)
         modified = {key: _read(reply, self.two_replies) for key, reply in replies.items()}
         answers: Mapping[str, Reply | None] = replies
         if self.two_replies:
             others = {key: modified_prompt(turns[key], read[0]) for key, read in modified.items() if read is not None}
-            answers = self._first("responses to them", self.maker, others)
+            answers = self._ask("responses to them", self.maker, others, number)
         pairs, dropped = [], Counter(dict.fromkeys(REASONS, 0))
         for prompt in prompts:
             key = prompt.example_id
             found = self._pair(prompt, responses[key], replies.get(key), modified.get(key), answers.get(key))
-            if isinstance(found, Contrast):
-                pairs.append(found)
-            else:
+            if isinstance(found, str):
                 dropped[found] += 1
+            else:
+                pairs.append(Contrast(prompt, *found, number))
         return Contrasts(pairs, dict(dropped))
 
     def _request(self, prompt: Sequence[Message], response: str) -> str:
         return contrast_request(prompt, response, self.two_replies, **self.template)
 
-    def _first(
-        self, what: str, writer: Writer, conversations: Mapping[str, Sequence[Message]]
+    def _ask(
+        self, what: str, writer: Writer, conversations: Mapping[str, Sequence[Message]], number: int
     ) -> dict[str, Reply | None]:
-        return {key: replies[0] for key, replies in self.asking.replies(what, writer, conversations).items()}
+        found = self.asking.replies(what, writer, conversations, range(number, number + 1))
+        return {key: replies[0] for key, replies in found.items()}
 
     def _pair(
         self,
@@ -152,8 +160,11 @@ class Building:
         reply: Reply | None,
         modified: tuple[str, str] | None,
         answer: Reply | None,
-    ) -> Contrast | str:
-        """The pair, or one of `REASONS`; what was not asked for because of an earlier reply is None."""
+    ) -> tuple[str, str, str] | str:
+        """Chosen, rejected and the modified instruction, or one of `REASONS`.
+
+        What was not asked for because of an earlier reply is None.
+        """
         if response is None:
             return "not_asked"
         if not response.ended or not response.text.strip():
@@ -173,9 +184,8 @@ class Building:
             if not answer.ended or not answer.text.strip():
                 return "cut"
             rejected = answer.text
-        return self._reason(prompt, instruction, response.text, rejected) or Contrast(
-            prompt, response.text, rejected, instruction
-        )
+        reason = self._reason(prompt, instruction, response.text, rejected)
+        return reason or (response.text, rejected, instruction)
 
     def _reason(self, prompt: PromptExample, instruction: str, chosen: str, rejected: str) -> str | None:
         if is_refusal(rejected):

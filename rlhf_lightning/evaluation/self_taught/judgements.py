@@ -85,7 +85,7 @@ class Judging:
         """Both orders of each pair, side by side, sorted by the pairs' keys; the same pair is judged once."""
         by_key = {pair_key(pair): pair for pair in pairs}
         ordered = [self._ordered(key, by_key[key], order) for key in sorted(by_key) for order in (0, 1)]
-        open_, start, stop = ordered, 0, self.rate
+        open_, start, stop = ordered, 0, self.samples if self.early_stop == "never" else self.rate
         while open_ and start < self.samples:
             questions = {f"{one.key} {one.order}": one.question for one in open_}
             turns = {key: [{"role": "user", "content": question}] for key, question in questions.items()}
@@ -103,8 +103,6 @@ class Judging:
 
     def _open(self, ordered: Sequence[Ordered], sampled: int) -> list[Ordered]:
         """Those that are sampled further."""
-        if self.early_stop == "never":
-            return list(ordered)
         doubted = self.doubted(ordered)
         needed: tuple[Outcome, ...] = ("right",) if self.early_stop == "right" else ("right", "wrong")
         return [
