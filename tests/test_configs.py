@@ -15,13 +15,16 @@ CONFIGS = [path for path in TOP if "trainer" in yaml.safe_load(path.read_text())
 OVERLAYS = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
 QUICKSTART = sorted((ROOT / "configs" / "quickstart").glob("*.yaml"))
 SMOLLM2 = sorted((ROOT / "configs" / "smollm2").glob("*.yaml"))
+SELF_TAUGHT = sorted((ROOT / "configs" / "self_taught").glob("*.yaml"))
 LLAMA = sorted((ROOT / "configs" / "llama3_8b").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", TOP + QUICKSTART + SMOLLM2 + OVERLAYS + LLAMA, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", TOP + QUICKSTART + SMOLLM2 + SELF_TAUGHT + OVERLAYS + LLAMA, ids=lambda path: path.name
+)
 def test_header_gives_the_command_that_runs_the_file(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(re.search("rlhf-lightning (fit|evaluate|pipeline) --config", line) for line in header)
+    assert any(re.search("rlhf-lightning (fit|contrast|judge|evaluate|pipeline) --config", line) for line in header)
     assert any(str(path.relative_to(ROOT)) in line for line in header)
 
 

@@ -877,3 +877,22 @@ def test_iterative_dpo_as_it_is_shipped_can_be_run():
         assert settings[f"pairs_{number}"]["policy"] == settings[f"dpo_{number}"]["model.backbone"] == policy
         assert settings[f"dpo_{number}"]["data.train"] == settings[f"pairs_{number}"]["out"]
     assert (settings["evaluation"]["policy"], settings["evaluation"]["reference"]) == (policies[3], policies[0])
+
+
+def test_the_judge_that_teaches_itself_begins_each_time_from_the_first_one():
+    path = ROOT / "configs" / "self_taught" / "pipeline.yaml"
+    stages = read_stages(parse_settings(Settings, "pipeline", "", ["--config", str(path)]), {})
+    check_order(stages)
+    settings = {stage.name: stage.settings for stage in stages}
+    judges = ["models/self_taught_seed", "models/self_taught_1", "models/self_taught_2"]
+    for number in (1, 2):
+        assert settings[f"judge_{number}"]["judge"] == judges[number - 1]
+        assert settings[f"sft_{number}"]["model.backbone"] == judges[0]
+        assert settings[f"sft_{number}"]["data.train"] == f"{settings[f'judge_{number}']['out']}/sft.jsonl"
+    assert settings["last"]["judge"] == judges[2]
+    pairs = {
+        settings[name][key] for name in ("coin", "judge_1", "judge_2", "last") for key in ("pairs", "held_out.people")
+    }
+    assert pairs == {settings["pairs"]["out"], "builtin:courtesy"}
+    assert settings["reward_model"]["data.train"] == settings["pairs"]["out"]
+    assert settings["judge_1"]["held_out.constructed"] == settings["held_out_pairs"]["out"]

@@ -10,7 +10,7 @@ from rlhf_lightning.models.configuration import load_config
 from rlhf_lightning.models.reward_network import HeadSettings, saved_head
 from rlhf_lightning.models.value_network import value_source
 from rlhf_lightning.planning.simulation import Kind, Pass, Shape, Weights, cache_bytes, count_weights
-from rlhf_lightning.rewards.functions import is_function
+from rlhf_lightning.rewards.functions import is_function, is_judge
 from rlhf_lightning.rewards.source import reward_list
 from rlhf_lightning.training.online import OnlineModule
 from rlhf_lightning.training.ppo import PPO, SHARED
@@ -74,7 +74,7 @@ def sampling_of(module: OnlineModule) -> Sampling:
     """
     settings, config = module.hparams, module.backbone_config
     given = [each.source for each in reward_list(module.reward_source, settings.reward_chat_template)]
-    names = [name for name in given if isinstance(name, str) and not is_function(name)]
+    names = [name for name in given if isinstance(name, str) and not is_function(name) and not is_judge(name)]
     rewards = {name: _scorer(name, settings.trust_remote_code) for name in names}
     value = None
     if isinstance(module, PPO) and module.estimator.uses_values and settings.value_model != SHARED:

@@ -39,6 +39,8 @@ def test_a_rating_is_the_reward_and_what_cannot_be_read_counts_less_than_any():
     scores = [each.score for each in scorer([PROMPT] * 4, ["A fig.", "A", "", "A long story."])]
     assert scores == [6, 1, UNREADABLE, UNREADABLE]
     assert UNREADABLE < 1
+    scorer.writer = lambda turns, seeds: [Reply("[[7]]", True), Reply("[[7]]", False), None]
+    assert [each.score for each in scorer([PROMPT] * 3, "abc")] == [7, UNREADABLE, UNREADABLE], "cut is no rating"
 
 
 def test_a_response_is_compared_with_the_reference_s_in_both_orders(tmp_path):

@@ -160,7 +160,7 @@ def test_settings_that_make_no_sense_are_refused(build, settings, words):
         build(**settings)
 
 
-def test_a_language_model_may_be_the_judge(build, trainer):  # noqa: F811
+def test_a_language_model_may_be_the_judge(build, trainer):
     module, data = build(reward_model="judge://tests.rewards.test_judged:rater", max_new_tokens=4)
     steps = kept(module)
     fitted(trainer, (module, data), max_epochs=1)

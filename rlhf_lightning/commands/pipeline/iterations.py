@@ -13,11 +13,14 @@ from rlhf_lightning.errors import ConfigurationError
 from rlhf_lightning.files.disks import write_whole
 
 _SHOWN = {
+    *("accuracy", "consistency", "right", "wrong", "unreadable", "cut", "sft_rows", "dpo_rows"),
     *("rows", "reward", "best_of_n", "response_length"),
     *("val/loss", "val/rewards/accuracies", "val/kl", "val/reward", "val/reward_with_kl", "val/auroc", "val/accuracy"),
     *(f"policy/{name}" for name in ("reward_after", "reward_gain", "anchored_gain", "win_rate", "kl_nats")),
 }
-"""What the table shows of the numbers of `generate`, `fit` and `evaluate`; the JSON file holds all."""
+"""What the table shows of the numbers of a stage; the JSON file holds all."""
+_SHOWN_OF_SETS = ("/accuracy", "/consistency")
+"""Of a judge, on each of the sets that it is measured on."""
 
 REPORT = ("iterations.json", "iterations.md", "iterations.html")
 
@@ -96,11 +99,11 @@ def write_report(home: Path, stages: Sequence[Stage], numbers: Mapping[str, Mapp
             row |= {f"{stage.base}: {name}": value for name, value in numbers.get(stage.name, {}).items()}
             policies[stage.iteration] = policy_of(stage) or policies.get(stage.iteration, "")
     measured = dict.fromkeys(name for row in rows.values() for name in row)
-    columns = [name for name in measured if name.partition(": ")[2] in _SHOWN]
+    columns = [name for name in measured if name.partition(": ")[2] in _SHOWN or name.endswith(_SHOWN_OF_SETS)]
     table = Table(
         ["iteration", *(Column(name, ".4g") for name in columns), "policy"],
         [[str(number), *(row.get(name) for name in columns), policies[number]] for number, row in rows.items()],
-        "generate: of the policy that the iteration began with; fit and evaluate: of the one that it made",
+        "generate and judge: of the policy that the iteration began with; fit and evaluate: of the one that it made",
     )
     document = Document("Iterations", [Section("What each iteration measured", [table])])
     found = [{"iteration": number, "policy": policies[number], "numbers": row} for number, row in rows.items()]

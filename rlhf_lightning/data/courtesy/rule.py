@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from rlhf_lightning.data.courtesy.make import ALL_TASKS, CLOSINGS, FRAMES, OPENINGS, TASKS, UTILITY
+from rlhf_lightning.data.courtesy.make import ALL_TASKS, CLOSINGS, FRAMES, OPENINGS, OTHER_TASKS, UTILITY
 from rlhf_lightning.data.examples import Message
 
 UNKNOWN_SENTENCE = -1.0
@@ -51,13 +51,11 @@ def good_answer(conversations: Sequence[Sequence[Message]], seeds: Sequence[int]
 
 
 def another_task(conversations: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[str]:
-    """Instead of a language model in `contrast`: a modified instruction that asks about another of the set's tasks."""
+    """Instead of a language model in `contrast`: a modified instruction that asks about one of `OTHER_TASKS`."""
     replies = []
-    for turns, seed in zip(conversations, seeds, strict=True):
-        asked = next((task for task in TASKS if task in turns[-1]["content"]), None)
-        draw = random.Random(seed)
-        other = draw.choice([task for task in TASKS if task != asked])
-        replies.append(f"### Modified instruction\n{draw.choice(FRAMES).format(other)}")
+    for draw in map(random.Random, seeds):
+        question = draw.choice(FRAMES).format(draw.choice(list(OTHER_TASKS)))
+        replies.append(f"### Modified instruction\n{question}")
     return replies
 
 
