@@ -67,7 +67,7 @@ class Beside:
 
 
 def sampling_of(module: OnlineModule) -> Sampling:
-    """Read the configurations of the models that a module names, and nothing else of them.
+    """Read the configurations of the models that a module names, but for judges, and nothing else of them.
 
     A reward model of the policy's architecture and vocabulary is taken to have its tokenizer, and so to be what the
     value model begins as. Raises `ConfigurationError` and `ModelError` as loading the configurations does.
