@@ -19,8 +19,9 @@ from rlhf_lightning.evaluation.self_taught.replies import Asking
 from rlhf_lightning.evaluation.self_taught.selection import Selection
 from rlhf_lightning.evaluation.self_taught.table import baselines, judge_numbers
 from rlhf_lightning.rewards.questions import parse_verdict
-from rlhf_lightning.rewards.writers import Reply
+from rlhf_lightning.rewards.writers import FunctionWriter, Reply
 from tests.evaluation.self_taught import world
+from tests.evaluation.test_ranks import together  # noqa: F401
 
 WORLD = "tests.evaluation.self_taught.world"
 P = 150
@@ -118,6 +119,18 @@ def test_the_files_are_the_same_for_any_batch_and_order_and_after_a_kill(judged,
             assert alone[name] == whole[name], name
         own = kept.read_bytes().splitlines(keepends=True)
         kept.write_bytes(b"".join(own[: stop * len(own) // 3]) + own[-1][:10])
+
+
+def test_two_processes_judge_as_one(together, tmp_path):  # noqa: F811
+    def work(own, directory):
+        asking = Asking(directory / "replies.jsonl", 0, 40, own)
+        judging = Judging(FunctionWriter(f"{WORLD}:judge"), asking, samples=8, rate=2)
+        return [[each.text for each in one.judgements] for one in judging.judge(pairs(20))]
+
+    (alone,) = together(1, work)
+    (tmp_path / "replies.jsonl").unlink()
+    first, second = together(2, work)
+    assert first == second == alone
 
 
 def test_a_judge_that_says_one_letter_teaches_nothing(judged):
