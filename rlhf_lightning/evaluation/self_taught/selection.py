@@ -45,8 +45,8 @@ class Selection:
         if not rows:
             raise ConfigurationError(
                 f"judge: no judgement is left to learn from: {letters['A']} were kept for A and {letters['B']} for B, "
-                "and as many are taken of each. A judge with one letter for everything, or without verdicts that can be "
-                "read, cannot teach itself; take another model or template, a higher temperature, or more num_judgements"
+                "and as many are taken of each. A judge with one letter for all, or without verdicts that can be "
+                "read, cannot teach itself; take another model or template, more temperature or num_judgements"
             )
         return rows, letters
 
