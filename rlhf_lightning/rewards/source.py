@@ -105,10 +105,11 @@ def _weighted(given: Any) -> WeightedReward:
 
 
 def plain_reward(given: Reward) -> str | list[dict[str, Any]]:
-    """The same without objects, as a checkpoint holds it."""
+    """The same without objects and without what is not given, as a checkpoint holds it and a configuration may."""
     if isinstance(given, str) or callable(given):
         return name_of(given)
-    return [asdict(reward) | {"source": name_of(reward.source)} for reward in reward_list(given)]
+    plain = [asdict(reward) | {"source": name_of(reward.source)} for reward in reward_list(given)]
+    return [{key: value for key, value in reward.items() if value is not None} for reward in plain]
 
 
 class Rewards(NamedTuple):

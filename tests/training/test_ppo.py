@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -578,13 +579,15 @@ def test_conversations_too_long_for_the_reward_model_are_said_once(tiny_qwen2, t
 
 
 @pytest.mark.usefixtures("forked_proof")
-def test_from_the_command_line_with_a_reward_model_and_export(capsys, tmp_path, monkeypatch):
+def test_from_the_command_line_with_a_list_of_rewards_and_export(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reward = ["--config", str(ROOT / "configs" / "quickstart" / "reward_model.yaml"), "--trainer.max_epochs", "1"]
     assert main(["fit", *reward]) == 0
     arguments = ["--config", str(ROOT / "configs" / "ppo.yaml"), "--model.backbone", "builtin:tiny"]
-    arguments += ["--model.reward_model", "models/quickstart_reward_model"]
-    arguments += ["--model.lora", "null", "--model.value_model", "null"]
+    rule = {"source": "rlhf_lightning.data.courtesy.rule:brevity", "weight": 0.5, "name": "rule"}
+    both = {"reward_model": ["models/quickstart_reward_model", rule]}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"model": {"init_args": both}}))
+    arguments += ["--config", "both.yaml", "--model.lora", "null", "--model.value_model", "null"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.train", "builtin:courtesy"]
     arguments += ["--model.max_new_tokens", "8"]
     assert main(["fit", *arguments]) == 0
