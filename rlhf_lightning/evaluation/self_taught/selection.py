@@ -43,10 +43,13 @@ class Selection:
         letters = {letter: sum(kept.verdict == letter for _, kept in found) for letter in LETTERS}
         rows = [self._row(one) | {"response": self._text(kept)} for one, kept in self._balanced(found)]
         if not rows:
+            made = [judgement.outcome for one in ordered for judgement in one.judgements]
             raise ConfigurationError(
                 f"judge: no judgement is left to learn from: {letters['A']} were kept for A and {letters['B']} for B, "
-                "and as many are taken of each. A judge with one letter for all, or without verdicts that can be "
-                "read, cannot teach itself; take another model or template, more temperature or num_judgements"
+                f"and as many are taken of each; {made.count('cut')} of {len(made)} were cut at max_new_tokens, "
+                f"{made.count('unreadable')} gave no verdict. A judge with one letter for all, or without verdicts "
+                "that can be read, cannot teach itself; take another model or template, more temperature or "
+                "num_judgements, or longer judgements where they were cut"
             )
         return rows, letters
 
