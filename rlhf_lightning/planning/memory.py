@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_lightning.models.causal_lm import Lora
-from rlhf_lightning.planning.sampling import Sampling, beside
+from rlhf_lightning.planning.sampling import SamplingShape, beside
 from rlhf_lightning.planning.simulation import Kind, Live, Pass, Shape, Weights, cache_bytes, count_weights, simulate
 from rlhf_lightning.training.references import ReferenceKind
 
@@ -80,7 +80,7 @@ class Run:
     quantized: bool = False
     stores_reference: bool = False
     """Checkpoints hold the reference's weights as well."""
-    sampling: Sampling | None = None
+    sampling: SamplingShape | None = None
     """Of a run that learns from its own responses."""
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
     from rlhf_lightning.planning.memory import Run
 
+log = logging.getLogger(__name__)
+
 _PER_LOGIT = 4 * 3
 """Bytes while a token is drawn: the logit, its noise, and their sum, in float32."""
 
 
 @dataclass(frozen=True)
-class Scorer:
+class SideModel:
     """A model beside the policy that gives one number for a row, or for each of its tokens."""
 
     config: PretrainedConfig
@@ -38,15 +41,15 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingShape:
     """What the memory of a run that samples depends on, beside its policy."""
 
     slots: int
     """Responses that are made at a time; 0 where a server makes them."""
     scored: int
     """Rows of a pass without gradients."""
-    rewards: tuple[Scorer, ...]
-    value: Scorer | None
+    rewards: tuple[SideModel, ...]
+    value: SideModel | None
     """A value model of its own; a head on the policy's states takes next to nothing."""
     reference: bool
     """There is a frozen copy of the policy."""
@@ -66,8 +69,8 @@ class Beside:
     """More than what is held all the time, at times that only such a run has."""
 
 
-def sampling_of(module: OnlineModule) -> Sampling:
-    """Read the configurations of the models that a module names, but for judges, and nothing else of them.
+def sampling_of(module: OnlineModule) -> SamplingShape:
+    """Read the configurations of the models that a module names, and nothing else of them; judges are not counted.
 
     A reward model of the policy's architecture and vocabulary is taken to have its tokenizer, and so to be what the
     value model begins as. Raises `ConfigurationError` and `ModelError` as loading the configurations does.
@@ -76,6 +79,8 @@ def sampling_of(module: OnlineModule) -> Sampling:
     given = [each.source for each in reward_list(module.reward_source, settings.reward_chat_template)]
     names = [name for name in given if isinstance(name, str) and not is_function(name) and not is_judge(name)]
     rewards = {name: _scorer(name, settings.trust_remote_code) for name in names}
+    for judge in filter(is_judge, given):
+        log.warning("memory: %s is not counted; leave room for it, or let a server run it", judge)
     value = None
     if isinstance(module, PPO) and module.estimator.uses_values and settings.value_model != SHARED:
         size = config.get_text_config().vocab_size
@@ -87,20 +92,20 @@ def sampling_of(module: OnlineModule) -> Sampling:
             policy=config,
             trust_remote_code=settings.trust_remote_code,
         )
-        value = Scorer(config, {}) if source == settings.backbone else _scorer(source, settings.trust_remote_code)
+        value = SideModel(config, {}) if source == settings.backbone else _scorer(source, settings.trust_remote_code)
     rows = settings.generation_micro_batch_size
     slots = rows if settings.engine == "transformers" else 0
-    return Sampling(slots, rows, tuple(rewards.values()), value, module.reference_kind == "copy")
+    return SamplingShape(slots, rows, tuple(rewards.values()), value, module.reference_kind == "copy")
 
 
-def _scorer(name: str, trust_remote_code: bool) -> Scorer:
+def _scorer(name: str, trust_remote_code: bool) -> SideModel:
     config = load_config(name, trust_remote_code=trust_remote_code)
-    return Scorer(config, saved_head(config) or {"head": "linear"})
+    return SideModel(config, saved_head(config) or {"head": "linear"})
 
 
 def beside(
     run: Run,
-    sampling: Sampling,
+    sampling: SamplingShape,
     policy: PretrainedConfig,
     shape: Shape,
     weights: Weights,

@@ -20,7 +20,7 @@ from rlhf_lightning.errors import ConfigurationError, TrainingError
 from rlhf_lightning.functional.ensembles import careful_score, ensemble_spread
 from rlhf_lightning.rewards.functions import RewardFunction, check_text_of, reward_scorer
 from rlhf_lightning.rewards.judged import JudgeScorer
-from rlhf_lightning.rewards.scorers import RewardScorer
+from rlhf_lightning.rewards.scorers import RewardScorer, Scorer
 from rlhf_lightning.user_code import name_of
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class WeightedReward:
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
             raise ConfigurationError(f"the weight of {self.name} is {weight!r}; give a number that is not 0")
+
+    def scorer(self, **loading: Any) -> Scorer:
+        """What computes it; `loading` is that of `reward_scorer`, which says what it raises."""
+        return reward_scorer(self.source, chat_template=self.chat_template, reference=self.reference, **loading)
 
 
 def reward_list(
@@ -147,10 +151,7 @@ class RewardSource:
     ) -> None:
         rewards = reward_list(given, chat_template)
         loading: dict[str, Any] = {"batch_size": batch_size, "trust_remote_code": trust_remote_code}
-        self.scorers = [
-            reward_scorer(each.source, chat_template=each.chat_template, reference=each.reference, **loading)
-            for each in rewards
-        ]
+        self.scorers = [reward.scorer(**loading) for reward in rewards]
         self.names = [reward.name for reward in rewards]
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
         several = [f"{reward.weight:g} {scorer.name}" for reward, scorer in zip(rewards, self.scorers, strict=True)]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_lightning.data.examples import Message
-from rlhf_lightning.rewards.functions import reward_scorer
 from rlhf_lightning.rewards.scorers import RewardScorer, Scored, Scorer, ScorerKind
 from rlhf_lightning.rewards.source import Reward, WeightedReward, reward_list
 
@@ -28,7 +27,7 @@ class WeightedScorer:
 
     def __init__(self, rewards: Sequence[WeightedReward], **loading: Any) -> None:
         self.weights = [reward.weight for reward in rewards]
-        self.scorers = [reward_scorer(each.source, chat_template=each.chat_template, **loading) for each in rewards]
+        self.scorers = [reward.scorer(**loading) for reward in rewards]
         parts = [f"{weight:g} {of.name}" for weight, of in zip(self.weights, self.scorers, strict=True)]
         self.name = " + ".join(parts)
         marks = [(weight, of.fingerprint) for weight, of in zip(self.weights, self.scorers, strict=True)]
@@ -57,5 +56,5 @@ def scorer_of(given: Reward, *, chat_template: str | None = None, **loading: Any
     """The scorer of one reward, or of a list of them. Raises `ConfigurationError` or `ModelError` as they do."""
     rewards = reward_list(given, chat_template)
     if len(rewards) == 1 and rewards[0].weight == 1:
-        return reward_scorer(rewards[0].source, chat_template=rewards[0].chat_template, **loading)
+        return rewards[0].scorer(**loading)
     return WeightedScorer(rewards, **loading)

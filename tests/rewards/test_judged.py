@@ -13,6 +13,7 @@ from rlhf_lightning.errors import ConfigurationError, ModelError
 from rlhf_lightning.rewards.functions import reward_scorer
 from rlhf_lightning.rewards.judged import UNREADABLE, JudgeScorer
 from rlhf_lightning.rewards.source import RewardSource
+from rlhf_lightning.rewards.weighted import scorer_of
 from rlhf_lightning.rewards.writers import PolicyWriter, Reply, Sampling, load_frozen_policy, load_writer
 
 PROMPT = [{"role": "user", "content": "Name a fruit."}]
@@ -50,6 +51,9 @@ def test_a_response_is_compared_with_the_reference_s_in_both_orders(tmp_path):
     source = RewardSource([given], batch_size=2)
     found = source([PROMPT] * 4, ["A fig.", "A banana.", "A watermelon.", "A pear."])
     assert found.tolist() == [1.0, 0.5, 0.0, UNREADABLE]
+    for weight in (1.0, 2.0):  # in `evaluate` and `generate` too
+        scored = scorer_of([given | {"weight": weight}])([PROMPT] * 3, ["A fig.", "A banana.", "A watermelon."])
+        assert [each.score for each in scored] == [weight, weight / 2, 0.0]
     with pytest.raises(ModelError, match="no response to 'Name a car"):
         source([[{"role": "user", "content": "Name a car."}]], ["A Fiat."])
     with pytest.raises(ConfigurationError, match="compares with nothing"):

@@ -19,7 +19,7 @@ from rlhf_lightning.models.causal_lm import Lora
 from rlhf_lightning.planning import planning
 from rlhf_lightning.planning.memory import CONTEXT, GPUS, Estimator, Run, host_temporary, optimizer_bytes
 from rlhf_lightning.planning.planning import Machine, judge, machine_of
-from rlhf_lightning.planning.sampling import Sampling, Scorer
+from rlhf_lightning.planning.sampling import SamplingShape, SideModel
 from rlhf_lightning.planning.simulation import Shape, count_weights
 from tests.test_configs import LLAMA, ROOT
 
@@ -429,12 +429,12 @@ def test_models_and_methods_that_are_not_counted_are_said_in_one_line(capsys, tm
     assert "mixtral" in printed
 
 
-SCORER = Scorer(LlamaConfig(**LLAMA_3_8B | {"num_hidden_layers": 1, "vocab_size": 1000}), {"head": "linear"})
+SCORER = SideModel(LlamaConfig(**LLAMA_3_8B | {"num_hidden_layers": 1, "vocab_size": 1000}), {"head": "linear"})
 PLAIN = {"strategy": "single", "half": False}
 
 
-def sampling(**settings) -> Sampling:
-    return Sampling(**{"slots": 0, "scored": 1, "rewards": (), "value": None, "reference": False} | settings)
+def sampling(**settings) -> SamplingShape:
+    return SamplingShape(**{"slots": 0, "scored": 1, "rewards": (), "value": None, "reference": False} | settings)
 
 
 def test_a_run_that_samples_holds_what_it_samples_and_scores_with(estimator, weights):
